@@ -1,0 +1,13 @@
+"""Train only part of an embedding table, and unfreeze more of it as training goes on.
+
+This package imports no framework. The layers are in `partial_embedding.torch` and
+`partial_embedding.tensorflow`, the callbacks in `partial_embedding.callbacks`.
+"""
+
+from partial_embedding.errors import InputError
+from partial_embedding.rows import Rows
+from partial_embedding.schedule import Position, Schedule, Stage
+from partial_embedding.version import __version__
+from partial_embedding.vocabulary import Vocabulary
+
+__all__ = ["InputError", "Position", "Rows", "Schedule", "Stage", "Vocabulary", "__version__"]
