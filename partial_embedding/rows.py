@@ -66,7 +66,9 @@ class Rows:
                 )
             ((kind, argument),) = value.items()
             return _make(str(kind), argument)
-        if isinstance(value, range | slice):
+        if isinstance(value, range):
+            return _make("range", _ascending(value))
+        if isinstance(value, slice):
             return _make("range", [value.start, value.stop, value.step])
         if isinstance(value, Iterable):
             array = _array(value)
@@ -191,6 +193,19 @@ def _make(kind: str, argument: Any) -> Rows:
 
 
 # Checks: each takes the argument as written and returns it normalised.
+
+
+def _ascending(ids: range) -> list[int]:
+    """The ids of a range as a slice: there, a bound below 0 would count from the end."""
+    if not ids:
+        return [0, 0, 1]
+    ids = ids if ids.step > 0 else ids[::-1]
+    if ids[0] < 0:
+        raise InputError(
+            f"row ids are not negative. Received: {ids[0]}. "
+            "For the last n rows write slice(-n, None)."
+        )
+    return [ids[0], ids[-1] + 1, ids.step]
 
 
 def _no_argument(argument: Any) -> None:
@@ -352,7 +367,7 @@ def _known(what: str, vocabulary: Vocabulary | None) -> Ids:
 
 def _array(values: Any) -> np.ndarray[Any, Any]:
     """A flat array of what was given; numpy reads tensors of every framework on the CPU."""
-    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise InputError(f"rows are listed as [3, 7, …]. Received: {values!r}.")
     try:
         array = np.asarray(values if hasattr(values, "__array__") else list(values))
@@ -374,5 +389,5 @@ def _plain(argument: Any) -> Any:
 
 
 def _shown(values: Any, most: int = 80) -> str:
-    text = repr(values)
+    text = " ".join(repr(values).split())
     return text if len(text) <= most else text[:most] + "…"

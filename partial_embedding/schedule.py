@@ -46,7 +46,7 @@ class Stage:
         return {"epoch": self.epoch, "rows": self.rows.to_config()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Schedule:
     """Stages of (epoch, rows), the first at epoch 0, each lasting until the next one starts.
 
@@ -89,13 +89,21 @@ class Schedule:
                 )
         object.__setattr__(self, "stages", parsed)
 
+    def __repr__(self) -> str:
+        return f"Schedule({[stage.to_config() for stage in self.stages]!r})"
+
     def stage_at(self, position: Position | int) -> int:
         """The index of the stage at a position in training.
 
         Args:
             position: A `Position`, or an epoch.
+
+        Raises:
+            InputError: The epoch is negative.
         """
         epoch = position if isinstance(position, int) else position.epoch
+        if epoch < 0:
+            raise InputError(f"an epoch is a whole number from 0 up. Received: {epoch}.")
         return bisect_right(self.stages, epoch, key=lambda stage: stage.epoch) - 1
 
     def trainable_rows(self, position: Position | int) -> Rows:
@@ -153,6 +161,34 @@ class Schedule:
             raise InputError(f"{value}: a schedule is YAML in UTF-8. Received: {reason}.") from None
         except InputError as error:
             raise InputError(f"{value}: {error}") from None
+
+
+def schedules_by_table(value: Any) -> dict[str | None, Schedule]:
+    """Read one schedule for all tables, or one for each of several.
+
+    Args:
+        value: What `Schedule.parse` takes, or a mapping from the names of tables to such.
+
+    Returns:
+        The schedules by table; the key None stands for every table that is not named.
+
+    Raises:
+        InputError: A schedule is malformed.
+
+    Example:
+        >>> sorted(schedules_by_table({"items": {"stages": [{"epoch": 0, "rows": "all"}]}}))
+        ['items']
+    """
+    if isinstance(value, Mapping) and value and "stages" not in value:
+        return {str(name): _of_table(str(name), schedule) for name, schedule in value.items()}
+    return {None: Schedule.parse(value)}
+
+
+def _of_table(name: str, value: Any) -> Schedule:
+    try:
+        return Schedule.parse(value)
+    except InputError as error:
+        raise InputError(f"schedule of the table {name!r}: {error}") from None
 
 
 def _stage(value: Stage | Mapping[str, Any], place: str) -> Stage:

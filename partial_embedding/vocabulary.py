@@ -54,12 +54,15 @@ class Vocabulary:
                 f"counts has one entry per token. Received {self.counts.shape} for {len(self)} "
                 "tokens. Count over the same vocabulary."
             )
-        if self.missing is not None and self.missing.size:
-            low, high = int(self.missing[0]), int(self.missing[-1])
-            if low < 0 or high >= len(self):
+        if self.counts is not None and self.counts.size and self.counts.min() < 0:
+            raise InputError(f"counts are not negative. Received: {self.counts.min()}.")
+        if self.missing is not None:
+            self.missing.setflags(write=False)
+            outside = self.missing[(self.missing < 0) | (self.missing >= len(self))]
+            if outside.size:
                 raise InputError(
-                    f"missing rows must lie in [0, {len(self)}). Received: "
-                    f"{low if low < 0 else high}. Was the vocabulary resized?"
+                    f"missing rows must lie in [0, {len(self)}). Received: {outside[0]}. "
+                    "Was the vocabulary resized?"
                 )
 
     @cached_property
@@ -84,14 +87,19 @@ class Vocabulary:
 
 
 def _integers(name: str, values: Iterable[int]) -> Ids:
-    array: NDArray[Any] = np.asarray(values if isinstance(values, np.ndarray) else list(values))
+    try:
+        array: NDArray[Any] = np.asarray(values if isinstance(values, np.ndarray) else list(values))
+    except ValueError:  # numpy's word for a ragged list
+        raise InputError(f"{name} is a flat list of integers. Received a ragged one.") from None
     if array.size == 0:
         return np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InputError(
             f"{name} is a list of integers. Received: {array.dtype} of shape {array.shape}."
         )
-    return array.astype(np.int64)
+    integers = array.astype(np.int64)  # a copy: the caller may go on writing to theirs
+    integers.setflags(write=False)
+    return integers
 
 
 def _same(a: Ids | None, b: Ids | None) -> bool:

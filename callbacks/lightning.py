@@ -1,0 +1,205 @@
+"""PyTorch Lightning callbacks: which rows train, epoch by epoch, and what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from partial_embedding.callbacks.lightning_monitor import RowMonitor
+from partial_embedding.errors import InputError
+from partial_embedding.report import StageReport
+from partial_embedding.schedule import Position, Schedule, schedules_by_table
+from partial_embedding.torch.rowwise import prepared
+from partial_embedding.torch.unfreezing import ScheduledTables
+from partial_embedding.vocabulary import Vocabulary
+
+__all__ = ["RowMonitor", "RowUnfreezing"]
+
+AnySchedule = Schedule | Mapping[str, Any] | str | PathLike[str]
+
+# Strategies that shard or move weights, by name, for both of Lightning's packages.
+_REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+
+
+class RowUnfreezing(Callback):
+    """Trains the rows that a schedule names, and leaves all others as they are, bit for bit.
+
+    The callback prepares the trainer's optimizers with `rowwise`; `configure_optimizers` stays as
+    it is, with a plain optimizer over `self.parameters()`. A run that is stopped and resumed from a
+    checkpoint goes on where the schedule stood.
+
+    Args:
+        schedule: A `Schedule`, a mapping, or the path of a YAML file, for all tables of the module;
+            or a mapping from the names of tables to these.
+        vocabulary: What rows mean, for schedules that ask for it; by default the `vocabulary` of
+            the datamodule or of the module.
+        lazy: Step only the rows that a batch touched, as `rowwise` does.
+        audit: Compare the bits of frozen rows at the end of each stage; a number n compares them
+            every n optimizer steps too. One comparison reads the frozen part of the table once.
+
+    Raises:
+        InputError: The schedule is malformed. When `fit` starts: it does not fit the module, or an
+            optimizer or strategy cannot keep frozen rows exact.
+
+    Example:
+        >>> RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": "all"}]})
+        RowUnfreezing(Schedule([{'epoch': 0, 'rows': {'ids': [1]}}, {'epoch': 3, 'rows': 'all'}]))
+    """
+
+    def __init__(
+        self,
+        schedule: AnySchedule | Mapping[str, AnySchedule],
+        vocabulary: Vocabulary | None = None,
+        lazy: bool = False,
+        audit: bool | int = False,
+    ) -> None:
+        self.schedules = schedules_by_table(schedule)
+        self.vocabulary = vocabulary
+        self.lazy = lazy
+        self.audit = audit
+        self.position = Position()
+        self._tables: ScheduledTables | None = None
+        self._begun_epoch: int | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"RowUnfreezing({', '.join(map(repr, self.schedules.values()))})"
+
+    @property
+    def reports(self) -> list[StageReport]:
+        """What the audit found in the stages that ended."""
+        return [] if self._tables is None else self._tables.reports
+
+    # Before the first step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be kept exact, before anything is moved or wrapped."""
+        strategy = type(trainer.strategy)
+        if stage == "fit" and _REFUSED_STRATEGIES & {base.__name__ for base in strategy.__mro__}:
+            raise InputError(
+                "RowUnfreezing needs whole weights on each device. Received "
+                f"{strategy.__name__}, which shards them. Use one device or DDP."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check every stage against the tables, set the first rows, and prepare the optimizers."""
+        self._tables = ScheduledTables(
+            pl_module,
+            self.schedules,
+            self._find_vocabulary(trainer, pl_module),
+            self.audit,
+            say=pl_module.print,
+        )
+        self.position, self._begun_epoch = Position(), None
+        if self._restored is not None:
+            self._check_restored(self._restored)
+            self.position = Position(**self._restored["position"])
+            self._restored = None
+        self._tables.check_backend()
+        # Before the optimizers load their state, which belongs to the rows of that position.
+        self._tables.place(self.position)
+        self._tables.prepare(trainer.optimizers, self.lazy)
+
+    def _find_vocabulary(self, trainer: Trainer, pl_module: LightningModule) -> Vocabulary | None:
+        owners = (self, getattr(trainer, "datamodule", None), pl_module)
+        found = (getattr(owner, "vocabulary", None) for owner in owners)
+        return next((one for one in found if isinstance(one, Vocabulary)), None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how many parameters really train."""
+        self._scheduled.tell_sizes()
+
+    @property
+    def _scheduled(self) -> ScheduledTables:
+        assert self._tables is not None, "Lightning calls on_fit_start first"
+        return self._tables
+
+    # Moving with the schedule
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the rows of this epoch, and say so where a stage begins."""
+        self.position = Position(trainer.current_epoch, trainer.global_step)
+        self._begun_epoch = trainer.current_epoch
+        self._scheduled.move_to(self.position)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin the epoch where Lightning did not.
+
+        Resumed from a checkpoint of a step, it goes on within that epoch, or with the first batch
+        of the next one, without `on_train_epoch_start`.
+        """
+        if self._begun_epoch != trainer.current_epoch:
+            self.on_train_epoch_start(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the last stage, and say what the audit found."""
+        # Not in `on_train_end`, where callbacks that average weights put them into the model.
+        self._scheduled.finish(trainer.global_step)
+
+    # Around each optimizer step
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Let gradient clipping see the trainable rows and nothing else of the tables."""
+        # The one place that is after backward and unscaling and before clipping, at any precision.
+        if (handle := prepared(optimizer)) is not None:
+            handle.enter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Leave steps that were skipped, and audit."""
+        self._leave(trainer)
+        self._scheduled.after_step(trainer.global_step)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave a step that was cut short."""
+        self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        for optimizer in trainer.optimizers:
+            if (handle := prepared(optimizer)) is not None:
+                handle.leave()
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands, and what it was."""
+        return {
+            "position": {"epoch": self.position.epoch, "step": self.position.step},
+            "schedules": [
+                {"table": name, "schedule": schedule.to_config()}
+                for name, schedule in self.schedules.items()
+            ],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember where the schedule stood until `fit` starts."""
+        self._restored = state_dict
+
+    def _check_restored(self, state: dict[str, Any]) -> None:
+        """Refuse a schedule in which other rows train where the checkpoint stands.
+
+        Stages that lie ahead may be changed between two runs.
+        """
+        position = Position(**state["position"])
+        for saved in state["schedules"]:
+            if saved["table"] not in self.schedules:
+                continue
+            then = Schedule.parse(saved["schedule"]).trainable_rows(position)
+            now = self.schedules[saved["table"]].trainable_rows(position)
+            if then != now:
+                raise InputError(
+                    f"a resumed run trains the rows that the checkpoint trained at epoch "
+                    f"{position.epoch}, {then.to_config()!r}. Received: {now.to_config()!r}. "
+                    "Change only stages that lie ahead."
+                )

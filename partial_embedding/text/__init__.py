@@ -1,0 +1,19 @@
+"""Labelled texts for both frameworks' recipes: read, split, tokenize, count, encode."""
+
+from partial_embedding.text.docstrings import stdlib_docstrings
+from partial_embedding.text.labelled import LabelledTexts, split
+from partial_embedding.text.reading import read_labelled
+from partial_embedding.text.tokens import PADDING, UNKNOWN, count_tokens, encode, pad, tokenize
+
+__all__ = [
+    "PADDING",
+    "UNKNOWN",
+    "LabelledTexts",
+    "count_tokens",
+    "encode",
+    "pad",
+    "read_labelled",
+    "split",
+    "stdlib_docstrings",
+    "tokenize",
+]

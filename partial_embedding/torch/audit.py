@@ -1,0 +1,122 @@
+"""Proof that frozen rows keep their bits: a fingerprint of each, compared later."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.table import PartialTable
+
+# Rows are fingerprinted in chunks of about this many elements, which bounds the extra memory.
+_CHUNK = 1 << 22
+
+
+class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as StopIteration does
+    """A row that was frozen changed a bit; the message names the table, the rows and the step."""
+
+
+class FrozenRowAudit:
+    """Fingerprints of a table's frozen rows.
+
+    A check reads the whole frozen part of the table once, at about the speed of memory, and the
+    fingerprints take 8 bytes per frozen row.
+
+    Args:
+        table: The table, whose rows that are frozen now are watched.
+        name: Its name in messages.
+
+    Example:
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> table = PartialEmbedding(4, 2, trainable_rows=[3])
+        >>> audit = FrozenRowAudit(table, "words")
+        >>> audit.check()
+        >>> table.weight.data[1] += 1
+        >>> audit.changed()
+        tensor([1])
+    """
+
+    def __init__(self, table: PartialTable, name: str = "table") -> None:
+        self.table = table
+        self.name = name
+        self.restart()
+
+    def restart(self) -> None:
+        """Watch the rows that are frozen now, as they are now."""
+        self._rows: RowSet = self.table.row_set
+        self.frozen: Tensor = (~self._rows.mask).nonzero().flatten()
+        self._dtype = self.table.weight.dtype
+        self._prints = fingerprints(self.table.weight, self.frozen)
+
+    def changed(self) -> Tensor:
+        """The watched rows that are not what they were, int64, shape (n,).
+
+        A watched row that was unfrozen since is not watched any more.
+        """
+        if self.table.weight.dtype != self._dtype:
+            return self.frozen
+        # Lightning moves the model to the CPU when training ends.
+        frozen = self.frozen.to(self.table.weight.device)
+        there = frozen < self.table.weight.shape[0]  # all, but for a smaller vocabulary
+        watched = frozen[there]
+        now = fingerprints(self.table.weight, watched)
+        changed = watched[now != self._prints.to(now.device)[there]]
+        if self.table.row_set is not self._rows:
+            changed = changed[~self.table.row_set.is_trainable(changed)]
+        return torch.cat([changed, frozen[~there]])
+
+    def check(self, step: int | None = None) -> None:
+        """Raise when a frozen row moved.
+
+        Args:
+            step: The optimizer step, for the message.
+
+        Raises:
+            FrozenRowsMoved: At least one bit of a watched row is not what it was.
+        """
+        changed = self.changed()
+        if not len(changed):
+            return
+        listed = ", ".join(map(str, changed[:10].tolist())) + (", …" if len(changed) > 10 else "")
+        when = "" if step is None else f" by step {step}"
+        count = "1 frozen row" if len(changed) == 1 else f"{len(changed)} frozen rows"
+        raise FrozenRowsMoved(
+            f"{self.name}: {count} changed{when}: {listed}. Most likely: {self._suspect()}."
+        )
+
+    def _suspect(self) -> str:
+        if self.table.weight.dtype != self._dtype:
+            return f"a cast of the model from {self._dtype} to {self.table.weight.dtype}"
+        if len(self.frozen) and self.frozen[-1] >= self.table.weight.shape[0]:
+            return "a vocabulary that was made smaller; call restart() after that"
+        return (
+            "an optimizer that rowwise did not prepare, or a write into the weight from outside "
+            "(a callback that averages or swaps weights, load_state_dict, code of your own)"
+        )
+
+
+@torch.no_grad()
+def fingerprints(weight: Tensor, ids: Tensor) -> Tensor:
+    """A number for each row that differs when any bit of the row does.
+
+    The row's words are summed with fixed odd factors modulo 2⁶⁴, so that a change of one word is
+    always seen, and one of several words but for a chance of 2⁻⁶⁴.
+
+    Args:
+        weight: Shape (V, D), any dtype.
+        ids: The rows, int64, shape (n,).
+
+    Returns:
+        int64, shape (n,).
+    """
+    if not len(ids):
+        return torch.zeros(0, dtype=torch.int64, device=weight.device)
+    width = weight.shape[1] * weight.element_size()
+    generator = torch.Generator().manual_seed(0x5EED)
+    factors = torch.randint(-(2**62), 2**62, (width,), generator=generator) * 2 + 1
+    factors = factors.to(weight.device)
+    parts = []
+    for chunk in ids.split(max(1, _CHUNK // max(1, width))):
+        words = weight.detach().index_select(0, chunk).contiguous().view(torch.uint8)
+        parts.append((words.view(len(chunk), width).long() * factors).sum(1))
+    return torch.cat(parts)

@@ -1,0 +1,323 @@
+"""The optimizer state of one table's cohorts, and the compact parameters that stand in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from partial_embedding.errors import InputError
+from partial_embedding.torch.probe import Anatomy, Group, State, first_state, untouched_row_state
+from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.table import PartialTable
+
+
+@dataclass(eq=False)
+class Cohort:
+    """Rows that began to train together, and what the optimizer remembers of them.
+
+    Args:
+        ids: The rows, sorted, int64, shape (k,).
+        state: The optimizer's state; tensors that are per row have k rows.
+        group_state: What the optimizer keeps in its parameter group, if anything.
+    """
+
+    ids: Tensor
+    state: State = field(default_factory=dict)
+    group_state: State = field(default_factory=dict)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the cohort has not been stepped yet."""
+        return not self.state and not self.group_state
+
+
+@dataclass(eq=False)
+class Block:
+    """A compact parameter that stands in for rows of the table during one step.
+
+    Args:
+        cohort: The cohort that the rows belong to.
+        parameter: The rows' values and gradient, shape (k, D).
+        ids: Their rows in the table, shape (k,).
+        local: Their positions within the cohort, shape (k,), or None for the whole cohort in order.
+    """
+
+    cohort: Cohort
+    parameter: nn.Parameter
+    ids: Tensor
+    local: Tensor | None = None
+
+
+class TableState:
+    """What one optimizer remembers of one table: nothing but the state of its trainable rows.
+
+    Args:
+        name: The table's name in the model, for messages.
+        table: The table.
+        anatomy: How the optimizer keeps its state.
+        lazy: Step only rows that the batch touched.
+    """
+
+    def __init__(self, name: str, table: PartialTable, anatomy: Anatomy, lazy: bool) -> None:
+        self.name = name
+        self.table = table
+        self.anatomy = anatomy
+        self.lazy = lazy
+        self.cohorts: dict[int, Cohort] = {}
+        self._rows: RowSet | None = None
+
+    def follow_rows(self) -> bool:
+        """Take over the table's row set: new cohorts begin, rows that left lose their state.
+
+        Returns:
+            Whether any row joined or left.
+        """
+        rows = self.table.row_set
+        if rows is self._rows:
+            return False
+        before, self.cohorts = self.cohorts, {}
+        for number, ids in rows.cohorts.items():
+            self.cohorts[number] = self._restricted(before.get(number), ids)
+        changed = self._rows is not None and not (
+            before.keys() == self.cohorts.keys()
+            and all(len(before[n].ids) == len(cohort.ids) for n, cohort in self.cohorts.items())
+        )
+        self._rows = rows
+        return changed
+
+    def _restricted(self, old: Cohort | None, ids: Tensor) -> Cohort:
+        if old is None:
+            return Cohort(ids)
+        if len(old.ids) == len(ids):
+            return Cohort(ids, self._moved(old.state, ids), old.group_state)
+        # Rows only ever leave a cohort, so each id is found among the old ones.
+        stayed = torch.searchsorted(old.ids.to(ids.device), ids)
+        state = self._moved(old.state, ids)
+        state.update({k: state[k].index_select(0, stayed) for k in self._per_row(state)})
+        return Cohort(ids, state, old.group_state)
+
+    def _moved(self, state: State, like: Tensor) -> State:
+        return {k: v.to(like.device) if k in self.anatomy.per_row else v for k, v in state.items()}
+
+    def _per_row(self, state: State) -> list[str]:
+        return [key for key in state if key in self.anatomy.per_row]
+
+    # Blocks: what the optimizer's own maths sees instead of the table
+
+    def blocks(self, optimizer: Optimizer, group: Group) -> Iterator[Block]:
+        """Make the compact parameters of this step, with their gradients and state.
+
+        Args:
+            optimizer: The optimizer.
+            group: Its parameter group that holds the table.
+        """
+        grad = self.table.weight.grad
+        if grad is None and not self.anatomy.flat and not self.anatomy.in_group:
+            return  # without a gradient the optimizer neither moves a parameter nor counts the step
+        # In a dense gradient nothing tells an untouched row from one whose gradient is zero.
+        if grad is not None and self.lazy and grad.layout == torch.sparse_coo:
+            made = self._touched_blocks(grad)
+        else:
+            made = self._whole_blocks(grad)
+        for block in made:
+            if self.anatomy.eager and not block.cohort.state:
+                whole = block.parameter.new_empty(len(block.cohort.ids), block.parameter.shape[1])
+                block.cohort.state = first_state(optimizer, group, nn.Parameter(whole))
+            yield block
+
+    def _whole_blocks(self, grad: Tensor | None) -> Iterator[Block]:
+        rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
+        values = self.table.weight.detach().index_select(0, rows.order)
+        compact: list[Tensor | None] = [None] * len(sizes)
+        if grad is not None and self.anatomy.sparse:
+            compact = list(_split_sparse(rows.slots, grad, sizes))
+        elif grad is not None:
+            compact = list(_compact(rows, grad).split(sizes))
+        for cohort, part, part_grad in zip(
+            self.cohorts.values(), values.split(sizes), compact, strict=True
+        ):
+            yield Block(cohort, _parameter(part, part_grad), cohort.ids)
+
+    def _touched_blocks(self, grad: Tensor) -> Iterator[Block]:
+        rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
+        slots = rows.slots.index_select(0, grad._indices()[0])
+        touched, position = torch.unique(slots, return_inverse=True)
+        summed = _summed(position, grad._values(), len(touched))
+        ends = torch.tensor([0, *sizes], device=touched.device).cumsum(0)
+        bounds = torch.searchsorted(touched, ends.to(touched.dtype)).tolist()
+        starts = ends.tolist()
+        for i, cohort in enumerate(self.cohorts.values()):
+            local = touched[bounds[i] : bounds[i + 1]].long() - starts[i]
+            ids = cohort.ids.index_select(0, local)
+            part_grad = summed[bounds[i] : bounds[i + 1]]
+            if self.anatomy.sparse:
+                part_grad = _sparse(torch.arange(len(ids), device=ids.device), part_grad, len(ids))
+            values = self.table.weight.detach().index_select(0, ids)
+            yield Block(cohort, _parameter(values, part_grad), ids, local)
+
+    def lend_state(self, block: Block) -> State:
+        """The state to give the optimizer for a block."""
+        state = dict(block.cohort.state)
+        if block.local is not None:
+            state.update({k: state[k].index_select(0, block.local) for k in self._per_row(state)})
+        return state
+
+    def take_back(self, block: Block, state: State, optimizer: Optimizer, group: Group) -> None:
+        """Put the values and the state of a block back where they belong.
+
+        Args:
+            block: A block that `blocks` made.
+            state: The optimizer's state of it.
+            optimizer: The optimizer.
+            group: Its parameter group that holds the table.
+        """
+        self.table.weight.detach().index_copy_(0, block.ids, block.parameter.detach())
+        if block.local is not None and state:
+            whole = block.cohort.state
+            if not whole:
+                row = untouched_row_state(optimizer, self.anatomy, group, self.table.weight)
+                rows = len(block.cohort.ids)
+                whole = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in row.items()}
+            for key in self._per_row(state):
+                state[key] = whole[key].index_copy_(0, block.local, state[key])
+        block.cohort.state = state
+
+    # Saving and restoring
+
+    def dump(self) -> dict[str, Any]:
+        """What a checkpoint keeps: row ids and K×D state, as tensors and plain values."""
+        cohorts = [
+            {
+                "number": number,
+                "rows": cohort.ids,
+                "state": dict(cohort.state),
+                "group_state": dict(cohort.group_state),
+            }
+            for number, cohort in self.cohorts.items()
+        ]
+        return {"num_rows": self.table.weight.shape[0], "cohorts": cohorts}
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other rows.
+
+        Args:
+            saved: What `dump` gave.
+
+        Raises:
+            InputError: The table has another size, or other rows train.
+        """
+        if saved["num_rows"] != self.table.weight.shape[0]:
+            raise InputError(
+                f"optimizer state belongs to a table of one size. Received state for "
+                f"{saved['num_rows']} rows and {self.name!r} with {self.table.weight.shape[0]}. "
+                "Load the checkpoint's vocabulary first."
+            )
+        ids = [cohort["rows"].cpu() for cohort in saved["cohorts"]]
+        saved_ids = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).sort().values
+        rows = self.table.row_set.ids.cpu()
+        if not torch.equal(saved_ids, rows):
+            raise InputError(
+                "optimizer state belongs to the rows that trained. Received state for "
+                f"{len(saved_ids)} rows {_shown(saved_ids)}, while in {self.name!r} {len(rows)} "
+                f"train {_shown(rows)}. Call set_trainable_rows with the former first."
+            )
+
+    def restore(self, saved: dict[str, Any], group: Group) -> None:
+        """Take over the cohorts of a checkpoint that `check` has passed.
+
+        Args:
+            saved: What `dump` gave.
+            group: The parameter group that holds the table.
+        """
+        device = self.table.row_set.device
+        self.cohorts = {}
+        for entry in saved["cohorts"]:
+            state = {k: _on_device(k, v, device, group) for k, v in entry["state"].items()}
+            cohort = Cohort(entry["rows"].to(device), state, dict(entry["group_state"]))
+            self.cohorts[int(entry["number"])] = cohort
+        numbers = {number: cohort.ids for number, cohort in self.cohorts.items()}
+        after = max([*numbers, self.table.row_set.next_number - 1]) + 1
+        self._rows = RowSet(self.table.weight.shape[0], numbers, after, device)
+        self.table.row_set = self._rows
+
+    def adopt_from(self, optimizer: Optimizer) -> None:
+        """Go on with the state of shape V×D that a plain optimizer has for the whole table.
+
+        Args:
+            optimizer: The optimizer, which then has no state of its own for the table.
+        """
+        self.follow_rows()
+        if self.anatomy.flat:
+            clear_history(optimizer)  # as long as the whole table
+            return
+        state = optimizer.state.pop(self.table.weight, {})
+        for cohort in self.cohorts.values():
+            cohort.state = {
+                key: value.index_select(0, cohort.ids.to(value.device))
+                if key in self.anatomy.per_row
+                else value.clone()
+                if isinstance(value, Tensor)
+                else value
+                for key, value in state.items()
+            }
+
+
+def clear_history(optimizer: Optimizer) -> None:
+    """Make LBFGS forget its one history of all parameters, and how long it was."""
+    optimizer.state.clear()
+    vars(optimizer)["_numel_cache"] = None
+
+
+def _compact(rows: RowSet, grad: Tensor) -> Tensor:
+    """The gradient of the trainable rows, dense, by slot, shape (K, D)."""
+    if grad.layout != torch.sparse_coo:
+        return grad.index_select(0, rows.order)
+    slots = rows.slots.index_select(0, grad._indices()[0])
+    return _summed(slots, grad._values(), len(rows) + 1)[: len(rows)]
+
+
+def _summed(slots: Tensor, values: Tensor, height: int) -> Tensor:
+    # In the order of the ids, as a dense embedding's own backward pass sums them.
+    return values.new_zeros(height, *values.shape[1:]).index_add_(0, slots, values)
+
+
+def _split_sparse(slots: Tensor, grad: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+    """A sparse gradient for each cohort, as `SparseAdam` wants."""
+    if grad.layout != torch.sparse_coo:
+        raise InputError(
+            "SparseAdam takes sparse gradients. Received a dense one. Make the table with "
+            "sparse=True, and do not tie its weight to a head."
+        )
+    of_id, values, start = slots[grad._indices()[0]].long(), grad._values(), 0
+    for size in sizes:
+        mine = (of_id >= start) & (of_id < start + size)
+        yield _sparse(of_id[mine] - start, values[mine], size)
+        start += size
+
+
+def _sparse(ids: Tensor, values: Tensor, height: int) -> Tensor:
+    return torch.sparse_coo_tensor(
+        ids.unsqueeze(0), values, (height, *values.shape[1:]), check_invariants=False
+    )
+
+
+def _parameter(values: Tensor, grad: Tensor | None) -> nn.Parameter:
+    parameter = nn.Parameter(values)
+    parameter.grad = grad
+    return parameter
+
+
+def _on_device(key: str, value: Any, device: torch.device, group: Group) -> Any:
+    # torch keeps step counts on the CPU unless the maths itself runs on the device.
+    counts_on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
+    return value.to(device) if isinstance(value, Tensor) and not counts_on_cpu else value
+
+
+def _shown(ids: Tensor, most: int = 6) -> str:
+    listed = ", ".join(map(str, ids[:most].tolist()))
+    return f"({listed}{', …' if len(ids) > most else ''})"

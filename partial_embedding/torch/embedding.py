@@ -1,0 +1,329 @@
+"""Embedding tables of which only chosen rows train."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from partial_embedding.errors import InputError
+from partial_embedding.torch.table import PartialTable
+
+
+class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one weight, two views
+    """An `nn.Embedding` of which only chosen rows train.
+
+    It takes all arguments of `nn.Embedding`, has its `state_dict` and gives its outputs. A
+    gradient hook keeps frozen rows out of the gradient of `weight`; an optimizer prepared with
+    `rowwise` keeps them out of everything else.
+
+    Args:
+        num_embeddings: The number of rows V.
+        embedding_dim: The number of columns D.
+        padding_idx: A row that stays out of training altogether.
+        max_norm: Rows looked up are scaled down to this norm; frozen rows never.
+        norm_type: The p of that norm.
+        scale_grad_by_freq: Scale gradients by how often a row occurs in the batch; needs
+            `sparse=False`.
+        sparse: Give `weight` a sparse gradient, so that a step costs what the rows in the batch
+            cost. Unlike in the parent class this is the default.
+        device: The device of `weight`.
+        dtype: The dtype of `weight`.
+        trainable_rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
+            `Rows`.
+
+    Raises:
+        InputError: The rows do not fit the table, or an option needs `sparse=False`.
+
+    Example:
+        >>> table = PartialEmbedding(10, 4, trainable_rows=[7, 2])
+        >>> table.trainable_rows
+        tensor([2, 7])
+        >>> table(torch.tensor([1, 2])).sum().backward()
+        >>> table.weight.grad.coalesce().indices()
+        tensor([[2]])
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = True,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        trainable_rows: object = "all",
+    ) -> None:
+        if sparse and scale_grad_by_freq:
+            raise InputError(
+                "scale_grad_by_freq needs a dense gradient. Received sparse=True. "
+                "Pass sparse=False."
+            )
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            _weight,
+            _freeze,
+            device=device,
+            dtype=dtype,
+        )
+        self.set_trainable_rows(trainable_rows)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the parent's name
+        """Look up rows.
+
+        Args:
+            input: Ids, any integer shape (*).
+
+        Returns:
+            Rows, shape (*, D).
+        """
+        weight = self._weight_in_use()
+        if weight is None and not _scales_here(self):
+            return super().forward(input)
+        sparse = self.sparse and weight is None
+        weight = self.weight if weight is None else weight
+        if self.max_norm is not None:
+            _renormalise(self, weight, input, self.max_norm, self.norm_type)
+        return F.embedding(
+            input, weight, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, sparse
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = False,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = True,
+        *,
+        trainable_rows: object = "all",
+    ) -> Self:
+        """Make a table of given vectors.
+
+        Args:
+            embeddings: Shape (V, D), floating point. The table shares its memory.
+            freeze: Freeze the whole table. Unlike in the parent class the default is False.
+            padding_idx: As in the constructor.
+            max_norm: As in the constructor.
+            norm_type: As in the constructor.
+            scale_grad_by_freq: As in the constructor.
+            sparse: As in the constructor.
+            trainable_rows: As in the constructor.
+
+        Raises:
+            InputError: The vectors are not a matrix, or the rows do not fit it.
+
+        Example:
+            >>> table = PartialEmbedding.from_pretrained(torch.eye(3), trainable_rows=[2])
+            >>> table.weight.requires_grad, table.trainable_rows
+            (True, tensor([2]))
+        """
+        return cls(
+            *_matrix_shape(embeddings),
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            embeddings,
+            freeze,
+            trainable_rows=trainable_rows,
+        )
+
+
+class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
+    """An `nn.EmbeddingBag` of which only chosen rows train.
+
+    It takes all arguments of `nn.EmbeddingBag`; `sparse` and `trainable_rows` are as in
+    `PartialEmbedding`.
+
+    Args:
+        num_embeddings: The number of rows V.
+        embedding_dim: The number of columns D.
+        max_norm: Rows looked up are scaled down to this norm; frozen rows never.
+        norm_type: The p of that norm.
+        scale_grad_by_freq: As in `PartialEmbedding`.
+        mode: `"sum"`, `"mean"` or `"max"`, which needs `sparse=False`.
+        sparse: As in `PartialEmbedding`.
+        include_last_offset: As in `nn.EmbeddingBag`.
+        padding_idx: A row that stays out of training and out of the bags.
+        device: The device of `weight`.
+        dtype: The dtype of `weight`.
+        trainable_rows: As in `PartialEmbedding`.
+
+    Raises:
+        InputError: The rows do not fit the table, or an option needs `sparse=False`.
+
+    Example:
+        >>> bags = PartialEmbeddingBag(10, 4, mode="sum", trainable_rows=[2])
+        >>> bags(torch.tensor([[1, 2], [2, 2]])).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = True,
+        _weight: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        trainable_rows: object = "all",
+    ) -> None:
+        if sparse and (scale_grad_by_freq or mode == "max"):
+            option = "scale_grad_by_freq" if scale_grad_by_freq else 'mode="max"'
+            raise InputError(
+                f"{option} needs a dense gradient. Received sparse=True. Pass sparse=False."
+            )
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            _weight,
+            include_last_offset,
+            padding_idx,
+            device,
+            dtype,
+        )
+        self.set_trainable_rows(trainable_rows)
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002  # the parent's name
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Reduce bags of rows.
+
+        Args:
+            input: Ids, shape (B, N), or (N,) with `offsets`.
+            offsets: Where each bag begins, shape (B,).
+            per_sample_weights: A factor for each id, of the shape of `input`; for `mode="sum"`.
+
+        Returns:
+            One vector per bag, shape (B, D).
+        """
+        weight = self._weight_in_use()
+        if weight is None and not _scales_here(self):
+            return super().forward(input, offsets, per_sample_weights)
+        sparse = self.sparse and weight is None
+        weight = self.weight if weight is None else weight
+        if self.max_norm is not None:
+            _renormalise(self, weight, input, self.max_norm, self.norm_type)
+        return F.embedding_bag(
+            input,
+            weight,
+            offsets,
+            None,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.mode,
+            sparse,
+            per_sample_weights,
+            self.include_last_offset,
+            self.padding_idx,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = False,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = True,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        *,
+        trainable_rows: object = "all",
+    ) -> Self:
+        """Make a table of given vectors.
+
+        Args:
+            embeddings: Shape (V, D), floating point. The table shares its memory.
+            freeze: Freeze the whole table. Unlike in the parent class the default is False.
+            max_norm: As in the constructor.
+            norm_type: As in the constructor.
+            scale_grad_by_freq: As in the constructor.
+            mode: As in the constructor.
+            sparse: As in the constructor.
+            include_last_offset: As in the constructor.
+            padding_idx: As in the constructor.
+            trainable_rows: As in the constructor.
+
+        Raises:
+            InputError: The vectors are not a matrix, or the rows do not fit it.
+
+        Example:
+            >>> PartialEmbeddingBag.from_pretrained(torch.eye(3), trainable_rows=[2]).trainable_rows
+            tensor([2])
+        """
+        bags = cls(
+            *_matrix_shape(embeddings),
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            embeddings,
+            include_last_offset,
+            padding_idx,
+            trainable_rows=trainable_rows,
+        )
+        bags.weight.requires_grad_(not freeze)
+        return bags
+
+
+def _matrix_shape(embeddings: Tensor) -> tuple[int, int]:
+    if embeddings.dim() != 2:
+        raise InputError(
+            "vectors are a matrix of rows by columns. "
+            f"Received the shape {tuple(embeddings.shape)}."
+        )
+    return embeddings.shape[0], embeddings.shape[1]
+
+
+def _scales_here(table: PartialEmbedding | PartialEmbeddingBag) -> bool:
+    """Whether `max_norm` is applied before the lookup, which itself would scale frozen rows too."""
+    some_may_be_frozen = table._row_set is not None or table.padding_idx is not None
+    return table.max_norm is not None and some_may_be_frozen
+
+
+def _renormalise(
+    table: PartialTable, weight: Tensor, ids: Tensor, max_norm: float, norm_type: float
+) -> None:
+    """Scale looked-up rows to `max_norm` as the lookup itself would, but never a frozen one."""
+    ids = ids.flatten()
+    ids = ids[table.row_set.is_trainable(ids)]
+    with torch.no_grad():
+        torch.embedding_renorm_(weight.detach(), ids, max_norm, norm_type)

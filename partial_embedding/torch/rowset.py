@@ -1,0 +1,111 @@
+"""The trainable rows of one table as tensors: cohorts, and where each row stands among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class RowSet:
+    """The rows of a table that train, by cohort; replaced when rows change, never mutated.
+
+    Rows that began to train together are a cohort. The rows of all cohorts, oldest cohort first,
+    are numbered 0 … K-1; that number is a row's *slot* in every compact K×D tensor.
+
+    Args:
+        num_rows: The number of rows V of the table.
+        cohorts: Sorted ids, int64, by the cohort's number; numbers rise with time.
+        next_number: The number that the next cohort gets.
+        device: Where the ids lie.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        cohorts: Mapping[int, Tensor],
+        next_number: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_rows = num_rows
+        self.cohorts = {number: ids for number, ids in sorted(cohorts.items()) if len(ids)}
+        self.next_number = next_number
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.cohorts.values()))
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The row id of each slot, int64, shape (K,)."""
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        return torch.cat([none, *self.cohorts.values()])
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The trainable rows in rising order, int64, shape (K,)."""
+        return self.order.sort().values
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """The slot of each row, and K for a frozen one, int32, shape (V,).
+
+        The slot K is one past the end: a sum over slots collects in one extra row what frozen rows
+        would get, and that row is thrown away. No branch, no mask, no synchronisation.
+        """
+        slots = torch.full((self.num_rows,), len(self), dtype=torch.int32, device=self.device)
+        slots[self.order] = torch.arange(len(self), dtype=torch.int32, device=self.device)
+        return slots
+
+    @property
+    def mask(self) -> Tensor:
+        """Whether each row of the table trains, booleans, shape (V,)."""
+        return self.slots < len(self)
+
+    def is_trainable(self, ids: Tensor) -> Tensor:
+        """Whether each row trains.
+
+        Args:
+            ids: Row ids of any integer dtype and shape.
+
+        Returns:
+            Booleans of the same shape.
+        """
+        return self.slots[ids] < len(self)
+
+    def changed_to(self, ids: Tensor) -> RowSet:
+        """The row set in which exactly `ids` train: rows that stay keep their cohort.
+
+        Args:
+            ids: Sorted ids, int64, on this row set's device.
+        """
+        wanted = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
+        wanted[ids] = True
+        kept = {
+            n: old if wanted[old].all() else old[wanted[old]] for n, old in self.cohorts.items()
+        }
+        for old in kept.values():
+            wanted[old] = False
+        joining = wanted.nonzero().flatten()
+        if not len(joining) and len(self) == len(ids):
+            return self
+        return RowSet(
+            self.num_rows,
+            {**kept, self.next_number: joining},
+            self.next_number + bool(len(joining)),
+            self.device,
+        )
+
+    def resized_to(self, num_rows: int) -> RowSet:
+        """The row set after the table grew, with new rows frozen, or shrank."""
+        cohorts = {number: ids[ids < num_rows] for number, ids in self.cohorts.items()}
+        return RowSet(num_rows, cohorts, self.next_number, self.device)
+
+    def to(self, device: torch.device) -> RowSet:
+        """The same row set on another device."""
+        if self.device == device:
+            return self
+        cohorts = {number: ids.to(device) for number, ids in self.cohorts.items()}
+        return RowSet(self.num_rows, cohorts, self.next_number, device)

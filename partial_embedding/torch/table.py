@@ -1,0 +1,278 @@
+"""What makes a module's `weight` a partly trainable table: its row set and the gradient hook."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from partial_embedding.rows import Rows
+from partial_embedding.torch.rowset import RowSet
+from partial_embedding.vocabulary import Ids
+
+# What exists only in a living module: it is made anew for a copy or an unpickled one.
+_WIRING = ("_hooked",)
+
+
+class PartialTable(nn.Module):
+    """A mix-in that freezes rows of `weight`, a parameter of shape (V, D).
+
+    It stands before the module class that owns the weight. The row set is neither a parameter nor a
+    buffer, so the `state_dict` is that of the plain module.
+    """
+
+    weight: nn.Parameter
+    padding_idx: int | None
+
+    # None stands for "every row but padding", for which no bookkeeping exists.
+    _row_set: RowSet | None = None
+    _hooked: nn.Parameter | None = None
+    _warned: bool = False
+
+    # Which rows train
+
+    @property
+    def trainable_rows(self) -> Tensor:
+        """The ids of the rows that train, rising, int64, shape (K,)."""
+        return self.row_set.ids.clone()
+
+    def set_trainable_rows(self, rows: object) -> None:
+        """Train exactly these rows from the next step on.
+
+        Rows that trained before and still do keep their optimizer state; rows that join begin as if
+        training had just started; rows that leave keep their values from here on.
+
+        Args:
+            rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
+                `Rows`. The padding row never trains, also when it is among them.
+
+        Raises:
+            InputError: The rows do not fit the table.
+        """
+        self.set_trainable_ids(self._resolve(rows))
+
+    def unfreeze_rows(self, rows: object) -> None:
+        """Train these rows too, as a cohort of their own.
+
+        Args:
+            rows: As for `set_trainable_rows`.
+
+        Raises:
+            InputError: The rows do not fit the table.
+        """
+        self.set_trainable_ids(np.union1d(self.row_set.ids.cpu().numpy(), self._resolve(rows)))
+
+    def freeze_rows(self, rows: object) -> None:
+        """Stop training these rows; they lose their optimizer state.
+
+        Args:
+            rows: As for `set_trainable_rows`.
+
+        Raises:
+            InputError: The rows do not fit the table.
+        """
+        self.set_trainable_ids(np.setdiff1d(self.row_set.ids.cpu().numpy(), self._resolve(rows)))
+
+    @property
+    def row_set(self) -> RowSet:
+        """The rows that train, by cohort, on the device of the weight."""
+        num_rows = self.weight.shape[0]
+        rows = self._row_set
+        if rows is None:
+            rows = RowSet(num_rows, {0: self._all_ids()}, 1)
+        elif rows.num_rows != num_rows:
+            # Whoever resized the vocabulary did so on the weight alone (transformers does).
+            nothing_frozen = len(rows) == self._most_trainable(rows.num_rows)
+            rows = rows.resized_to(num_rows)
+            if nothing_frozen:
+                rows = rows.changed_to(self._all_ids().to(rows.device))
+        # A meta device would forget the ids; they wait on the CPU until there is a real weight.
+        device = torch.device("cpu") if self.weight.is_meta else self.weight.device
+        self._row_set = rows.to(device)
+        return self._row_set
+
+    @row_set.setter
+    def row_set(self, row_set: RowSet) -> None:
+        self._row_set = row_set
+
+    @property
+    def has_frozen_rows(self) -> bool:
+        """Whether some row other than padding does not train."""
+        if self._row_set is None:
+            return False
+        return len(self.row_set) < self._most_trainable(self.weight.shape[0])
+
+    def _most_trainable(self, num_rows: int) -> int:
+        return num_rows - (self._padding_row() is not None)
+
+    def _all_ids(self) -> Tensor:
+        # Named, since the default device may be the meta device, which would forget the ids.
+        ids = torch.arange(self.weight.shape[0], device="cpu")
+        return ids[ids != self._padding_row()] if self._padding_row() is not None else ids
+
+    def _padding_row(self) -> int | None:
+        return getattr(self, "padding_idx", None)
+
+    def _resolve(self, rows: object) -> Ids:
+        if isinstance(rows, Tensor):
+            rows = rows.detach().cpu().numpy()
+        return Rows.parse(rows).resolve(self.weight.shape[0])
+
+    def set_trainable_ids(self, ids: Ids) -> None:
+        """Train exactly these rows, given as `Rows.resolve` gives them; there may be none.
+
+        Args:
+            ids: Sorted ids without duplicates, int64, shape (K,).
+        """
+        ids = ids[ids != self._padding_row()]
+        if self._row_set is None and len(ids) == self._most_trainable(self.weight.shape[0]):
+            return  # every row trains already, with no bookkeeping to keep
+        before = self.row_set
+        self.row_set = before.changed_to(torch.tensor(ids, device=before.device))
+
+    # The gradient hook, and all that can make a hook disappear
+
+    def _wire(self) -> None:
+        """Hook the gradient of what is now `weight`, and no longer that of what was."""
+        weight = self._parameters.get("weight")
+        if weight is None:
+            return
+        if self._hooked is not None and self._hooked is not weight:
+            for hook in self._hooks_on(self._hooked):
+                hook.detach()
+        self._hook_up(weight)
+
+    def _hook_up(self, weight: nn.Parameter) -> None:
+        if not (weight.is_floating_point() or weight.is_complex()):
+            return
+        if not self._hooks_on(weight):
+            # A tensor takes a hook only while it requires gradients, and keeps it when it does not.
+            requires_grad = weight.requires_grad
+            weight.requires_grad_(True)
+            # A weak reference: the weight may outlive the module, and must not keep it alive.
+            hook = _DropFrozenRows(weakref.ref(self))
+            hook.handle = weight.register_hook(hook)
+            weight.requires_grad_(requires_grad)
+        # Past nn.Module's own way of setting attributes, which would register a parameter.
+        self.__dict__["_hooked"] = weight
+
+    def _hooks_on(self, weight: nn.Parameter) -> list[_DropFrozenRows]:
+        hooks = list((weight._backward_hooks or {}).values())
+        return [h for h in hooks if isinstance(h, _DropFrozenRows) and h.table() is self]
+
+    def _weight_in_use(self) -> Tensor | None:
+        """A masked stand-in for a weight that is not the module's own, or None.
+
+        `torch.func.functional_call` puts other tensors in the place of the parameters for one call.
+        """
+        weight: Tensor = self.weight
+        if weight is self._hooked:
+            return None
+        if isinstance(weight, nn.Parameter):
+            # Perhaps for this one call, so what was hooked before stays so: its backward may come.
+            self._hook_up(weight)
+            return None
+        if not self.has_frozen_rows:
+            return None
+        return torch.where(self.row_set.mask.unsqueeze(-1), weight, weight.detach())
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Hook a new weight; torch's own way of setting an attribute comes by here too.
+
+        Args:
+            name: The parameter's name.
+            param: The parameter.
+        """
+        super().register_parameter(name, param)
+        if name == "weight":
+            self._wire()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _WIRING}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        self._wire()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
+        self._wire()
+        return self
+
+    def extra_repr(self) -> str:
+        """The plain module's description, and how many rows train."""
+        every = self._most_trainable(self.weight.shape[0])  # counted without making bookkeeping
+        count = every if self._row_set is None else len(self.row_set)
+        return f"{super().extra_repr()}, trainable_rows={count}"
+
+
+def tables_in(model: nn.Module) -> Iterator[tuple[str, PartialTable]]:
+    """The tables of a model with their names, each once.
+
+    Args:
+        model: Any module.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, PartialTable):
+            yield name, module
+
+
+class _DropFrozenRows:
+    """The gradient hook: frozen rows leave a sparse gradient and are zero in a dense one."""
+
+    handle: torch.utils.hooks.RemovableHandle
+
+    def __init__(self, table: weakref.ref[PartialTable]) -> None:
+        self.table = table
+
+    def detach(self) -> None:
+        """Take the hook off its weight."""
+        self.handle.remove()
+
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        owner = self.table()
+        if grad is None or owner is None or not owner.has_frozen_rows:
+            return grad  # autograd may hand a hook None
+        rows = owner.row_set.to(grad.device)
+        if grad.layout == torch.sparse_coo:
+            # Not coalesced: that would sort all ids, and change the order of the sums.
+            ids, values = grad._indices(), grad._values()
+            keep = rows.is_trainable(ids[0])
+            return torch.sparse_coo_tensor(
+                ids[:, keep], values[keep], grad.shape, check_invariants=False
+            )
+        # Selected, not multiplied: inf * 0 is NaN.
+        return torch.where(rows.mask.unsqueeze(-1), grad, grad.new_zeros(()))
+
+
+def _warn_of_drift(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Warn once of an optimizer that moves frozen rows; runs before every step of every one."""
+    if hasattr(optimizer, "_rowwise"):
+        return
+    hooks = (
+        hook
+        for group in optimizer.param_groups
+        for param in group["params"]
+        for hook in (param._backward_hooks or {}).values()
+    )
+    for hook in hooks:
+        table = hook.table() if isinstance(hook, _DropFrozenRows) else None
+        if table is not None and table.has_frozen_rows and not table._warned:
+            table._warned = True
+            warnings.warn(
+                f"{type(optimizer).__name__} steps a {type(table).__name__} whose frozen rows have "
+                "zero gradients, but weight decay, momentum and the like still move them. Call "
+                "partial_embedding.torch.rowwise(optimizer, model) once, or add the RowUnfreezing "
+                "callback to the Trainer.",
+                stacklevel=4,
+            )
+
+
+# Once for the process: a hook for each table would be removed while torch iterates over them.
+register_optimizer_step_pre_hook(_warn_of_drift)

@@ -1,0 +1,30 @@
+"""What all tests share: in CI a missing optional package is a failure and not a skip."""
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+# Programs that tests start in processes of their own; importing one would run it.
+collect_ignore_glob = ["*/scripts/*.py", "*/run_*.py", "*/*_worker.py"]
+
+IN_CI = bool(os.environ.get("CI"))
+
+
+def _refuse_missing_package(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if IN_CI and report.skipped and "could not import" in str(report.longrepr):
+        report.outcome = "failed"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_missing_package(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_missing_package(report)
+    return report

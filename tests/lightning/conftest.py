@@ -1,0 +1,94 @@
+"""What the tests of the Lightning half share: one thread, and a small data set as files."""
+
+import contextlib
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from partial_embedding.cli import main
+
+# The tensors are tiny: threads would only wait for each other, and the tests run in two processes.
+torch.set_num_threads(1)
+
+SCHEDULE = {
+    "stages": [
+        {"epoch": 0, "rows": "missing"},
+        {"epoch": 2, "rows": {"union": ["missing", {"most_frequent": 0.3}]}},
+        {"epoch": 4, "rows": "all"},
+    ]
+}
+_GOOD = ["joy", "bright", "warm", "love", "clever", "funny", "tender", "lively"]
+_BAD = ["bore", "dull", "cold", "hate", "stupid", "tedious", "flat", "hollow"]
+_PLAIN = ["the", "a", "film", "plot", "of", "and", "actor", "scene", "music", "is", "with", "story"]
+
+
+def write_texts(path: Path, examples: int = 60) -> Path:
+    draw = random.Random(0)
+    lines = ["text,label"]
+    for i in range(examples):
+        words = draw.choices(_PLAIN, k=6) + draw.choices(_GOOD if i % 2 else _BAD, k=3)
+        draw.shuffle(words)
+        lines.append(f"{' '.join(words)},{'pos' if i % 2 else 'neg'}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_vectors(path: Path, dimension: int = 6) -> Path:
+    draw = random.Random(1)
+    words = _PLAIN + _GOOD[::2] + _BAD[::2]
+    lines = [f"{w} {' '.join(f'{draw.gauss(0, 1):.4f}' for _ in range(dimension))}" for w in words]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_schedule(path: Path) -> Path:
+    path.write_text(yaml.safe_dump(SCHEDULE))
+    return path
+
+
+ARGS = [
+    "--data.path=texts.csv",
+    "--data.vectors=vectors.txt",
+    "--data.batch_size=8",
+    "--rows.schedule=schedule.yaml",
+    "--model.channels=4",
+    "--model.lr=0.01",
+    "--trainer.max_epochs=6",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def write_inputs(folder: Path) -> None:
+    write_texts(folder / "texts.csv")
+    write_vectors(folder / "vectors.txt")
+    write_schedule(folder / "schedule.yaml")
+
+
+@pytest.fixture
+def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments of a run over the small data, from a working directory with nothing else."""
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    return list(ARGS)
+
+
+@pytest.fixture(scope="session")
+def fitted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    write_inputs(folder)
+    with contextlib.chdir(folder):
+        assert main(["fit", *ARGS]) == 0
+    return folder
+
+
+@pytest.fixture
+def fitted_run(fitted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The same arguments, from a copy of a working directory in which `fit` has run."""
+    shutil.copytree(fitted_folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return list(ARGS)

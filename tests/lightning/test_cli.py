@@ -1,0 +1,315 @@
+"""The command `partial-embedding`: what it leaves behind, and what it says to bad input."""
+
+import csv
+import errno
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from gensim.models import KeyedVectors
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from partial_embedding.cli import main
+from partial_embedding.recipes.text import TextClassifier
+
+ROOT = Path(__file__).parents[2]
+RUN = Path("runs/version_0")
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fit_leaves_log_checkpoints_vectors_and_picture_and_says_where(
+    small_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *small_run]) == 0
+
+    out = capfd.readouterr().out
+    assert re.search(r"embedding: \d+ of 30 rows train \(\d+ of 180 parameters\), \d+", out)
+    assert [int(e) for e in re.findall(r"stage \d from epoch (\d)", out)] == [0, 2, 4]
+    assert re.search(r"\nvalidation accuracy: \d+\.\d %\n", out)
+    assert re.search(r"audit: embedding: frozen rows by stage: .*; changed a bit: 0\n", out)
+    for what, file in {
+        "log": RUN,
+        "checkpoint": RUN / "checkpoints/last.ckpt",
+        "best checkpoint": RUN / "checkpoints/best.ckpt",
+        "vectors": RUN / "vectors.vec",
+        "picture": RUN / "rows.png",
+    }.items():
+        assert f"\n{what}: {file}\n" in out
+        assert file.exists()
+    assert any(name.startswith("events.out.tfevents") for name in files_below(RUN))
+    assert not any(name.startswith(".") for name in files_below(RUN))
+
+
+def test_the_exported_vectors_are_the_table_of_the_checkpoint(fitted_run: list[str]) -> None:
+    vectors = KeyedVectors.load_word2vec_format(str(RUN / "vectors.vec"))
+    checkpoint = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+    assert vectors.index_to_key == checkpoint["text"]["tokens"]
+    table = checkpoint["state_dict"]["embedding.weight"]
+    assert torch.equal(torch.from_numpy(vectors.vectors.copy()), table)
+
+
+def test_validate_test_and_predict_take_a_checkpoint(
+    fitted_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = files_below(Path())
+    capfd.readouterr()
+    for command in ("validate", "test"):
+        assert main([command, *fitted_run, "--ckpt_path=last"]) == 0
+        assert "accuracy" in capfd.readouterr().out
+    best = f"--ckpt_path={RUN / 'checkpoints/best.ckpt'}"
+    assert main(["predict", *fitted_run, best]) == 0
+    assert files_below(Path()) - before == {"runs/predictions.csv"}
+    with Path("runs/predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert {row["label"] for row in rows} <= {"neg", "pos"}
+
+
+def test_a_checkpoint_is_enough_to_load_the_model(fitted_run: list[str]) -> None:
+    model = TextClassifier.load_from_checkpoint(RUN / "checkpoints/last.ckpt")
+    assert model.names == ("neg", "pos")
+    assert model.vocabulary is not None
+    assert model(torch.tensor([[model.vocabulary.index["film"]] * 5])).shape == (1, 2)
+
+
+def test_the_printed_config_is_a_config(
+    small_run: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *small_run, "--print_config"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["data"]["path"] == "texts.csv"
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert main(["fit", "--config=printed.yaml", "--trainer.fast_dev_run=true"]) == 0
+
+
+@pytest.mark.parametrize("name", ["quickstart.yaml", "text_classification.yaml"])
+def test_a_config_of_the_repository_runs(
+    name: str, small_run: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    own = [f"--config={ROOT / 'configs' / name}"]
+    if name == "text_classification.yaml":
+        own += ["--data.path=texts.csv", "--data.vectors=vectors.txt", "--data.dimension=null"]
+    quick = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    where = ["--trainer.default_root_dir=runs", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", *own, *quick, *where]) == 0
+    assert {"vectors.vec", "rows.png"} <= files_below(RUN)
+
+
+# Bad input. Each case prepares something in the working directory and gives the arguments to add
+# to those of the small run, and a part of the message.
+
+Case = tuple[Callable[[], object], list[str], str]
+
+
+def write(name: str, text: str | bytes) -> Callable[[], object]:
+    data = text.encode() if isinstance(text, str) else text
+    return lambda: Path(name).write_bytes(data)
+
+
+def schedule(*stages: dict[str, Any]) -> Callable[[], object]:
+    return write("bad.yaml", yaml.safe_dump({"stages": list(stages)}))
+
+
+def nothing() -> None:
+    pass
+
+
+def stage(epoch: int, rows: object = "all") -> dict[str, Any]:
+    return {"epoch": epoch, "rows": rows}
+
+
+BAD_SCHEDULE = ["--rows.schedule=bad.yaml"]
+BAD_VECTORS = ["--data.vectors=bad.txt"]
+BAD_TEXTS = ["--data.path=bad.csv"]
+BAD_CHECKPOINT = ["--ckpt_path=bad.ckpt"]
+CASES: dict[str, Case] = {
+    "config_missing": (nothing, ["--config=none.yaml"], "none.yaml"),
+    "config_no_yaml": (write("c.yaml", "trainer: [1, {"), ["--config=c.yaml"], "c.yaml"),
+    "config_not_utf8": (write("c.yaml", b"trainer: \xff"), ["--config=c.yaml"], "UTF-8"),
+    "config_folder": (nothing, ["--config=."], "directory"),
+    "config_unknown_key": (write("c.yaml", "trainerz: 1"), ["--config=c.yaml"], "trainerz"),
+    "option_unknown": (nothing, ["--data.pathz=x"], "pathz"),
+    "option_of_wrong_type": (nothing, ["--data.batch_size=many"], "batch_size"),
+    "option_out_of_range": (nothing, ["--data.batch_size=0"], "at least 1. Received: 0"),
+    "encoder_unknown": (nothing, ["--model.encoder=lstm"], "encoder"),
+    "schedule_missing": (nothing, ["--rows.schedule=none.yaml"], "none.yaml"),
+    "schedule_no_yaml": (write("bad.yaml", "stages: [{"), BAD_SCHEDULE, "YAML"),
+    "schedule_unknown_key": (write("bad.yaml", "stagez: []"), BAD_SCHEDULE, "stagez"),
+    "schedule_unknown_key_in_stage": (
+        schedule({"epoch": 0, "rowz": "all"}),
+        BAD_SCHEDULE,
+        "stages[0]: the keys are ['epoch', 'rows']. Received: 'rowz'",
+    ),
+    "schedule_empty": (schedule(), BAD_SCHEDULE, "at least one entry. Received: []"),
+    "schedule_out_of_order": (
+        schedule(stage(0), stage(4), stage(2)),
+        BAD_SCHEDULE,
+        "rising order of epochs. Received: 2 after 4",
+    ),
+    "schedule_negative": (schedule(stage(-1)), BAD_SCHEDULE, "Received: -1"),
+    "schedule_late": (schedule(stage(3)), BAD_SCHEDULE, "starts at epoch 0. Received: 3"),
+    "rows_unknown": (schedule(stage(0, "mising")), BAD_SCHEDULE, "mising"),
+    "rows_outside": (schedule(stage(0, [3, 999])), BAD_SCHEDULE, "[0, 30). Received: 999"),
+    "rows_outside_in_a_later_stage": (
+        schedule(stage(0), stage(5, [30])),
+        BAD_SCHEDULE,
+        "[0, 30). Received: 30",
+    ),
+    "rows_negative": (schedule(stage(0, [-1])), BAD_SCHEDULE, "-1"),
+    "rows_twice": (schedule(stage(0, [3, 4, 3])), BAD_SCHEDULE, "3"),
+    "rows_mask_too_short": (schedule(stage(0, [True, False])), BAD_SCHEDULE, "30 rows"),
+    "rows_empty": (schedule(stage(0, [])), BAD_SCHEDULE, "not empty. Received: []"),
+    "vectors_missing": (nothing, BAD_VECTORS, "bad.txt, which is missing"),
+    "vectors_empty": (write("bad.txt", ""), BAD_VECTORS, "bad.txt, which has none"),
+    "vectors_header_lies": (write("bad.txt", "9 2\nfilm 1 2\n"), BAD_VECTORS, "9 rows"),
+    "vectors_ragged": (write("bad.txt", "film 1 2\nplot 1\n"), BAD_VECTORS, "line 2"),
+    "vectors_no_number": (write("bad.txt", "film 1 2\nplot 1 x\n"), BAD_VECTORS, "'x'"),
+    "vectors_nan": (write("bad.txt", "film 1 2\nplot 1 nan\n"), BAD_VECTORS, "nan"),
+    "vectors_not_utf8": (write("bad.txt", b"film 1 2\n\xff 1 2\n"), BAD_VECTORS, "UTF-8"),
+    "vectors_of_other_words": (write("bad.txt", "qqq 1 2\n"), BAD_VECTORS, "language"),
+    "vectors_gzip_damaged": (write("bad.gz", b"\x1f\x8b\x08"), ["--data.vectors=bad.gz"], "bad.gz"),
+    "vectors_of_other_dimension": (nothing, ["--data.dimension=7"], "7 values each. Received: 6"),
+    "texts_missing": (nothing, BAD_TEXTS, "bad.csv, which is missing"),
+    "texts_empty": (write("bad.csv", ""), BAD_TEXTS, "bad.csv, which has none"),
+    "texts_header_only": (write("bad.csv", "text,label\n"), BAD_TEXTS, "which has none"),
+    "texts_no_text_column": (write("bad.csv", "txt,label\na,b\n"), BAD_TEXTS, "'text'"),
+    "texts_no_label_column": (write("bad.csv", "text,lab\na,b\n"), BAD_TEXTS, "'label'"),
+    "texts_one_class": (write("bad.csv", "text,label\na,x\nb,x\n"), BAD_TEXTS, "two classes"),
+    "texts_of_unknown_kind": (write("bad.xls", "x"), ["--data.path=bad.xls"], ".xls"),
+    "texts_share": (nothing, ["--data.validation_share=1.5"], "(0, 1). Received: 1.5"),
+    "checkpoint_missing": (nothing, BAD_CHECKPOINT, "bad.ckpt, which is missing"),
+    "checkpoint_no_checkpoint": (write("bad.ckpt", "PK no zip"), BAD_CHECKPOINT, "bad.ckpt"),
+    "checkpoint_empty": (write("bad.ckpt", ""), BAD_CHECKPOINT, "bad.ckpt"),
+    "checkpoint_of_nothing": (
+        lambda: torch.save({"state_dict": {}}, "bad.ckpt"),
+        BAD_CHECKPOINT,
+        "bad.ckpt",
+    ),
+    "checkpoint_last_of_no_run": (nothing, ["--ckpt_path=last"], "which holds none"),
+    "export_suffix": (nothing, ["--export.suffix=xyz"], "xyz"),
+    "picture_suffix": (nothing, ["--monitor.picture=xyz"], "xyz"),
+}
+
+
+def assert_one_line(code: int, error: str, part: str) -> None:
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert code == 2, error
+    assert len(lines) == 1
+    assert "Traceback" not in error
+    assert error.endswith(lines[0] + "\n")
+    assert part in lines[0]
+
+
+@pytest.mark.parametrize(("prepare", "args", "part"), CASES.values(), ids=CASES)
+def test_bad_input_gets_one_line_and_leaves_no_file(
+    prepare: Callable[[], object],
+    args: list[str],
+    part: str,
+    small_run: list[str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    prepare()
+    before = files_below(Path())
+    capfd.readouterr()
+    code = main(["fit", *small_run, *args])
+    assert_one_line(code, capfd.readouterr().err, part)
+    assert files_below(Path()) == before
+
+
+def test_no_command_gets_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert_one_line(main([]), capfd.readouterr().err, "")
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["--data.seed=5"], "vocabulary it was trained on"),
+        (["--data.path=other.csv"], "vocabulary it was trained on"),
+        (["--data.vectors=wide.txt"], "6 values each"),
+        (["--rows.schedule={stages: [{epoch: 0, rows: none}]}"], "a resumed run trains the rows"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    args: list[str], part: str, fitted_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("other.csv").write_text(Path("texts.csv").read_text().replace("film", "book"))
+    write_wide_vectors()
+    before = {name: Path(name).read_bytes() for name in files_below(Path())}
+    capfd.readouterr()
+    code = main(["fit", *fitted_run, *args, "--ckpt_path=last"])
+    assert_one_line(code, capfd.readouterr().err, part)
+    assert {name: Path(name).read_bytes() for name in files_below(Path())} == before
+
+
+def write_wide_vectors() -> None:
+    lines = Path("vectors.txt").read_text().splitlines()
+    Path("wide.txt").write_text("".join(f"{line} 0.5\n" for line in lines))
+
+
+def test_a_full_disk_gets_one_line_and_leaves_no_half_of_a_file(
+    small_run: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(self: KeyedVectors, fname: str, **_: object) -> None:
+        Path(fname).write_text("30 6\n<pad> 0")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(KeyedVectors, "save_word2vec_format", write_half)
+    code = main(["fit", *small_run, "--trainer.max_epochs=1"])
+    assert_one_line(code, capfd.readouterr().err, "No space left on device")
+    assert not [name for name in files_below(RUN) if "vectors" in name]
+
+
+class MovesFrozenRows(Callback):
+    """What an optimizer that rowwise did not prepare would do."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, TextClassifier)
+        pl_module.embedding.weight.data += 1e-3
+
+
+def test_frozen_rows_that_moved_fail_the_command(
+    small_run: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextClassifier, "configure_callbacks", lambda _: [MovesFrozenRows()])
+    code = main(["fit", *small_run])
+    error = capfd.readouterr().err
+    assert code == 1
+    assert re.search(r"^error: embedding: \d+ frozen rows changed by step \d+", error, re.MULTILINE)
+    assert "Traceback" not in error
+    assert "vectors.vec" not in files_below(RUN)
+
+
+@pytest.mark.parametrize("name", ["schedule_out_of_order", "vectors_ragged", "option_unknown"])
+def test_bad_input_ends_a_real_process_with_code_2(name: str, small_run: list[str]) -> None:
+    prepare, args, part = CASES[name]
+    prepare()
+    command = [sys.executable, "-m", "partial_embedding.cli", "fit", *small_run, *args]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert_one_line(done.returncode, done.stderr, part)
+
+
+def test_checkpoints_keep_the_last_epoch_also_when_it_is_not_the_best(
+    small_run: list[str],
+) -> None:
+    assert main(["fit", *small_run, "--model.lr=0"]) == 0
+    epochs = {
+        name: torch.load(RUN / f"checkpoints/{name}.ckpt", weights_only=True)["epoch"]
+        for name in ("last", "best")
+    }
+    assert epochs == {"last": 5, "best": 0}

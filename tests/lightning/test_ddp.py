@@ -1,0 +1,162 @@
+"""Two processes: ranks hold the same bits after every batch, and frozen rows keep theirs."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
+
+import torch
+from ddp_worker import CASES
+from small_runs import (
+    BATCHES,
+    STAGES,
+    Net,
+    Reference,
+    Witness,
+    assert_frozen_rows_kept_their_bits,
+    same_bits,
+    starting_table,
+)
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+ROOT = Path(__file__).resolve().parents[2]
+STAGES_OF = {name: {0: (), 1: (5,)} if name == "none_first" else STAGES for name in CASES}
+# The reference has an untied head, steps all rows, and begins with some.
+AS_ONE = ["sparse", "dense", "accumulate", "clipped"]
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+def run_both_ranks(folder: Path) -> None:
+    """Run all cases in one pair of processes, whose files and logs go to a folder."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    common = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "NODE_RANK": "0",
+    }
+    processes = []
+    for rank in range(2):
+        with (folder / f"{rank}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(WORKER), str(folder)],
+                    env={**common, "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=folder,
+                )
+            )
+    try:
+        for process in processes:
+            process.wait(timeout=240)
+    finally:
+        for process in processes:
+            process.kill()
+        codes = [process.wait() for process in processes]
+        (folder / "codes").write_text(str(codes))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of the two ranks saw, for each case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    first = True
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers share the folder above their own: the first one runs, the others wait for it.
+        folder = tmp_path_factory.getbasetemp().parent / "ranks"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            first = False
+    if first:
+        run_both_ranks(folder)
+    patience = time.monotonic() + 300
+    while not (folder / "codes").exists() and time.monotonic() < patience:
+        time.sleep(0.2)
+    said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
+    assert (folder / "codes").read_text() == "[0, 0]", said
+    # Lines are printed once, and not by each rank.
+    assert said.count("audit: words") == len(CASES)
+    return {
+        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for case in CASES
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_hold_the_same_bits_after_every_batch(
+    case: str, ranks: dict[str, list[dict[str, Any]]]
+) -> None:
+    zero, one = ranks[case]
+    assert zero["epochs"] == one["epochs"]
+    assert len(zero["weights"]) == len(one["weights"]) == 4 * BATCHES
+    for a, b in zip(zero["weights"], one["weights"], strict=True):
+        assert a.keys() == b.keys()
+        assert all(same_bits(a[name], b[name]) for name in a)
+    # They saw different data, so that it is the exchange that keeps them together.
+    for (ids, _), (others, _) in zip(zero["batches"], one["batches"], strict=True):
+        assert not torch.equal(ids, others)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frozen_rows_keep_their_bits_on_every_rank(
+    case: str, ranks: dict[str, list[dict[str, Any]]]
+) -> None:
+    for rank in ranks[case]:
+        witness = Witness()
+        witness.seen, witness.epochs = rank["weights"], rank["epochs"]
+        stages = STAGES_OF[case]
+        assert_frozen_rows_kept_their_bits(witness, starting_table(), stages=stages)
+        frozen = [(12 - len(rows), 0) for rows in stages.values()]
+        assert rank["reports"] == frozen
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_hold_the_same_optimizer_state(
+    case: str, ranks: dict[str, list[dict[str, Any]]]
+) -> None:
+    zero, one = (str(rank["optimizer"]) for rank in ranks[case])
+    assert zero == one
+    assert "exp_avg" in zero
+
+
+@pytest.mark.parametrize("case", AS_ONE)
+def test_two_processes_train_rows_as_one_with_both_batches(
+    case: str, ranks: dict[str, list[dict[str, Any]]]
+) -> None:
+    zero, one = ranks[case]
+    options = CASES[case].get("trainer", {})
+    accumulate = options.get("accumulate_grad_batches", 1)
+    max_norm = options.get("gradient_clip_val", 1e9)
+    reference = Reference(Net().build(), {"words": STAGES})
+    for i, seen in enumerate(zero["weights"]):
+        epoch, index = divmod(i, BATCHES)
+        if index == 0:
+            reference.begin_epoch(epoch)
+        for rank in (zero, one):
+            reference.backward(rank["batches"][i], scale=lambda loss: loss / (2 * accumulate))
+        if (index + 1) % accumulate == 0 or index + 1 == BATCHES:
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), max_norm)
+            reference.step()
+        # Ranks sum what each of them summed: the order differs.
+        for name, wanted in reference.weights().items():
+            torch.testing.assert_close(seen[name], wanted, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,590 @@
+"""`RowUnfreezing`: what it says, what it refuses, checkpoints, resuming and the audit."""
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import (
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from small_runs import (
+    BATCHES,
+    EPOCHS,
+    NEVER_TRAINED,
+    SCHEDULE,
+    STAGES,
+    Net,
+    Parts,
+    Witness,
+    adamw,
+    assert_frozen_rows_kept_their_bits,
+    assert_same_run,
+    data,
+    fit,
+    loader,
+    reference_run,
+    rows_that_differ,
+    same_bits,
+    starting_table,
+    trainer,
+)
+from torch import Tensor, nn
+
+from partial_embedding import InputError, Rows, Schedule, Vocabulary
+from partial_embedding.callbacks.lightning import RowUnfreezing
+from partial_embedding.torch.audit import FrozenRowsMoved
+
+
+def stages(**rows_by_epoch: Any) -> dict[str, Any]:
+    """A schedule from `epoch_0=[1, 2]` and the like."""
+    made = [{"epoch": int(k.removeprefix("epoch_")), "rows": v} for k, v in rows_by_epoch.items()]
+    return {"stages": made}
+
+
+# The forms of a schedule
+
+
+def as_file(folder: Path) -> Path:
+    path = folder / "schedule.yaml"
+    lines = [f"  - {{epoch: {epoch}, rows: {list(rows)}}}" for epoch, rows in STAGES.items()]
+    path.write_text("stages:\n" + "\n".join(lines) + "\n")
+    return path
+
+
+FORMS: dict[str, Callable[[Path], Any]] = {
+    "mapping": lambda _: SCHEDULE,
+    "schedule": lambda _: Schedule.parse(SCHEDULE),
+    "yaml_path": as_file,
+    "yaml_path_as_text": lambda folder: str(as_file(folder)),
+    "by_name": lambda _: {"words": SCHEDULE},
+    "by_name_from_a_file": lambda folder: {"words": as_file(folder)},
+    "tensors_of_rows": lambda _: {
+        "stages": [{"epoch": e, "rows": torch.tensor(r)} for e, r in STAGES.items()]
+    },
+    "masks": lambda _: {
+        "stages": [{"epoch": e, "rows": np.isin(np.arange(12), r)} for e, r in STAGES.items()]
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_schedule_may_be_given_in_every_form(form: str, tmp_path: Path) -> None:
+    expected = reference_run(Net().build())
+    net = Net().build()
+    witness = fit(net, schedule=FORMS[form](tmp_path))
+    assert_frozen_rows_kept_their_bits(witness, starting_table())
+    assert_same_run(witness, expected)
+
+
+@pytest.mark.parametrize("owner", ["argument", "datamodule", "module"])
+def test_rows_that_need_a_vocabulary_find_it(owner: str) -> None:
+    vocabulary = Vocabulary(map(str, range(12)), counts=range(12), missing=[2, 5])
+    schedule = stages(epoch_0="missing", epoch_1={"union": ["missing", {"most_frequent": 3}]})
+    net, witness = Net().build(), Witness()
+    callback = RowUnfreezing(schedule, vocabulary if owner == "argument" else None)
+    datamodule = pl.LightningDataModule()
+    datamodule.train_dataloader = lambda: loader(data())
+    if owner != "argument":
+        (datamodule if owner == "datamodule" else net).vocabulary = vocabulary
+    trainer(callback, witness).fit(net, datamodule=datamodule)
+    rows = {0: (2, 5), 1: (2, 5, 9, 10, 11)}
+    assert_frozen_rows_kept_their_bits(witness, starting_table(), stages=rows)
+
+
+# What it says
+
+
+def test_lines_say_what_trains_when_stages_begin_and_what_the_audit_found(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    vocabulary = Vocabulary(map(str, range(12)), counts=[1] * 10 + [5] * 2)
+    net = Net().build()
+    fit(net, unfreezing=RowUnfreezing(SCHEDULE, vocabulary, audit=True))
+    assert capsys.readouterr().out.splitlines() == [
+        "words: 3 of 12 rows train (12 of 48 parameters), 15 parameters elsewhere",
+        "words: stage 0 from epoch 0: 3 rows train, 25.0 % of the table, 15.0 % of training tokens",
+        "words: stage 1 from epoch 1: 5 rows train, 41.7 % of the table, 25.0 % of training tokens",
+        "words: stage 2 from epoch 3: 3 rows train, 25.0 % of the table, 15.0 % of training tokens",
+        "audit: words: frozen rows by stage: 9, 7, 9; changed a bit: 0",
+    ]
+
+
+def test_without_audit_no_audit_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(Net().build(("words", "items")), unfreezing=RowUnfreezing({"items": SCHEDULE}))
+    lines = capsys.readouterr().out.splitlines()
+    # The other table trains whole, and counts among the parameters elsewhere.
+    assert lines[0].startswith("items: 3 of 12 rows train (12 of 48 parameters), 63 parameters")
+    assert len(lines) == 1 + len(STAGES)
+    assert not any("audit" in line for line in lines)
+
+
+# What it refuses, before any step
+
+
+def without_the_table(parts: Parts) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(parts["head"])]
+
+
+def adafactor(parts: Parts) -> list[torch.optim.Optimizer]:
+    return [torch.optim.Adafactor([p for part in parts.values() for p in part])]
+
+
+class Tableless(Net):
+    """Has a plain embedding only."""
+
+    def build(self, *arguments: Any, **options: Any) -> Any:
+        return super().build(*arguments, plain=True, **options)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
+    "no_table": (lambda: Tableless().build(), SCHEDULE, ("PartialEmbedding", "Tableless")),
+    "no_optimizer_holds_it": (
+        lambda: Net().build(make=without_the_table),
+        SCHEDULE,
+        ("optimizer", "'words'"),
+    ),
+    "one_of_two_without_optimizer": (
+        lambda: Net().build(
+            ("words", "items"), make=lambda p: adamw({"a": [*p["words"], *p["head"]]})
+        ),
+        SCHEDULE,
+        ("optimizer", "'items'"),
+    ),
+    "unknown_name": (
+        lambda: Net().build(),
+        {"words": SCHEDULE, "wrods": SCHEDULE},
+        ("['words']", "'wrods'"),
+    ),
+    "rows_beyond_at_once": (lambda: Net().build(), stages(epoch_0=[12]), ("words", "[0, 12)")),
+    "rows_beyond_in_a_later_stage": (
+        lambda: Net().build(),
+        stages(epoch_0=[1], epoch_50=[40]),
+        ("words", "[0, 12)", "40"),
+    ),
+    "short_mask": (lambda: Net().build(), stages(epoch_0=[True] * 3), ("words", "12 rows", "3")),
+    "no_vocabulary": (lambda: Net().build(), stages(epoch_0="missing"), ("words", "vocabulary")),
+    "lazy_across_rows": (
+        lambda: Net().build(make=adafactor),
+        SCHEDULE,
+        ("lazy", "Adafactor"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_any_step(case: str) -> None:
+    make, schedule, named = REFUSED[case]
+    net = make()
+    callback = RowUnfreezing(schedule, lazy=case.startswith("lazy"))
+    with pytest.raises(InputError) as refused:
+        fit(net, unfreezing=callback)
+    for part in named:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert net.steps_begun == 0
+    assert same_bits(net.words.weight, starting_table())
+
+
+MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "no_stage": ({"stages": []}, ("stages", "[]")),
+    "bad_rows": (stages(epoch_0=[1, 1]), ("stages[0].rows", "1 twice")),
+    "bad_rows_by_name": ({"words": stages(epoch_0=[-1])}, ("stages[0].rows", "-1")),
+    "no_such_file": ("no/such/schedule.yaml", ("no/such/schedule.yaml", "No such file")),
+    "empty_mapping": ({}, ("'stages'",)),
+    "number": (3, ("Received: 3",)),
+}
+
+
+@pytest.mark.parametrize(("schedule", "named"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_schedule_is_refused_when_the_callback_is_made(
+    schedule: Any, named: tuple[str, ...]
+) -> None:
+    with pytest.raises(InputError) as refused:
+        RowUnfreezing(schedule)
+    for part in named:
+        assert part in str(refused.value)
+
+
+def sharding_strategies() -> list[Any]:
+    packages = [pl]
+    try:
+        import lightning.pytorch
+
+        packages.append(lightning.pytorch)
+    except ModuleNotFoundError:
+        pass  # its strategies have the same names
+    names = ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"]
+    return [
+        pytest.param(getattr(package.strategies, name), id=f"{package.__name__}.{name}")
+        for package in packages
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("strategy", sharding_strategies())
+@pytest.mark.parametrize("derived", [False, True], ids=["itself", "a_subclass"])
+def test_strategies_that_shard_are_refused(strategy: type, derived: bool) -> None:
+    kind = type("Custom", (strategy,), {}) if derived else strategy
+    # Not initialised: these strategies want a GPU, or a package that is not installed.
+    fake = SimpleNamespace(strategy=object.__new__(kind))
+    callback = RowUnfreezing(SCHEDULE)
+    with pytest.raises(InputError, match=kind.__name__):
+        callback.setup(fake, Net().build(), "fit")
+    callback.setup(fake, Net().build(), "test")  # nothing is trained there
+
+
+def test_a_strategy_that_shards_is_refused_when_fit_starts() -> None:
+    class FSDPStrategy(SingleDeviceStrategy):
+        """Stands in for Lightning's own, which needs a GPU."""
+
+    net = Net().build()
+    with pytest.raises(InputError, match=r"FSDPStrategy.*DDP"):
+        fit(net, strategy=FSDPStrategy(device=torch.device("cpu")))
+    assert net.steps_begun == 0
+
+
+def test_a_frozen_table_that_is_stepped_without_the_callback_is_warned_of_once() -> None:
+    net = Net().build(sparse=False)
+    net.words.set_trainable_rows([1, 4])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(max_epochs=2).fit(net, loader(data()))
+        prepared = Net().build()
+        fit(prepared)
+    told = [str(w.message) for w in caught if "rowwise" in str(w.message)]
+    assert len(told) == 1
+    assert "RowUnfreezing" in told[0]
+    assert "AdamW" in told[0]
+
+
+# Checkpoints
+
+
+class Keep(pl.Callback):
+    """Keeps a checkpoint after each epoch, and the optimizer's state at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.optimizer: dict[str, Any] = {}
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.optimizer = trainer.optimizers[0].state_dict()
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """A nested state as a flat mapping, with tensors as bytes."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value))
+    elif isinstance(value, Tensor):
+        as_bytes = value.contiguous().flatten().view(torch.uint8).tolist()
+        return {path: (str(value.dtype), tuple(value.shape), as_bytes)}
+    else:
+        return {path: value}
+    return {k: v for key, part in items for k, v in leaves(part, f"{path}/{key}").items()}
+
+
+@pytest.mark.parametrize("saved_after", range(EPOCHS - 1))
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("lazy", [False, True], ids=["all_rows", "lazy"])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    saved_after: int, precision: str, lazy: bool, tmp_path: Path
+) -> None:
+    def run(net: Any, keep: Keep, **options: Any) -> Witness:
+        callback = RowUnfreezing(SCHEDULE, lazy=lazy, audit=True)
+        return fit(net, keep, unfreezing=callback, precision=precision, **options)
+
+    whole, kept = Net().build(), Keep(tmp_path)
+    witness = run(whole, kept)
+    # Another start: all that counts must come from the checkpoint.
+    resumed, kept_again = Net().build(seed=9), Keep(tmp_path / "again")
+    after = run(resumed, kept_again, ckpt_path=tmp_path / f"{saved_after}.ckpt")
+
+    assert len(after.seen) == (EPOCHS - 1 - saved_after) * BATCHES
+    assert_same_run(after, witness.seen[-len(after.seen) :])
+    assert leaves(resumed.state_dict()) == leaves(whole.state_dict())
+    state, wanted = leaves(kept_again.optimizer), leaves(kept.optimizer)
+    assert state == wanted
+    assert any("exp_avg" in path for path in wanted)
+    assert any("rows" in path for path in wanted)
+
+
+def test_a_checkpoint_by_lightnings_own_callback_resumes(tmp_path: Path) -> None:
+    whole = Net().build()
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    witness = fit(whole, saving, enable_checkpointing=True)
+    assert len(list(tmp_path.iterdir())) == EPOCHS
+    resumed = Net().build(seed=9)
+    after = fit(resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert_same_run(after, witness.seen[-len(after.seen) :])
+
+
+def test_checkpoints_hold_the_state_of_trainable_rows_only(tmp_path: Path) -> None:
+    fit(Net().build(), Keep(tmp_path))
+    saved = torch.load(tmp_path / "0.ckpt", weights_only=True)
+    assert list(saved["state_dict"]) == ["words.weight", "head.weight", "head.bias"]
+    shapes = {
+        path: value[1]
+        for path, value in leaves(saved["optimizer_states"]).items()
+        if "exp_avg" in path and isinstance(value, tuple)
+    }
+    assert sorted(set(shapes.values())) == [(3,), (3, 4)]
+    assert (12, 4) not in shapes.values()
+
+
+def plain_fit(net: Any, *more: pl.Callback, ckpt_path: Any = None, **options: Any) -> Witness:
+    """A run without `RowUnfreezing`."""
+    witness = Witness()
+    trainer(*more, witness, **options).fit(net, loader(data()), ckpt_path=ckpt_path)
+    return witness
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("plain", [True, False], ids=["plain_embedding", "partial_embedding"])
+def test_a_checkpoint_of_the_callback_loads_without_it(plain: bool, tmp_path: Path) -> None:
+    witness = fit(Net().build(), Keep(tmp_path))
+    net = Net().build(plain=plain, sparse=False, seed=9)
+    after = plain_fit(net, ckpt_path=tmp_path / "1.ckpt", max_epochs=3)
+    assert after.epochs == [2] * BATCHES
+    # All rows move now; the table's moments begin afresh, so that each first step is lr long.
+    start = witness.seen[2 * BATCHES - 1]["words.weight"]
+    assert rows_that_differ(after.seen[-1]["words.weight"], start) == list(range(12))
+    ids = loader(data()).dataset.tensors[0][:4].unique()
+    first = after.seen[0]["words.weight"][ids] - start[ids] * (1 - 0.1 * 0.3)
+    torch.testing.assert_close(first.abs(), torch.full_like(first, 0.1), rtol=1e-3, atol=1e-4)
+
+
+def test_a_checkpoint_of_a_plain_run_loads_with_the_callback(tmp_path: Path) -> None:
+    plain_fit(Net().build(plain=True), Keep(tmp_path), max_epochs=2)
+    saved = torch.load(tmp_path / "1.ckpt", weights_only=True)
+    start = saved["state_dict"]["words.weight"]
+    net = Net().build(seed=9)
+    schedule = stages(epoch_0=[1, 4])
+    # Nobody saved where the schedule stood: it stands where the trainer's epoch does.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        witness = fit(net, schedule=schedule, ckpt_path=tmp_path / "1.ckpt")
+    assert_frozen_rows_kept_their_bits(witness, start, stages={0: (1, 4)})
+    # The rows that train go on with their part of the moments, as the plain run would.
+    plain = Net().build(plain=True, seed=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        went_on = plain_fit(plain, ckpt_path=tmp_path / "1.ckpt")
+    first, wanted = witness.seen[0]["words.weight"], went_on.seen[0]["words.weight"]
+    torch.testing.assert_close(first[[1, 4]], wanted[[1, 4]])
+
+
+CHANGED = {
+    # Where the checkpoint stands (epoch 1), and after it, which rows train; and whether that goes.
+    "same": (SCHEDULE, True),
+    "later_stages_changed": (stages(epoch_0=[1, 4, 6], epoch_1=STAGES[1], epoch_2="all"), True),
+    "later_stages_dropped": (stages(epoch_0=[1, 4, 6], epoch_1=STAGES[1]), True),
+    "past_stages_changed": (stages(epoch_0="none", epoch_1=STAGES[1]), True),
+    "given_by_a_mask": (stages(epoch_0=np.isin(np.arange(12), STAGES[1])), False),
+    "other_rows_now": (stages(epoch_0=[1, 4, 6], epoch_1=[1, 4]), False),
+    "stage_not_begun_yet": (stages(epoch_0=[1, 4, 6], epoch_2=STAGES[1]), False),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_schedule_is_accepted_where_the_same_rows_train(
+    case: str, tmp_path: Path
+) -> None:
+    schedule, accepted = CHANGED[case]
+    fit(Net().build(), Keep(tmp_path))
+    net = Net().build(seed=9)
+    if accepted:
+        witness = fit(net, schedule=schedule, ckpt_path=tmp_path / "1.ckpt")
+        assert len(witness.seen) == (EPOCHS - 2) * BATCHES
+        return
+    with pytest.raises(InputError, match="epoch 1"):
+        fit(net, schedule=schedule, ckpt_path=tmp_path / "1.ckpt")
+    assert net.steps_begun == 0
+
+
+def test_a_callback_serves_one_fit_after_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = RowUnfreezing(SCHEDULE, audit=1)
+    first, second, third = Net().build(), Net().build(), Net().build(seed=9)
+    run = fit(first, Keep(tmp_path), unfreezing=callback)
+    printed = capsys.readouterr().out
+    again = fit(second, unfreezing=callback)
+    assert_same_run(again, run.seen)
+    assert capsys.readouterr().out == printed
+    # After a resumed run, too, a new one begins at the beginning.
+    fit(third, unfreezing=callback, ckpt_path=tmp_path / "1.ckpt")
+    capsys.readouterr()
+    fourth = Net().build()
+    assert_same_run(fit(fourth, unfreezing=callback), run.seen)
+    assert capsys.readouterr().out == printed
+
+
+def test_a_trainer_goes_on_where_it_stopped() -> None:
+    expected = reference_run(Net().build())
+    net, witness = Net().build(), Witness()
+    made = trainer(RowUnfreezing(SCHEDULE), witness, max_epochs=1)
+    made.fit(net, loader(data()))
+    begun = len(witness.seen)
+    assert_same_run(witness, expected[:begun])
+    before = net.words.weight.detach().clone()
+    made.fit_loop.max_epochs = EPOCHS
+    made.fit(net, loader(data()))
+    # A new optimizer was made, so numbers differ; which rows train does not.
+    witness.seen, witness.epochs = witness.seen[begun:], witness.epochs[begun:]
+    later = {epoch: rows for epoch, rows in STAGES.items() if epoch > 0}
+    assert_frozen_rows_kept_their_bits(witness, before, stages=later)
+
+
+# The audit
+
+
+class Meddling(pl.Callback):
+    """Writes into a row before a step, as a careless user's callback may."""
+
+    def __init__(self, step: int, row: int, write: Callable[[Tensor], Any]) -> None:
+        self.step, self.row, self.write = step, row, write
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.write(pl_module.words.weight.data[self.row])
+
+
+def flip_a_sign(row: Tensor) -> None:
+    row[2] = -row[2]
+
+
+def move_by_the_least(row: Tensor) -> None:
+    row[0] = torch.nextafter(row[0], torch.tensor(9.0))
+
+
+def swap_two(row: Tensor) -> None:
+    row[:2] = row[:2].flip(0).clone()
+
+
+WRITES = {"sign_of_zero": flip_a_sign, "last_bit": move_by_the_least, "swapped": swap_two}
+
+
+@pytest.mark.parametrize("audit", [1, 2, 5])
+@pytest.mark.parametrize("write", WRITES)
+def test_the_audit_names_table_row_and_step(audit: int, write: str) -> None:
+    net = Net().build()
+    callback = RowUnfreezing(SCHEDULE, audit=audit)
+    # Row 10 never trains; its value at 2 is 0.0.
+    with pytest.raises(FrozenRowsMoved) as raised:
+        fit(net, Meddling(4, 10, WRITES[write]), unfreezing=callback)
+    # It happened before the fifth step, and is found at the next audit.
+    step = next(step for step in range(5, 13) if step % audit == 0)
+    assert re.search(rf"words: 1 frozen rows? changed by step {step}: 10\b", str(raised.value))
+
+
+def test_the_audit_finds_a_write_at_the_end_of_its_stage() -> None:
+    net = Net().build()
+    callback = RowUnfreezing(SCHEDULE, audit=True)
+    with pytest.raises(FrozenRowsMoved, match=r"words: .* 10\b") as raised:
+        fit(net, Meddling(4, 10, flip_a_sign), unfreezing=callback)
+    assert net.steps_begun == 3 * BATCHES  # stage 1 ends with epoch 2
+    assert "averages" in str(raised.value)
+
+
+def test_the_audit_at_the_end_of_the_run_names_the_last_step() -> None:
+    callback = RowUnfreezing(SCHEDULE, audit=True)
+    with pytest.raises(FrozenRowsMoved, match=r"by step 12: 10\b"):
+        fit(Net().build(), Meddling(10, 10, flip_a_sign), unfreezing=callback)
+
+
+def test_the_audit_leaves_trainable_rows_alone_and_can_be_switched_off() -> None:
+    fit(Net().build(), Meddling(4, 8, flip_a_sign), unfreezing=RowUnfreezing(SCHEDULE, audit=1))
+    fit(Net().build(), Meddling(4, 10, flip_a_sign), unfreezing=RowUnfreezing(SCHEDULE))
+    # Row 8 is frozen until epoch 1, and a write before that is found.
+    with pytest.raises(FrozenRowsMoved, match=r"by step 2: 8\b"):
+        fit(Net().build(), Meddling(1, 8, flip_a_sign), unfreezing=RowUnfreezing(SCHEDULE, audit=1))
+
+
+def test_the_audit_sees_an_optimizer_that_is_not_prepared() -> None:
+    class Careless(pl.Callback):
+        """Steps the same weights with an optimizer of its own."""
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            weight = pl_module.words.weight
+            weight.grad = torch.zeros_like(weight)
+            torch.optim.SGD([weight], lr=0.1, weight_decay=0.1).step()
+            weight.grad = None
+
+    with (
+        pytest.raises(FrozenRowsMoved, match="rowwise"),
+        pytest.warns(UserWarning, match="rowwise"),
+    ):
+        fit(Net().build(), Careless(), unfreezing=RowUnfreezing(SCHEDULE, audit=1))
+
+
+AVERAGING = {
+    "stochastic": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
+    "mean": WeightAveraging,
+}
+
+
+@pytest.mark.parametrize("average", AVERAGING.values(), ids=AVERAGING)
+def test_the_audit_sees_averages_that_are_put_into_frozen_rows_at_the_end(average: Any) -> None:
+    net = Net().build()
+    with torch.no_grad():
+        net.words.weight.abs_()  # an average of -0.0 may be 0.0
+    # Rows 4 and 6 train, then freeze; their averages over the run are other values.
+    schedule = stages(epoch_0=[1, 4, 6], epoch_2=[1])
+    callback = RowUnfreezing(schedule, audit=True)
+    with pytest.raises(FrozenRowsMoved, match=r"words: 2 frozen rows .*: 4, 6\b.*averages"):
+        fit(net, average(), unfreezing=callback)
+
+
+def test_a_run_that_raises_leaves_a_whole_model() -> None:
+    class Breaks(pl.Callback):
+        """Fails in the middle of an optimizer step, after the table was replaced."""
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            if trainer.global_step == 5:
+                raise KeyError("broken")
+
+    net = Net().build()
+    weight = net.words.weight
+    witness = Witness()
+    made = trainer(RowUnfreezing(SCHEDULE), Breaks(), witness)
+    with pytest.raises(KeyError, match="broken"):
+        made.fit(net, loader(data()))
+    assert net.words.weight is weight
+    held = [p for group in made.optimizers[0].param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in net.parameters()}
+    assert same_bits(weight, witness.seen[-1]["words.weight"])
+    frozen = list(NEVER_TRAINED)
+    assert same_bits(weight[frozen], starting_table()[frozen])
+
+
+def test_schedules_may_freeze_everything_and_padding_never_trains() -> None:
+    class Padded(Net):
+        def build(self, *arguments: Any, **options: Any) -> Any:
+            built = super().build(*arguments, **options)
+            built.words.padding_idx = 0
+            return built
+
+    net = Padded().build()
+    schedule = stages(epoch_0="none", epoch_1="all", epoch_2=Rows.none(), epoch_3=[0, 1])
+    witness = fit(net, schedule=schedule)
+    rows = {0: (), 1: tuple(range(1, 12)), 2: (), 3: (1,)}
+    assert_frozen_rows_kept_their_bits(witness, starting_table(), stages=rows)
+    assert isinstance(net.words, nn.Embedding)

@@ -1,0 +1,289 @@
+"""The house: what an import loads, what is packaged, and the habits that no linter knows."""
+
+import ast
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import partial_embedding
+
+ROOT = Path(__file__).resolve().parents[1]
+FRAMEWORKS = frozenset({"torch", "tensorflow", "keras", "jax", "pytorch_lightning", "lightning"})
+# The link to `callbacks/` is left out: its files are listed under their own folder.
+SOURCES = sorted(
+    path
+    for folder in ("partial_embedding", "callbacks")
+    for path in (ROOT / folder).rglob("*.py")
+    if (ROOT / "partial_embedding" / "callbacks") not in path.parents
+)
+
+
+def python(*arguments: str, cwd: Path | None = None) -> str:
+    """What a fresh Python process prints."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def frameworks_after(module: str, folder: Path) -> set[str]:
+    """The frameworks that a fresh process has loaded after an import."""
+    probe = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(python("-c", probe, cwd=folder))
+    assert module in loaded
+    return {name.partition(".")[0] for name in loaded} & FRAMEWORKS
+
+
+# Imports
+
+
+@pytest.mark.parametrize(
+    "module", ["partial_embedding", "partial_embedding.text", "partial_embedding.vectors"]
+)
+def test_the_pure_part_loads_no_framework(module: str, tmp_path: Path) -> None:
+    assert frameworks_after(module, tmp_path) == set()
+
+
+def test_the_torch_half_loads_torch_and_no_other_framework(tmp_path: Path) -> None:
+    # It shows, too, that the probe sees a framework where there is one.
+    pytest.importorskip("torch")
+    assert frameworks_after("partial_embedding.torch", tmp_path) == {"torch"}
+
+
+def test_the_lightning_callbacks_load_torch_and_one_lightning(tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_lightning")
+    loaded = frameworks_after("partial_embedding.callbacks.lightning", tmp_path)
+    assert loaded - {"lightning"} == {"torch", "pytorch_lightning"}
+
+
+def test_callbacks_are_imported_from_the_package() -> None:
+    pytest.importorskip("pytorch_lightning")
+    from partial_embedding.callbacks import lightning
+
+    assert lightning.__name__ == "partial_embedding.callbacks.lightning"
+    assert lightning.RowUnfreezing.__module__ == lightning.__name__
+
+
+# What applies, and may import anything but the other framework.
+SHELLS = {"recipes", "cli", "callbacks"}
+# The frameworks of each room; the pure part lies in none of them.
+ROOMS = {"torch": {"torch"}, "tensorflow": {"tensorflow", "keras"}}
+
+
+def imported_modules(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    folder, *inner = path.relative_to(ROOT).parts
+    room = inner[0].removesuffix(".py")
+    if folder == "callbacks" or room in SHELLS:
+        closed: set[str] = {"torch"} if "keras" in path.name else {"tensorflow"}
+        frameworks = FRAMEWORKS - ROOMS["torch" if closed == {"tensorflow"} else "tensorflow"]
+        frameworks -= {"pytorch_lightning", "lightning"}
+    else:
+        closed = SHELLS | (ROOMS.keys() - {room})
+        frameworks = FRAMEWORKS - ROOMS.get(room, set())
+    imported = imported_modules(path)
+    assert not {name for name in imported if name.partition(".")[0] in frameworks}
+    within = {name.split(".")[1] for name in imported if name.startswith("partial_embedding.")}
+    assert not within & closed
+
+
+# Packaging
+
+
+def test_the_installed_version_is_the_packages() -> None:
+    assert metadata.version("partial-embedding") == partial_embedding.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", partial_embedding.__version__)
+
+
+def declared_packages() -> set[str]:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return set(settings["tool"]["setuptools"]["packages"])
+
+
+def packages_that_exist() -> set[str]:
+    folders = {path.parent.relative_to(ROOT) for path in SOURCES if path.name == "__init__.py"}
+    return {
+        "partial_embedding.callbacks" if str(folder) == "callbacks" else ".".join(folder.parts)
+        for folder in folders
+    }
+
+
+def test_the_packages_that_are_declared_are_those_that_exist() -> None:
+    assert declared_packages() == packages_that_exist()
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
+    """The names of the files in the sdist, and in the wheel that is built from it."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("distributions")
+    source = folder / "source"
+    # A copy, since a build leaves its traces beside the sources.
+    source.mkdir()
+    for name in tracked_files():
+        target = source / name.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(name, target, follow_symlinks=False)
+    # Without isolation nothing is downloaded, where setuptools is new enough.
+    major = int(metadata.version("setuptools").partition(".")[0])
+    isolation = ["--no-isolation"] if major >= 77 else []
+    python("-m", "build", *isolation, "--outdir", str(folder), str(source), cwd=folder)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    stem = f"partial_embedding-{partial_embedding.__version__}"
+    assert sdist.name == f"{stem}.tar.gz"
+    assert wheel.name == f"{stem}-py3-none-any.whl"
+    with tarfile.open(sdist) as archive:
+        in_sdist = {member.partition("/")[2] for member in archive.getnames()}
+    with zipfile.ZipFile(wheel) as archive:
+        in_wheel = set(archive.namelist())
+    return in_sdist, in_wheel
+
+
+def installed_name(path: Path) -> str:
+    name = path.relative_to(ROOT).as_posix()
+    return f"partial_embedding/{name}" if name.startswith("callbacks/") else name
+
+
+def test_the_wheel_holds_the_package_whole_and_nothing_else(
+    distributions: tuple[set[str], set[str]],
+) -> None:
+    _, wheel = distributions
+    info = f"partial_embedding-{partial_embedding.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in wheel} == {"partial_embedding", info}
+    assert "partial_embedding/callbacks/lightning.py" in wheel
+    modules = {installed_name(path) for path in SOURCES} | {"partial_embedding/py.typed"}
+    assert {name for name in wheel if not name.startswith(info)} == modules
+    assert any("LICENSE" in name for name in wheel)
+
+
+def test_the_sdist_holds_what_a_build_needs_and_no_part_of_the_tests(
+    distributions: tuple[set[str], set[str]],
+) -> None:
+    sdist, _ = distributions
+    sources = {path.relative_to(ROOT).as_posix() for path in SOURCES}
+    needed = {"pyproject.toml", "README.md", "LICENSE", "partial_embedding/py.typed"} | sources
+    assert needed - sdist == set()
+    # setuptools would add tests/test_*.py and leave out all that they import.
+    assert not {name for name in sdist if name.startswith("tests")}
+
+
+# Habits
+
+
+def test_no_file_needs_a_table_of_contents() -> None:
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in SOURCES
+    }
+    assert lengths
+    assert {name: lines for name, lines in lengths.items() if lines > 450} == {}
+
+
+PUBLIC = {
+    "partial_embedding": None,
+    "partial_embedding.torch": "torch",
+    "partial_embedding.callbacks.lightning": "pytorch_lightning",
+    "partial_embedding.callbacks.lightning_monitor": "pytorch_lightning",
+}
+
+
+@pytest.mark.parametrize(("module", "needs"), PUBLIC.items(), ids=PUBLIC)
+def test_public_names_are_documented(module: str, needs: str | None) -> None:
+    if needs is not None:
+        pytest.importorskip(needs)
+    imported = importlib.import_module(module)
+    names = getattr(imported, "__all__", None) or [
+        name
+        for name, value in vars(imported).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module
+        if inspect.isclass(value) or inspect.isfunction(value)
+    ]
+    assert names
+    for name in names:
+        value = getattr(imported, name)
+        if not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        # `vars`, since `getdoc` would find the docstring of a base class.
+        assert vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__, name
+        # What it inherits from a class of this package is public with it.
+        bases = inspect.getmro(value) if inspect.isclass(value) else ()
+        own = [base for base in bases if base.__module__.startswith("partial_embedding")]
+        for method_name, method in [item for base in own for item in vars(base).items()]:
+            described = isinstance(method, property | staticmethod | classmethod)
+            if (described or inspect.isfunction(method)) and not method_name.startswith("_"):
+                assert method.__doc__, f"{name}.{method_name}"
+
+
+def tracked_files() -> list[Path]:
+    """The files of the repository, or of a copy of it without git."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode == 0 and listed.stdout:
+        paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    else:
+        folders = ("partial_embedding", "callbacks", "tests", "configs", "benchmarks", "docs")
+        paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+        paths += [*ROOT.glob("*.*"), ROOT / "LICENSE", ROOT / "Makefile"]
+    found = [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
+    links = [path for path in paths if path.is_symlink() and path not in found]
+    return sorted({*found, *links})
+
+
+MACHINE_PATH = re.compile(r"(?<![\w.~>)}])/(?:home|root|Users|work|tmp|mnt|workspace)/[\w.]")
+
+
+def test_a_machine_path_is_recognised() -> None:
+    # Put together here, so that this file holds none.
+    for folder in ("home", "tmp"):
+        assert MACHINE_PATH.search(f"see '{'/' + folder}/me/data.csv'")
+    assert not MACHINE_PATH.search("runs/work/out, ../tmp/x and https://a.org/home/page")
+
+
+def test_no_text_file_names_a_path_of_one_machine() -> None:
+    found = []
+    paths = tracked_files()
+    assert ROOT / "pyproject.toml" in paths
+    for path in paths:
+        if not path.is_file():
+            continue
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue  # a picture
+        name = path.relative_to(ROOT)
+        found += [f"{name}:{i}" for i, line in enumerate(lines, 1) if MACHINE_PATH.search(line)]
+    assert found == []

@@ -1,0 +1,439 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from partial_embedding.errors import InputError
+from partial_embedding.text import (
+    PADDING,
+    UNKNOWN,
+    LabelledTexts,
+    count_tokens,
+    encode,
+    pad,
+    read_labelled,
+    split,
+    stdlib_docstrings,
+    tokenize,
+)
+from partial_embedding.vocabulary import Vocabulary
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+FILMS = [("a joy", "pos"), ("a bore", "neg"), ("so, so", "neg"), ('the "end"', "pos")]
+
+
+def labelled(*pairs: tuple[str, str]) -> LabelledTexts:
+    names = tuple(sorted({name for _, name in pairs}))
+    labels = np.array([names.index(name) for _, name in pairs], np.int64)
+    return LabelledTexts(tuple(text for text, _ in pairs), labels, names)
+
+
+def pairs_of(examples: LabelledTexts) -> list[tuple[str, str]]:
+    return [
+        (text, examples.names[label])
+        for text, label in zip(examples.texts, examples.labels, strict=True)
+    ]
+
+
+GOOD = {
+    "films.csv": 'text,label\na joy,pos\na bore,neg\n\n"so, so",neg\n"the ""end""",pos\n',
+    "columns.CSV": 'id,label,text\n1,pos,a joy\n2,neg,a bore\n3,neg,"so, so"\n'
+    '4,pos,"the ""end"""\n',
+    "windows.csv": '\ufefftext,label\r\na joy,pos\r\na bore,neg\r\n"so, so",neg\r\n'
+    '"the ""end""",pos\r\n',
+    "films.tsv": 'text\tlabel\na joy\tpos\na bore\tneg\nso, so\tneg\n"the ""end"""\tpos\n',
+    "films.jsonl": '{"text": "a joy", "label": "pos"}\n{"text": "a bore", "label": "neg", "x": 1}\n'
+    '\n{"text": "so, so", "label": "neg"}\r\n{"label": "pos", "text": "the \\"end\\""}',
+    "films.txt": "__label__pos a joy\n__label__neg a bore\n\n__label__neg so, so\n"
+    '__label__pos the "end"\n',
+    "films.ft": "__label__pos\ta joy\r\n__label__neg a bore\r\n__label__neg so, so\r\n"
+    '__label__pos the "end"',
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_format_reads_the_same(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(GOOD[name], encoding="utf-8", newline="")
+    examples = read_labelled(tmp_path / name)
+    assert pairs_of(examples) == FILMS
+    assert examples.names == ("neg", "pos")
+    assert examples.labels.dtype == np.int64
+
+
+def test_a_folder_per_class_is_read_in_sorted_order(tmp_path: Path) -> None:
+    for name, content in {
+        "pos/2": "b",
+        "pos/1": "a",
+        "neg/deep/x.txt": "ü",
+        "neg/.hidden": "no",
+        ".git/config": "no",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "README").write_text("no")
+    assert pairs_of(read_labelled(tmp_path)) == [("ü", "neg"), ("a", "pos"), ("b", "pos")]
+
+
+def test_columns_can_be_named_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("review,stars\ngood,5\nbad,1\n")
+    (tmp_path / "a.jsonl").write_text(
+        '{"review": "good", "stars": 5}\n{"review": "bad", "stars": true}\n'
+    )
+    assert read_labelled(tmp_path / "a.csv", "review", "stars").names == ("1", "5")
+    assert read_labelled(tmp_path / "a.jsonl", "review", "stars").names == ("5", "true")
+
+
+def test_separators_inside_a_text_do_not_end_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("__label__a x\u2028y\n__label__b z\x85\n", encoding="utf-8")
+    assert read_labelled(tmp_path / "a.txt").texts == ("x\u2028y", "z\x85")
+
+
+JSON = '{"text": "a", "label": "x"}\n'
+# The file's name, its content, and what the message must say was received.
+BAD = {
+    "empty csv": ("a.csv", b"", ["a.csv, which has none"]),
+    "header only": ("a.csv", b"text,label\n", ["a.csv, which has none"]),
+    "empty jsonl": ("a.jsonl", b"\n", ["a.jsonl, which has none"]),
+    "empty fasttext": ("a.txt", b"", ["a.txt, which has none"]),
+    "one class": ("a.csv", b"text,label\na,x\nb,x\n", ["all 2 are 'x'", "'label'"]),
+    "unknown suffix": ("a.xlsx", b"text", ["'.xlsx'", ".csv, .tsv, .jsonl"]),
+    "no text column": ("a.csv", b"review,label\na,x\n", ["'text'", "'review', 'label'"]),
+    "no label column": ("a.tsv", b"text\tstars\na\tx\n", ["'label'", "'text', 'stars'"]),
+    "long row": ("a.csv", b"text,label\na,x\nb,c,y\n", ["2 columns", "Received: 3", "line 3"]),
+    "short row": ("a.tsv", b"text\tlabel\na\n", ["Received: 1", "line 2"]),
+    "open quote": ("a.csv", b'text,label\na,x\n"b,y\n', ["unexpected end", "line 3"]),
+    "blank text": ("a.csv", b"text,label\na,x\n ,y\n", ["a text", "' '", "line 3"]),
+    "blank label": ("a.csv", b"text,label\na,x\nb,\n", ["a label", "''", "line 3"]),
+    "not utf-8": ("a.csv", b"text,label\na,x\nb\xe9,y\n", ["0xe9", "line 3"]),
+    "not utf-8 after a mark": ("a.txt", b"\xef\xbb\xbf__label__x a\n\xff", ["0xff", "line 2"]),
+    "malformed json": ("a.jsonl", f"{JSON}{{text: 1\n".encode(), ["'{text: 1'", "line 2"]),
+    "deep json": ("a.jsonl", b"[" * 100_000, ["line 1"]),
+    "json list": ("a.jsonl", f"\n{JSON}[1]\n".encode(), ["[1]", "line 3"]),
+    "no json text": ("a.jsonl", b'{"review": "a", "label": "x"}', ["'text'", "'review', 'label'"]),
+    "no json label": ("a.jsonl", f'{JSON}{{"text": "b"}}'.encode(), ["'label'", "line 2"]),
+    "empty object": ("a.jsonl", b"{}", ["'text'", "Received: none", "line 1"]),
+    "number as text": ("a.jsonl", b'{"text": 7, "label": "x"}', ["'text' is str", "7", "line 1"]),
+    "null label": ("a.jsonl", b'{"text": "a", "label": null}', ["str or int", "None", "line 1"]),
+    "no fasttext label": ("a.txt", b"__label__x a\nplain\n", ["'plain'", "line 2"]),
+    "no fasttext text": ("a.txt", b"__label__x a\n__label__y\n", ["a text", "line 2"]),
+    "nameless label": ("a.ft", b"__label__ a\n", ["a label", "line 1"]),
+    "two labels": ("a.ft", b"__label__x __label__y a\n", ["one label", "__label__y", "line 1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
+    name, content, said = BAD[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_labelled(tmp_path / name)
+    message = str(caught.value)
+    assert name in message
+    assert "\n" not in message
+    assert len(message) < 300 + 2 * len(str(tmp_path))
+    for part in said:
+        assert part in message
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no\.csv, which is missing"):
+        read_labelled(tmp_path / "no.csv")
+
+
+def test_a_file_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.csv").write_text("text,label\n")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InputError, match=r"Permission denied for .*a\.csv"):
+        read_labelled(tmp_path / "a.csv")
+
+
+def test_a_folder_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match="Permission denied"):
+        read_labelled(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ([], "which holds none"),
+        (["a/1", "b/"], "b, which has none"),
+        (["a/1"], "all 1 are 'a'"),
+    ],
+)
+def test_a_bad_folder_is_refused(tmp_path: Path, made: list[str], said: str) -> None:
+    for name in made:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir() if name.endswith("/") else path.write_text("text")
+    with pytest.raises(InputError, match=said):
+        read_labelled(tmp_path)
+
+
+def test_labels_must_fit_the_texts() -> None:
+    with pytest.raises(InputError, match=r"shape \(1,\) for 2 texts"):
+        LabelledTexts(("a", "b"), np.array([0]), ("x", "y"))
+    with pytest.raises(InputError, match=r"\[0, 2\). Received: 2"):
+        LabelledTexts(("a", "b"), np.array([0, 2]), ("x", "y"))
+
+
+def test_real_reviews_are_read_from_fasttext_lines(tmp_path: Path) -> None:
+    source = DATA / "sentence_polarity"
+    if not source.exists():
+        pytest.skip(f"{source} is absent")
+    lines = [
+        f"__label__{name} {line}"
+        for name in ("neg", "pos")
+        for line in (source / f"rt-polarity.{name}").read_text("utf-8").splitlines()
+    ]
+    (tmp_path / "films.txt").write_text("\n".join(lines), encoding="utf-8")
+    examples = read_labelled(tmp_path / "films.txt")
+    assert len(examples) == 10_662
+    assert np.bincount(examples.labels).tolist() == [5331, 5331]
+    vocabulary = count_tokens(map(tokenize, examples.texts))
+    assert {"film", "n't", "'s", "coming-of-age", "clichés"} <= set(vocabulary.tokens)
+    assert 18_000 < len(vocabulary) < 21_000
+
+
+def test_docstrings_of_the_standard_library_are_varied_and_balanced() -> None:
+    examples = stdlib_docstrings()
+    sizes = np.bincount(examples.labels)
+    assert len(examples) > 2500
+    assert 20 <= len(examples.names) == len(sizes)
+    assert sizes.min() >= 50
+    assert sizes.max() <= 150
+    assert len(set(examples.texts)) == len(examples)
+    assert all(len(text.split()) >= 4 and "\n" not in text for text in examples.texts)
+
+
+def test_docstrings_are_chosen_independently_of_the_split() -> None:
+    examples = stdlib_docstrings()
+    for seed in range(3):
+        validation = split(examples, validation_share=0.15, seed=seed)[1]
+        assert len(validation) / len(examples) == pytest.approx(0.15, abs=0.02)
+
+
+def test_docstrings_are_the_same_in_every_process_fast_and_without_warnings() -> None:
+    code = (
+        "import hashlib; from partial_embedding.text import stdlib_docstrings as f; d = f();"
+        "print(hashlib.sha256(repr((d.texts, d.labels.tolist())).encode()).hexdigest())"
+    )
+    begin = time.monotonic()
+    found = [
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for seed in ("1", "2")
+    ]
+    assert time.monotonic() - begin < 20
+    assert found[0].stdout == found[1].stdout != ""
+    assert [process.stderr for process in found] == ["", ""]
+
+
+def test_docstrings_that_are_stripped_are_an_error() -> None:
+    code = "from partial_embedding.text import stdlib_docstrings as f; f()"
+    process = subprocess.run(
+        [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "Received: Python's option -OO" in process.stderr
+
+
+MANY = labelled(*((f"text {i}", "ab"[i % 2]) for i in range(2000)))
+
+
+def test_a_split_divides_by_the_share_and_keeps_every_example() -> None:
+    training, validation = split(MANY, validation_share=0.2)
+    assert sorted(pairs_of(training) + pairs_of(validation)) == sorted(pairs_of(MANY))
+    assert 0.17 < len(validation) / len(MANY) < 0.23
+    assert training.names == validation.names == MANY.names
+    assert list(training.texts) == [t for t in MANY.texts if t in set(training.texts)]
+
+
+def test_a_text_keeps_its_side_when_others_come_and_move() -> None:
+    held_out = set(split(MANY)[1].texts)
+    more = labelled(*((f"new {i}", "c") for i in range(99)), *reversed(pairs_of(MANY)))
+    assert {t for t in split(more)[1].texts if t.startswith("text")} == held_out
+    assert held_out == set(split(MANY)[1].texts)
+    assert held_out != set(split(MANY, seed=1)[1].texts)
+
+
+def test_a_larger_share_only_adds_to_the_validation_side() -> None:
+    assert set(split(MANY, 0.1)[1].texts) < set(split(MANY, 0.3)[1].texts)
+
+
+def test_equal_texts_fall_on_the_same_side() -> None:
+    doubled = labelled(*pairs_of(MANY), *((text, "c") for text in MANY.texts))
+    training, validation = split(doubled)
+    assert set(training.texts).isdisjoint(validation.texts)
+    assert len(validation) == 2 * len(split(MANY)[1])
+
+
+def test_a_split_is_a_fixed_function() -> None:
+    # Another hash would move examples between the sides of runs that are resumed.
+    training, validation = split(
+        labelled(*((c, "ab"[i % 2]) for i, c in enumerate("abcdefgh"))), 0.5
+    )
+    assert (training.texts, validation.texts) == (tuple("cdeg"), tuple("abfh"))
+
+
+def test_half_a_surrogate_pair_falls_on_a_side() -> None:
+    odd = labelled(*((f"\ud800 {i}", "ab"[i % 2]) for i in range(99)))
+    assert sum(map(len, split(odd))) == 99
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 15, float("nan")])
+def test_a_share_outside_its_range_is_refused(share: float) -> None:
+    with pytest.raises(InputError, match=rf"validation_share.*Received: {share}"):
+        split(MANY, validation_share=share)
+
+
+@pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
+def test_a_split_with_an_empty_side_is_refused(share: float) -> None:
+    with pytest.raises(InputError, match=r"Received: (0|4) for training and (4|0) for validation"):
+        split(labelled(*FILMS), validation_share=share)
+
+
+@pytest.mark.parametrize(
+    ("given_text", "expected"),
+    [
+        ("Don't stop.", "do n't stop ."),
+        ("DON\u2019T", "do n't"),
+        ("it's the dog's, we'll see", "it 's the dog 's , we 'll see"),
+        ("can't won't", "ca n't wo n't"),
+        ("is n't it 's", "is n't it 's"),
+        ("the characters' lives", "the characters ' lives"),
+        ("'60s rock 'n' roll", "' 60s rock ' n ' roll"),
+        ("coming-of-age -- a too-tepid biopic", "coming-of-age -- a too-tepid biopic"),
+        ("wait... what?!", "wait ... what ? !"),
+        ("j . r . r tolkien", "j . r . r tolkien"),
+        ("1,000 at 3.5 in 2002.", "1,000 at 3.5 in 2002 ."),
+        ("<unk> <user> a < b", "<unk> <user> a < b"),
+        ("read_csv(path)", "read_csv ( path )"),
+        ("clichés naïveté", "clichés naïveté"),
+        ("cliche\u0301s", "cliche\u0301s"),
+        ("हिन्दी में", "हिन्दी में"),
+        ("我愛 ™", "我愛 ™"),
+        (" \t\n", ""),
+    ],
+)
+def test_text_is_cut_into_tokens(given_text: str, expected: str) -> None:
+    assert tokenize(given_text) == expected.split()
+
+
+def test_case_is_kept_on_request() -> None:
+    assert tokenize("The DON'T", lowercase=False) == ["The", "DO", "N'T"]
+
+
+@given(st.text() | st.text(alphabet="aDn'tT s.-<>_3,é\u0301", max_size=12))
+def test_tokenized_text_passes_unchanged_and_loses_nothing(given_text: str) -> None:
+    tokens = tokenize(given_text)
+    assert tokenize(" ".join(tokens)) == tokens
+    assert "".join(tokens) == "".join(given_text.lower().replace("\u2019", "'").split())
+
+
+def test_long_text_is_cut_in_linear_time() -> None:
+    begin = time.monotonic()
+    assert tokenize("a" * 300_000) == ["a" * 300_000]
+    assert len(tokenize("a-" * 100_000)) == 2
+    assert len(tokenize("1," * 100_000)) == 2
+    assert time.monotonic() - begin < 5
+
+
+DOCUMENTS = [["b", "a", "c"], ["c", "a", "<unk>"], ["c", "d"]]
+
+
+def test_tokens_are_ranked_by_count_and_then_by_name() -> None:
+    vocabulary = count_tokens(DOCUMENTS)
+    assert vocabulary.tokens == (PADDING, UNKNOWN, "c", "a", "b", "d")
+    assert vocabulary.counts is not None
+    assert vocabulary.counts.tolist() == [0, 0, 3, 2, 1, 1]
+    assert vocabulary.missing is None
+    assert vocabulary == count_tokens(iter(DOCUMENTS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens"),
+    [
+        ({"min_count": 2}, (PADDING, UNKNOWN, "c", "a")),
+        ({"max_size": 3}, (PADDING, UNKNOWN, "c")),
+        ({"max_size": 5}, (PADDING, UNKNOWN, "c", "a", "b")),
+        ({"max_size": 99, "min_count": 3}, (PADDING, UNKNOWN, "c")),
+        ({"specials": ()}, ("c", "a", "<unk>", "b", "d")),
+        ({"specials": ("d",)}, ("d", "c", "a", "<unk>", "b")),
+    ],
+)
+def test_a_vocabulary_can_be_limited(arguments: dict[str, int], tokens: tuple[str, ...]) -> None:
+    assert count_tokens(DOCUMENTS, **arguments).tokens == tokens  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"documents": DOCUMENTS, "min_count": 0}, "min_count.*Received: 0"),
+        ({"documents": DOCUMENTS, "max_size": 2}, "beyond the 2 special.*Received: 2"),
+        ({"documents": ["a text"]}, "Received the string 'a text'"),
+        ({"documents": DOCUMENTS, "min_count": 4}, "4 different tokens, the most frequent 3"),
+        ({"documents": []}, "0 different tokens, the most frequent 0"),
+        ({"documents": DOCUMENTS, "specials": ("x", "x")}, "'x' twice"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_made_is_refused(
+    arguments: dict[str, object], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        count_tokens(**arguments)  # type: ignore[arg-type]
+
+
+def test_tokens_become_rows() -> None:
+    vocabulary = Vocabulary([PADDING, UNKNOWN, "a", "b"])
+    assert encode(["b", "x", "a", "a"], vocabulary, max_length=3) == [3, 1, 2]
+    assert encode([], vocabulary, max_length=3) == []
+
+
+def test_tokens_that_cannot_become_rows_are_refused() -> None:
+    with pytest.raises(InputError, match=r"Received 'x', which has none.*'<unk>'"):
+        encode(["a", "x"], Vocabulary(["a"]), max_length=3)
+    assert encode(["a", "x"], Vocabulary(["a"]), max_length=1) == [0]
+    with pytest.raises(InputError, match=r"max_length.*Received: 0"):
+        encode(["a"], Vocabulary(["a"]), max_length=0)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "options", "expected"),
+    [
+        ([[1, 2], [3]], {}, [[1, 2], [3, 0]]),
+        ([[1, 2], []], {"padding": 9}, [[1, 2], [9, 9]]),
+        ([[1]], {"min_length": 3}, [[1, 0, 0]]),
+        ([[], []], {}, [[0], [0]]),
+    ],
+)
+def test_sequences_are_filled_up(
+    sequences: list[list[int]], options: dict[str, int], expected: list[list[int]]
+) -> None:
+    padded = pad(sequences, **options)
+    assert padded.tolist() == expected
+    assert padded.dtype == np.int64
+
+
+def test_no_sequences_give_no_rows() -> None:
+    assert pad([], min_length=2).shape == (0, 2)

@@ -1,0 +1,170 @@
+"""Every optimizer of torch with every set of options that torch's own tests try, as data.
+
+The table is read from `optim_db`, which torch keeps for its own tests, so that a new optimizer or a
+new option is tested here as soon as torch tests it. What can't run on a CPU is left out for a
+stated reason, and `test_what_is_left_out_cannot_run` shows that the reason holds.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
+
+# These look at the whole matrix, so a row's fate depends on the rows beside it.
+WHOLE_MATRIX = ("Adafactor", "Muon", "LBFGS")
+
+# How a step is carried out: what the user gets by default, and what can be asked for.
+IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
+    "": {},
+    "foreach": {"foreach": True},
+    "forloop": {"foreach": False, "fused": False},
+    "fused": {"fused": True},
+}
+
+
+def spell(value: object) -> str:
+    """An option's value without blanks, short enough for the name of a test."""
+    if isinstance(value, torch.Tensor):
+        return f"tensor({value.item():.4g})"
+    if isinstance(value, tuple):
+        return "(" + ",".join(spell(part) for part in value) + ")"
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer with one set of options and one way to carry out the step."""
+
+    optimizer: type[torch.optim.Optimizer]
+    options: dict[str, Any] = field(default_factory=dict)
+    implementation: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.optimizer.__name__
+
+    @property
+    def id(self) -> str:
+        words = [self.name]
+        words += [k if v is True else f"{k}={spell(v)}" for k, v in self.options.items()]
+        return "-".join([*words, *([self.implementation] if self.implementation else [])])
+
+    @property
+    def element_wise(self) -> bool:
+        """Whether each element of a parameter evolves without regard to the others."""
+        return self.name not in WHOLE_MATRIX
+
+    @property
+    def one_history(self) -> bool:
+        """Whether all parameters share one state (and the step needs a closure)."""
+        return self.name == "LBFGS"
+
+    @property
+    def sparse_only(self) -> bool:
+        """Whether the stock optimizer takes sparse gradients and no others."""
+        return self.name == "SparseAdam"
+
+    @property
+    def matrices_only(self) -> bool:
+        """Whether the stock optimizer refuses a bias."""
+        return self.name == "Muon"
+
+    @property
+    def fused(self) -> bool:
+        return self.implementation == "fused"
+
+    def make(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        """Build the optimizer. A learning rate that is a tensor is never shared between two."""
+        options = copy.deepcopy(self.options) | self.implementation_options
+        return self.optimizer(parameters, **options)
+
+    @property
+    def implementation_options(self) -> dict[str, bool]:
+        options = dict(IMPLEMENTATIONS[self.implementation])
+        if "fused" not in self.optimizer.__init__.__code__.co_varnames:
+            options.pop("fused", None)
+        return options
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A configuration that torch itself can't run on a CPU, and why."""
+
+    case: Case
+    extra: dict[str, bool]
+    reason: str
+
+    @property
+    def id(self) -> str:
+        return "-".join([self.case.id, *(k for k in self.extra if k not in self.case.options)])
+
+
+def _implementations_of(info: OptimizerInfo) -> list[str]:
+    names = [""]
+    if "foreach" in info.supported_impls:
+        names += ["foreach", "forloop"]
+    if "fused" in info.supported_impls and "cpu" in info.supports_fused_on:
+        names.append("fused")
+    return names
+
+
+def _read() -> tuple[list[Case], list[LeftOut]]:
+    """Sort what `optim_db` knows into what runs on a CPU and what doesn't."""
+    cases: dict[str, Case] = {}
+    left_out: dict[str, LeftOut] = {}
+    for info in optim_db:
+        # Asked for "cuda", the table adds the options that only an accelerator takes.
+        for entry in info.optim_inputs_func(device="cuda"):
+            if entry.kwargs.get("capturable"):
+                case = Case(info.optim_cls, entry.kwargs)
+                left_out[case.id] = LeftOut(case, {}, "capturable needs an accelerator")
+        for entry in info.optim_inputs_func(device="cpu"):
+            for implementation in _implementations_of(info):
+                case = Case(info.optim_cls, entry.kwargs, implementation)
+                cases[case.id] = case
+            if "differentiable" in info.supported_impls:
+                one = LeftOut(
+                    Case(info.optim_cls, entry.kwargs),
+                    {"differentiable": True},
+                    "a differentiable step can't write to a leaf, and a table is one",
+                )
+                left_out[one.id] = one
+    return list(cases.values()), list(left_out.values())
+
+
+CASES, LEFT_OUT = _read()
+
+# Beyond torch's table: learning rates and betas that are tensors, which it tries with `capturable`
+# alone although a CPU takes them as well.
+CASES += [
+    Case(cls, {"lr": torch.tensor(0.01)}, implementation)
+    for cls in (torch.optim.Adam, torch.optim.AdamW)
+    for implementation in ("", "forloop", "fused")
+]
+
+# One case for each optimizer, with its defaults: for tests of something else than the options.
+DEFAULTS = [case for case in CASES if not case.options and case.implementation == ""]
+ELEMENT_WISE = [case for case in CASES if case.element_wise]
+
+
+def case_of(name: str) -> Case:
+    """The one case with this id."""
+    (found,) = [case for case in CASES if case.id == name]
+    return found
+
+
+def can_run(case: Case, extra: dict[str, bool]) -> bool:
+    """Whether the stock optimizer makes a step with these options on one small matrix."""
+    weight = nn.Parameter(torch.ones(4, 5))
+    weight.grad = torch.ones(4, 5).to_sparse(1) if case.sparse_only else torch.ones(4, 5)
+    try:
+        options = copy.deepcopy(case.options) | case.implementation_options | extra
+        optimizer = case.optimizer([weight], **options)
+        optimizer.step((lambda: weight.detach().sum()) if case.one_history else None)
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return True

@@ -1,0 +1,329 @@
+"""`lazy=True`: only the rows that a batch touched are stepped, by every element-wise optimizer.
+
+For each touched row the parameter and all state of the row's shape take part in the optimizer's own
+maths, with the step count that the cohort shares; it advances at every step at which the table has
+a gradient. Rows that the batch did not touch keep their bits, and so does their state.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from cases import DEFAULTS, ELEMENT_WISE, Case, case_of
+from models import D, V, starting_table
+from numpy.typing import NDArray
+from oracle import assert_same_bits, same_bits
+from torch import Tensor, nn
+
+from partial_embedding import InputError
+from partial_embedding.torch import PartialEmbedding, rowwise
+
+ROWS = (1, 2, 4, 6, 7, 9)
+Array = NDArray[np.float64]
+
+
+def batches(count: int = 40) -> list[tuple[Tensor, Tensor]]:
+    """Ids with duplicates, and what arrives at the entries looked up.
+
+    Some batches touch frozen rows alone, and row 9 is touched late for the first time.
+    """
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for step in range(count):
+        choice = (
+            [0, 3, 5] if step % 7 == 2 else [0, 1, 2, 3, 4, 6, 7, 9] if step > 20 else [1, 4, 5]
+        )
+        if step % 5 == 4:
+            choice = [2, 6, 7]
+        picks = torch.randint(len(choice), (6,), generator=generator)
+        ids = torch.tensor(choice)[picks].view(2, 3)
+        made.append((ids, torch.randn(2, 3, D, generator=generator)))
+    assert {frozenset(ids.flatten().tolist()) & set(ROWS) for ids, _ in made} >= {frozenset()}
+    return made
+
+
+def partial_table(rows: tuple[int, ...] = ROWS) -> PartialEmbedding:
+    table = PartialEmbedding(V, D, trainable_rows=rows)
+    with torch.no_grad():
+        table.weight.copy_(starting_table())
+    return table
+
+
+def lazily(case: Case, table: PartialEmbedding) -> torch.optim.Optimizer:
+    optimizer = case.make(table.parameters())
+    assert rowwise(optimizer, table, lazy=True) is optimizer
+    return optimizer
+
+
+def step(table: nn.Embedding, optimizer: torch.optim.Optimizer, ids: Tensor, up: Tensor) -> None:
+    optimizer.zero_grad()
+    table(ids).backward(up)
+    optimizer.step()
+
+
+def summed(ids: Tensor, up: Tensor, rows: tuple[int, ...] = ROWS) -> tuple[list[int], Tensor]:
+    """The slots of the rows touched, and the K x D gradient with duplicates summed."""
+    gradient = torch.zeros(len(rows), D)
+    touched = set()
+    for row, value in zip(ids.flatten().tolist(), up.reshape(-1, D), strict=True):
+        if row in rows:
+            gradient[rows.index(row)] += value
+            touched.add(rows.index(row))
+    return sorted(touched), gradient
+
+
+# Adam against torch's own lazy optimizer
+
+
+@pytest.mark.parametrize("name", ["Adam", "Adam-foreach", "Adam-forloop", "Adam-fused"])
+def test_lazy_adam_equals_sparse_adam_over_the_same_rows(name: str) -> None:
+    table = partial_table()
+    optimizer = lazily(case_of(name), table)
+    peer = nn.Embedding.from_pretrained(
+        table.weight[list(ROWS)].detach(), freeze=False, sparse=True
+    )
+    peer_optimizer = torch.optim.SparseAdam(peer.parameters())
+    frozen = [row for row in range(V) if row not in ROWS]
+    start = table.weight.detach().clone()
+
+    for ids, up in batches():
+        step(table, optimizer, ids, up)
+        mine = torch.isin(ids, torch.tensor(ROWS))
+        slots = torch.searchsorted(torch.tensor(ROWS), ids[mine])
+        step(peer, peer_optimizer, slots, up[mine])
+        assert_same_bits(table.weight[frozen], start[frozen], "frozen rows")
+        torch.testing.assert_close(table.weight[list(ROWS)], peer.weight, rtol=1e-6, atol=1e-6)
+    assert not (table.weight[list(ROWS)] == start[list(ROWS)]).any()
+
+
+def test_a_cohort_that_joins_late_counts_its_own_steps() -> None:
+    table = partial_table((1, 4))
+    optimizer = lazily(case_of("Adam-lr=0.01"), table)
+    peers = {}
+
+    for number, (ids, up) in enumerate(batches()):
+        if number == 0:
+            peers[1, 4] = None
+        if number == 13:
+            table.unfreeze_rows([2, 7, 9])
+            peers[2, 7, 9] = None
+        for rows in peers:
+            if peers[rows] is None:
+                values = table.weight[list(rows)].detach()
+                peer = nn.Embedding.from_pretrained(values, freeze=False, sparse=True)
+                peers[rows] = (peer, torch.optim.SparseAdam(peer.parameters(), lr=0.01))
+        step(table, optimizer, ids, up)
+        for rows, (peer, peer_optimizer) in peers.items():
+            mine = torch.isin(ids, torch.tensor(rows))
+            step(peer, peer_optimizer, torch.searchsorted(torch.tensor(rows), ids[mine]), up[mine])
+            torch.testing.assert_close(table.weight[list(rows)], peer.weight, rtol=1e-6, atol=1e-6)
+
+
+# The maths written out, in double precision
+
+
+class Reference:
+    """One optimizer's maths for the rows touched, in plain numpy."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.p: Array = weight.double().numpy().copy()
+        self.steps = 0
+        self.a: Array = np.zeros_like(self.p)
+        self.b: Array = np.zeros_like(self.p)
+
+    def step(self, touched: list[int], gradient: Array) -> None:
+        self.steps += 1
+        for k in touched:
+            self.row(k, gradient[k])
+
+    def row(self, k: int, g: Array) -> None:
+        raise NotImplementedError
+
+
+class AdamW(Reference):
+    def row(self, k: int, g: Array) -> None:
+        lr, beta1, beta2, eps, decay = 0.01, 0.9, 0.999, 1e-8, 0.1
+        self.p[k] *= 1 - lr * decay
+        self.a[k] = beta1 * self.a[k] + (1 - beta1) * g
+        self.b[k] = beta2 * self.b[k] + (1 - beta2) * g * g
+        first = self.a[k] / (1 - beta1**self.steps)
+        second = self.b[k] / (1 - beta2**self.steps)
+        self.p[k] -= lr * first / (np.sqrt(second) + eps)
+
+
+class Momentum(Reference):
+    def row(self, k: int, g: Array) -> None:
+        g = g + 0.1 * self.p[k]
+        self.a[k] = 0.9 * self.a[k] + g
+        self.p[k] -= 0.01 * self.a[k]
+
+
+class Nesterov(Reference):
+    def row(self, k: int, g: Array) -> None:
+        g = g + 0.1 * self.p[k]
+        self.a[k] = 0.9 * self.a[k] + g
+        self.p[k] -= 0.01 * (g + 0.9 * self.a[k])
+
+
+class Adagrad(Reference):
+    def row(self, k: int, g: Array) -> None:
+        g = g + 0.1 * self.p[k]
+        self.a[k] += g * g
+        lr = 0.1 / (1 + (self.steps - 1) * 0.05)
+        self.p[k] -= lr * g / (np.sqrt(self.a[k]) + 1e-10)
+
+
+class RMSprop(Reference):
+    def row(self, k: int, g: Array) -> None:
+        g = g + 0.1 * self.p[k]
+        self.a[k] = 0.99 * self.a[k] + 0.01 * g * g
+        self.b[k] = 0.5 * self.b[k] + g / (np.sqrt(self.a[k]) + 1e-8)
+        self.p[k] -= 0.01 * self.b[k]
+
+
+WRITTEN_OUT: dict[str, tuple[type[Reference], Case]] = {
+    "AdamW": (AdamW, Case(torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1})),
+    "AdamW-fused": (AdamW, Case(torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}, "fused")),
+    "SGD": (Momentum, Case(torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1})),
+    "SGD-nesterov": (
+        Nesterov,
+        Case(torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
+    ),
+    "Adagrad": (
+        Adagrad,
+        Case(torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.05, "weight_decay": 0.1}),
+    ),
+    "RMSprop": (
+        RMSprop,
+        Case(torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "weight_decay": 0.1}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_lazy_steps_follow_the_maths_written_out(name: str) -> None:
+    reference_class, case = WRITTEN_OUT[name]
+    table = partial_table()
+    optimizer = lazily(case, table)
+    reference = reference_class(table.weight[list(ROWS)].detach())
+
+    for ids, up in batches():
+        before = table.weight.detach().clone()
+        step(table, optimizer, ids, up)
+        touched, gradient = summed(ids, up)
+        reference.step(touched, gradient.double().numpy())
+        untouched = [row for row in range(V) if row not in {ROWS[k] for k in touched}]
+        assert_same_bits(table.weight[untouched], before[untouched], "rows that were not touched")
+        np.testing.assert_allclose(
+            table.weight[list(ROWS)].detach().numpy(), reference.p, rtol=2e-5, atol=2e-6
+        )
+    assert math.isfinite(reference.p.sum())
+
+
+# Every element-wise optimizer, against the stock one with untouched rows put back
+
+
+class PutBack:
+    """A stock optimizer over all K rows, after which untouched rows and their state are put back.
+
+    It is not cheap, and it is what lazy means. State that did not exist before the first step is
+    put back to what a step from nothing, with no gradient, makes of it.
+    """
+
+    def __init__(self, case: Case, values: Tensor) -> None:
+        self.weight = nn.Parameter(values.detach().clone())
+        self.optimizer = case.make([self.weight])
+        self.blank = self._blank_state(case)
+
+    def _blank_state(self, case: Case) -> dict[str, Tensor]:
+        nothing = nn.Parameter(torch.zeros_like(self.weight))
+        nothing.grad = torch.zeros_like(nothing)
+        optimizer = case.make([nothing])
+        optimizer.step()
+        return dict(optimizer.state[nothing])
+
+    def _row_state(self) -> dict[str, Tensor]:
+        state = self.optimizer.state[self.weight] or self.blank
+        return {
+            name: value.clone()
+            for name, value in state.items()
+            if isinstance(value, Tensor) and value.shape == self.weight.shape
+        }
+
+    def step(self, touched: list[int], gradient: Tensor) -> None:
+        before, state = self.weight.detach().clone(), self._row_state()
+        untouched = [k for k in range(len(before)) if k not in touched]
+        self.weight.grad = gradient
+        self.optimizer.step()
+        with torch.no_grad():
+            self.weight[untouched] = before[untouched]
+            for name, value in state.items():
+                self.optimizer.state[self.weight][name][untouched] = value[untouched]
+
+
+LAZY = [case for case in ELEMENT_WISE if not case.sparse_only]
+
+
+@pytest.mark.parametrize("case", LAZY, ids=lambda case: case.id)
+def test_lazy_steps_equal_full_ones_with_untouched_rows_put_back(
+    case: Case, record_property: Callable[[str, object], None]
+) -> None:
+    table = partial_table()
+    optimizer = lazily(case, table)
+    peer = PutBack(case, table.weight[list(ROWS)])
+    moved: set[int] = set()
+
+    for ids, up in batches(28):
+        before = table.weight.detach().clone()
+        step(table, optimizer, ids, up)
+        touched, gradient = summed(ids, up)
+        peer.step(touched, gradient)
+        untouched = [row for row in range(V) if row not in {ROWS[k] for k in touched}]
+        assert_same_bits(table.weight[untouched], before[untouched], "rows that were not touched")
+        torch.testing.assert_close(table.weight[list(ROWS)], peer.weight, rtol=1e-5, atol=1e-6)
+        moved |= {row for row in ROWS if not same_bits(table.weight[row], before[row])}
+    assert moved == set(ROWS)
+    record_property("configuration: lazy optimizer with options", case.id)
+
+
+def test_a_step_without_a_gradient_does_not_count() -> None:
+    tables = [partial_table(), partial_table()]
+    optimizers = [lazily(case_of("Adam"), table) for table in tables]
+    for ids, up in batches(12):
+        for table, optimizer in zip(tables, optimizers, strict=True):
+            step(table, optimizer, ids, up)
+        optimizers[1].zero_grad()
+        optimizers[1].step()
+    assert_same_bits(tables[0].weight, tables[1].weight, "with idle steps in between")
+
+
+def test_a_lazy_run_that_is_resumed_goes_on_exactly() -> None:
+    table, other = partial_table(), partial_table()
+    optimizer = lazily(case_of("Adam"), table)
+    steps = batches(24)
+    for ids, up in steps[:12]:
+        step(table, optimizer, ids, up)
+    other.load_state_dict(table.state_dict())
+    resumed = lazily(case_of("Adam"), other)
+    resumed.load_state_dict(optimizer.state_dict())
+    for ids, up in steps[12:]:
+        step(table, optimizer, ids, up)
+        step(other, resumed, ids, up)
+        assert_same_bits(table.weight, other.weight, "after a resume")
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor", "LBFGS"])
+def test_optimizers_that_look_at_the_whole_matrix_are_refused(name: str) -> None:
+    table = partial_table()
+    optimizer = case_of(name).make(table.parameters())
+    with pytest.raises(InputError, match=name):
+        rowwise(optimizer, table, lazy=True)
+
+
+def test_all_optimizers_of_torch_are_either_served_or_refused() -> None:
+    served = {case.name for case in LAZY}
+    refused = {"Muon", "Adafactor", "LBFGS"}
+    assert served | refused == {case.name for case in DEFAULTS} - {"SparseAdam"}
+    assert len(LAZY) >= 200

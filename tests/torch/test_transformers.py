@@ -1,0 +1,517 @@
+"""Language models of `transformers` whose input embedding is a partly trainable table."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_same_bits, same_bits
+from torch import Tensor, nn
+
+from partial_embedding.errors import InputError
+from partial_embedding.torch import PartialEmbedding, rowwise
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+# Renamed in transformers 5.2x; the floor of what we support has only the old names.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+V, D = 13, 8
+ROWS = [2, 5, 11]
+FROZEN = [row for row in range(V) if row not in ROWS]
+IDS = torch.tensor([[2, 3, 5, 7, 11, 1], [4, 5, 6, 12, 9, 1]])
+
+
+def bert(tied: bool) -> Any:
+    return transformers.BertConfig(
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        is_decoder=True,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+
+
+def gpt2(tied: bool) -> Any:
+    return transformers.GPT2Config(
+        vocab_size=V,
+        n_embd=D,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+def llama(tied: bool) -> Any:
+    return transformers.LlamaConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+def t5(tied: bool) -> Any:
+    return transformers.T5Config(
+        vocab_size=V,
+        d_model=D,
+        d_kv=4,
+        d_ff=16,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        tie_word_embeddings=tied,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+
+
+def swap_embedding(model: nn.Module, sparse: bool = False) -> None:
+    """Put a partly trainable table where the input embedding was, around the same weight."""
+    old = model.get_input_embeddings()
+    table = PartialEmbedding(
+        old.num_embeddings,
+        old.embedding_dim,
+        old.padding_idx,
+        sparse=sparse,
+        _weight=old.weight.data,
+        trainable_rows=ROWS,
+    )
+    table.weight = old.weight
+    model.set_input_embeddings(table)
+    model.tie_weights()
+
+
+class PartialBert(transformers.BertLMHeadModel):  # type: ignore[misc,name-defined]
+    """As a user would write it, so that `from_pretrained` loads into our table."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        swap_embedding(self)
+
+
+class PartialGPT2(transformers.GPT2LMHeadModel):  # type: ignore[misc,name-defined]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        swap_embedding(self)
+
+
+class PartialLlama(transformers.LlamaForCausalLM):  # type: ignore[misc,name-defined]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        swap_embedding(self)
+
+
+class PartialT5(transformers.T5ForConditionalGeneration):  # type: ignore[misc,name-defined]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        swap_embedding(self)
+
+
+FAMILIES: dict[str, tuple[Any, Any, Any]] = {
+    "BERT": (bert, transformers.BertLMHeadModel, PartialBert),
+    "GPT-2": (gpt2, transformers.GPT2LMHeadModel, PartialGPT2),
+    "Llama": (llama, transformers.LlamaForCausalLM, PartialLlama),
+    "T5": (t5, transformers.T5ForConditionalGeneration, PartialT5),
+}
+MODELS = pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}")
+        for family in FAMILIES
+        for tied in (True, False)
+    ],
+)
+
+
+def models(family: str, tied: bool) -> tuple[Any, Any]:
+    """A plain model, and one with a partly trainable table, of the same weights."""
+    config_of, plain_class, partial_class = FAMILIES[family]
+    torch.manual_seed(0)
+    plain = plain_class(config_of(tied)).eval()
+    partial = partial_class(config_of(tied)).eval()
+    partial.load_state_dict(plain.state_dict(), strict=True)
+    partial.tie_weights()
+    return plain, partial
+
+
+def inputs(ids: Tensor = IDS) -> dict[str, Tensor]:
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def table_of(model: Any) -> PartialEmbedding:
+    table = model.get_input_embeddings()
+    assert isinstance(table, PartialEmbedding)
+    return table
+
+
+def is_tied(model: Any) -> bool:
+    weight = model.get_output_embeddings().weight
+    return weight is model.get_input_embeddings().weight
+
+
+def head_is_tied(family: str, tied: bool) -> bool:
+    # transformers ties T5's head whatever the configuration says, which then scales its input.
+    return tied or family == "T5"
+
+
+def moved_rows(before: Tensor, after: Tensor) -> list[int]:
+    return (before != after).any(1).nonzero().flatten().tolist()
+
+
+def gradient_rows(model: Any) -> list[int]:
+    model.zero_grad()
+    model(**inputs()).loss.backward()
+    grad: Tensor = table_of(model).weight.grad.to_dense()
+    return grad.ne(0).any(1).nonzero().flatten().tolist()
+
+
+@MODELS
+def test_logits_are_those_of_the_plain_model(family: str, tied: bool) -> None:
+    plain, partial = models(family, tied)
+    out, expected = partial(**inputs()), plain(**inputs())
+    assert_same_bits(out.logits, expected.logits, "the logits")
+    assert_same_bits(out.loss[None], expected.loss[None], "the loss")
+    assert is_tied(partial) == is_tied(plain) == head_is_tied(family, tied)
+    assert list(partial.state_dict()) == list(plain.state_dict())
+
+
+@MODELS
+def test_gradient_is_that_of_the_plain_model_without_frozen_rows(family: str, tied: bool) -> None:
+    plain, partial = models(family, tied)
+    for model in (plain, partial):
+        model(**inputs()).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    of_table = table_of(partial).weight
+    for name, parameter in partial.named_parameters():
+        expected = gradients[name]
+        assert (parameter.grad is None) == (expected is None), name
+        if expected is None:
+            continue  # BERT has a bias that an untied head does not use
+        if parameter is of_table:
+            expected = expected.clone()
+            expected[FROZEN] = 0.0
+        assert_same_bits(parameter.grad, expected, name)
+    # A tied head has gradients in every row, which the table's hook drops too.
+    assert of_table.grad.any(1).nonzero().flatten().tolist() == ROWS
+
+
+@MODELS
+def test_checkpoints_load_either_way_without_a_key_too_many_or_too_few(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    plain, partial = models(family, tied)
+    with torch.no_grad():
+        table_of(partial).weight.add_(1)
+    _, plain_class, partial_class = FAMILIES[family]
+    for source, target_class in (
+        (partial, plain_class),
+        (partial, partial_class),
+        (plain, partial_class),
+    ):
+        folder = tmp_path / f"{type(source).__name__}-{target_class.__name__}"
+        source.save_pretrained(folder)
+        loaded, report = target_class.from_pretrained(folder, output_loading_info=True)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            assert not report[kind], (kind, report[kind])
+        loaded.eval()
+        assert is_tied(loaded) == head_is_tied(family, tied)
+        assert_same_bits(loaded(**inputs()).logits, source(**inputs()).logits, "the logits")
+        if target_class is partial_class:
+            assert table_of(loaded).trainable_rows.tolist() == ROWS
+            assert gradient_rows(loaded) == ROWS
+
+
+@MODELS
+def test_saved_files_are_those_of_the_plain_model(family: str, tied: bool, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    plain, partial = models(family, tied)
+    saved = []
+    for name, model in (("plain", plain), ("partial", partial)):
+        model.save_pretrained(tmp_path / name)
+        saved.append(load_file(tmp_path / name / "model.safetensors"))
+    assert saved[0].keys() == saved[1].keys()
+    for key, value in saved[0].items():
+        assert_same_bits(saved[1][key], value, key)
+    config = json.loads((tmp_path / "partial" / "config.json").read_text())
+    assert config["vocab_size"] == V
+
+
+@MODELS
+def test_embeddings_are_resized_up_and_down(family: str, tied: bool) -> None:
+    _, partial = models(family, tied)
+    start = table_of(partial).weight.detach().clone()
+    partial.resize_token_embeddings(V + 3)
+    table = table_of(partial)
+    assert table.num_embeddings == len(table.weight) == V + 3
+    assert is_tied(partial) == head_is_tied(family, tied)
+    assert table.trainable_rows.tolist() == ROWS
+    assert_same_bits(table.weight[:V], start, "old rows")
+    assert gradient_rows(partial) == ROWS
+    table.unfreeze_rows([V, V + 2])
+    # New tokens must be looked up to have a gradient where no tied head gives them one.
+    ids = torch.tensor([[2, 5, 11, V, V + 1, V + 2, 1]])
+    partial.zero_grad()
+    partial(**inputs(ids)).loss.backward()
+    moved = table.weight.grad.any(1).nonzero().flatten().tolist()
+    assert moved == [*ROWS, V, V + 2]
+    partial.zero_grad()
+    partial.resize_token_embeddings(10)
+    table = table_of(partial)
+    assert table.num_embeddings == len(table.weight) == 10
+    assert table.trainable_rows.tolist() == [2, 5]
+    assert_same_bits(table.weight, start[:10], "old rows")
+    small = IDS.clamp(max=9)
+    partial(**inputs(small)).loss.backward()
+    assert table.weight.grad.any(1).nonzero().flatten().tolist() == [2, 5]
+    assert partial.generate(small, max_new_tokens=2, do_sample=False).shape[0] == 2
+
+
+@MODELS
+def test_only_rows_kept_trainable_move_when_a_resized_model_trains(family: str, tied: bool) -> None:
+    _, partial = models(family, tied)
+    partial.resize_token_embeddings(V + 2)
+    table = table_of(partial)
+    table.set_trainable_rows([V, V + 1])
+    before = table.weight.detach().clone()
+    optimizer = rowwise(torch.optim.AdamW(partial.parameters(), lr=0.1, weight_decay=0.1), partial)
+    ids = torch.cat([IDS, torch.tensor([[V, V + 1] * 3])])
+    for _ in range(2):
+        optimizer.zero_grad()
+        partial(**inputs(ids)).loss.backward()
+        optimizer.step()
+    assert_same_bits(table.weight[:V], before[:V], "the old vocabulary")
+    assert moved_rows(before, table.weight) == [V, V + 1]
+
+
+@MODELS
+def test_tying_weights_again_changes_nothing(family: str, tied: bool) -> None:
+    _, partial = models(family, tied)
+    weight = table_of(partial).weight
+    for _ in range(2):
+        partial.tie_weights()
+    assert table_of(partial).weight is weight
+    assert is_tied(partial) == head_is_tied(family, tied)
+    assert gradient_rows(partial) == ROWS
+
+
+@MODELS
+def test_generated_tokens_are_those_of_the_plain_model(family: str, tied: bool) -> None:
+    generated = [
+        model.generate(IDS, max_new_tokens=5, do_sample=False) for model in models(family, tied)
+    ]
+    assert generated[0].tolist() == generated[1].tolist()
+    assert generated[0].shape[1] >= 5
+
+
+@MODELS
+def test_gradient_checkpointing_gives_the_same_gradients(family: str, tied: bool) -> None:
+    _, partial = models(family, tied)
+    partial.train()
+    for module in partial.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    partial(**inputs()).loss.backward()
+    expected = {n: p.grad.clone() for n, p in partial.named_parameters() if p.grad is not None}
+    for reentrant in (False, True):
+        partial.zero_grad()
+        partial.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            partial.enable_input_require_grads()  # a hook on the table's output
+        assert partial.is_gradient_checkpointing
+        partial(**inputs(), use_cache=False).loss.backward()
+        for name, parameter in partial.named_parameters():
+            if name in expected:
+                torch.testing.assert_close(parameter.grad, expected[name])
+        assert table_of(partial).weight.grad.any(1).nonzero().flatten().tolist() == ROWS
+        partial.gradient_checkpointing_disable()
+
+
+@MODELS
+def test_a_deepcopy_is_a_model_of_its_own(family: str, tied: bool) -> None:
+    _, partial = models(family, tied)
+    copied = copy.deepcopy(partial)
+    assert is_tied(copied) == head_is_tied(family, tied)
+    assert table_of(copied).weight is not table_of(partial).weight
+    assert_same_bits(copied(**inputs()).logits, partial(**inputs()).logits, "the logits")
+    table_of(copied).set_trainable_rows([3])
+    assert gradient_rows(copied) == [3]
+    assert gradient_rows(partial) == ROWS
+
+
+@MODELS
+def test_bfloat16_models_train_their_rows_alone(family: str, tied: bool, tmp_path: Path) -> None:
+    plain, partial = (model.bfloat16() for model in models(family, tied))
+    assert_same_bits(partial(**inputs()).logits, plain(**inputs()).logits, "the logits")
+    partial.save_pretrained(tmp_path)
+    partial = FAMILIES[family][2].from_pretrained(tmp_path, dtype=torch.bfloat16)
+    table = table_of(partial)
+    assert table.weight.dtype == torch.bfloat16
+    before = table.weight.detach().clone()
+    optimizer = rowwise(torch.optim.AdamW(partial.parameters(), lr=0.1, weight_decay=0.5), partial)
+    for _ in range(2):
+        optimizer.zero_grad()
+        partial(**inputs()).loss.backward()
+        optimizer.step()
+    assert_same_bits(table.weight[FROZEN], before[FROZEN], "frozen rows")
+    assert moved_rows(before, table.weight) == ROWS
+
+
+# Training loops
+
+
+class Texts(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
+        ids = torch.randint(V, (6,), generator=torch.Generator().manual_seed(item))
+        return {"input_ids": ids, "labels": ids}
+
+
+def trainer(model: Any, optimizer: Any, folder: Path, **options: Any) -> Any:
+    pytest.importorskip("accelerate")
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.pop("max_steps", 4),
+        per_device_train_batch_size=2,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        weight_decay=0.1,
+        **options,
+    )
+    return transformers.Trainer(
+        model, arguments, train_dataset=Texts(), optimizers=(optimizer, None)
+    )
+
+
+def adamw(model: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.3)
+
+
+TRAINER_OPTIONS: dict[str, dict[str, Any]] = {
+    "as_it_comes": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "bf16": {"bf16": True},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "no_clipping": {"max_grad_norm": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "options"),
+    [
+        pytest.param(family, tied, options, id=f"{family}-{'tied' if tied else 'untied'}-{options}")
+        for family in FAMILIES
+        for tied in (True, False)
+        for options in TRAINER_OPTIONS
+        if options == "as_it_comes" or family in ("GPT-2", "Llama")
+    ],
+)
+def test_trainer_leaves_frozen_rows_alone_under_weight_decay(
+    family: str, tied: bool, options: str, tmp_path: Path
+) -> None:
+    _, partial = models(family, tied)
+    before = table_of(partial).weight.detach().clone()
+    optimizer = rowwise(adamw(partial), partial)
+    trainer(partial, optimizer, tmp_path, **TRAINER_OPTIONS[options]).train()
+    after = table_of(partial).weight.detach()
+    assert_same_bits(after[FROZEN], before[FROZEN], "frozen rows")
+    for row in ROWS:
+        assert not same_bits(after[row], before[row])
+    assert is_tied(partial) == head_is_tied(family, tied)
+
+
+def test_trainer_without_rowwise_moves_frozen_rows_and_is_warned_of(tmp_path: Path) -> None:
+    # What the tests above would miss if the trainer's own weight decay did nothing.
+    _, partial = models("GPT-2", True)
+    before = table_of(partial).weight.detach().clone()
+    with pytest.warns(UserWarning, match="rowwise"):
+        trainer(partial, adamw(partial), tmp_path).train()
+    assert moved_rows(before, table_of(partial).weight.detach()) == list(range(V))
+
+
+def with_sparse_gradients(family: str = "Llama") -> Any:
+    _, partial = models(family, False)
+    swap_embedding(partial, sparse=True)
+    return partial
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0], ids=["clipping", "no_clipping"])
+def test_trainer_stops_at_sparse_gradients_before_anything_moves(
+    max_grad_norm: float, tmp_path: Path
+) -> None:
+    # It asks torch for the norm of all gradients also where it does not clip, for its log: tables
+    # under the trainer need `sparse=False`.
+    partial = with_sparse_gradients()
+    before = [parameter.detach().clone() for parameter in partial.parameters()]
+    made = trainer(partial, rowwise(adamw(partial), partial), tmp_path, max_grad_norm=max_grad_norm)
+    with pytest.raises((NotImplementedError, InputError), match=r"[Ss]parse"):
+        made.train()
+    for old, parameter in zip(before, partial.parameters(), strict=True):
+        assert_same_bits(parameter, old, "a parameter")
+
+
+def test_trainer_resumes_where_it_stopped(tmp_path: Path) -> None:
+    stepped = []
+
+    def run(folder: Path, resume: str | None = None) -> Any:
+        _, partial = models("Llama", True)
+        optimizer = rowwise(adamw(partial), partial)
+        optimizer.register_step_post_hook(lambda *_: stepped.append(folder.name))
+        made = trainer(partial, optimizer, folder, max_steps=4)
+        made.args.save_strategy = "steps"
+        made.args.save_steps = 2
+        made.args.lr_scheduler_type = "constant"
+        made.train(resume_from_checkpoint=resume)
+        return partial
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    assert stepped == ["whole"] * 4 + ["resumed"] * 2
+    assert_same_bits(table_of(resumed).weight, table_of(whole).weight, "the weight")
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_accelerate_prepares_a_rowwise_optimizer(sparse: bool) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    _, partial = models("Llama", False)
+    swap_embedding(partial, sparse=sparse)
+    before = table_of(partial).weight.detach().clone()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(partial, rowwise(adamw(partial), partial))
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**inputs()).loss)
+            if not sparse and accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                assert math.isfinite(norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same_bits(table_of(partial).weight[FROZEN], before[FROZEN], "frozen rows")
+    assert moved_rows(before, table_of(partial).weight) == ROWS
+    state = optimizer.state_dict()["param_groups"][0]["rowwise"][0]
+    assert state["num_rows"] == V
