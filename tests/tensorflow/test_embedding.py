@@ -304,14 +304,6 @@ def test_fit_with_a_moving_average_leaves_frozen_rows_alone_at_its_end() -> None
     assert np.flatnonzero(changed).tolist() == [1, 4]
 
 
-def test_a_step_keeps_no_state_larger_than_the_reserved_rows() -> None:
-    layer = PartialEmbedding(1000, 8, trainable_rows=range(5))
-    layer.build()
-    optimizer = keras.optimizers.Adam()
-    optimizer.build(layer.trainable_variables)
-    assert max(np.prod(v.shape) for v in optimizer.variables) == 5 * 8
-
-
 def test_rows_beyond_the_reserved_ones_are_refused() -> None:
     layer = _layer()
     with pytest.raises(InputError, match=r"among the 3 reserved ones. Received: 0. .*reserve_rows"):
@@ -357,8 +349,7 @@ def test_a_model_of_weights_that_do_not_fit_is_refused() -> None:
         PartialEmbedding.from_layer(keras.layers.Dense(2))
 
 
-@pytest.mark.full
-def test_a_weight_decayed_table_outlives_outer_autocast() -> None:
+def test_an_outer_layer_in_half_precision_changes_no_value_of_the_table() -> None:
     class Outer(keras.layers.Layer):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(dtype="mixed_float16")
