@@ -1,5 +1,7 @@
 """The layer and the optimizer wrapper for Keras on TensorFlow."""
 
+from partial_embedding.tensorflow.audit import FrozenRowsMoved
 from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.tensorflow.reserve import schedule_rows
 
-__all__ = ["PartialEmbedding"]
+__all__ = ["FrozenRowsMoved", "PartialEmbedding", "schedule_rows"]

@@ -172,17 +172,36 @@ class PartialEmbedding(keras.layers.Embedding):
             >>> layer.trainable_rows
             array([0, 1, 2])
         """
-        live = Rows.parse(rows).resolve(self.input_dim)
-        self._check_reserved(live)
+        live = self.check_trainable_rows(rows)
         if self._split is not None:
             self._split.move(self._live, live)
-        elif self.built and live.size != self._live.size:
+        self._live = live
+
+    def check_trainable_rows(self, rows: object) -> Ids:
+        """Refuse rows that `set_trainable_rows` would refuse, and change nothing.
+
+        Args:
+            rows: Rows in any form that `Rows.parse` reads.
+
+        Returns:
+            Their ids: sorted, int64, shape (K,).
+
+        Raises:
+            InputError: A row is not reserved, or the layer was built as a plain one.
+
+        Example:
+            >>> PartialEmbedding(5, 2, reserve_rows="all").check_trainable_rows(range(2))
+            array([0, 1])
+        """
+        live = Rows.parse(rows).resolve(self.input_dim)
+        self._check_reserved(live)
+        if self.built and self._split is None and live.size != self._live.size:
             raise InputError(
                 "rows of a table that was built with every row trainable and none reserved cannot "
                 f"be frozen: it is a plain one. Received a wish to train {live.size} of "
                 f"{self.input_dim} rows. Make the layer with reserve_rows='all'."
             )
-        self._live = live
+        return live
 
     def unfreeze_rows(self, rows: object) -> None:
         """Train these rows too, from the next step on.
@@ -254,8 +273,26 @@ class PartialEmbedding(keras.layers.Embedding):
             return super().call(inputs)
         if inputs.dtype not in ("int32", "int64"):
             inputs = keras.ops.cast(inputs, "int32")
-        rows = over_ids(self._look_up, inputs, self.input_dim)
+        rows = over_ids(self.rows, inputs, self.input_dim)
         return keras.ops.cast(rows, self.compute_dtype)
+
+    def rows(self, ids: Any) -> Any:
+        """The rows of a dense tensor of ids, at the precision in which they are stored.
+
+        Args:
+            ids: Integers in [0, V), any shape.
+
+        Returns:
+            A tensor of shape (*ids.shape, D).
+
+        Example:
+            >>> PartialEmbedding.from_matrix(np.eye(2)).rows(np.array([1])).numpy()
+            array([[0., 1.]], dtype=float32)
+        """
+        if self._split is not None:
+            return self._split.look_up(ids)
+        # Not `keras.ops.take`, which copies the whole table once a row of it has been assigned.
+        return tf.gather(self._embeddings.value, ids)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, with the rows that train now."""
@@ -323,12 +360,6 @@ class PartialEmbedding(keras.layers.Embedding):
         super().quantize(mode, type_check=False, config=config)
         self._live = self._reserved = np.zeros(0, np.int64)
         self._reserves = False
-
-    def _look_up(self, ids: Any) -> Any:
-        if self._split is not None:
-            return self._split.look_up(ids)
-        # Not `keras.ops.take`, which copies the whole table once a row of it has been assigned.
-        return tf.gather(self._embeddings.value, ids)
 
     def _add_reserved_weight(self) -> Any:
         return self.add_weight(

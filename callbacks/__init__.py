@@ -1,0 +1,1 @@
+"""Callbacks that move a schedule's rows: one module per framework."""
