@@ -3,5 +3,6 @@
 from partial_embedding.tensorflow.audit import FrozenRowsMoved
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.reserve import schedule_rows
+from partial_embedding.tensorflow.rowwise import Rowwise, rowwise
 
-__all__ = ["FrozenRowsMoved", "PartialEmbedding", "schedule_rows"]
+__all__ = ["FrozenRowsMoved", "PartialEmbedding", "Rowwise", "rowwise", "schedule_rows"]

@@ -256,6 +256,8 @@ class PartialEmbedding(keras.layers.Embedding):
         if self._reserved.size:
             self._trained = self._add_reserved_weight()
             self._split = Split(self._embeddings, self._trained, self._reserved, self._live)
+            self._split.constrained = self.embeddings_constraint is not None
+            # Where `rowwise` finds them.
             self._trained.partial_rows = self._split
         self.built = True
 

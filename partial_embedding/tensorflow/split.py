@@ -5,6 +5,7 @@ of a variable alone. So the rows that train live in a variable of their own, and
 place in it, which is assigned without retracing, says which ones train now.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,12 +36,16 @@ class Split(tf.Module):
         self.weights = weights
         # An optimizer wrapper that steps touched rows only asks for the gradient as IndexedSlices.
         self.sparse_gradient = False
+        # Whether rows are constrained beyond being pinned.
+        self.constrained = False
         with tf.init_scope():
             # int64, as TensorFlow keeps int32 variables off the GPU.
             self.reserved = tf.constant(reserved, tf.int64)
             self.slots = tf.Variable(
                 _slots(table.shape[0], reserved, live), trainable=False, name="slots"
             )
+            # A number that tells sets of live rows apart, for what follows them inside a graph.
+            self.signature = tf.Variable(_signature(live), trainable=False, name="signature")
 
     def live(self) -> Any:
         """Which reserved rows train now, a boolean tensor of shape (R,)."""
@@ -52,7 +57,8 @@ class Split(tf.Module):
         # `tf.gather` of a variable reads the rows only; reading the variable first would copy all
         # of it at every step once a row of it has been assigned.
         frozen = tf.gather(self.table.value, ids)
-        live = _live_rows(self.weights.value, slots, lambda: self.sparse_gradient)
+        gather = _touched_rows if self.sparse_gradient else _live_rows
+        live = gather(self.weights.value, slots)
         return tf.where((slots >= 0)[..., tf.newaxis], live, frozen)
 
     def merged(self) -> Any:
@@ -96,6 +102,7 @@ class Split(tf.Module):
             joins = np.isin(reserved, joining, assume_unique=True)[:, np.newaxis]
             self.weights.assign(tf.where(joins, self._pins(), self.weights.value))
         self.slots.assign(_slots(self.table.shape[0], reserved, after))
+        self.signature.assign(_signature(after))
 
     def _pins(self) -> Any:
         return tf.gather(self.table.value, self.reserved)
@@ -117,32 +124,35 @@ def over_ids(rows: Callable[[Any], Any], inputs: Any, num_rows: int) -> Any:
     return rows(tf.where(inputs < 0, inputs + tf.cast(num_rows, inputs.dtype), inputs))
 
 
-def _live_rows(weights: Any, slots: Any, sparse: Callable[[], bool]) -> Any:
+def _live_rows(weights: Any, slots: Any) -> Any:
     """Gather rows of `weights`; rows with a negative slot are unspecified and get no gradient."""
 
     @tf.custom_gradient
     def gather(weights: Any) -> tuple[Any, Callable[[Any], Any]]:
         def gradient(upstream: Any) -> Any:
             values = tf.reshape(upstream, [-1, weights.shape[-1]])
-            flat = tf.reshape(slots, [-1])
-            if sparse():
-                return _slices(values, flat, weights)
             # Keras never sums the duplicates of IndexedSlices, which makes most of its optimizers
             # wrong for an id that occurs twice. Negative slots are dropped here.
-            return tf.math.unsorted_segment_sum(values, flat, weights.shape[0])
+            return tf.math.unsorted_segment_sum(values, tf.reshape(slots, [-1]), weights.shape[0])
 
         return tf.gather(weights, tf.maximum(slots, 0)), gradient
 
     return gather(tf.convert_to_tensor(weights))
 
 
-def _slices(values: Any, slots: Any, weights: Any) -> Any:
-    # Shapes must be static for XLA and indices valid for Keras, so frozen tokens stay, as zeros
-    # for a row that the batch touches anyway, or for the first row where it touches none.
-    touched = tf.maximum(tf.reduce_max(tf.pad(slots, [[1, 0]])), 0)
-    values = tf.where((slots >= 0)[:, tf.newaxis], values, tf.zeros_like(values))
-    indices = tf.where(slots >= 0, slots, touched)
-    return tf.IndexedSlices(values, indices, tf.constant(weights.shape.as_list(), tf.int64))
+def _touched_rows(weights: Any, slots: Any) -> Any:
+    """The same with a gradient of IndexedSlices, of valid slots and static shape.
+
+    XLA needs the shape and Keras the slots, so frozen tokens stay in the gradient: as zeros for a
+    row that the batch touches anyway, or for the first row where it touches none.
+    """
+    touched = tf.maximum(tf.reduce_max(slots), 0)
+    return tf.gather(weights, tf.where(slots >= 0, slots, touched))
+
+
+def _signature(live: Ids) -> Any:
+    digest = hashlib.blake2b(live.tobytes(), digest_size=8, salt=b"live").digest()
+    return np.frombuffer(digest, np.int64)[0]
 
 
 def _slots(num_rows: int, reserved: Ids, live: Ids) -> Ids:

@@ -1,7 +1,7 @@
 """Trains with a schedule and a backup, kills itself where told, and prints the end; for a test.
 
-Arguments: the folder of the backup, the epoch and the batch to die in (-1 for none), and whether
-the optimizer is wrapped by `rowwise`.
+Arguments: the folder of the backup, the epoch and the batch to die in (-1 for none), and "rowwise"
+or "plain" for the optimizer.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import keras  # after the setting above
 import numpy as np
 
 from partial_embedding.callbacks.keras import RowUnfreezing
-from partial_embedding.tensorflow import PartialEmbedding, schedule_rows
+from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
 
 folder, fatal_epoch, fatal_batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 STAGES = [
@@ -51,7 +51,7 @@ model = keras.Sequential(
     ]
 )
 optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1)
-model.compile(optimizer, "mse")
+model.compile(rowwise(optimizer) if "rowwise" in sys.argv else optimizer, "mse")
 callbacks = [
     RowUnfreezing(SCHEDULE, audit=True),
     keras.callbacks.BackupAndRestore(folder),

@@ -149,21 +149,22 @@ def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epoch", "batch"),
+    ("epoch", "batch", "optimizer"),
     [
-        pytest.param(2, 0, marks=pytest.mark.full),
-        (3, 2),
-        pytest.param(5, 1, marks=pytest.mark.full),
+        pytest.param(2, 0, "plain", marks=pytest.mark.full),
+        pytest.param(3, 2, "plain", marks=pytest.mark.full),
+        (3, 2, "rowwise"),
+        pytest.param(5, 1, "rowwise", marks=pytest.mark.full),
     ],
 )
 def test_a_killed_run_ends_bit_for_bit_where_the_whole_one_does(
-    epoch: int, batch: int, start: Callable[..., Any], tmp_path: Path
+    epoch: int, batch: int, optimizer: str, start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    whole = start("run_schedule.py", tmp_path / "whole", -1, -1)
-    killed = start("run_schedule.py", tmp_path / "killed", epoch, batch)
+    whole = start("run_schedule.py", tmp_path / "whole", -1, -1, optimizer)
+    killed = start("run_schedule.py", tmp_path / "killed", epoch, batch, optimizer)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    resumed = start("run_schedule.py", tmp_path / "killed", -1, -1)
+    resumed = start("run_schedule.py", tmp_path / "killed", -1, -1, optimizer)
     (expected, errors), (got, _) = whole.communicate(), resumed.communicate()
     assert whole.returncode == resumed.returncode == 0, errors[-3000:]
     assert got.splitlines()[-1] == expected.splitlines()[-1]

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("tensorflow")
 
 
+@pytest.mark.full
 def test_replicas_are_identical_after_every_unfreeze(start: Callable[..., Any]) -> None:
     # In a process of its own, since logical devices are made before TensorFlow starts.
     run = start("run_mirrored.py")
