@@ -1,0 +1,63 @@
+# One virtual environment per framework: TensorFlow and torch in one process can crash.
+# `make quickstart` and `make test` do all the set-up; they need Python >= 3.11 with venv.
+
+PYTHON ?= python3
+LIGHTNING := .venv/lightning
+KERAS := .venv/keras
+INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Tests that need much longer than the rest are marked `full`.
+SELECT ?= -m "not full"
+WORKERS ?= 2
+
+.PHONY: quickstart quickstart-keras test test-full test-lightning test-keras lint types clean
+
+quickstart: $(LIGHTNING)/.installed
+	$(LIGHTNING)/bin/partial-embedding fit --config configs/quickstart.yaml
+
+quickstart-keras: $(KERAS)/.installed
+	TF_CPP_MIN_LOG_LEVEL=3 $(KERAS)/bin/python -m partial_embedding.recipes.keras_text configs/quickstart.yaml
+
+test: test-lightning test-keras
+
+test-full:
+	$(MAKE) test SELECT=
+
+test-lightning: $(LIGHTNING)/.ready-for-tests
+	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python -m pytest --numprocesses $(WORKERS) $(SELECT)
+
+test-keras: $(KERAS)/.ready-for-tests
+	$(KERAS)/bin/python -m pytest --numprocesses $(WORKERS) $(SELECT) tests/tensorflow
+
+lint: $(LIGHTNING)/.ready-for-tests
+	$(LIGHTNING)/bin/ruff check
+	$(LIGHTNING)/bin/ruff format --check
+
+types: $(LIGHTNING)/.ready-for-tests
+	$(LIGHTNING)/bin/mypy
+
+$(LIGHTNING)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed. Received: $$($(PYTHON) --version). Pass PYTHON=python3.11."; exit 2; }
+	@echo "Installing into $(LIGHTNING); the first time takes a few minutes."
+	$(PYTHON) -m venv $(LIGHTNING)
+	$(LIGHTNING)/bin/python $(INSTALL) --editable '.[lightning,text]'
+	@touch $@
+
+$(LIGHTNING)/.ready-for-tests: $(LIGHTNING)/.installed
+	$(LIGHTNING)/bin/python $(INSTALL) --editable '.[lightning,text,transformers,dev]'
+	@touch $@
+
+$(KERAS)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed. Received: $$($(PYTHON) --version). Pass PYTHON=python3.11."; exit 2; }
+	@echo "Installing into $(KERAS); the first time takes a few minutes."
+	$(PYTHON) -m venv $(KERAS)
+	$(KERAS)/bin/python $(INSTALL) --editable '.[tensorflow]' 'gensim>=4.4'
+	@touch $@
+
+$(KERAS)/.ready-for-tests: $(KERAS)/.installed
+	$(KERAS)/bin/python $(INSTALL) --editable '.[tensorflow,dev]' 'gensim>=4.4'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
