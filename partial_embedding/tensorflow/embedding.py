@@ -383,6 +383,13 @@ class PartialEmbedding(keras.layers.Embedding):
         return self.embeddings_regularizer(self._split.stop_frozen(weights))  # type: ignore[union-attr]
 
     def _constrain(self, weights: Any) -> Any:
+        # Every optimizer comes by here while its first step is traced, but for lazy ones.
+        if self._split.sparse_gradient:  # type: ignore[union-attr]
+            raise InputError(
+                "a table that a lazy optimizer was built for has sparse gradients, which only "
+                f"rowwise steps rightly. Received another optimizer for {self.name!r}. Wrap it by "
+                "rowwise too."
+            )
         if self.embeddings_constraint:
             weights = self.embeddings_constraint(weights)
         return self._split.pin(weights)  # type: ignore[union-attr]

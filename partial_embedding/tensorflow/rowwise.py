@@ -135,6 +135,13 @@ class Rowwise(keras.optimizers.Optimizer):
         """Make the state of each table and of all other variables."""
         if self.built:
             return
+        context = tf.distribute.get_replica_context()
+        if self.lazy and context is not None and context.num_replicas_in_sync > 1:
+            # One replica's lookups would already be traced for a dense gradient.
+            raise InputError(
+                "lazy=True on several replicas needs an optimizer that is built before the first "
+                "step. Received one that is not. Call optimizer.build(model.trainable_variables)."
+            )
         super().build(variables)
         others = [v for v in variables if not hasattr(v, "partial_rows")]
         rest = self._copy()
@@ -173,6 +180,8 @@ class Rowwise(keras.optimizers.Optimizer):
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Step, as every Keras optimizer does."""
+        if not self.built and trainable_variables is not None:
+            self.build(list(trainable_variables))
         with self._unpinned():
             super().apply(grads, trainable_variables)
 
@@ -207,6 +216,10 @@ class Rowwise(keras.optimizers.Optimizer):
         # The last call before the maths: state that begins at the weights begins before they decay.
         self._each(variables, self._welcome)
         super()._apply_weight_decay([v for v in variables if not self._is_lazy(v)])
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Exclude variables from weight decay, as every Keras optimizer does."""
+        self.wrapped.exclude_from_weight_decay(var_list, var_names)
 
     def _use_weight_decay(self, variable: Any) -> bool:
         return bool(self.wrapped._use_weight_decay(variable))

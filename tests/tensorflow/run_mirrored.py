@@ -7,8 +7,10 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import keras  # after the setting above
 import numpy as np
+import pytest
 import tensorflow as tf
 
+from partial_embedding import InputError
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 MATRIX = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
@@ -65,4 +67,8 @@ for name, make in OPTIMIZERS.items():
     two = train(mirrored, make)
     one = train(tf.distribute.get_strategy(), make)
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6, err_msg=name)
+with mirrored.scope():
+    late, variable = rowwise(keras.optimizers.SGD(), lazy=True), keras.Variable([1.0])
+with pytest.raises(InputError, match="built before the first step"):
+    mirrored.run(lambda: late.build([variable]))
 print("replicas agree")

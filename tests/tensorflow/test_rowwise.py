@@ -211,6 +211,26 @@ def test_a_batch_without_a_live_row_moves_nothing_lazily() -> None:
     assert model.layers[0].get_weights()[0].tobytes() == before.tobytes()
 
 
+def test_a_plain_optimizer_after_a_lazy_one_is_refused_and_a_wrapped_one_is_not() -> None:
+    model = _model(rowwise(keras.optimizers.Adam(0.05), lazy=True))
+    ids, upstream = _batches()[0]
+    model.train_on_batch(ids, upstream)
+    model.compile(rowwise(keras.optimizers.Adam(0.05)), model.loss)
+    model.train_on_batch(ids, upstream)
+    model.compile(rowwise(keras.optimizers.Adam(0.05), lazy=True), model.loss)
+    model.train_on_batch(ids, upstream)
+    model.compile(keras.optimizers.Adam(0.05), model.loss)
+    with pytest.raises(InputError, match="Wrap it by rowwise too"):
+        model.train_on_batch(ids, upstream)
+
+
+def test_variables_can_be_excluded_from_weight_decay() -> None:
+    model = _model(optimizer := rowwise(keras.optimizers.SGD(0.05, weight_decay=0.1)))
+    optimizer.exclude_from_weight_decay(var_names=["embeddings"])
+    plain = _model(keras.optimizers.SGD(0.05))
+    np.testing.assert_array_equal(_run(model)[-1], _run(plain)[-1])
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_it_works_inside_a_loss_scale_optimizer(lazy: bool) -> None:
     inner = rowwise(keras.optimizers.Adam(0.05), lazy=lazy)
