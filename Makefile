@@ -3,23 +3,36 @@
 
 PYTHON ?= python3
 LIGHTNING := .venv/lightning
+KERAS := .venv/keras
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Tests that need much longer than the rest are marked `full`.
 SELECT ?= -m "not full"
 WORKERS ?= 2
 
-.PHONY: quickstart test test-full test-lightning lint types clean
+.PHONY: quickstart quickstart-keras test test-full test-lightning test-keras lint types clean
 
 quickstart: $(LIGHTNING)/.installed
 	$(LIGHTNING)/bin/partial-embedding fit --config configs/quickstart.yaml
 
-test: test-lightning
+quickstart-keras: $(KERAS)/.installed
+	TF_CPP_MIN_LOG_LEVEL=3 $(KERAS)/bin/python -m partial_embedding.recipes.keras_text configs/quickstart.yaml
+
+test: test-lightning test-keras
 
 test-full:
 	$(MAKE) test SELECT=
 
+# What only the TensorFlow half can run, and the rest.
+OF_KERAS := tests/tensorflow partial_embedding/tensorflow partial_embedding/callbacks/keras.py \
+  partial_embedding/recipes/keras_text.py
+
 test-lightning: $(LIGHTNING)/.ready-for-tests
-	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python -m pytest --numprocesses $(WORKERS) $(SELECT)
+	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python -m pytest --numprocesses $(WORKERS) $(SELECT) \
+	  $(addprefix --ignore=,$(OF_KERAS))
+
+test-keras: $(KERAS)/.ready-for-tests
+	TF_CPP_MIN_LOG_LEVEL=3 $(KERAS)/bin/python -m pytest --numprocesses $(WORKERS) $(SELECT) \
+	  $(OF_KERAS) tests/contract tests/test_readme.py
 
 lint: $(LIGHTNING)/.ready-for-tests
 	$(LIGHTNING)/bin/ruff check
@@ -28,16 +41,29 @@ lint: $(LIGHTNING)/.ready-for-tests
 types: $(LIGHTNING)/.ready-for-tests
 	$(LIGHTNING)/bin/mypy
 
+define make-venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed. Received: $$($(PYTHON) --version). Pass PYTHON=python3.11."; exit 2; }
+	@echo "Installing into $(@D); the first time takes a few minutes."
+	$(PYTHON) -m venv $(@D)
+endef
+
 $(LIGHTNING)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "Python 3.11 or newer is needed. Received: $$($(PYTHON) --version). Pass PYTHON=python3.11."; exit 2; }
-	@echo "Installing into $(LIGHTNING); the first time takes a few minutes."
-	$(PYTHON) -m venv $(LIGHTNING)
+	$(make-venv)
 	$(LIGHTNING)/bin/python $(INSTALL) --editable '.[lightning,text]'
 	@touch $@
 
 $(LIGHTNING)/.ready-for-tests: $(LIGHTNING)/.installed
-	$(LIGHTNING)/bin/python $(INSTALL) --editable '.[lightning,text,transformers,dev]'
+	$(LIGHTNING)/bin/python $(INSTALL) --editable '.[lightning,text,transformers,dev,dev-torch]'
+	@touch $@
+
+$(KERAS)/.installed: pyproject.toml constraints.txt
+	$(make-venv)
+	$(KERAS)/bin/python $(INSTALL) --editable '.[tensorflow,vectors]'
+	@touch $@
+
+$(KERAS)/.ready-for-tests: $(KERAS)/.installed
+	$(KERAS)/bin/python $(INSTALL) --editable '.[tensorflow,vectors,dev]'
 	@touch $@
 
 clean:

@@ -1,0 +1,403 @@
+"""Text classification in Keras: the texts, vectors, model and schedule of the Lightning recipe.
+
+Run it with `python -m partial_embedding.recipes.keras_text configs/quickstart.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import yaml
+from keras import ops
+from numpy.typing import NDArray
+
+from partial_embedding.callbacks.keras import RowUnfreezing
+from partial_embedding.errors import InputError
+from partial_embedding.files import write_atomically
+from partial_embedding.schedule import Schedule
+from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
+from partial_embedding.text import (
+    LabelledTexts,
+    count_tokens,
+    encode,
+    pad,
+    read_labelled,
+    split,
+    stdlib_docstrings,
+    tokenize,
+)
+from partial_embedding.vectors import build_table, read_vectors, train_vectors
+from partial_embedding.vocabulary import Vocabulary
+
+PADDING_ID = 0
+_WIDTHS = (3, 4, 5)
+_TRAINED_DIMENSION = 50
+
+# The keys of the Lightning recipe's configuration that this one reads, with their defaults.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "rows": {"schedule": {"stages": [{"epoch": 0, "rows": "missing"}]}, "audit": False},
+    "trainer": {"max_epochs": 10, "default_root_dir": "runs"},
+    "model": {"encoder": "cnn", "channels": 64, "dropout": 0.5, "lr": 1e-3, "weight_decay": 0.01},
+    "data": {
+        "path": None,
+        "text_column": "text",
+        "label_column": "label",
+        "vectors": None,
+        "dimension": None,
+        "lowercase": True,
+        "min_count": 1,
+        "max_length": 100,
+        "validation_share": 0.15,
+        "batch_size": 50,
+        "seed": 0,
+        "cache": None,
+    },
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TextData:
+    """Texts as rows of a table, and the table.
+
+    Args:
+        vocabulary: The tokens of the rows, their counts and which were missing from the vectors.
+        table: The vectors, shape (V, D), float32.
+        names: The classes.
+        training: The rows of each text, and the classes, shape (N,).
+        validation: The same of the texts that were held out.
+    """
+
+    vocabulary: Vocabulary
+    table: NDArray[np.float32]
+    names: tuple[str, ...]
+    training: tuple[list[list[int]], NDArray[np.int64]] = field(repr=False)
+    validation: tuple[list[list[int]], NDArray[np.int64]] = field(repr=False)
+
+
+def read_texts(settings: Mapping[str, Any]) -> TextData:
+    """Read, split, count and encode texts, and find their vectors.
+
+    Args:
+        settings: The keys under `data` of a configuration.
+
+    Raises:
+        InputError: Files are missing, malformed or do not fit.
+    """
+    examples = (
+        read_labelled(settings["path"], settings["text_column"], settings["label_column"])
+        if settings["path"]
+        else stdlib_docstrings()
+    )
+    training, validation = split(examples, settings["validation_share"], settings["seed"])
+    documents = [tokenize(text, settings["lowercase"]) for text in training.texts]
+    vocabulary = count_tokens(documents, settings["min_count"])
+    cache = _user_cache() if settings["cache"] is None else settings["cache"]
+    vectors = (
+        read_vectors(settings["vectors"], settings["dimension"])
+        if settings["vectors"]
+        else train_vectors(
+            documents,
+            settings["dimension"] or _TRAINED_DIMENSION,
+            seed=settings["seed"],
+            cache=cache or None,
+        )
+    )
+    table, vocabulary = build_table(vocabulary, vectors, settings["seed"])
+
+    def encoded(texts: LabelledTexts) -> tuple[list[list[int]], NDArray[np.int64]]:
+        tokens = (tokenize(text, settings["lowercase"]) for text in texts.texts)
+        rows = [encode(t, vocabulary, settings["max_length"]) for t in tokens]
+        return rows, texts.labels
+
+    return TextData(vocabulary, table, examples.names, encoded(training), encoded(validation))
+
+
+class TextBatches(keras.utils.PyDataset):
+    """Batches whose order is a function of the seed and the epoch.
+
+    Args:
+        texts: The rows of each text, and the classes.
+        batch_size: The number of texts in each batch but the last.
+        seed: Another seed shuffles differently; None keeps the order of the texts.
+
+    Example:
+        >>> batches = TextBatches(([[2], [3, 4]], np.array([1, 0])), batch_size=2)
+        >>> ids, labels = batches[0]
+        >>> ids.tolist(), labels.tolist()
+        ([[2, 0, 0, 0, 0], [3, 4, 0, 0, 0]], [1, 0])
+    """
+
+    def __init__(
+        self,
+        texts: tuple[list[list[int]], NDArray[np.int64]],
+        batch_size: int,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows, self.labels = texts
+        self.batch_size = batch_size
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch, counted from 0."""
+        self.order = np.arange(len(self.rows))
+        if self.seed is not None:
+            np.random.default_rng((self.seed, epoch)).shuffle(self.order)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        ids = pad([self.rows[i] for i in chosen], PADDING_ID, min_length=max(_WIDTHS))
+        return ids, self.labels[chosen]
+
+
+class EpochSeeds(keras.callbacks.Callback):
+    """Makes the order of the data and the random numbers of an epoch follow from its number.
+
+    Weight files hold no random state, so a run that is resumed would drop other features out.
+
+    Args:
+        batches: The training data.
+        seed: Another seed draws differently.
+    """
+
+    def __init__(self, batches: TextBatches, seed: int = 0) -> None:
+        super().__init__()
+        self.batches = batches
+        self.seed = seed
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Set what the epoch begins with."""
+        self.batches.set_epoch(epoch)
+        for place, layer in enumerate(self.model.layers):
+            if (generator := getattr(layer, "seed_generator", None)) is not None:
+                state = np.random.SeedSequence((self.seed, epoch, place)).generate_state(2)
+                generator.state.assign(state & 0x7FFFFFFF)
+
+
+@keras.saving.register_keras_serializable("partial_embedding")
+class MaxOverText(keras.layers.Layer):
+    """The largest activation of each channel, over windows that begin inside the text.
+
+    Windows that begin behind a text would make it depend on the longest of its batch.
+
+    Args:
+        width: The width of the windows.
+        **kwargs: All that `keras.layers.Layer` takes.
+
+    Example:
+        >>> activations = np.array([[[1.0], [5.0]]])
+        >>> MaxOverText(2)(activations, np.array([[7, 8, 0]])).numpy()
+        array([[1.]], dtype=float32)
+    """
+
+    def __init__(self, width: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.width = width
+
+    def call(self, activations: Any, ids: Any) -> Any:
+        """From (B, L - width + 1, channels), not negative, and ids, (B, L), to (B, channels)."""
+        lengths = ops.sum(ops.cast(ids != PADDING_ID, "int32"), axis=1, keepdims=True)
+        begins = ops.arange(ops.shape(activations)[1], dtype="int32")
+        inside = begins <= ops.maximum(lengths - self.width, 0)
+        return ops.max(ops.where(inside[..., None], activations, 0.0), axis=1)
+
+    def compute_output_shape(self, activations_shape: Any, ids_shape: Any) -> Any:
+        """(B, channels)."""
+        return (activations_shape[0], activations_shape[2])
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {**super().get_config(), "width": self.width}
+
+
+@keras.saving.register_keras_serializable("partial_embedding")
+class MeanOfText(keras.layers.Layer):
+    """The average of the vectors of a text; padding adds nothing.
+
+    Example:
+        >>> MeanOfText()(np.array([[[2.0], [9.0]]]), np.array([[7, 0]])).numpy()
+        array([[2.]], dtype=float32)
+    """
+
+    def call(self, words: Any, ids: Any) -> Any:
+        """From (B, L, D) and ids, (B, L), to (B, D)."""
+        is_word = ops.cast(ids != PADDING_ID, words.dtype)[..., None]
+        return ops.sum(words * is_word, axis=1) / ops.maximum(ops.sum(is_word, axis=1), 1.0)
+
+    def compute_output_shape(self, words_shape: Any, ids_shape: Any) -> Any:
+        """(B, D)."""
+        return (words_shape[0], words_shape[2])
+
+
+def text_classifier(
+    data: TextData,
+    schedule: Schedule,
+    encoder: str = "cnn",
+    channels: int = 64,
+    dropout: float = 0.5,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+) -> Any:
+    """A small text classifier over a partly trainable table of word vectors, compiled.
+
+    Args:
+        data: The texts that it will be trained on.
+        schedule: When which rows train; the layer reserves them.
+        encoder: `"cnn"`, convolutions of widths 3, 4 and 5 with a maximum over time (Kim 2014,
+            https://arxiv.org/abs/1408.5882), or `"mean"`, the average of the vectors.
+        channels: Channels per width of the convolutions.
+        dropout: The share of features dropped in training.
+        lr: The learning rate of AdamW.
+        weight_decay: The weight decay of AdamW.
+
+    Returns:
+        A `keras.Model` from ids, shape (B, L), filled up with 0, to one score per class, (B, C).
+
+    Raises:
+        InputError: There is no such encoder, or the schedule does not fit the vocabulary.
+    """
+    if encoder not in ("cnn", "mean"):
+        raise InputError(f"an encoder is 'cnn' or 'mean'. Received: {encoder!r}.")
+    table = PartialEmbedding.from_matrix(
+        data.table,
+        trainable_rows=schedule.trainable_rows(0).resolve(len(data.vocabulary), data.vocabulary),
+        reserve_rows=schedule_rows(schedule, len(data.vocabulary), data.vocabulary),
+        name="embedding",
+    )
+    ids = keras.Input((None,), dtype="int64", name="ids")
+    words = keras.layers.Dropout(dropout)(table(ids))
+    if encoder == "cnn":
+        features = keras.layers.Concatenate()(
+            [
+                MaxOverText(width)(
+                    keras.layers.Conv1D(channels, width, activation="relu")(words), ids
+                )
+                for width in _WIDTHS
+            ]
+        )
+    else:
+        features = MeanOfText()(words, ids)
+    scores = keras.layers.Dense(len(data.names))(keras.layers.Dropout(dropout)(features))
+    model = keras.Model(ids, scores)
+    model.compile(
+        rowwise(keras.optimizers.AdamW(lr, weight_decay=weight_decay)),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Read a configuration of the Lightning recipe.
+
+    Args:
+        path: A YAML file with the keys `rows`, `trainer`, `model` and `data`.
+
+    Returns:
+        All keys that this recipe reads, with defaults for those that the file does not name.
+
+    Raises:
+        InputError: The file cannot be read, or has a key that this recipe does not know.
+    """
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: a configuration is YAML in UTF-8. Received: {reason}.") from None
+    config = {part: dict(keys) for part, keys in _DEFAULTS.items()}
+    for part, keys in given.items() if isinstance(given, Mapping) else [("", None)]:
+        if part not in config or not isinstance(keys, Mapping):
+            raise InputError(
+                f"{path}: a configuration has the parts {sorted(config)}. Received: {part!r}."
+            )
+        if unknown := [key for key in keys if key not in config[part]]:
+            raise InputError(
+                f"{path}: in Keras, {part} has the keys {sorted(config[part])}. "
+                f"Received: {unknown[0]!r}. Remove it."
+            )
+        config[part].update(keys)
+    return config
+
+
+def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Train a text classifier, and save it with what its rows and classes mean.
+
+    Args:
+        config: What `read_config` returns.
+
+    Returns:
+        The folder with `model.keras` and `meaning.json`.
+
+    Raises:
+        InputError: Files, settings and schedule do not fit each other.
+    """
+    seed = config["data"]["seed"]
+    keras.utils.set_random_seed(seed)
+    data = read_texts(config["data"])
+    schedule = Schedule.parse(config["rows"]["schedule"])
+    model = text_classifier(data, schedule, **config["model"])
+    batches = TextBatches(data.training, config["data"]["batch_size"], seed)
+    model.fit(
+        batches,
+        validation_data=TextBatches(data.validation, config["data"]["batch_size"]),
+        epochs=config["trainer"]["max_epochs"],
+        shuffle=False,
+        verbose=2,
+        callbacks=[
+            RowUnfreezing(schedule, data.vocabulary, audit=config["rows"]["audit"]),
+            EpochSeeds(batches, seed),
+        ],
+    )
+    folder = Path(f"{config['trainer']['default_root_dir']}-keras")
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_atomically(folder / "model.keras") as path:
+        model.save(path)
+    meaning = {"tokens": list(data.vocabulary.tokens), "names": list(data.names)}
+    with write_atomically(folder / "meaning.json") as path:
+        path.write_text(json.dumps(meaning), encoding="utf-8")
+    print(f"saved: {folder / 'model.keras'}")
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train from a configuration; the command line.
+
+    Args:
+        arguments: The path of the configuration, by default that of the process.
+
+    Returns:
+        0, or 2 after input that is refused, with one line on the error stream.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if len(given) != 1:
+            raise InputError(
+                f"the one argument is the path of a configuration. Received: {given}. "
+                "Try configs/quickstart.yaml."
+            )
+        train(read_config(given[0]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _user_cache() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(base) / "partial_embedding")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Proof that frozen rows keep their bits: a fingerprint of each, compared later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.vocabulary import Ids
+
+# Rows are fingerprinted in chunks of about this many bytes, which bounds the extra memory.
+_CHUNK = 1 << 22
+
+
+class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as StopIteration does
+    """A row that was frozen changed a bit; the message names the table, the rows and the step."""
+
+
+class FrozenRowAudit:
+    """Fingerprints of a table's frozen rows.
+
+    A check reads the whole frozen part of the table once, and the fingerprints take 8 bytes per
+    frozen row.
+
+    Args:
+        layer: The built layer, whose rows that are frozen now are watched.
+        name: Its name in messages.
+
+    Example:
+        >>> layer = PartialEmbedding(4, 2, trainable_rows=[3])
+        >>> layer.build()
+        >>> audit = FrozenRowAudit(layer, "words")
+        >>> audit.check()
+        >>> layer.set_weights([np.ones((4, 2))])
+        >>> audit.changed()
+        array([0, 1, 2])
+    """
+
+    def __init__(self, layer: PartialEmbedding, name: str) -> None:
+        self.layer = layer
+        self.name = name
+        self.frozen: Ids = np.setdiff1d(np.arange(layer.input_dim), layer.trainable_rows)
+        self._prints = fingerprints(layer, self.frozen)
+
+    def changed(self) -> Ids:
+        """The watched rows that are not what they were, int64, shape (n,).
+
+        A watched row that trains now is not watched any more.
+        """
+        changed = self.frozen[fingerprints(self.layer, self.frozen) != self._prints]
+        return np.setdiff1d(changed, self.layer.trainable_rows, assume_unique=True)
+
+    def check(self, step: int | None = None) -> None:
+        """Raise when a frozen row moved.
+
+        Args:
+            step: The optimizer step, for the message.
+
+        Raises:
+            FrozenRowsMoved: At least one bit of a watched row is not what it was.
+        """
+        changed = self.changed()
+        if not changed.size:
+            return
+        listed = ", ".join(map(str, changed[:10].tolist())) + (", …" if changed.size > 10 else "")
+        when = "" if step is None else f" by step {step}"
+        raise FrozenRowsMoved(
+            f"{self.name}: {changed.size} frozen rows changed{when}: {listed}. Most likely: a "
+            "write into the table from outside (set_weights, load_weights, code of your own)."
+        )
+
+
+def fingerprints(layer: PartialEmbedding, ids: Ids) -> Ids:
+    """A number for each row that differs when any bit of the row does.
+
+    The row's bytes are summed with fixed odd factors modulo 2⁶⁴, so that a change of one byte is
+    always seen, and one of several bytes but for a chance of 2⁻⁶⁴.
+
+    Args:
+        layer: A built layer.
+        ids: Rows that are frozen, int64, shape (n,).
+
+    Returns:
+        int64, shape (n,).
+    """
+    width = layer.output_dim * tf.as_dtype(layer.variable_dtype).size
+    random = np.random.default_rng(0x5EED)
+    factors = random.integers(-(2**62), 2**62, width, dtype=np.int64) * 2 + 1
+    size = max(1, _CHUNK // width)
+    parts = [
+        _words(layer, ids[start : start + size]).astype(np.int64) @ factors
+        for start in range(0, ids.size, size)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _words(layer: PartialEmbedding, ids: Ids) -> Any:
+    # What the model reads, whichever variable it is in.
+    rows = np.ascontiguousarray(layer.rows(tf.constant(ids)).numpy())
+    return rows.view(np.uint8).reshape(ids.size, -1)

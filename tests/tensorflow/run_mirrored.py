@@ -1,0 +1,74 @@
+"""Trains one model on two logical CPU devices and on one, and compares; run by a test."""
+
+import os
+from typing import Any
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import keras  # after the setting above
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from partial_embedding import InputError
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
+
+MATRIX = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+IDS = np.random.default_rng(1).integers(0, 12, (16, 3))
+TARGETS = np.random.default_rng(2).normal(size=(16, 1)).astype(np.float32)
+STAGES = [[3, 5], [1, 7], [1, 3, 5, 7], [5]]
+
+
+OPTIMIZERS = {
+    "SGD": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+    "Lamb": lambda: keras.optimizers.Lamb(0.1),
+    "rowwise AdamW": lambda: rowwise(keras.optimizers.AdamW(0.1)),
+    "lazy Adam": lambda: rowwise(keras.optimizers.Adam(0.1), lazy=True),
+}
+
+
+def train(strategy: Any, make: Any) -> Any:
+    with strategy.scope():
+        layer = PartialEmbedding.from_matrix(
+            MATRIX, trainable_rows=STAGES[0], reserve_rows=[1, 3, 5, 7]
+        )
+        model = keras.Sequential(
+            [
+                keras.Input((3,), dtype="int64"),
+                layer,
+                keras.layers.Flatten(),
+                keras.layers.Dense(1, kernel_initializer="ones"),
+            ]
+        )
+        model.compile(make(), "mse")
+        model.optimizer.build(model.trainable_variables)
+    for rows in STAGES:
+        before = layer.get_weights()[0]
+        layer.set_trainable_rows(rows)
+        model.fit(IDS, TARGETS, epochs=2, batch_size=8, shuffle=False, verbose=0)
+        changed = (layer.get_weights()[0] != before).any(axis=1)
+        assert np.flatnonzero(changed).tolist() == rows
+        check_replicas([*model.variables, *layer._split.variables])
+    return layer.get_weights()[0]
+
+
+def check_replicas(variables: list[Any]) -> None:
+    for variable in variables:
+        copies = getattr(getattr(variable, "value", variable), "values", [])
+        for copy in list(copies)[1:]:
+            assert copy.numpy().tobytes() == copies[0].numpy().tobytes(), variable.name
+
+
+cpus = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+# One for all runs: strategies made one after the other mix up each other's collective operations.
+mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+for name, make in OPTIMIZERS.items():
+    two = train(mirrored, make)
+    one = train(tf.distribute.get_strategy(), make)
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6, err_msg=name)
+with mirrored.scope():
+    late, variable = rowwise(keras.optimizers.SGD(), lazy=True), keras.Variable([1.0])
+with pytest.raises(InputError, match="built before the first step"):
+    mirrored.run(lambda: late.build([variable]))
+print("replicas agree")

@@ -1,0 +1,132 @@
+"""The text classifier in Keras: what it reads, what it learns, what it saves."""
+
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+pytest.importorskip("gensim")
+
+from partial_embedding import InputError  # noqa: E402  # after the skip
+from partial_embedding.recipes import keras_text  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+rows:
+  schedule: {stages: [{epoch: 0, rows: missing}, {epoch: 1, rows: all}]}
+  audit: true
+trainer: {max_epochs: 2, default_root_dir: RUNS/text}
+model: {encoder: ENCODER, channels: 4, lr: 0.01}
+data: {path: RUNS/texts.csv, dimension: 4, batch_size: 8, cache: ""}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    words = {"sea": ["ship", "wave", "salt", "sail"], "sky": ["wing", "cloud", "wind", "bird"]}
+    lines = ["text,label"] + [
+        f"{' '.join(rng.choice(own, 6))} rare{i},{name}"
+        for name, own in words.items()
+        for i in range(30)
+    ]
+    (tmp_path / "texts.csv").write_text("\n".join(lines))
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.replace("RUNS", str(tmp_path)).replace("ENCODER", "cnn"))
+    return path
+
+
+def test_examples_run() -> None:
+    assert doctest.testmod(keras_text).failed == 0
+
+
+@pytest.mark.parametrize("encoder", ["cnn", "mean"])
+def test_a_run_says_its_stages_and_saves_a_file_that_a_fresh_process_loads(
+    encoder: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text().replace("cnn", encoder))
+    assert keras_text.main([str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].split(" from")[0] for line in lines if ": stage " in line] == [
+        "stage 0",
+        "stage 1",
+    ]
+    assert any(line.startswith("audit: embedding: ") for line in lines)
+    assert any(line.endswith("changed a bit: 0") for line in lines)
+    saved = config.parent / "text-keras" / "model.keras"
+    script = (
+        "import keras, numpy, partial_embedding.recipes.keras_text\n"
+        f"model = keras.models.load_model({str(saved)!r})\n"
+        "print(model.predict(numpy.array([[2, 3, 4, 5, 6]]), verbose=0).tolist())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    here = keras.models.load_model(saved).predict(np.array([[2, 3, 4, 5, 6]]), verbose=0)
+    assert run.stdout.strip().splitlines()[-1] == str(here.tolist())
+
+
+def test_the_order_and_the_dropout_of_an_epoch_follow_from_its_number(config: Path) -> None:
+    data = keras_text.read_texts(keras_text.read_config(config)["data"])
+    batches = keras_text.TextBatches(data.training, 8, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        batches.set_epoch(epoch)
+        orders.append(batches.order.tolist())
+    assert orders[0] == orders[2] != orders[1]
+    model = keras.Sequential([keras.layers.Dropout(0.5, seed=1)])
+    seeds = keras_text.EpochSeeds(batches)
+    seeds.set_model(model)
+    drawn: list[Any] = []
+    for epoch in (0, 1, 0):
+        seeds.on_epoch_begin(epoch)
+        drawn.append(model(np.ones((1, 50)), training=True).numpy().tolist())
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) -> None:
+    config_read = keras_text.read_config(config)
+    data = keras_text.read_texts(config_read["data"])
+    schedule = keras_text.Schedule.parse(config_read["rows"]["schedule"])
+    model = keras_text.text_classifier(data, schedule, channels=4)
+    short = np.array([[3, 4, 5, 6, 7]])
+    padded = np.pad(short, ((0, 0), (0, 9)))
+    np.testing.assert_allclose(
+        model.predict(padded, verbose=0), model.predict(short, verbose=0), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {depth: 3}", "in Keras, model has the keys .*Received: 'depth'"),
+        ("colour: {}", "has the parts .*Received: 'colour'"),
+        ("model: {encoder: rnn}", "an encoder is 'cnn' or 'mean'"),
+        ("{", "a configuration is YAML"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_refused_in_one_line(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert keras_text.main([str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    with pytest.raises(InputError, match=message):
+        raise InputError(line)
+
+
+def test_the_recipe_never_imports_torch(tmp_path: Path) -> None:
+    fake = tmp_path / "torch"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("import sys; sys.exit('torch was imported')")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {keras_text.__name__}"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
