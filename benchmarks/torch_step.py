@@ -123,7 +123,8 @@ def main() -> None:
         "",
         f"{IDS:,} ids a step, half of them trainable, D = {WIDTH}, fp32, AdamW unless named; "
         f"medians of {ROUNDS} rounds in which the contenders take turns.",
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}. "
+        f"torch {torch.__version__}, {torch.get_num_threads()} CPU thread(s), "
+        f"{platform.machine()}. "
         "Made by `python benchmarks/torch_step.py --report benchmarks/torch_step.md`.",
         "",
     ]

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from partial_embedding.errors import InputError
 from partial_embedding.report import StageReport, audit_line, stage_line, table_line
-from partial_embedding.schedule import Position, Schedule
+from partial_embedding.schedule import Position, Schedule, schedules_by_table
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.vocabulary import Ids, Vocabulary
@@ -58,12 +58,7 @@ class RowUnfreezing(keras.callbacks.Callback):
         audit: bool | int = False,
     ) -> None:
         super().__init__()
-        # The key None stands for every table that has no schedule of its own.
-        self.schedules: dict[str | None, Schedule]
-        if isinstance(schedule, Mapping) and schedule and "stages" not in schedule:
-            self.schedules = {name: Schedule.parse(one) for name, one in schedule.items()}
-        else:
-            self.schedules = {None: Schedule.parse(schedule)}
+        self.schedules = schedules_by_table(schedule)
         self.vocabulary = vocabulary
         self.audit = audit
         self.reports: list[StageReport] = []
@@ -91,7 +86,7 @@ class RowUnfreezing(keras.callbacks.Callback):
                 continue
             self._close_stage(name)
             ids = self._resolve(name, layer, stage)
-            layer.set_trainable_rows(ids if ids.size else "none")
+            layer.set_trainable_rows(ids)
             self._stages[name] = stage
             if self.audit:
                 self._audits[name] = FrozenRowAudit(layer, name)
@@ -134,9 +129,9 @@ class RowUnfreezing(keras.callbacks.Callback):
         try:
             rows = self._schedule(name).stages[index].rows
             ids = rows.resolve(layer.input_dim, self.vocabulary)
-            return layer.check_trainable_rows(ids if ids.size else "none")
+            return layer.check_trainable_rows(ids)
         except InputError as error:
-            raise InputError(f"{name}: stages[{index}]: {error}") from None
+            raise InputError(f"{name}: stages[{index}].rows: {error}") from None
 
     def _schedule(self, name: str) -> Schedule:
         return self.schedules[name if name in self.schedules else None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -60,7 +61,9 @@ class RowUnfreezing(TrainerCallback):
         )
         _check_arguments(args, tables)
         tables.check_backend()
-        tables.place(_position(state))
+        # Where the optimizer's state was saved: at the end of an epoch, not in the next one.
+        epoch = max(0, math.ceil(state.epoch or 0) - 1)
+        tables.place(Position(epoch, state.global_step))
         optimizer = kwargs["optimizer"]
         # Accelerate wraps the optimizer that steps.
         tables.prepare([getattr(optimizer, "optimizer", optimizer)], self.lazy)

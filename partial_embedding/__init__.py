@@ -4,10 +4,19 @@ This package imports no framework. The layers are in `partial_embedding.torch` a
 `partial_embedding.tensorflow`, the callbacks in `partial_embedding.callbacks`.
 """
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.rows import Rows
 from partial_embedding.schedule import Position, Schedule, Stage
 from partial_embedding.version import __version__
 from partial_embedding.vocabulary import Vocabulary
 
-__all__ = ["InputError", "Position", "Rows", "Schedule", "Stage", "Vocabulary", "__version__"]
+__all__ = [
+    "FrozenRowsMoved",
+    "InputError",
+    "Position",
+    "Rows",
+    "Schedule",
+    "Stage",
+    "Vocabulary",
+    "__version__",
+]

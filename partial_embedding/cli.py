@@ -28,12 +28,11 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
-from partial_embedding.errors import InputError
+from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.recipes.export import ExportVectors
 from partial_embedding.recipes.resume import RandomState
 from partial_embedding.recipes.text import TextClassifier, TextData
-from partial_embedding.torch.audit import FrozenRowsMoved
 
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _DEFAULTS = {

@@ -1,4 +1,4 @@
-"""The one exception that this library raises for input it refuses."""
+"""The exceptions of this library: input that is refused, and a frozen row that moved."""
 
 
 class InputError(ValueError):
@@ -13,3 +13,7 @@ class InputError(ValueError):
             ...
         partial_embedding.errors.InputError: a share lies in (0, 1]. Received: 7. Was a count meant?
     """
+
+
+class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as StopIteration does
+    """A row that was frozen changed a bit; the message names the table, the rows and the step."""

@@ -41,9 +41,9 @@ class Rows:
         """Read rows in any of the forms that are accepted wherever rows are named.
 
         Args:
-            value: `"all"`, `"none"`, `"missing"`; ids (an iterable or array of integers); a boolean
-                mask with one entry per row; a `range` or `slice`; a mapping `{kind: argument}` as
-                `to_config` writes it; or a `Rows`.
+            value: `"all"`, `"none"`, `"missing"`; ids (an iterable of integers, or an array, which
+                alone may be empty); a boolean mask with one entry per row; a `range` or `slice`; a
+                mapping `{kind: argument}` as `to_config` writes it; or a `Rows`.
 
         Raises:
             InputError: The value is none of these, is empty, repeats an id or has a negative one.
@@ -70,6 +70,8 @@ class Rows:
             return _make("range", _ascending(value))
         if isinstance(value, slice):
             return _make("range", [value.start, value.stop, value.step])
+        if isinstance(value, np.ndarray) and value.shape == (0,) and value.dtype.kind in "iu":
+            return Rows("none")  # computed, unlike a list that was left empty
         if isinstance(value, Iterable):
             array = _array(value)
             return _make("mask" if array.dtype == np.bool_ else "ids", array)

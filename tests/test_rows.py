@@ -107,7 +107,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "nothing": (None, "None"),
     "share_without_a_kind": (0.5, "0.5"),
     "no_ids": ([], "[]"),
-    "no_ids_in_an_array": (np.array([], np.int64), "[]"),
+    "no_numbers_in_an_array": (np.array([]), "[]"),
     "id_twice": ([4, 9, 4], "4 twice"),
     "id_twice_in_a_config": ({"ids": [9, 9]}, "9 twice"),
     "negative_id": ([3, -1], "-1"),
@@ -351,3 +351,7 @@ def test_the_most_frequent_are_a_stable_function_of_the_counts(drawn: Any) -> No
     assert ids.tolist() == sorted(order[:number])
     share = Rows.most_frequent(number / len(counts)).resolve(len(counts), vocabulary)
     assert share.tolist() == ids.tolist()
+
+
+def test_an_array_that_was_computed_empty_is_no_row() -> None:
+    assert Rows.parse(np.array([], np.int64)) == Rows.none()

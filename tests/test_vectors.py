@@ -19,10 +19,9 @@ pytest.importorskip("gensim")
 
 from gensim.models import KeyedVectors
 
-from partial_embedding import vectors
 from partial_embedding.errors import InputError
 from partial_embedding.text import tokenize
-from partial_embedding.vectors import build_table, read_vectors, save_vectors, train_vectors
+from partial_embedding.vectors import build_table, read_vectors, save_vectors, tables, train_vectors
 from partial_embedding.vocabulary import Vocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -349,13 +348,13 @@ def test_training_is_the_same_in_every_process(tmp_path: Path) -> None:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count how often vectors are really trained."""
     counted: list[int] = []
-    train = vectors._train
+    train = tables._train
 
     def counting(*arguments: object) -> KeyedVectors:
         counted.append(1)
         return train(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(vectors, "_train", counting)
+    monkeypatch.setattr(tables, "_train", counting)
     return counted
 
 
@@ -509,3 +508,15 @@ def test_importing_the_package_does_not_load_gensim() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert process.stdout == "False\n"
+
+
+def test_missing_rows_are_drawn_at_the_scale_that_is_asked_for() -> None:
+    known = keyed(["a", "b", "c"], np.array([[1, 2], [3, 5], [4, 4]], np.float32))
+    vocabulary = Vocabulary(["a", "b", "c", *(f"x{i}" for i in range(50))])
+    table, half, none = (build_table(vocabulary, known, scale=s)[0] for s in (1.0, 0.5, 0.0))
+    assert np.allclose(half[3:], table[3:] / 2)
+    assert table[3:].any()
+    assert not none[3:].any()
+    assert half[:3].tobytes() == table[:3].tobytes()
+    with pytest.raises(InputError, match=r"not negative\. Received: -1"):
+        build_table(vocabulary, known, scale=-1)

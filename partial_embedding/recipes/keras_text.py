@@ -20,7 +20,7 @@ from keras import ops
 from numpy.typing import NDArray
 
 from partial_embedding.callbacks.keras import RowUnfreezing
-from partial_embedding.errors import InputError
+from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.schedule import Schedule
 from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
@@ -53,6 +53,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "vectors": None,
         "dimension": None,
         "lowercase": True,
+        "missing_scale": 1.0,
         "min_count": 1,
         "max_length": 100,
         "validation_share": 0.15,
@@ -110,7 +111,9 @@ def read_texts(settings: Mapping[str, Any]) -> TextData:
             cache=cache or None,
         )
     )
-    table, vocabulary = build_table(vocabulary, vectors, settings["seed"])
+    table, vocabulary = build_table(
+        vocabulary, vectors, settings["seed"], scale=settings["missing_scale"]
+    )
 
     def encoded(texts: LabelledTexts) -> tuple[list[list[int]], NDArray[np.int64]]:
         tokens = (tokenize(text, settings["lowercase"]) for text in texts.texts)
@@ -274,6 +277,7 @@ def text_classifier(
         data.table,
         trainable_rows=schedule.trainable_rows(0).resolve(len(data.vocabulary), data.vocabulary),
         reserve_rows=schedule_rows(schedule, len(data.vocabulary), data.vocabulary),
+        freeze_padding=True,
         name="embedding",
     )
     ids = keras.Input((None,), dtype="int64", name="ids")
@@ -378,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The path of the configuration, by default that of the process.
 
     Returns:
-        0, or 2 after input that is refused, with one line on the error stream.
+        0, 1 when frozen rows moved, or 2 when the input is refused; each of these prints one line.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -388,9 +392,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "Try configs/quickstart.yaml."
             )
         train(read_config(given[0]))
-    except InputError as error:
+    except (FrozenRowsMoved, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FrozenRowsMoved) else 2
     return 0
 
 

@@ -71,6 +71,8 @@ class TextData(LightningDataModule):
             trains vectors on the training side.
         dimension: The values per vector that a file must have, or that trained vectors get (50).
         lowercase: Whether to lower-case texts, as most word vectors need.
+        missing_scale: How far rows without a vector are drawn from zero, as a share of the scale
+            of those with one.
         min_count: Tokens that are rarer in the training side become the unknown token.
         max_length: Texts are cut after this many tokens.
         validation_share: The share of texts held out, chosen by a hash of each text.
@@ -102,6 +104,7 @@ class TextData(LightningDataModule):
         vectors: str | None = None,
         dimension: int | None = None,
         lowercase: bool = True,
+        missing_scale: float = 1.0,
         min_count: int = 1,
         max_length: int = 100,
         validation_share: float = 0.15,
@@ -124,6 +127,7 @@ class TextData(LightningDataModule):
         self.vectors = vectors
         self.dimension = dimension
         self.lowercase = lowercase
+        self.missing_scale = missing_scale
         self.min_count = min_count
         self.max_length = max_length
         self.validation_share = validation_share
@@ -161,7 +165,9 @@ class TextData(LightningDataModule):
                 cache=self.cache or None,
             )
         )
-        self.table, self.vocabulary = build_table(vocabulary, vectors, self.seed)
+        self.table, self.vocabulary = build_table(
+            vocabulary, vectors, self.seed, scale=self.missing_scale
+        )
         self.names = examples.names
         self._validation = self._encode(validation)
         self._test = self._encode(self._test_texts()) if self.test_path else self._validation

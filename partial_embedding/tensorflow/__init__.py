@@ -1,7 +1,7 @@
 """The layer and the optimizer wrapper for Keras on TensorFlow."""
 
+from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.tensorflow import gradients
-from partial_embedding.tensorflow.audit import FrozenRowsMoved
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.reserve import schedule_rows
 from partial_embedding.tensorflow.rowwise import Rowwise, rowwise

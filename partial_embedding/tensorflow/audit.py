@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.vocabulary import Ids
 
 # Rows are fingerprinted in chunks of about this many bytes, which bounds the extra memory.
 _CHUNK = 1 << 22
-
-
-class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as StopIteration does
-    """A row that was frozen changed a bit; the message names the table, the rows and the step."""
 
 
 class FrozenRowAudit:

@@ -25,8 +25,7 @@ class PartialEmbedding(keras.layers.Embedding):
 
     Files hold one matrix of shape (V, D) as those of `keras.layers.Embedding` do, and either layer
     loads the other's. A regularizer and a constraint apply to the reserved rows, as they would in
-    a table of those rows alone. To freeze the padding row of `mask_zero=True`, leave row 0 out of
-    `trainable_rows`.
+    a table of those rows alone.
 
     Args:
         input_dim: Number of rows V.
@@ -34,6 +33,8 @@ class PartialEmbedding(keras.layers.Embedding):
         trainable_rows: Rows that train from the start, in any form that `Rows.parse` reads.
         reserve_rows: Rows that may train at any time, in the same forms. By default those that
             train from the start. A layer that trains every row and will freeze some needs "all".
+        freeze_padding: Row 0, which stands for padding, never trains, also when it is among
+            `trainable_rows`. Keras trains it, also under `mask_zero=True`.
         **kwargs: All that `keras.layers.Embedding` takes.
 
     Raises:
@@ -58,15 +59,17 @@ class PartialEmbedding(keras.layers.Embedding):
         *,
         trainable_rows: object = "all",
         reserve_rows: object = None,
+        freeze_padding: bool = False,
         **kwargs: Any,
     ) -> None:
         weights = kwargs.pop("weights", None)
         super().__init__(input_dim, output_dim, **kwargs)
-        self._live: Ids = Rows.parse(trainable_rows).resolve(input_dim)
+        self.freeze_padding = freeze_padding
+        self._live: Ids = self._resolve(trainable_rows)
         self._reserved: Ids = self._live
         self._reserves = reserve_rows is not None
         if self._reserves:
-            self._reserved = Rows.parse(reserve_rows).resolve(input_dim)
+            self._reserved = self._resolve(reserve_rows)
         self._split: Split | None = None
         self._check_reserved(self._live)
         self._check_lora(bool(self.lora_rank))
@@ -193,7 +196,7 @@ class PartialEmbedding(keras.layers.Embedding):
             >>> PartialEmbedding(5, 2, reserve_rows="all").check_trainable_rows(range(2))
             array([0, 1])
         """
-        live = Rows.parse(rows).resolve(self.input_dim)
+        live = self._resolve(rows)
         self._check_reserved(live)
         if self.built and self._split is None and live.size != self._live.size:
             raise InputError(
@@ -218,8 +221,8 @@ class PartialEmbedding(keras.layers.Embedding):
             >>> layer.trainable_rows
             array([1, 3])
         """
-        ids = Rows.parse(rows).resolve(self.input_dim)
-        self.set_trainable_rows(_ids_or_none(np.union1d(self._live, ids)))
+        ids = self._resolve(rows)
+        self.set_trainable_rows(np.union1d(self._live, ids))
 
     def freeze_rows(self, rows: object) -> None:
         """Train these rows no longer; they keep their bits from now on.
@@ -236,8 +239,8 @@ class PartialEmbedding(keras.layers.Embedding):
             >>> layer.trainable_rows
             array([], dtype=int64)
         """
-        ids = Rows.parse(rows).resolve(self.input_dim)
-        self.set_trainable_rows(_ids_or_none(np.setdiff1d(self._live, ids)))
+        ids = self._resolve(rows)
+        self.set_trainable_rows(np.setdiff1d(self._live, ids))
 
     def build(self, input_shape: Any = None) -> None:
         """Make the variables: one for a plain table, two for a split one."""
@@ -302,6 +305,7 @@ class PartialEmbedding(keras.layers.Embedding):
         return {
             **super().get_config(),
             "trainable_rows": _compact(self._live, self.input_dim),
+            "freeze_padding": self.freeze_padding,
             "reserve_rows": None if is_default else _compact(self._reserved, self.input_dim),
         }
 
@@ -404,6 +408,10 @@ class PartialEmbedding(keras.layers.Embedding):
         )
         self._embeddings.assign(matrix)
 
+    def _resolve(self, rows: object) -> Ids:
+        ids = Rows.parse(rows).resolve(self.input_dim)
+        return ids[ids != 0] if self.freeze_padding else ids
+
     def _check_reserved(self, live: Ids) -> None:
         if (beyond := np.setdiff1d(live, self._reserved, assume_unique=True)).size:
             raise InputError(
@@ -424,10 +432,6 @@ class PartialEmbedding(keras.layers.Embedding):
 # Keras finds a layer in a weight file by its class's name, in snake case and numbered. Under the
 # parent's name, files of plain models fit and plain models load the files of partial ones.
 PartialEmbedding.__name__ = keras.layers.Embedding.__name__
-
-
-def _ids_or_none(ids: Ids) -> object:
-    return ids if ids.size else "none"
 
 
 def _compact(ids: Ids, num_rows: int) -> Config:

@@ -232,8 +232,10 @@ class Rowwise(keras.optimizers.Optimizer):
             helper.update_step(gradient, variable, learning_rate)
         elif isinstance(gradient, tf.IndexedSlices):
             gradient = summed(gradient)
-            # A batch that touches no live row has zeros for the first one.
-            self._step_some(table, gradient, gradient.indices > 0, variable, learning_rate)
+            # A batch that touches no live row has zeros for the first one, and for no other; so
+            # zeros of the first row alone are taken for such a batch.
+            is_touched = tf.fill(tf.shape(gradient.indices), tf.reduce_max(gradient.indices) > 0)
+            self._step_some(table, gradient, is_touched, variable, learning_rate)
         elif self.lazy:
             # Of a head tied to the table, or of a step that was taken before this was built.
             rows = tf.range(tf.shape(gradient)[0])

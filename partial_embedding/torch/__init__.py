@@ -1,6 +1,7 @@
 """Partly trainable embedding tables for PyTorch, and what makes optimizers respect them."""
 
-from partial_embedding.torch.audit import FrozenRowAudit, FrozenRowsMoved
+from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.clipping import clip_grad_norm_, clip_grad_value_
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
 from partial_embedding.torch.rowwise import detach_rowwise, rowwise

@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable
 
 # Rows are fingerprinted in chunks of about this many elements, which bounds the extra memory.
 _CHUNK = 1 << 22
-
-
-class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as StopIteration does
-    """A row that was frozen changed a bit; the message names the table, the rows and the step."""
 
 
 class FrozenRowAudit:

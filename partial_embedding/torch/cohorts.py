@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.probe import Anatomy, Group, State, first_state, untouched_row_state
+from partial_embedding.torch.probe import Anatomy, first_state, untouched_row_state
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.trial import Group, State
 
 
 @dataclass(eq=False)
@@ -167,6 +169,23 @@ class TableState:
             state.update({k: state[k].index_select(0, block.local) for k in self._per_row(state)})
         return state
 
+    def check_state(self, state: State, optimizer: Optimizer) -> None:
+        """Refuse state that the optimizer did not keep when it was tried.
+
+        Args:
+            state: What it keeps of a block.
+            optimizer: The optimizer.
+
+        Raises:
+            InputError: There is a key of which nothing is known.
+        """
+        if not self.anatomy.flat and (unknown := state.keys() - self.anatomy.keys):
+            raise InputError(
+                "an optimizer keeps the state that it was tried with. Received "
+                f"{sorted(unknown)} from {type(optimizer).__name__}. Where its options changed, "
+                "call detach_rowwise and rowwise again."
+            )
+
     def take_back(self, block: Block, state: State, optimizer: Optimizer, group: Group) -> None:
         """Put the values and the state of a block back where they belong.
 
@@ -245,11 +264,12 @@ class TableState:
         self._rows = RowSet(self.table.weight.shape[0], numbers, after, device)
         self.table.row_set = self._rows
 
-    def adopt_from(self, optimizer: Optimizer) -> None:
+    def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
         """Go on with the state of shape V×D that a plain optimizer has for the whole table.
 
         Args:
             optimizer: The optimizer, which then has no state of its own for the table.
+            group: Its parameter group that holds the table.
         """
         self.follow_rows()
         if self.anatomy.flat:
@@ -265,6 +285,9 @@ class TableState:
                 else value
                 for key, value in state.items()
             }
+            if state:  # a copy, since some optimizers count in place
+                counted = self.anatomy.in_group & group.keys()
+                cohort.group_state = {key: copy.deepcopy(group[key]) for key in counted}
 
 
 def clear_history(optimizer: Optimizer) -> None:

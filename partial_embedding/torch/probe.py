@@ -1,20 +1,17 @@
-"""What a torch optimizer keeps for a parameter, found out by running it on a scratch one."""
+"""What a torch optimizer keeps for a parameter, found out by running a copy of it."""
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict, defaultdict
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from partial_embedding.errors import InputError
-
-Group = dict[str, Any]
-State = dict[str, Any]
+from partial_embedding.torch.trial import Group, State, Trial
 
 # Refused by the package that they come from, since no probe on a small tensor shows what is wrong.
 _REFUSED = {
@@ -25,6 +22,10 @@ _REFUSED = {
 # enough from each other and from the width to tell the axis of rows.
 _HEIGHTS = (1024, 2048)
 _WIDTH = 8
+# Enough for what appears late, such as slow weights, and for gradients to change their signs.
+_STEPS = 8
+
+TrialOf = Callable[[Tensor], Trial]
 
 
 @dataclass(frozen=True)
@@ -32,59 +33,51 @@ class Anatomy:
     """How an optimizer keeps what it remembers of one parameter.
 
     Args:
-        per_row: Keys of the state whose first axis is rows; all others belong to the cohort.
+        keys: All keys of the state. Others that turn up later are refused.
+        per_row: Keys whose first axis is rows; the others belong to the cohort as a whole.
         in_group: Keys of the parameter group that a step changes, such as a step count kept there.
+        begun: What these keys are before the first step, where they exist then.
         eager: State is made by the constructor and not by the first step.
-        elementwise: Each row moves as if no other row existed.
+        elementwise: Each row moves as if no other row existed, and its first state does not depend
+            on its values.
         flat: There is one history for all parameters together.
         sparse: Only sparse gradients are accepted.
     """
 
+    keys: frozenset[str] = frozenset()
     per_row: frozenset[str] = frozenset()
     in_group: frozenset[str] = frozenset()
+    begun: State = field(default_factory=dict)
     eager: bool = False
     elementwise: bool = False
     flat: bool = False
     sparse: bool = False
 
 
-def examine(optimizer: Optimizer, group: Group, device: torch.device) -> Anatomy:
+def examine(optimizer: Optimizer, group: Group, weight: Tensor) -> Anatomy:
     """Find out how an optimizer keeps its state, without touching it.
 
     Args:
         optimizer: The optimizer, stepped or not.
-        group: The parameter group that holds the table.
-        device: Where the table lies.
+        group: The options of the parameter group that holds the table.
+        weight: The table, for its device and dtype.
 
     Raises:
         InputError: Frozen rows, or late ones, could not be kept exact under this optimizer.
     """
     name = type(optimizer).__name__
-    package = type(optimizer).__module__.partition(".")[0]
-    if reason := _REFUSED.get(package):
-        raise _refusal(name, reason)
-    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-        raise _refusal(name, "it has train() and eval(), which swap weights outside step()")
+    _refuse_by_sight(name, optimizer)
     if isinstance(optimizer, LBFGS):
         return Anatomy(flat=True)
-    sparse = isinstance(optimizer, SparseAdam)
+    devices = [weight.device] if weight.is_cuda else []
     try:
-        eager = _is_eager(optimizer, group, device, sparse)
-        states, changed = [], frozenset[str]()
-        for height in _HEIGHTS:
-            trial = _Trial(optimizer, group, _scratch(height, device), sparse, eager)
-            trial.step()
-            states.append(trial.state)
-            changed = trial.changed_group_keys()
-            if trial.remembers_elsewhere():
-                raise _refusal(name, "it remembers parameters outside its `state`")
-        per_row = _keys_by_row(name, states)
-        elementwise = _is_elementwise(optimizer, group, device, sparse, eager)
+        # An optimizer may draw noise; a user's random numbers must not depend on this library.
+        with torch.random.fork_rng(devices):
+            return _examined(name, optimizer, group, weight)
     except InputError:
         raise
     except Exception as error:  # whatever a foreign optimizer raises is its own way of refusing
         raise _refusal(name, f"a trial step raised {type(error).__name__}: {error}") from error
-    return Anatomy(per_row, changed, eager, elementwise, sparse=sparse)
 
 
 def first_state(optimizer: Optimizer, group: Group, block: nn.Parameter) -> State:
@@ -95,13 +88,11 @@ def first_state(optimizer: Optimizer, group: Group, block: nn.Parameter) -> Stat
         group: The parameter group whose options count.
         block: The parameter.
     """
-    options = {key: value for key, value in group.items() if key in optimizer.defaults}
-    fresh = type(optimizer)([{"params": [block], **options}], **optimizer.defaults)
-    return dict(fresh.state.get(block, {}))
+    return dict(_constructed(optimizer, group, block).state.get(block, {}))
 
 
 def untouched_row_state(
-    optimizer: Optimizer, anatomy: Anatomy, group: Group, like: Tensor
+    optimizer: Optimizer, anatomy: Anatomy, group: Group, weight: Tensor
 ) -> dict[str, Tensor]:
     """The state of a row that training has not touched yet.
 
@@ -109,87 +100,90 @@ def untouched_row_state(
         optimizer: The optimizer.
         anatomy: What `examine` found.
         group: The parameter group whose options count.
-        like: The table, for device, dtype and width.
+        weight: The table, for device, dtype and width.
 
     Returns:
         One row, of shape (1, …), for each key of `anatomy.per_row`.
     """
-    block = nn.Parameter(like.new_zeros(1, like.shape[1]))
-    trial = _Trial(optimizer, group, block, anatomy.sparse, anatomy.eager)
+    block = nn.Parameter(weight.new_zeros(1, weight.shape[1]))
+    state = first_state(optimizer, group, block) if anatomy.eager else None
+    trial = Trial(optimizer, group, block, anatomy.sparse, state)
     # A zero row with a zero gradient stays what the optimizer starts from.
-    trial.step(torch.zeros_like(block))
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+        trial.step(torch.zeros_like(block))
     return {key: trial.state[key] for key in anatomy.per_row}
 
 
-class _Trial:
-    """A step of a copy of the optimizer on one scratch parameter."""
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        group: Group,
-        block: nn.Parameter,
-        sparse: bool,
-        eager: bool,
-    ) -> None:
-        self.block = block
-        self.before = {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
-        self.group: Group = {**copy.deepcopy(self.before), "params": [block]}
-        self.sparse = sparse
-        # Not `copy.copy`, which keeps only what torch's own optimizers have.
-        self.clone = object.__new__(type(optimizer))
-        self.extras = {
-            key: copy.copy(value)
-            for key, value in vars(optimizer).items()
-            if isinstance(value, dict | list | set)
-            and key not in ("state", "param_groups")
-            and not key.startswith("_optimizer_")
-            and key != "defaults"
-        }
-        self.sizes = {key: len(value) for key, value in self.extras.items()}
-        vars(self.clone).update(vars(optimizer), **self.extras)
-        # A scheduler puts a step of its own on the instance, bound to the real optimizer.
-        vars(self.clone).pop("step", None)
-        self.clone.state = defaultdict(dict)
-        self.clone.param_groups = [self.group]
-        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-            vars(self.clone)[hooks] = OrderedDict()
-        if eager:
-            self.clone.state[block] = first_state(optimizer, group, block)
-
-    def step(self, grad: Tensor | None = None) -> None:
-        if grad is None:
-            grad = torch.cos(self.block.detach() * 7)
-        self.block.grad = grad.to_sparse(1) if self.sparse else grad
-        type(self.clone).step(self.clone)
-
-    @property
-    def state(self) -> State:
-        return dict(self.clone.state[self.block])
-
-    def changed_group_keys(self) -> frozenset[str]:
-        after = {key: value for key, value in self.group.items() if key != "params"}
-        return frozenset(
-            k for k, v in after.items() if k not in self.before or _differ(v, self.before[k])
-        )
-
-    def remembers_elsewhere(self) -> bool:
-        others = [key for key in self.clone.state if key is not self.block]
-        return bool(others) or any(
-            len(self.extras[key]) != size for key, size in self.sizes.items()
-        )
+def _refuse_by_sight(name: str, optimizer: Optimizer) -> None:
+    if reason := _REFUSED.get(type(optimizer).__module__.partition(".")[0]):
+        raise _refusal(name, reason)
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise _refusal(name, "it has train() and eval(), which swap weights outside step()")
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise _refusal(name, "its step() runs no hooks, as Optimizer.__init__ was not called")
+    if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
+        raise _refusal(name, "it wraps another optimizer, whose state is out of reach")
 
 
-def _is_eager(optimizer: Optimizer, group: Group, device: torch.device, sparse: bool) -> bool:
+def _examined(name: str, optimizer: Optimizer, group: Group, weight: Tensor) -> Anatomy:
+    sparse = isinstance(optimizer, SparseAdam)
+    eager = _is_eager(optimizer, group, weight, sparse)
+    trial_of = partial(_trial_of, optimizer, group, sparse, eager)
+    states = []
+    for height in _HEIGHTS:
+        # In the table's own dtype: some optimizers keep more for a half-precision parameter.
+        trial = trial_of(_scratch(height, weight).to(weight.dtype))
+        for _ in range(_STEPS):
+            trial.step()
+        if trial.changed_attributes():
+            raise _refusal(name, "it remembers something outside its state and groups")
+        states.append(trial.state)
+    per_row = _keys_by_row(name, *states)
+    _check_closure(name, trial_of(_scratch(2, weight)))
+    counted = trial.changed_options()
+    return Anatomy(
+        keys=frozenset(states[0].keys() | states[1].keys()),
+        per_row=per_row,
+        in_group=counted,
+        begun=_begun(optimizer, trial.block, counted),
+        eager=eager,
+        elementwise=_is_elementwise(optimizer, group, weight, sparse, eager),
+        sparse=sparse,
+    )
+
+
+def _trial_of(
+    optimizer: Optimizer, group: Group, sparse: bool, eager: bool, values: Tensor
+) -> Trial:
+    block = nn.Parameter(values.clone())
+    state = first_state(optimizer, group, block) if eager else None
+    return Trial(optimizer, group, block, sparse, state)
+
+
+def _is_eager(optimizer: Optimizer, group: Group, weight: Tensor, sparse: bool) -> bool:
     try:
-        _Trial(optimizer, group, _scratch(2, device), sparse, eager=False).step()
+        _trial_of(optimizer, group, sparse, False, _scratch(2, weight)).step()
     except KeyError:  # the step looks for state that the constructor should have made
         return True
     return False
 
 
-def _keys_by_row(name: str, states: list[State]) -> frozenset[str]:
-    small, large = states
+def _constructed(optimizer: Optimizer, group: Group, block: nn.Parameter) -> Optimizer:
+    options = {key: value for key, value in group.items() if key in optimizer.defaults}
+    return type(optimizer)([{"params": [block], **options}], **optimizer.defaults)
+
+
+def _begun(optimizer: Optimizer, block: nn.Parameter, counted: frozenset[str]) -> State:
+    if not counted:
+        return {}
+    try:
+        fresh = _constructed(optimizer, {}, block).param_groups[0]
+    except TypeError:  # its defaults are not what its constructor takes
+        fresh = optimizer.defaults
+    return {key: fresh[key] for key in counted & fresh.keys()}
+
+
+def _keys_by_row(name: str, small: State, large: State) -> frozenset[str]:
     per_row = set()
     for key in small.keys() | large.keys():
         values = small.get(key), large.get(key)
@@ -206,16 +200,39 @@ def _keys_by_row(name: str, states: list[State]) -> frozenset[str]:
     return frozenset(per_row)
 
 
+def _check_closure(name: str, trial: Trial) -> None:
+    """Refuse an optimizer that looks at parameters before its closure, where the table still is."""
+    table = nn.Parameter(trial.block.detach().clone())
+    table.grad = trial.as_gradient(torch.ones_like(table))
+    before = table.detach().clone()
+    trial.group["params"][:] = [table]
+
+    def closure() -> Tensor:
+        trial.group["params"][:] = [trial.block]
+        trial.block.grad = trial.as_gradient(trial.gradient())
+        return trial.block.new_zeros(())
+
+    trial.run(closure)
+    if not torch.equal(table, before) or trial.clone.state.get(table):
+        raise _refusal(name, "it touches parameters before its closure runs")
+
+
 def _is_elementwise(
-    optimizer: Optimizer, group: Group, device: torch.device, sparse: bool, eager: bool
+    optimizer: Optimizer, group: Group, weight: Tensor, sparse: bool, eager: bool
 ) -> bool:
-    scales = torch.tensor([[1.0], [10.0], [0.1], [3.0]], device=device)
-    values = _scratch(4, device).detach() * scales
+    # A warm-up that begins at a learning rate of zero would hide everything.
+    if "lr" in group:
+        lr = group["lr"]
+        group = {**group, "lr": torch.full_like(lr, 0.01) if isinstance(lr, Tensor) else 0.01}
+    if not _begins_alike(optimizer, group, weight, sparse, eager):
+        return False
+    scales = torch.tensor([[1.0], [10.0], [0.1], [3.0]], device=weight.device)
+    values = _scratch(4, weight) * scales
 
     def moved(rows: Tensor) -> Tensor:
-        trial = _Trial(optimizer, group, nn.Parameter(rows.clone()), sparse, eager)
-        for _ in range(2):
-            trial.step(torch.cos(trial.block.detach() * 7) * rows)
+        trial = _trial_of(optimizer, group, sparse, eager, rows)
+        for _ in range(_STEPS):
+            trial.step(trial.gradient() * rows)
         return trial.block.detach()
 
     alone = torch.cat([moved(row) for row in values.split(1)])
@@ -224,20 +241,35 @@ def _is_elementwise(
     return torch.allclose(moved(values), alone, rtol=1e-5, atol=1e-7)
 
 
-def _scratch(height: int, device: torch.device) -> nn.Parameter:
-    # Made of no random numbers: a user's random state must not depend on this library.
+def _begins_alike(
+    optimizer: Optimizer, group: Group, weight: Tensor, sparse: bool, eager: bool
+) -> bool:
+    """Whether a row's first state is the same whatever its values; slow weights are not."""
+    # With decay, a step without a gradient would not leave the row where it is.
+    still = {k: 0.0 if "decay" in k and type(v) is float else v for k, v in group.items()}
+    blocks = []
+    for value in (0.0, 1.0):
+        start = torch.full((2, _WIDTH), value, device=weight.device)
+        trial = _trial_of(optimizer, still, sparse, eager, start)
+        trial.step(torch.zeros_like(start))
+        first = trial.state.keys()
+        trial.block.data.fill_(1.0)
+        for _ in range(_STEPS):
+            trial.step()
+        if trial.state.keys() != first:
+            return False  # state that appears late would have only the rows touched just then
+        blocks.append(trial.block.detach())
+    return torch.allclose(blocks[0], blocks[1], rtol=1e-5, atol=1e-7)
+
+
+def _scratch(height: int, weight: Tensor) -> Tensor:
     values = torch.arange(height * _WIDTH, dtype=torch.float32).add_(1).sin_()
-    return nn.Parameter(values.view(height, _WIDTH).to(device))
-
-
-def _differ(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return not torch.equal(a, b)
-    return bool(a != b)
+    return values.view(height, _WIDTH).to(weight.device)
 
 
 def _refusal(name: str, reason: str) -> InputError:
     return InputError(
-        f"rowwise serves optimizers whose state is per row or shared by all rows, and that move "
-        f"weights only in step(). Received {name}: {reason}. Use one of torch.optim, such as AdamW."
+        "rowwise serves optimizers whose state is per row or shared by all rows, and that move "
+        f"weights only in step(). Received {name}: {reason}. "
+        "All of torch.optim are served, such as AdamW."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.cohorts import Block, TableState, clear_history
-from partial_embedding.torch.probe import Group, State, examine, first_state
+from partial_embedding.torch.probe import examine, first_state
 from partial_embedding.torch.saving import (
     KEY,
     check_state_dict,
@@ -19,6 +20,7 @@ from partial_embedding.torch.saving import (
     into_state_dict,
 )
 from partial_embedding.torch.table import PartialTable, tables_in
+from partial_embedding.torch.trial import Group, State
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
@@ -38,7 +40,7 @@ def rowwise(optimizer: OptimizerT, model: nn.Module, lazy: bool = False) -> Opti
             count is shared by the cohort. For optimizers that move each row by itself.
 
     Returns:
-        The same optimizer.
+        The same optimizer. A deep copy of it is a plain one: torch copies no hooks.
 
     Raises:
         InputError: The optimizer cannot be served exactly, is prepared already, or holds none of
@@ -116,7 +118,7 @@ class Rowwise:
         # Whatever the optimizer remembers already, of its own or from a checkpoint of ours.
         check_state_dict(optimizer, self.tables, vars(optimizer))
         from_state_dict(optimizer, self.tables)
-        self._entered: list[tuple[Group, list[nn.Parameter]]] = []
+        self._entered: list[tuple[Group, list[nn.Parameter], list[str] | None]] = []
         self._blocks: list[tuple[TableState, Block, Group, Group]] = []
         self._stepping = False
         self._hooks = [
@@ -139,7 +141,7 @@ class Rowwise:
                 )
             return
         options = {key: value for key, value in group.items() if key != KEY}
-        anatomy = examine(self.optimizer, options, table.weight.device)
+        anatomy = examine(self.optimizer, options, table.weight)
         if lazy and not anatomy.elementwise:
             raise InputError(
                 "lazy=True is for optimizers that move each row by itself. Received "
@@ -157,14 +159,20 @@ class Rowwise:
             params: list[nn.Parameter] = group["params"]
             if not any(id(p) in self.tables for p in params):
                 continue
-            self._entered.append((group, list(params)))
+            names = group.get("param_names")
+            self._entered.append((group, list(params), names))
             stand_ins: list[nn.Parameter] = []
-            for param in params:
+            stand_in_names: list[str] = []
+            for i, param in enumerate(params):
                 table = self.tables.get(id(param))
-                stand_ins += [param] if table is None else self._stand_in(table, group)
+                made = [param] if table is None else self._stand_in(table, group)
+                stand_ins += made
+                stand_in_names += [names[i]] * len(made) if names else []
             if not stand_ins and isinstance(self.optimizer, LBFGS):
                 # It cannot flatten nothing, and a gradient of zero ends its step at once.
                 stand_ins.append(nn.Parameter(torch.zeros(1, device=params[0].device)))
+            if names:
+                group["param_names"] = stand_in_names
             params[:] = stand_ins  # in place: LBFGS keeps the list itself
 
     def _stand_in(self, table: TableState, group: Group) -> list[nn.Parameter]:
@@ -186,9 +194,10 @@ class Rowwise:
         return shared
 
     def _group_for(self, block: Block, table: TableState, group: Group) -> Group:
-        counted, defaults = table.anatomy.in_group, self.optimizer.defaults
-        own = {key: value for key, value in group.items() if key not in counted}
-        begun = {key: defaults[key] for key in counted if key in defaults}
+        own = {k: v for k, v in group.items() if k not in table.anatomy.in_group}
+        begun = copy.deepcopy(table.anatomy.begun)  # some optimizers count in place
+        if "param_names" in own:
+            own["param_names"] = [table.name]
         return {**own, **begun, **block.cohort.group_state, "params": [block.parameter]}
 
     def _follow_history(self) -> None:
@@ -200,23 +209,29 @@ class Rowwise:
     @torch.no_grad()
     def leave(self) -> None:
         """Write the rows back and put the tables into their place again; idle when not entered."""
-        temporary = []
-        for table, block, group, stepped_in in self._blocks:
-            state = self.optimizer.state.pop(block.parameter, {})
+        blocks, self._blocks = self._blocks, []
+        entered, self._entered = self._entered, []
+        self._stepping = False
+        # The groups first, so that an error below leaves an optimizer that holds its tables.
+        temporary = {
+            id(stepped_in) for _, _, group, stepped_in in blocks if stepped_in is not group
+        }
+        groups = self.optimizer.param_groups
+        groups[:] = [group for group in groups if id(group) not in temporary]
+        for group, params, names in entered:
+            group["params"][:] = params
+            if names:
+                group["param_names"] = names
+        states = [self.optimizer.state.pop(block.parameter, {}) for _, block, _, _ in blocks]
+        for (table, _, _, _), state in zip(blocks, states, strict=True):
+            table.check_state(state, self.optimizer)
+        for (table, block, group, stepped_in), state in zip(blocks, states, strict=True):
             table.take_back(block, state, self.optimizer, group)
             if block.parameter.grad is None:
                 table.table.weight.grad = None  # zeroed by whoever saw the block
             if stepped_in is not group:
-                temporary.append(id(stepped_in))
                 keys = table.anatomy.in_group & stepped_in.keys()
                 block.cohort.group_state = {key: stepped_in[key] for key in keys}
-        self._blocks.clear()
-        groups = self.optimizer.param_groups
-        groups[:] = [group for group in groups if id(group) not in temporary]
-        for group, params in self._entered:
-            group["params"][:] = params
-        self._entered.clear()
-        self._stepping = False
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.cohorts import TableState
-from partial_embedding.torch.probe import Group, State
+from partial_embedding.torch.trial import Group, State
 
 KEY = "rowwise"
 
@@ -80,7 +80,7 @@ def from_state_dict(optimizer: Optimizer, tables: Tables) -> None:
             if (table := tables.get(id(param))) is None:
                 continue
             if (entry := entries.get(position)) is None:
-                table.adopt_from(optimizer)  # saved without rowwise
+                table.adopt_from(optimizer, group)  # saved without rowwise
                 continue
             table.restore(entry, group)
             if "history" in entry:

@@ -243,9 +243,12 @@ class _DropFrozenRows:
         if grad.layout == torch.sparse_coo:
             # Not coalesced: that would sort all ids, and change the order of the sums.
             ids, values = grad._indices(), grad._values()
-            keep = rows.is_trainable(ids[0])
+            kept = rows.is_trainable(ids[0]).nonzero().flatten()
             return torch.sparse_coo_tensor(
-                ids[:, keep], values[keep], grad.shape, check_invariants=False
+                ids.index_select(1, kept),
+                values.index_select(0, kept),
+                grad.shape,
+                check_invariants=False,
             )
         # Selected, not multiplied: inf * 0 is NaN.
         return torch.where(rows.mask.unsqueeze(-1), grad, grad.new_zeros(()))
@@ -253,12 +256,12 @@ class _DropFrozenRows:
 
 def _warn_of_drift(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Warn once of an optimizer that moves frozen rows; runs before every step of every one."""
-    if hasattr(optimizer, "_rowwise"):
-        return
+    served = getattr(getattr(optimizer, "_rowwise", None), "tables", ())
     hooks = (
         hook
         for group in optimizer.param_groups
         for param in group["params"]
+        if id(param) not in served
         for hook in (param._backward_hooks or {}).values()
     )
     for hook in hooks:

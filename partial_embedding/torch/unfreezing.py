@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.report import StageReport, audit_line, stage_line, table_line
-from partial_embedding.rows import Rows
 from partial_embedding.schedule import Position, Schedule
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.rowwise import prepared, rowwise
@@ -69,8 +68,8 @@ class ScheduledTables:
         self._audits: dict[str, FrozenRowAudit] = {}
         self._audited_step = 0
         for name in self.tables:
-            for stage in self._schedule(name).stages:
-                self._resolve(name, stage.rows)
+            for stage in range(len(self._schedule(name).stages)):
+                self._resolve(name, stage)
 
     def _find(self) -> dict[str, PartialTable]:
         tables = dict(tables_in(self.model))
@@ -91,11 +90,12 @@ class ScheduledTables:
     def _schedule(self, name: str) -> Schedule:
         return self.schedules[name if name in self.schedules else None]
 
-    def _resolve(self, name: str, rows: Rows) -> Ids:
+    def _resolve(self, name: str, stage: int) -> Ids:
+        rows = self._schedule(name).stages[stage].rows
         try:
             return rows.resolve(self.tables[name].weight.shape[0], self.vocabulary)
         except InputError as error:
-            raise InputError(f"{name}: {error}") from None
+            raise InputError(f"{name}: stages[{stage}].rows: {error}") from None
 
     # Optimizers
 
@@ -145,8 +145,8 @@ class ScheduledTables:
             position: Where training stands, or stood when a checkpoint was made.
         """
         for name, table in self.tables.items():
-            rows = self._schedule(name).trainable_rows(position)
-            table.set_trainable_ids(self._resolve(name, rows))
+            stage = self._schedule(name).stage_at(position)
+            table.set_trainable_ids(self._resolve(name, stage))
 
     def move_to(self, position: Position) -> None:
         """Set the rows of a position, and tell and audit where a stage begins.
@@ -158,12 +158,11 @@ class ScheduledTables:
             FrozenRowsMoved: A row that was frozen in the stage that ends changed a bit.
         """
         for name, table in self.tables.items():
-            schedule = self._schedule(name)
-            stage = schedule.stage_at(position)
+            stage = self._schedule(name).stage_at(position)
             if self._stages.get(name) == stage:
                 continue
             self._close(name, position.step)
-            table.set_trainable_ids(self._resolve(name, schedule.stages[stage].rows))
+            table.set_trainable_ids(self._resolve(name, stage))
             self._stages[name] = stage
             if self.audit:
                 self._audits[name] = FrozenRowAudit(table, name)

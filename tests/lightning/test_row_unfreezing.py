@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from partial_embedding import InputError, Rows, Schedule, Vocabulary
 from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.torch.audit import FrozenRowsMoved
+from partial_embedding.errors import FrozenRowsMoved
 
 
 def stages(**rows_by_epoch: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`PartialEmbedding` is an ordinary Keras embedding: shapes, files, configs, policies, models."""
 
 import copy
-import doctest
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
-import partial_embedding.tensorflow.embedding  # noqa: E402  # after the skip
 from partial_embedding import InputError, Rows  # noqa: E402
 from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402
 
@@ -37,10 +35,6 @@ def _model(layer: Any, optimizer: str | None = "adam") -> Any:
 
 def _train(model: Any, **settings: Any) -> None:
     model.fit(IDS, np.ones((2, 1)), epochs=2, verbose=0, **settings)
-
-
-def test_examples_run() -> None:
-    assert doctest.testmod(partial_embedding.tensorflow.embedding).failed == 0
 
 
 def test_a_split_table_looks_up_the_rows_of_the_matrix() -> None:
@@ -359,3 +353,23 @@ def test_an_outer_layer_in_half_precision_changes_no_value_of_the_table() -> Non
             return self.table(ids)
 
     np.testing.assert_array_equal(Outer()(IDS), MATRIX[IDS])
+
+
+@pytest.mark.parametrize("mask_zero", [False, True])
+def test_a_frozen_padding_row_never_trains(mask_zero: bool) -> None:
+    layer = PartialEmbedding(5, 2, mask_zero=mask_zero, freeze_padding=True)
+    assert layer.trainable_rows.tolist() == [1, 2, 3, 4]
+    layer.set_trainable_rows([0, 2])
+    assert layer.trainable_rows.tolist() == [2]
+    again = PartialEmbedding.from_config(layer.get_config())
+    assert again.freeze_padding
+    again.unfreeze_rows([0])
+    assert again.trainable_rows.tolist() == [2]
+    model = keras.Sequential([layer])
+    model.compile(keras.optimizers.AdamW(0.1, weight_decay=0.5), "mse")
+    layer.build()
+    before = layer.get_weights()[0].copy()
+    model.fit(np.array([[0, 2, 0, 2]]), np.ones((1, 4, 2)), epochs=3, verbose=0)
+    after = layer.get_weights()[0]
+    assert before[0].tobytes() == after[0].tobytes()
+    assert before[2].tobytes() != after[2].tobytes()

@@ -1,6 +1,5 @@
 """The techniques for loops of one's own, in eager mode and in graphs."""
 
-import doctest
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,6 @@ def _sparse_gradient(table: Any, scale: float = 1.0) -> Any:
     with tf.GradientTape() as tape:
         loss = scale * tf.reduce_sum(tf.gather(table.value, IDS))
     return tape.gradient(loss, table.value)
-
-
-def test_examples_run() -> None:
-    assert doctest.testmod(gradients).failed == 0
 
 
 @pytest.mark.parametrize("in_graph", [False, True])

@@ -1,6 +1,5 @@
 """The text classifier in Keras: what it reads, what it learns, what it saves."""
 
-import doctest
 import subprocess
 import sys
 from pathlib import Path
@@ -40,10 +39,6 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG.replace("RUNS", str(tmp_path)).replace("ENCODER", "cnn"))
     return path
-
-
-def test_examples_run() -> None:
-    assert doctest.testmod(keras_text).failed == 0
 
 
 @pytest.mark.parametrize("encoder", ["cnn", "mean"])

@@ -4,8 +4,6 @@ The reference is one variable for each cohort, with a plain optimizer of its own
 the cohort joined at.
 """
 
-import doctest
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
 from partial_embedding import InputError  # noqa: E402  # after the skip
-from partial_embedding.tensorflow import PartialEmbedding, Rowwise, rowwise  # noqa: E402
+from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
 from partial_embedding.tensorflow.rowwise import _SERVED  # noqa: E402
 
 NUM_ROWS, WIDTH, STEPS = 12, 4, 7
@@ -82,10 +80,6 @@ def _alone(make: Any, rows: list[int], start: int, stop: int, before: Any) -> An
         gradient = tf.constant(_gradient(ids, upstream)[rows])
         optimizer.apply([optimizer.scale_loss(gradient)], [table])
     return table.numpy()
-
-
-def test_examples_run() -> None:
-    assert doctest.testmod(sys.modules[Rowwise.__module__]).failed == 0
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -9,9 +9,10 @@ import torch
 from oracle import assert_same_bits
 from torch import Tensor, nn
 
+from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, rowwise
 from partial_embedding.torch import audit as audit_module
-from partial_embedding.torch.audit import FrozenRowAudit, FrozenRowsMoved, fingerprints
+from partial_embedding.torch.audit import FrozenRowAudit, fingerprints
 
 V, D = 7, 3
 ROWS = [1, 4]

@@ -1,0 +1,146 @@
+"""The contract's verbs in Keras on TensorFlow."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from reference import ACCUMULATOR, EPSILON, Array, Batch, Optimizer
+
+from partial_embedding.callbacks.keras import RowUnfreezing
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
+
+FRAMEWORK = "tensorflow"
+
+
+class Training:
+    """One table that is trained step by step under an optimizer that `rowwise` wraps.
+
+    Args:
+        matrix: The table, shape (V, D).
+        rows: What trains from the start.
+        optimizer: What steps it.
+        ever: What may ever train, and is reserved.
+        padded: Whether row 0 is the padding row.
+    """
+
+    def __init__(
+        self,
+        matrix: Array,
+        rows: object,
+        optimizer: Optimizer,
+        ever: object = "all",
+        padded: bool = False,
+    ) -> None:
+        self._layer = PartialEmbedding.from_matrix(
+            matrix,
+            trainable_rows=rows,
+            reserve_rows=ever,
+            mask_zero=padded,
+            freeze_padding=padded,
+        )
+        self._optimizer = rowwise(_made(optimizer), lazy=optimizer.lazy)
+        self._optimizer.build(self._layer.trainable_variables)
+
+    @property
+    def table(self) -> Array:
+        """The table, shape (V, D)."""
+        return np.array(self._layer.get_weights()[0])
+
+    @property
+    def trainable_rows(self) -> list[int]:
+        """The rows that train, rising."""
+        return [int(row) for row in self._layer.trainable_rows]
+
+    def look_up(self, ids: Array) -> Array:
+        """The rows of ids of any shape."""
+        return np.array(self._layer(ids))
+
+    def train(self, rows: object) -> None:
+        """Train these rows and no others."""
+        self._layer.set_trainable_rows(rows)
+
+    def unfreeze(self, rows: object) -> None:
+        """Train these rows too."""
+        self._layer.unfreeze_rows(rows)
+
+    def freeze(self, rows: object) -> None:
+        """Train these rows no longer."""
+        self._layer.freeze_rows(rows)
+
+    def step(self, ids: Array, upstream: Array) -> None:
+        """Look up, go back with given gradients, and step."""
+        variables = self._layer.trainable_variables
+        with tf.GradientTape() as tape:
+            rows = self._layer(ids)
+        gradients = tape.gradient(rows, [v.value for v in variables], output_gradients=upstream)
+        self._optimizer.apply(gradients, variables)
+
+
+def fit(
+    matrix: Array,
+    schedule: str | PathLike[str],
+    optimizer: Optimizer,
+    batches: Sequence[Batch],
+    epochs: int,
+    ever: object,
+) -> list[Array]:
+    """Train a table named "words" along a schedule with the callback, and its audit.
+
+    Args:
+        matrix: The table, shape (V, D).
+        schedule: A YAML file.
+        optimizer: What steps it.
+        batches: Of each epoch.
+        epochs: How many.
+        ever: What may ever train, and is reserved.
+
+    Returns:
+        The table after each epoch.
+    """
+    layer = PartialEmbedding.from_matrix(
+        matrix, reserve_rows=ever, trainable_rows=ever, name="words"
+    )
+    model = keras.Sequential([keras.Input((None,), dtype="int64"), layer])
+    model.compile(rowwise(_made(optimizer), lazy=optimizer.lazy), loss=_product)
+    tables: list[Array] = []
+    keep = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: tables.append(np.array(layer.get_weights()[0]))
+    )
+    model.fit(
+        _Batches(batches),
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[RowUnfreezing(schedule, audit=True), keep],
+    )
+    return tables
+
+
+class _Batches(keras.utils.PyDataset):
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batches[index]
+
+
+def _product(upstream: Any, rows: Any) -> Any:
+    return tf.reduce_sum(upstream * rows)
+
+
+def _made(optimizer: Optimizer) -> Any:
+    options: dict[str, Any] = {
+        "SGD": {"momentum": optimizer.momentum, "nesterov": optimizer.nesterov},
+        "Adagrad": {"initial_accumulator_value": ACCUMULATOR, "epsilon": EPSILON},
+        "Adamax": {"epsilon": EPSILON},
+        "Adam": {"epsilon": EPSILON},
+        "AdamW": {"epsilon": EPSILON, "weight_decay": optimizer.weight_decay},
+    }[optimizer.name]
+    return getattr(keras.optimizers, optimizer.name)(optimizer.learning_rate, **options)

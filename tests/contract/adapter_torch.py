@@ -1,0 +1,146 @@
+"""The contract's verbs in PyTorch and Lightning."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from reference import ACCUMULATOR, EPSILON, Array, Batch, Optimizer
+from torch import Tensor, nn
+
+from partial_embedding.callbacks.lightning import RowUnfreezing
+from partial_embedding.torch import PartialEmbedding, rowwise
+
+# The tensors are tiny: threads would only wait for each other.
+torch.set_num_threads(1)
+
+FRAMEWORK = "torch"
+
+
+class Training:
+    """One table that is trained step by step under an optimizer which `rowwise` prepared.
+
+    Args:
+        matrix: The table, shape (V, D).
+        rows: What trains from the start.
+        optimizer: What steps it.
+        ever: What may ever train; PyTorch need not know.
+        padded: Whether row 0 is the padding row.
+    """
+
+    def __init__(
+        self,
+        matrix: Array,
+        rows: object,
+        optimizer: Optimizer,
+        ever: object = "all",
+        padded: bool = False,
+    ) -> None:
+        self._embedding = PartialEmbedding.from_pretrained(
+            torch.tensor(matrix), padding_idx=0 if padded else None, trainable_rows=rows
+        )
+        self._optimizer = rowwise(
+            _made(optimizer, self._embedding), self._embedding, lazy=optimizer.lazy
+        )
+
+    @property
+    def table(self) -> Array:
+        """The table, shape (V, D)."""
+        return self._embedding.weight.detach().numpy().copy()
+
+    @property
+    def trainable_rows(self) -> list[int]:
+        """The rows that train, rising."""
+        return [int(row) for row in self._embedding.trainable_rows]
+
+    def look_up(self, ids: Array) -> Array:
+        """The rows of ids of any shape."""
+        looked_up: Array = self._embedding(torch.tensor(ids)).detach().numpy()
+        return looked_up
+
+    def train(self, rows: object) -> None:
+        """Train these rows and no others."""
+        self._embedding.set_trainable_rows(rows)
+
+    def unfreeze(self, rows: object) -> None:
+        """Train these rows too."""
+        self._embedding.unfreeze_rows(rows)
+
+    def freeze(self, rows: object) -> None:
+        """Train these rows no longer."""
+        self._embedding.freeze_rows(rows)
+
+    def step(self, ids: Array, upstream: Array) -> None:
+        """Look up, go back with given gradients, and step."""
+        self._optimizer.zero_grad()
+        self._embedding(torch.tensor(ids)).backward(torch.tensor(upstream))
+        self._optimizer.step()
+
+
+def fit(
+    matrix: Array,
+    schedule: str | PathLike[str],
+    optimizer: Optimizer,
+    batches: Sequence[Batch],
+    epochs: int,
+    ever: object,
+) -> list[Array]:
+    """Train a table named "words" along a schedule with the callback, and its audit.
+
+    Args:
+        matrix: The table, shape (V, D).
+        schedule: A YAML file.
+        optimizer: What steps it.
+        batches: Of each epoch.
+        epochs: How many.
+        ever: What may ever train; PyTorch need not know.
+
+    Returns:
+        The table after each epoch.
+    """
+    model = _Model(matrix, optimizer)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[RowUnfreezing(schedule, lazy=optimizer.lazy, audit=True)],
+    )
+    pairs = [(torch.tensor(ids), torch.tensor(upstream)) for ids, upstream in batches]
+    trainer.fit(model, torch.utils.data.DataLoader(pairs, batch_size=None))  # type: ignore[arg-type]
+    return model.tables
+
+
+class _Model(pl.LightningModule):
+    def __init__(self, matrix: Array, optimizer: Optimizer) -> None:
+        super().__init__()
+        self.words = PartialEmbedding.from_pretrained(torch.tensor(matrix))
+        self.choice = optimizer
+        self.tables: list[Array] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        ids, upstream = batch
+        loss: Tensor = (self.words(ids) * upstream).sum()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.tables.append(self.words.weight.detach().numpy().copy())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return _made(self.choice, self)
+
+
+def _made(optimizer: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {
+        "SGD": {"momentum": optimizer.momentum, "nesterov": optimizer.nesterov},
+        "Adagrad": {"initial_accumulator_value": ACCUMULATOR, "eps": EPSILON},
+        "Adamax": {"eps": EPSILON},
+        "Adam": {"eps": EPSILON},
+        "AdamW": {"eps": EPSILON, "weight_decay": optimizer.weight_decay},
+    }[optimizer.name]
+    kind = getattr(torch.optim, optimizer.name)
+    made: torch.optim.Optimizer = kind(model.parameters(), lr=optimizer.learning_rate, **options)
+    return made

@@ -1,0 +1,261 @@
+"""Plain formulas in float64 that both frameworks are held to, and the runs that they describe.
+
+The frameworks differ in options, so these are chosen such that both mean the same formula:
+
+- Adam and AdamW: torch adds epsilon to the corrected root √(v / (1 - β₂ᵗ)), Keras to √v, before
+  the correction. Adamax: torch adds it to |g| inside the maximum, Keras to the maximum. Adagrad:
+  torch adds it to the root, Keras under it. With an epsilon of 1e-12 none of this reaches float32,
+  as long as gradients are 0 or of ordinary size.
+- Adagrad: the accumulator begins at 0.1, which is Keras's default; torch's is 0.
+- Weight decay is AdamW's: torch's other optimizers add it to the gradient, Keras's never do.
+
+Each framework keeps within `TOLERANCE` of these numbers, and so within twice that of the other.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partial_embedding import Schedule
+
+Array = NDArray[Any]
+Batch = tuple[Array, Array]
+
+# Absolute, for values of about 1 after 12 steps of about 0.01 in float32; both came within 4e-7.
+TOLERANCE = 1e-6
+EPSILON = 1e-12
+ACCUMULATOR = 0.1
+
+NUM_ROWS, WIDTH, EPOCHS = 10, 3, 4
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer that both frameworks have, under its name in both.
+
+    Args:
+        name: Its class.
+        learning_rate: The learning rate.
+        momentum: Of SGD.
+        nesterov: Of SGD.
+        weight_decay: Of AdamW.
+        lazy: Step only the rows that the batch touched.
+    """
+
+    name: str
+    learning_rate: float
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    lazy: bool = False
+
+
+OPTIMIZERS = {
+    "SGD": Optimizer("SGD", 0.05),
+    "SGD-momentum": Optimizer("SGD", 0.02, momentum=0.9),
+    "SGD-nesterov": Optimizer("SGD", 0.02, momentum=0.9, nesterov=True),
+    "Adagrad": Optimizer("Adagrad", 0.02),
+    "Adamax": Optimizer("Adamax", 0.01),
+    "Adam": Optimizer("Adam", 0.005),
+    "AdamW-weight_decay": Optimizer("AdamW", 0.005, weight_decay=0.5),
+    "Adam-lazy": Optimizer("Adam", 0.005, lazy=True),
+}
+
+# Rows 0, 3, 8 and 9 are frozen in each of them.
+HISTORIES = {
+    "frozen_from_the_start": Schedule([{"epoch": 0, "rows": [2, 5, 7]}]),
+    "trained_then_frozen": Schedule(
+        [{"epoch": 0, "rows": [1, 2, 5, 7]}, {"epoch": 2, "rows": [2, 7]}]
+    ),
+    "unfrozen_late": Schedule([{"epoch": 0, "rows": [2, 7]}, {"epoch": 2, "rows": [2, 4, 5, 7]}]),
+    "leaving_and_returning": Schedule(
+        [
+            {"epoch": 0, "rows": [1, 2, 7]},
+            {"epoch": 1, "rows": "none"},
+            {"epoch": 2, "rows": [1, 4]},
+            {"epoch": 3, "rows": [1, 2, 4, 6]},
+        ]
+    ),
+}
+
+MATRIX: Array = np.random.default_rng(0).uniform(-1, 1, (NUM_ROWS, WIDTH)).astype(np.float32)
+# Bits that careless arithmetic would change.
+MATRIX[9] = -0.0, 1e-40, np.nan
+
+
+def batches_of(epoch: int) -> list[Batch]:
+    """Ids, shape (1, N), and upstream gradients, shape (1, N, D), of the steps of one epoch.
+
+    Ids occur several times, frozen ones too; the last batch holds none that ever trains. Gradients
+    are eighths, so that sums over duplicates are exact in any order.
+
+    Args:
+        epoch: The epoch, from 0.
+    """
+    draw = np.random.default_rng([7, epoch])
+    batches = []
+    for choice in (np.arange(NUM_ROWS), np.array([0, 1, 2, 2, 4, 4, 5, 9]), np.array([0, 3, 8, 9])):
+        ids = np.concatenate([draw.permutation(choice), draw.choice(choice, 4)])[np.newaxis]
+        upstream = draw.choice([-1, 1], (*ids.shape, WIDTH)) * draw.integers(
+            1, 9, (*ids.shape, WIDTH)
+        )
+        batches.append((ids, (upstream / 8).astype(np.float32)))
+    return batches
+
+
+def walk(schedule: Schedule) -> Iterator[tuple[Array, Batch]]:
+    """The rows that train and the batch, step after step.
+
+    Args:
+        schedule: Which rows train in which epoch.
+    """
+    for epoch in range(EPOCHS):
+        rows = schedule.trainable_rows(epoch).resolve(NUM_ROWS)
+        for batch in batches_of(epoch):
+            yield rows, batch
+
+
+def ever_trained(schedule: Schedule) -> Array:
+    """The rows that train at any time.
+
+    Args:
+        schedule: Which rows train in which epoch.
+    """
+    return np.unique(np.concatenate([rows for rows, _ in walk(schedule)]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a framework did along a schedule.
+
+    Args:
+        tables: The table before the first step and after each one.
+        changed: The table once the rows of each step were set, before that step.
+        trained: The rows that trained in each step, as the framework tells them.
+    """
+
+    tables: list[Array]
+    changed: list[Array]
+    trained: list[list[int]]
+
+
+class Reference:
+    """A table in float64 of which each row has state and a count of steps of its own.
+
+    Args:
+        matrix: The table, shape (V, D).
+        optimizer: What steps it.
+    """
+
+    def __init__(self, matrix: Array, optimizer: Optimizer) -> None:
+        self.table = matrix.astype(np.float64)
+        self.optimizer = optimizer
+        self.trains = np.zeros(len(matrix), np.bool_)
+        self.steps = np.zeros((len(matrix), 1))
+        self.state = np.zeros((2, *matrix.shape))
+
+    def train(self, rows: Array) -> None:
+        """Train these rows and no others; rows that join begin afresh.
+
+        Args:
+            rows: Ids, shape (K,); there may be none.
+        """
+        trains = np.isin(np.arange(len(self.table)), rows)
+        joins = trains & ~self.trains
+        self.steps[joins] = 0
+        self.state[:, joins] = 0
+        if self.optimizer.name == "Adagrad":
+            self.state[0, joins] = ACCUMULATOR
+        self.trains = trains
+
+    def step(self, ids: Array, upstream: Array) -> None:
+        """Step once.
+
+        Args:
+            ids: What was looked up, shape (*).
+            upstream: The gradients of what came out, shape (*, D).
+        """
+        gradient = np.zeros_like(self.table)
+        np.add.at(gradient, ids, upstream.astype(np.float64))
+        self.steps[self.trains] += 1  # rows that a lazy step leaves out count it too
+        moves = self.trains.copy()
+        if self.optimizer.lazy:
+            moves &= np.isin(np.arange(len(self.table)), ids)
+        self.table[moves], *state = _RULES[self.optimizer.name](
+            self.optimizer,
+            self.table[moves],
+            gradient[moves],
+            self.state[:, moves],
+            self.steps[moves],
+        )
+        for held, new in zip(self.state, state, strict=True):
+            held[moves] = new
+
+
+# Rules: each takes rows, their gradients, two pieces of state and the count of this step, of shapes
+# (K, D), (K, D), (2, K, D) and (K, 1), and returns the rows and the state after the step.
+
+Moved = tuple[Array, Array, Array]
+_Rule = Callable[[Optimizer, Array, Array, Array, Array], Moved]
+
+
+def _sgd(o: Optimizer, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+    velocity = o.momentum * state[0] + g
+    direction = g + o.momentum * velocity if o.nesterov else velocity
+    return rows - o.learning_rate * direction, velocity, state[1]
+
+
+def _adagrad(o: Optimizer, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+    squares = state[0] + g**2
+    return rows - o.learning_rate * g / (np.sqrt(squares) + EPSILON), squares, state[1]
+
+
+def _adam(o: Optimizer, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+    mean = 0.9 * state[0] + 0.1 * g
+    square = 0.999 * state[1] + 0.001 * g**2
+    corrected = mean / (1 - 0.9**t), np.sqrt(square / (1 - 0.999**t)) + EPSILON
+    decayed = rows * (1 - o.learning_rate * o.weight_decay)
+    return decayed - o.learning_rate * corrected[0] / corrected[1], mean, square
+
+
+def _adamax(o: Optimizer, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+    mean = 0.9 * state[0] + 0.1 * g
+    largest = np.maximum(0.999 * state[1], np.abs(g))
+    step = o.learning_rate * mean / (1 - 0.9**t) / (largest + EPSILON)
+    return rows - step, mean, largest
+
+
+_RULES: dict[str, _Rule] = {
+    "SGD": _sgd,
+    "Adagrad": _adagrad,
+    "Adam": _adam,
+    "AdamW": _adam,
+    "Adamax": _adamax,
+}
+
+
+def rows_that_differ(before: Array, after: Array) -> list[int]:
+    """The rows of two tables that are not the same byte for byte.
+
+    Args:
+        before: A table, shape (V, D).
+        after: Another of the same shape and dtype.
+    """
+    assert before.shape == after.shape
+    assert before.dtype == after.dtype
+    return [i for i, row in enumerate(before) if row.tobytes() != after[i].tobytes()]
+
+
+def same_bits(before: Array, after: Array, rows: Sequence[int]) -> bool:
+    """Whether these rows of two tables are the same byte for byte.
+
+    Args:
+        before: A table, shape (V, D).
+        after: Another of the same shape and dtype.
+        rows: Ids of at least one row.
+    """
+    assert len(rows) > 0
+    return not set(rows_that_differ(before, after)) & set(rows)

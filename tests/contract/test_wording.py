@@ -1,0 +1,99 @@
+"""Every framework says the same: when rows are refused, and while a schedule runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from reference import HISTORIES, MATRIX, NUM_ROWS, OPTIMIZERS, batches_of
+
+from partial_embedding import InputError
+
+SGD = OPTIMIZERS["SGD"]
+BEYOND = "rows must lie in [0, 10). Received: 140. Was the vocabulary resized?"
+REFUSED: dict[str, tuple[object, str]] = {
+    "beyond_the_table": ([140], BEYOND),
+    "first_beyond_the_table": (
+        [10],
+        "rows must lie in [0, 10). Received: 10. Was the vocabulary resized?",
+    ),
+    "negative": (
+        [3, -1],
+        "row ids are not negative. Received: -1. For the last n rows write slice(-n, None).",
+    ),
+    "repeated": ([2, 5, 2], "each row is named once. Received 2 twice. Remove one."),
+    "empty": ([], "a list of rows is not empty. Received: []. For no row write 'none'."),
+    "fractional": ([1.5], "row ids are integers. Received: array([1.5])."),
+    "short_mask": (
+        [True, False],
+        "a mask has one entry for each of the 10 rows. Received: 2. Was the vocabulary resized?",
+    ),
+    "long_range": (
+        range(11),
+        "a range lies within the table's 10 rows. Received: [0, 11, 1]. "
+        "Was the vocabulary resized?",
+    ),
+    "number": (
+        3,
+        "rows are 'all', 'none', ids, a boolean mask, a range, a slice, a mapping or Rows. "
+        "Received: 3.",
+    ),
+    "unknown_word": (
+        "some",
+        "rows are chosen by one of ['all', 'ids', 'intersection', 'mask', 'missing', "
+        "'most_frequent', 'none', 'not', 'range', 'union']. Received: 'some'.",
+    ),
+    "without_vocabulary": (
+        "missing",
+        "these rows are chosen by the vocabulary's missing. Received no vocabulary. "
+        "Pass vocabulary=.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_rows_are_refused_in_the_same_words(adapter: Any, rows: object, message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        adapter.Training(MATRIX, rows, SGD)
+    assert str(refused.value) == message
+    training = adapter.Training(MATRIX, [2, 5], SGD)
+    for verb in (training.train, training.unfreeze, training.freeze):
+        with pytest.raises(InputError) as refused:
+            verb(rows)
+        assert str(refused.value) == message
+    assert training.trainable_rows == [2, 5]
+
+
+def test_ids_of_any_array_are_taken(adapter: Any) -> None:
+    training = adapter.Training(MATRIX, np.array([5, 2], np.int16), SGD)
+    assert training.trainable_rows == [2, 5]
+
+
+def test_a_schedule_that_does_not_fit_is_refused_before_it_starts(
+    adapter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [{"epoch": 0, "rows": [2]}, {"epoch": 3, "rows": [2, 140]}]
+    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    with pytest.raises(InputError) as refused:
+        adapter.fit(MATRIX, tmp_path / "schedule.yaml", SGD, batches_of(0), 1, "all")
+    assert str(refused.value).startswith("words: ")
+    assert str(refused.value).endswith(BEYOND)
+    assert "stage 0" not in capsys.readouterr().out
+
+
+def test_stages_and_the_audit_are_told_in_the_same_words(
+    adapter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = HISTORIES["leaving_and_returning"]
+    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule.to_config()))
+    adapter.fit(MATRIX, tmp_path / "schedule.yaml", SGD, batches_of(0), 4, [1, 2, 4, 6, 7])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(("words:", "audit:"))] == [
+        f"words: 3 of {NUM_ROWS} rows train (9 of 30 parameters), 0 parameters elsewhere",
+        "words: stage 0 from epoch 0: 3 rows train, 30.0 % of the table",
+        "words: stage 1 from epoch 1: 0 rows train, 0.0 % of the table",
+        "words: stage 2 from epoch 2: 2 rows train, 20.0 % of the table",
+        "words: stage 3 from epoch 3: 4 rows train, 40.0 % of the table",
+        "audit: words: frozen rows by stage: 7, 10, 8, 6; changed a bit: 0",
+    ]

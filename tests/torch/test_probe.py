@@ -1,0 +1,291 @@
+"""Optimizers built unlike torch's: served exactly, or refused by name before the first step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optimi
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from partial_embedding import InputError
+from partial_embedding.torch import PartialEmbedding, rowwise
+
+NUM_ROWS, WIDTH = 12, 5
+
+
+class Plain(Optimizer):
+    """The least that an optimizer is; what follows adds one oddity each."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.before_closure()
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            self.count(group)
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(group["lr"] * self.direction(param, group))
+        return loss
+
+    def before_closure(self) -> None:
+        pass
+
+    def count(self, group: dict[str, Any]) -> None:
+        pass
+
+    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        assert param.grad is not None
+        return param.grad.to_dense()
+
+
+class CountsInAnAttribute(Plain):
+    total = 0
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.total = 0
+
+    def count(self, group: dict[str, Any]) -> None:
+        self.total += 1
+
+
+class CountsInATensor(Plain):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.total = torch.zeros(())
+
+    def count(self, group: dict[str, Any]) -> None:
+        self.total.add_(1)
+
+
+class CountsInItsGroup(Plain):
+    def count(self, group: dict[str, Any]) -> None:
+        group["count"] = group.get("count", 0) + 1
+
+    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        return super().direction(param, group) / group["count"]
+
+
+class CountsInItsGroupFromTheStart(CountsInItsGroup):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["count"] = 10
+
+
+class DecaysBeforeTheClosure(Plain):
+    @torch.no_grad()
+    def before_closure(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.mul_(0.9)
+
+
+class Wraps(Plain):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        params = list(params)
+        super().__init__(params, lr)
+        self.inner = torch.optim.SGD(params)
+
+
+class WasNotInitialised(Optimizer):
+    def __init__(self, params: Any) -> None:
+        self.param_groups = [{"params": list(params), "lr": 0.1}]
+        self.state: Any = {}
+        self.defaults = {"lr": 0.1}
+
+    def step(self, closure: Any = None) -> Any:
+        pass
+
+
+class DrawsNoise(Plain):
+    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        return super().direction(param, group) + torch.randn_like(param)
+
+
+class KeepsSlowWeights(Plain):
+    """State that depends on the values of the rows when they first step."""
+
+    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        slow = self.state[param].setdefault("slow", param.clone())
+        slow.lerp_(param, 0.5)
+        return super().direction(param, group) + param - slow
+
+
+class RemembersFromTheThirdStepOn(Plain):
+    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        state = self.state[param]
+        state["step"] = state.get("step", 0) + 1
+        grad = super().direction(param, group)
+        if state["step"] >= 3:
+            grad = grad + state.setdefault("late", torch.zeros_like(param)).add_(grad)
+        return grad
+
+
+class CautiousByTheMean(Plain):
+    """Rows look at each other through a mean that differs from 1 only where signs disagree."""
+
+    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        grad = super().direction(param, group)
+        moment = self.state[param].setdefault("moment", torch.zeros_like(param))
+        moment.lerp_(grad, 0.5)
+        agrees = (moment * grad > 0).float()
+        return moment * agrees / agrees.mean().clamp(min=0.1)
+
+
+def table_of(rows: object = (2, 7), dtype: torch.dtype = torch.float32) -> PartialEmbedding:
+    torch.manual_seed(0)
+    return PartialEmbedding(NUM_ROWS, WIDTH, trainable_rows=rows, dtype=dtype)
+
+
+def step(table: PartialEmbedding, optimizer: Optimizer, seed: int) -> None:
+    ids = torch.randint(NUM_ROWS, (9,), generator=torch.Generator().manual_seed(seed))
+    ids[:3] = torch.tensor([2, 7, 4])
+    optimizer.zero_grad()
+    (table(ids) * torch.linspace(-1, 2, WIDTH)).pow(2).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (CountsInAnAttribute, "outside its state and groups"),
+        (CountsInATensor, "outside its state and groups"),
+        (DecaysBeforeTheClosure, "before its closure"),
+        (Wraps, "wraps another optimizer"),
+        (WasNotInitialised, "runs no hooks"),
+    ],
+)
+def test_what_cannot_be_kept_exact_is_refused(kind: type[Optimizer], reason: str) -> None:
+    table = table_of()
+    with pytest.raises(InputError, match=f"Received {kind.__name__}: .*{reason}"):
+        rowwise(kind(table.parameters()), table)
+
+
+@pytest.mark.parametrize("kind", [KeepsSlowWeights, RemembersFromTheThirdStepOn, CautiousByTheMean])
+def test_a_first_state_that_depends_on_rows_is_refused_lazily_alone(kind: type[Plain]) -> None:
+    table = table_of()
+    with pytest.raises(InputError, match=f"Received {kind.__name__}"):
+        rowwise(kind(table.parameters()), table, lazy=True)
+    rowwise(kind(table.parameters()), table)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Muon, torch.optim.Adafactor])
+def test_a_warm_up_from_zero_hides_nothing(kind: type[Optimizer]) -> None:
+    table = table_of()
+    optimizer = kind(table.parameters())
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: s / 10)
+    with pytest.raises(InputError, match="lazy=True"):
+        rowwise(optimizer, table, lazy=True)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        CountsInItsGroup,
+        CountsInItsGroupFromTheStart,
+        RemembersFromTheThirdStepOn,
+        KeepsSlowWeights,
+        CautiousByTheMean,
+    ],
+)
+def test_a_late_cohort_begins_afresh(kind: type[Plain]) -> None:
+    table = table_of()
+    optimizer = rowwise(kind(table.parameters()), table)
+    for seed in range(5):
+        step(table, optimizer, seed)
+    table.unfreeze_rows([4])
+    frozen = [row for row in range(NUM_ROWS) if row not in (2, 4, 7)]
+    before = table.weight.detach().clone()
+    alone = nn.Embedding.from_pretrained(before[[4]], freeze=False)
+    fresh = kind(alone.parameters())
+    for seed in range(5, 10):
+        step(table, optimizer, seed)
+        assert table.weight.grad is not None
+        alone.weight.grad = table.weight.grad.to_dense()[[4]]
+        fresh.step()
+        assert torch.equal(table.weight[4], alone.weight[0])
+    assert torch.equal(table.weight[frozen], before[frozen])
+
+
+def test_the_optimizer_and_the_random_numbers_are_left_alone() -> None:
+    table = table_of()
+    counting = CountsInATensor(table.parameters())
+    state = torch.get_rng_state()
+    with pytest.raises(InputError):
+        rowwise(counting, table)
+    rowwise(DrawsNoise(table.parameters()), table)
+    assert counting.total == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_state_that_an_option_adds_later_is_refused(lazy: bool) -> None:
+    table = table_of()
+    optimizer = rowwise(torch.optim.SGD(table.parameters(), lr=0.1), table, lazy=lazy)
+    step(table, optimizer, 0)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    before = table.weight.detach().clone()
+    with pytest.raises(InputError, match=r"momentum_buffer.*detach_rowwise and rowwise again"):
+        step(table, optimizer, 1)
+    assert optimizer.param_groups[0]["params"] == [table.weight]
+    assert torch.equal(table.weight, before)
+    optimizer.param_groups[0]["momentum"] = 0
+    step(table, optimizer, 1)
+    assert not torch.equal(table.weight, before)
+
+
+@pytest.mark.parametrize("kind", [optimi.AdamW, optimi.Lion, torch.optim.AdamW])
+def test_an_optimizer_that_has_stepped_goes_on(kind: Any) -> None:
+    plain, ours = table_of("all"), table_of("all")
+    ours.load_state_dict(plain.state_dict())
+    plain.sparse = ours.sparse = False
+    stock, prepared = (kind(t.parameters(), lr=0.1) for t in (plain, ours))
+    for seed in range(8):
+        if seed == 4:
+            rowwise(prepared, ours)
+        step(plain, stock, seed)
+        step(ours, prepared, seed)
+        assert torch.equal(plain.weight, ours.weight), seed
+
+
+def test_state_that_only_half_precision_needs_follows_its_rows() -> None:
+    table = table_of((2, 4, 7), torch.bfloat16)
+    optimizer = rowwise(optimi.AdamW(table.parameters(), lr=0.1, kahan_sum=True), table)
+    step(table, optimizer, 0)
+    table.freeze_rows([4])
+    before = table.weight.detach().clone()
+    step(table, optimizer, 1)
+    assert (table.weight != before).any(1).nonzero().flatten().tolist() == [2, 7]
+
+
+def test_names_of_parameters_stay_beside_them() -> None:
+    class Naming(Plain):
+        def count(self, group: dict[str, Any]) -> None:
+            assert len(group["param_names"]) == len(group["params"])
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                assert (param.dim() == 2) == (name != "1.bias")
+
+    model = nn.Sequential(table_of(), nn.Linear(WIDTH, 1))
+    optimizer = rowwise(Naming(model.named_parameters()), model)
+    names = list(optimizer.param_groups[0]["param_names"])
+    for rows in ([4], [5]):
+        model[0].unfreeze_rows(rows)  # type: ignore[operator]
+        model(torch.arange(NUM_ROWS)).sum().backward()
+        optimizer.step()
+    assert optimizer.param_groups[0]["param_names"] == names
+
+
+def test_a_table_added_after_rowwise_is_warned_of() -> None:
+    table, other = table_of(), table_of()
+    optimizer = rowwise(torch.optim.AdamW(table.parameters()), table)
+    other.sparse = False
+    optimizer.add_param_group({"params": list(other.parameters())})
+    other(torch.tensor([2])).sum().backward()
+    with pytest.warns(UserWarning, match="weight decay, momentum and the like still move them"):
+        optimizer.step()
