@@ -141,13 +141,15 @@ def _examined(name: str, optimizer: Optimizer, group: Group, weight: Tensor) -> 
     per_row = _keys_by_row(name, *states)
     _check_closure(name, trial_of(_scratch(2, weight)))
     counted = trial.changed_options()
+    # A count in the group is the same for every row; anything else there came from all of them.
+    counts_alone = all(_is_count(trial.group[key]) for key in counted)
     return Anatomy(
         keys=frozenset(states[0].keys() | states[1].keys()),
         per_row=per_row,
         in_group=counted,
         begun=_begun(optimizer, trial.block, counted),
         eager=eager,
-        elementwise=_is_elementwise(optimizer, group, weight, sparse, eager),
+        elementwise=counts_alone and _is_elementwise(optimizer, group, weight, sparse, eager),
         sparse=sparse,
     )
 
@@ -198,6 +200,12 @@ def _keys_by_row(name: str, small: State, large: State) -> frozenset[str]:
             raise _refusal(name, f"its state {key!r} is neither per row nor shared by all rows")
         per_row.add(key)
     return frozenset(per_row)
+
+
+def _is_count(value: object) -> bool:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return isinstance(value, int | float) and float(value).is_integer()
 
 
 def _check_closure(name: str, trial: Trial) -> None:

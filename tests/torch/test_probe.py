@@ -5,6 +5,7 @@ from typing import Any
 
 import optimi
 import pytest
+import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -173,6 +174,24 @@ def test_a_first_state_that_depends_on_rows_is_refused_lazily_alone(kind: type[P
     with pytest.raises(InputError, match=f"Received {kind.__name__}"):
         rowwise(kind(table.parameters()), table, lazy=True)
     rowwise(kind(table.parameters()), table)
+
+
+class EstimatesItsRate(Plain):
+    """A rate in the group that every row has a part in, too small to see in a few steps."""
+
+    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        grad = super().direction(param, group)
+        group["rate"] = group.get("rate", 1.0) + 1e-9 * float(grad.norm())
+        return grad * group["rate"]
+
+
+@pytest.mark.parametrize(
+    "kind", [EstimatesItsRate, pytorch_optimizer.DAdaptSGD, pytorch_optimizer.Prodigy]
+)
+def test_a_rate_that_is_estimated_from_all_rows_is_refused_lazily(kind: Any) -> None:
+    table = table_of()
+    with pytest.raises(InputError, match="lazy=True"):
+        rowwise(kind(table.parameters()), table, lazy=True)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Muon, torch.optim.Adafactor])
