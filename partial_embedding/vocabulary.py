@@ -1,5 +1,7 @@
 """What rows mean: the token of each row, how often it occurs, and which rows had no vector."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,9 +24,11 @@ class Vocabulary:
         counts: How often each token occurs in the training data, shape (V,), integers.
             Needed by `Rows.most_frequent` and its kin.
         missing: Ids of the rows that had no pre-trained vector. Needed by `Rows.missing`.
+        vectors: The vector of each token as it was before training, shape (V, D), floating point;
+            not copied. Needed by rows that are chosen by their neighbours.
 
     Raises:
-        InputError: A token occurs twice, or `counts` or `missing` do not fit the tokens.
+        InputError: A token occurs twice, or `counts`, `missing` or `vectors` do not fit the tokens.
 
     Example:
         >>> vocabulary = Vocabulary(["<pad>", "the", "zyzzyva"], counts=[0, 9, 1], missing=[2])
@@ -34,18 +38,21 @@ class Vocabulary:
 
     tokens: tuple[str, ...]
     counts: Ids | None = None
-    missing: Ids | None = field(default=None)
+    missing: Ids | None = None
+    vectors: NDArray[np.floating] | None = field(default=None, repr=False)
 
     def __init__(
         self,
         tokens: Iterable[str],
         counts: Iterable[int] | None = None,
         missing: Iterable[int] | None = None,
+        vectors: NDArray[np.floating] | None = None,
     ) -> None:
         set_ = object.__setattr__
         set_(self, "tokens", tuple(tokens))
         set_(self, "counts", None if counts is None else _integers("counts", counts))
         set_(self, "missing", None if missing is None else np.unique(_integers("missing", missing)))
+        set_(self, "vectors", vectors)
         if len(self.index) != len(self.tokens):
             twice = next(t for i, t in enumerate(self.tokens) if self.index[t] != i)
             raise InputError(f"each token has one row. Received {twice!r} twice. Drop one of them.")
@@ -64,6 +71,53 @@ class Vocabulary:
                     f"missing rows must lie in [0, {len(self)}). Received: {outside[0]}. "
                     "Was the vocabulary resized?"
                 )
+        if vectors is not None and (np.ndim(vectors) != 2 or len(vectors) != len(self)):
+            raise InputError(
+                f"vectors have the shape ({len(self)}, D), a row for each token. Received the "
+                f"shape {np.shape(vectors)}. Are they of this vocabulary?"
+            )
+
+    @staticmethod
+    def of(source: Any, num_rows: int | None = None) -> Vocabulary:
+        """Read a vocabulary from what other libraries have.
+
+        Args:
+            source: A mapping from token to row, such as `{"the": 0, "of": 1}`; gensim's
+                `KeyedVectors`, whose counts and vectors are taken too; a tokenizer of transformers;
+                a `TextVectorization` or `StringLookup` of Keras; a list of tokens; or a
+                `Vocabulary`.
+            num_rows: The rows V of the table, where it has more than there are tokens, as tables of
+                language models often do. The others are named `<row 50257>` and so on.
+
+        Raises:
+            InputError: It is none of these, names a row twice, or has more tokens than there are
+                rows.
+
+        Example:
+            >>> Vocabulary.of({"the": 0, "of": 2}, num_rows=4).tokens
+            ('the', '<row 1>', 'of', '<row 3>')
+        """
+        if isinstance(source, Vocabulary):
+            return source
+        if hasattr(source, "index_to_key"):
+            tokens = list(source.index_to_key)
+            counted = "count" in getattr(source, "expandos", {})
+            counts = [source.get_vecattr(t, "count") for t in tokens] if counted else None
+            return Vocabulary(tokens, counts, vectors=source.vectors)
+        if hasattr(source, "get_vocab"):
+            return Vocabulary(_placed(source.get_vocab(), num_rows))
+        if hasattr(source, "get_vocabulary"):
+            # Also the mask and out-of-vocabulary tokens, which have rows of their own.
+            source = [str(token) for token in source.get_vocabulary()]
+        if isinstance(source, Mapping):
+            return Vocabulary(_placed(source, num_rows))
+        if isinstance(source, str) or not isinstance(source, Iterable):
+            raise InputError(
+                "a vocabulary is a mapping from token to row, KeyedVectors, a tokenizer, a Keras "
+                f"lookup layer or a list of tokens. Received: {type(source).__name__}."
+            )
+        listed = Vocabulary(source)
+        return listed if num_rows is None else Vocabulary(_placed(listed.index, num_rows))
 
     @cached_property
     def index(self) -> Mapping[str, int]:
@@ -80,6 +134,7 @@ class Vocabulary:
             self.tokens == other.tokens
             and _same(self.counts, other.counts)
             and _same(self.missing, other.missing)
+            and _same(self.vectors, other.vectors)
         )
 
     def __hash__(self) -> int:
@@ -102,5 +157,24 @@ def _integers(name: str, values: Iterable[int]) -> Ids:
     return integers
 
 
-def _same(a: Ids | None, b: Ids | None) -> bool:
+def _placed(rows: Mapping[str, int], num_rows: int | None) -> list[str]:
+    """The token of each row; rows without one are named after their number."""
+    number = max(rows.values(), default=-1) + 1
+    if num_rows is not None and number > num_rows:
+        raise InputError(
+            f"the vocabulary's rows lie in [0, {num_rows}). Received: {number - 1}. Was the "
+            "vocabulary resized?"
+        )
+    tokens = [f"<row {row}>" for row in range(num_rows or number)]
+    if len(set(rows.values())) < len(rows) or min(rows.values(), default=0) < 0:
+        raise InputError(
+            "each token has a row of its own, from 0 up. Received a row twice, or below 0. "
+            "Is it a mapping from token to row?"
+        )
+    for token, row in rows.items():
+        tokens[row] = token
+    return tokens
+
+
+def _same(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
     return a is b or (a is not None and b is not None and np.array_equal(a, b))

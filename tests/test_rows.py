@@ -175,7 +175,7 @@ UNFITTING: dict[str, tuple[Any, Vocabulary | None, tuple[str, ...]]] = {
         Vocabulary(VOCABULARY.tokens, missing=[1]),
         ("counts", "without"),
     ),
-    "more_than_all": ({"most_frequent": V + 1}, VOCABULARY, ("12 rows", "13 most frequent")),
+    "more_than_all": ({"most_frequent": V + 1}, VOCABULARY, ("12 rows", "13 of them")),
     "another_vocabulary": ("all", Vocabulary("abc"), ("3 tokens", "12 rows")),
     "inside_a_union": ({"union": ["all", [V]]}, None, ("[0, 12)", "Received: 12.")),
     "inside_a_complement": ({"not": [V]}, None, ("[0, 12)", "Received: 12.")),

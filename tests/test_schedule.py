@@ -54,7 +54,7 @@ def test_schedules_round_trip_through_yaml(stages: list[dict[str, Any]]) -> None
     assert again == schedule
     assert hash(again) == hash(schedule)
     assert again.to_config() == config
-    assert [stage.epoch for stage in schedule.stages] == [stage["epoch"] for stage in stages]
+    assert [stage.start.at for stage in schedule.stages] == [stage["epoch"] for stage in stages]
 
 
 STAGE_LIST = [{"epoch": 0, "rows": [4, 5]}, {"epoch": 2, "rows": "all"}]
@@ -121,8 +121,8 @@ MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "no_epoch": ({"stages": [{"rows": "all"}]}, ("stages[0]", "'epoch'")),
     "no_rows": ({"stages": [STAGE_LIST[0], {"epoch": 2}]}, ("stages[1]", "'rows'")),
     "unknown_key_in_a_stage": (
-        {"stages": [STAGE_LIST[0], {"epoch": 2, "rows": "all", "lr": 0.1}]},
-        ("stages[1]", "'lr'"),
+        {"stages": [STAGE_LIST[0], {"epoch": 2, "rows": "all", "rate": 0.1}]},
+        ("stages[1]", "'rate'"),
     ),
     "negative_epoch": ({"stages": [{"epoch": -1, "rows": "all"}]}, ("stages[0].epoch", "-1")),
     "fractional_epoch": ({"stages": [{"epoch": 0.5, "rows": "all"}]}, ("stages[0].epoch", "0.5")),
@@ -142,10 +142,7 @@ MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
         ("stages[1].rows", "-4"),
     ),
     "unknown_rows": ({"stages": [{"epoch": 0, "rows": "some"}]}, ("stages[0].rows", "'some'")),
-    "malformed_stage_object": (
-        {"stages": [Stage(-2, Rows.all())]},
-        ("stages[0].epoch", "-2"),
-    ),
+    "late_stage_object": ({"stages": [Stage(2, Rows.all())]}, ("stages[0].epoch", "2")),
 }
 
 
