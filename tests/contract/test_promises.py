@@ -173,13 +173,8 @@ def test_a_lazy_optimizer_leaves_rows_that_no_batch_touches(adapter: Any) -> Non
 
 @pytest.mark.parametrize("row", [2, 7])
 def test_a_lazy_optimizer_moves_a_touched_row_whose_gradient_is_zero(
-    adapter: Any, row: int, request: pytest.FixtureRequest
+    adapter: Any, row: int
 ) -> None:
-    if adapter.FRAMEWORK == "tensorflow" and row == 2:
-        reason = (
-            "in Keras zeros of the first reserved row alone stand for a batch without live rows"
-        )
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     training = adapter.Training(MATRIX, [2, 7], OPTIMIZERS["Adam-lazy"], [2, 7])
     training.step(*BATCHES[0])
     before = training.table
