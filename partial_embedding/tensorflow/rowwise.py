@@ -34,6 +34,8 @@ _SERVED = (
     "SGD",
     "ScheduleFreeAdamW",
 )
+# The most float32 that a processor's vectors hold, AVX-512's.
+_LANES = 16
 _PIPELINE = (
     "name",
     "weight_decay",
@@ -316,6 +318,8 @@ class Rowwise(keras.optimizers.Optimizer):
         """
         states, is_void = state_of(table.optimizer), gradient.indices == variable.shape[0]
         entries = tf.where(is_void, 0, tf.range(tf.size(is_void)))
+        # TensorFlow's float32 `pow` rounds otherwise behind the last full vector of the processor.
+        entries = tf.pad(entries, [[0, -tf.size(entries) % _LANES]])
         is_void, indices, values = (
             tf.gather(x, entries) for x in (is_void, gradient.indices, gradient.values)
         )
