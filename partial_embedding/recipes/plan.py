@@ -13,7 +13,8 @@ from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.pictures import awake_picture
 from partial_embedding.plan import plan, plan_text
-from partial_embedding.recipes.text import PADDING_ID, TextData
+from partial_embedding.recipes.text import TextData
+from partial_embedding.recipes.texts import PADDING_ID
 from partial_embedding.schedule import Schedule, Start, schedules_by_table
 from partial_embedding.vocabulary import Vocabulary
 from partial_embedding.vocabulary_file import read_vocabulary
