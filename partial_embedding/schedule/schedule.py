@@ -117,7 +117,7 @@ class Schedule:
         usual = {"epoch": length, "step": min(length, _PARTS), "share": _PARTS}[last.unit]
         parts = growth.parts or int(usual)
         part = _whole((self._place(first.unit, position) - first.at) * parts / length)
-        return Moment(stage, min(part, parts - 1), parts, turn)
+        return Moment(stage, part, parts, turn)
 
     def _stage_at(self, position: Position) -> int:
         stage, wait = 0, self._wait_in(0)
