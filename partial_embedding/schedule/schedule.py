@@ -114,10 +114,10 @@ class Schedule:
         assert isinstance(first, Start), "checked when the schedule was made"
         assert isinstance(last, Start), "likewise"
         length = last.at - first.at
-        most = _PARTS if last.unit == "share" else int(length)
-        parts = growth.parts or (most if last.unit == "epoch" else min(most, _PARTS))
+        usual = {"epoch": length, "step": min(length, _PARTS), "share": _PARTS}[last.unit]
+        parts = growth.parts or int(usual)
         part = _whole((self._place(first.unit, position) - first.at) * parts / length)
-        return Moment(stage, min(part, parts - 1), parts, turn)
+        return Moment(stage, part, parts, turn)
 
     def _stage_at(self, position: Position) -> int:
         stage, wait = 0, self._wait_in(0)
