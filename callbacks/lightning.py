@@ -70,6 +70,8 @@ class RowUnfreezing(Callback):
         self.audit = audit
         self._tables: ScheduledTables | None = None
         self._restored: dict[str, Any] | None = None
+        # The epoch of a validation that follows the last batch.
+        self._validation_due: int | None = None
 
     def __repr__(self) -> str:
         return f"RowUnfreezing({', '.join(map(repr, self.schedules.values()))})"
@@ -102,11 +104,12 @@ class RowUnfreezing(Callback):
         )
         tables.check_backend()
         # Before the optimizers load their state, which belongs to the rows of that position.
-        restored, self._restored = self._restored, None
+        restored, self._restored, self._validation_due = self._restored, None, None
         if restored is None:
             tables.place()
         else:
             tables.restore(restored)
+            self._validation_due = restored.get("validation_due")
         tables.prepare(trainer.optimizers, self.lazy)
         self._tables = tables
 
@@ -116,8 +119,19 @@ class RowUnfreezing(Callback):
         return next((one for one in found if isinstance(one, Vocabulary)), None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how many parameters really train."""
+        """Say how many parameters really train, and validate if the checkpoint left that to do.
+
+        Lightning resumes a checkpoint that was written between a batch and the validation after it
+        without that validation, so that a stage which waits for a metric would start late.
+        """
         self._scheduled.tell_sizes()
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        if self._validation_due is not None and not loop.restarted_mid_evaluation:
+            loop.restarting = False
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+            loop._has_run = False  # the resumed epoch would be taken for done
 
     @property
     def _scheduled(self) -> ScheduledTables:
@@ -147,8 +161,9 @@ class RowUnfreezing(Callback):
         """Look at the metrics that a stage waits for."""
         # Checkpoints of this validation are written after this, and so hold what was seen.
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            metrics = trainer.callback_metrics
-            self._scheduled.observe(trainer.current_epoch, trainer.global_step, metrics)
+            due, self._validation_due = self._validation_due, None
+            epoch = trainer.current_epoch if due is None else due
+            self._scheduled.observe(epoch, trainer.global_step, trainer.callback_metrics)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last stage, and say what the audit found."""
@@ -171,6 +186,10 @@ class RowUnfreezing(Callback):
         """Leave steps that were skipped, and audit."""
         self._leave(trainer)
         self._scheduled.after_step(trainer.global_step)
+        if self._scheduled.metrics:
+            loop = trainer.fit_loop
+            due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # has no public name
+            self._validation_due = trainer.current_epoch if due else None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -187,7 +206,9 @@ class RowUnfreezing(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule stands, what was seen on the way, and what the schedule is."""
-        return (self._restored or {}) if self._tables is None else self._tables.to_state()
+        if self._tables is None:
+            return self._restored or {}
+        return {**self._tables.to_state(), "validation_due": self._validation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where the schedule stood until `fit` starts.

@@ -115,7 +115,8 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at the metrics that a stage waits for."""
-        if self._tables is not None:
+        # What is measured before the first step is no validation.
+        if self._tables is not None and self._tables.has_begun:
             self._tables.observe(_epoch_done(state), state.global_step, kwargs["metrics"])
 
     def on_train_end(

@@ -289,6 +289,10 @@ class Rowwise:
 
     def _before_saving(self, optimizer: Optimizer) -> None:
         self.leave()
+        # Rows may have changed since the last step, and what is saved belongs to those of now.
+        self._follow_history()
+        for table in self.tables.values():
+            table.follow_rows()
 
     def _save(self, optimizer: Optimizer, state_dict: State) -> State:
         return into_state_dict(optimizer, self.tables, state_dict)

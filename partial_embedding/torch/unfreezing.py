@@ -193,6 +193,11 @@ class ScheduledTables:
             table.set_trainable_ids(ids, pace)
         self._agree(position, None)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether rows have moved to where training stands."""
+        return bool(self._moments)
+
     def advance(self, epoch: int, step: int) -> bool:
         """Move to where training stands; costs next to nothing where rows cannot have changed.
 
@@ -256,8 +261,7 @@ class ScheduledTables:
     def observe(self, epoch: int, step: int, logged: Mapping[str, Any]) -> None:
         """Take what a validation measured, for stages that wait for a metric.
 
-        What was measured before training began to move is no validation, and what is measured again
-        after the same step takes the place of what was measured first.
+        What is measured again after the same step takes the place of what was measured first.
 
         Args:
             epoch: The epoch that the validation belongs to.
@@ -267,7 +271,7 @@ class ScheduledTables:
         Raises:
             InputError: A metric is lacking, or processes saw different values of it.
         """
-        if not self.metrics or self._advanced is None:
+        if not self.metrics:
             return
         metrics = {name: float(logged[name]) for name in self.metrics if name in logged}
         earlier = tuple(one for one in self.seen if one.step != step)

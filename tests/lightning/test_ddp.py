@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 
 import torch
 from ddp_worker import CASES
+from once import once
 from small_runs import (
     BATCHES,
     STAGES,
@@ -42,7 +42,7 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
-def run_both_ranks(folder: Path) -> None:
+def run_both_ranks(folder: Path) -> str:
     """Run all cases in one pair of processes, whose files and logs go to a folder."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     common = {
@@ -72,28 +72,15 @@ def run_both_ranks(folder: Path) -> None:
         for process in processes:
             process.kill()
         codes = [process.wait() for process in processes]
-        (folder / "codes").write_text(str(codes))
+    said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
+    return "" if codes == [0, 0] else said
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of the two ranks saw, for each case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    first = True
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        # Workers share the folder above their own: the first one runs, the others wait for it.
-        folder = tmp_path_factory.getbasetemp().parent / "ranks"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            first = False
-    if first:
-        run_both_ranks(folder)
-    patience = time.monotonic() + 300
-    while not (folder / "codes").exists() and time.monotonic() < patience:
-        time.sleep(0.2)
+    folder = once(tmp_path_factory, "ranks", run_both_ranks)
     said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
-    assert (folder / "codes").read_text() == "[0, 0]", said
     # Lines are printed once, and not by each rank.
     assert said.count("audit: words") == len(CASES)
     return {
