@@ -1,6 +1,7 @@
 """Two processes: ranks hold the same bits after every batch, and frozen rows keep theirs."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -147,3 +148,40 @@ def test_two_processes_train_rows_as_one_with_both_batches(
         # Ranks sum what each of them summed: the order differs.
         for name, wanted in reference.weights().items():
             torch.testing.assert_close(seen[name], wanted, rtol=1e-4, atol=1e-5)
+
+
+# Processes that would part
+
+
+DISAGREE = {
+    "metrics": r"same metrics\. Received: \{'val_loss': 1\.0\} .*\{'val_loss': 1\.5\}.*sync_dist",
+    "a_metric_of_one": r"same metrics\. Received: \{\} in process 0 and \{'also': 10\.0\}",
+    "metrics_in_sync": "nothing",
+    "first_rows": r"same rows of 'words'\. Received: 2 rows \(\w+\) .* 2 rows \(\w+\).*vocabulary",
+    "rows_of_a_later_part": r"same rows of 'words'\. Received: 6 rows .* 6 rows",
+}
+
+
+def run_disagreeing(folder: Path) -> str:
+    script = WORKER.parent / "scripts" / "disagree.py"
+    path = os.pathsep.join(map(str, (ROOT, WORKER.parent)))
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), *DISAGREE],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    return "" if done.returncode == 0 else (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked from one")
+@pytest.mark.parametrize("case", DISAGREE)
+def test_processes_that_would_train_different_rows_stop_together(
+    case: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = once(tmp_path_factory, "disagree", run_disagreeing)
+    zero, one = ((folder / f"{case}-{rank}").read_text() for rank in range(2))
+    assert zero == one
+    assert re.fullmatch(f".*{DISAGREE[case]}.*", zero)
