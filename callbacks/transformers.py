@@ -27,6 +27,10 @@ class RowUnfreezing(TrainerCallback, ExportableState):
     there. With the argument `restore_callback_states_from_checkpoint` the Trainer takes the
     schedule itself from there, too, but a vocabulary cannot be kept in that file.
 
+    Evaluate by steps where a stage waits for a metric and checkpoints are written by steps: from a
+    checkpoint that lies between the last step of an epoch and the evaluation at its end, the
+    Trainer resumes without that evaluation.
+
     Args:
         schedule: As in the callback for Lightning.
         vocabulary: What rows mean, for schedules that ask for it.
