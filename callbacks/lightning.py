@@ -119,19 +119,10 @@ class RowUnfreezing(Callback):
         return next((one for one in found if isinstance(one, Vocabulary)), None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how many parameters really train, and validate if the checkpoint left that to do.
-
-        Lightning resumes a checkpoint that was written between a batch and the validation after it
-        without that validation, so that a stage which waits for a metric would start late.
-        """
+        """Say how many parameters really train, and validate if the checkpoint left that to do."""
         self._scheduled.tell_sizes()
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        if self._validation_due is not None and not loop.restarted_mid_evaluation:
-            loop.restarting = False
-            trainer.validating = True
-            loop.run()
-            trainer.training = True
-            loop._has_run = False  # the resumed epoch would be taken for done
+        if self._validation_due is not None:
+            _validate(trainer)
 
     @property
     def _scheduled(self) -> ScheduledTables:
@@ -187,9 +178,9 @@ class RowUnfreezing(Callback):
         self._leave(trainer)
         self._scheduled.after_step(trainer.global_step)
         if self._scheduled.metrics:
-            loop, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
-            assert fetcher is not None  # it has just fetched this batch
-            due = loop.epoch_loop._should_check_val_fx(fetcher)  # has no public name
+            # Only Lightning knows whether it validates next, and has no public name for it.
+            loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+            due = fetcher is not None and loop._should_check_val_fx(fetcher)
             self._validation_due = trainer.current_epoch if due else None
 
     def on_exception(
@@ -218,3 +209,19 @@ class RowUnfreezing(Callback):
             state_dict: What `state_dict` gave.
         """
         self._restored = state_dict
+
+
+def _validate(trainer: Trainer) -> None:
+    """Make up for the validation after the batch with which a checkpoint ended.
+
+    Lightning resumes without it, and a stage that waits for a metric would start late.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    # It does go back to one that had begun; releases before 2.5.1 have no word for that.
+    if getattr(loop, "restarted_mid_evaluation", False):
+        return
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    loop._has_run = False  # or the resumed epoch would be taken for done

@@ -61,6 +61,18 @@ class PartialTable(nn.Module):
 
         Raises:
             InputError: The rows do not fit the table, or its optimizer cannot keep a pace.
+
+        Example:
+            >>> from partial_embedding import Position, Schedule
+            >>> from partial_embedding.torch import PartialEmbedding
+            >>> stages = [{"step": 0, "rows": [7]}, {"step": 2, "rows": [2, 7], "lr": 0.5}]
+            >>> schedule, table = Schedule(stages), PartialEmbedding(10, 4, trainable_rows="none")
+            >>> for step in range(3):
+            ...     now = schedule.moment(Position(step=step))
+            ...     table.set_trainable_rows(schedule.rows_at(now), pace=schedule.pace_at(now))
+            ...     # … and the step of an optimizer that `rowwise` prepared
+            >>> table.trainable_rows, list(table.paces.values())
+            (tensor([2, 7]), [Pace(lr=0.5, warmup=0)])
         """
         self.set_trainable_ids(self._resolve(rows), pace)
 

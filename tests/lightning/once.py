@@ -1,6 +1,8 @@
 """What is made once for all tests of a run, however many processes they run in."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,3 +33,18 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]
         time.sleep(0.2)
     assert outcome.read_text() == "", outcome.read_text()
     return folder
+
+
+def run_script(name: str, *arguments: object) -> str:
+    """Run one of the scripts beside the tests; returns what it said where it failed."""
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join(map(str, (here.parents[1], here)))
+    done = subprocess.run(
+        [sys.executable, str(here / "scripts" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    return "" if done.returncode == 0 else (done.stdout + done.stderr)[-6000:] or "it said nothing"

@@ -14,7 +14,7 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 
 import torch
 from ddp_worker import CASES
-from once import once
+from once import once, run_script
 from small_runs import (
     BATCHES,
     STAGES,
@@ -162,26 +162,14 @@ DISAGREE = {
 }
 
 
-def run_disagreeing(folder: Path) -> str:
-    script = WORKER.parent / "scripts" / "disagree.py"
-    path = os.pathsep.join(map(str, (ROOT, WORKER.parent)))
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), *DISAGREE],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    return "" if done.returncode == 0 else (done.stdout + done.stderr)[-4000:]
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked from one")
 @pytest.mark.parametrize("case", DISAGREE)
 def test_processes_that_would_train_different_rows_stop_together(
     case: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = once(tmp_path_factory, "disagree", run_disagreeing)
+    folder = once(
+        tmp_path_factory, "disagree", lambda made: run_script("disagree.py", made, *DISAGREE)
+    )
     zero, one = ((folder / f"{case}-{rank}").read_text() for rank in range(2))
     assert zero == one
     assert re.fullmatch(f".*{DISAGREE[case]}.*", zero)

@@ -29,6 +29,7 @@ from small_runs import (
 from partial_embedding import InputError, Position, Schedule
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.recipes.resume import ReplayableLoader
 from partial_embedding.torch import PartialEmbedding, rowwise
 
 STEPS = EPOCHS * BATCHES
@@ -212,6 +213,45 @@ def test_a_validation_outside_fit_counts_for_nothing() -> None:
     seen = unfreezing.state_dict()["position"]["seen"]
     made.validate(net, loader(data(1)))
     assert unfreezing.state_dict()["position"]["seen"] == seen == [[0, 3, {"val_loss": 1.0}]]
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_no_validation_is_left_out_or_counted_twice_on_resume(
+    interval: int, step: int, tmp_path: Path
+) -> None:
+    class ByStep(Validated):
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.log("val_loss", float(self.trainer.global_step % 5))
+
+    schedule = {
+        "stages": [
+            {"epoch": 0, "rows": [1]},
+            {"plateau": "val_loss", "rows": [2]},
+            {"plateau": "val_loss", "rows": [3]},
+        ]
+    }
+
+    def run(*more: pl.Callback, **options: Any) -> tuple[list[Any], list[list[int]]]:
+        callback, witness = RowUnfreezing(schedule), RowWitness()
+        checkpoint = options.pop("ckpt_path", None)
+        made = trainer(callback, witness, *more, val_check_interval=interval, **options)
+        ids, labels = data().tensors
+        batches = ReplayableLoader(
+            lambda chosen: (ids[torch.from_numpy(chosen)], labels[torch.from_numpy(chosen)]),
+            size=len(ids),
+            batch_size=4,
+        )
+        made.fit(ByStep().build(), batches, loader(data(1)), ckpt_path=checkpoint)
+        return callback.state_dict()["position"]["seen"], witness.rows
+
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step)
+    run(saving, max_steps=step, enable_checkpointing=True)
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    seen, rows = run()
+    assert run(ckpt_path=checkpoint) == (seen, rows[step:])
+    assert [1] in rows
+    assert [2] in rows
 
 
 # Paces

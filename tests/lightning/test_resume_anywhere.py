@@ -1,10 +1,6 @@
 """Killed at any place of a schedule and resumed, a run ends as the uninterrupted one does."""
 
 import os
-import subprocess
-import sys
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,31 +8,13 @@ import pytest
 pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
 
 import torch
-from once import once
+from once import once, run_script
 from scripts.kill_and_resume import KINDS, PLACES
 from small_runs import same_bits
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="the runs that are killed are forked from one process"
 )
-
-
-def run_all(precision: str, processes: int, folder: Path) -> str:
-    """Run, kill and resume; returns what was said where that failed."""
-    script = HERE / "scripts" / "kill_and_resume.py"
-    path = os.pathsep.join(map(str, (ROOT, HERE)))
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), precision, str(processes)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    return "" if done.returncode == 0 else (done.stdout + done.stderr)[-6000:]
 
 
 def differences(a: Any, b: Any, place: str = "") -> list[str]:
@@ -62,7 +40,11 @@ def test_a_killed_run_resumes_exactly(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     name = f"killed-{precision}-{processes}"
-    folder = once(tmp_path_factory, name, partial(run_all, precision, processes))
+    folder = once(
+        tmp_path_factory,
+        name,
+        lambda made: run_script("kill_and_resume.py", made, precision, processes),
+    )
     for rank in range(processes):
         whole, resumed = (
             torch.load(folder / f"{which}-{rank}.pt", weights_only=True)
