@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Config, Rows
+from partial_embedding.schedule import Pace
 from partial_embedding.tensorflow.split import Split, over_ids
 from partial_embedding.vocabulary import Ids
 
@@ -163,14 +164,17 @@ class PartialEmbedding(keras.layers.Embedding):
         """Ids of the rows that may train at any time: sorted, int64, shape (R,)."""
         return self._reserved.copy()
 
-    def set_trainable_rows(self, rows: object) -> None:
+    def set_trainable_rows(self, rows: object, *, pace: Pace | None = None) -> None:
         """Train these rows from the next step on, and no others.
 
         Args:
             rows: Rows in any form that `Rows.parse` reads.
+            pace: How fast those of them learn that join, for as long as they train; by default at
+                the optimizer's learning rate. Rows that made a step already keep their pace.
 
         Raises:
-            InputError: A row is not reserved, or the layer was built as a plain one.
+            InputError: A row is not reserved, or the layer was built as a plain one; or no
+                optimizer was built for it that keeps a pace.
 
         Example:
             >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows="all")
@@ -179,8 +183,22 @@ class PartialEmbedding(keras.layers.Embedding):
             array([0, 1, 2])
         """
         live = self.check_trainable_rows(rows)
+        self._train(live, live, pace)
+
+    def _train(self, live: Ids, begin: Ids, pace: Pace | None = None) -> None:
+        """Train `live`; those of `begin` that have made no step yet begin at this pace."""
+        pace = Pace() if pace is None else pace
+        paces = None if self._split is None else self._split.paces
+        if not pace.is_plain and paces is None:
+            raise InputError(
+                "a pace is what rowwise(optimizer, paces=True) keeps, once it is built. Received: "
+                f"{pace} for {self.name!r}, which no such optimizer was built for. Make the layer "
+                "with reserve_rows=, and call optimizer.build(model.trainable_variables) first."
+            )
         if self._split is not None:
             self._split.move(self._live, live)
+        if paces is not None:
+            paces.begin(np.searchsorted(self._reserved, begin), pace)
         self._live = live
 
     def check_trainable_rows(self, rows: object) -> Ids:
@@ -209,14 +227,16 @@ class PartialEmbedding(keras.layers.Embedding):
             )
         return live
 
-    def unfreeze_rows(self, rows: object) -> None:
+    def unfreeze_rows(self, rows: object, *, pace: Pace | None = None) -> None:
         """Train these rows too, from the next step on.
 
         Args:
             rows: Rows in any form that `Rows.parse` reads.
+            pace: As for `set_trainable_rows`.
 
         Raises:
-            InputError: A row is not reserved.
+            InputError: A row is not reserved, or no optimizer was built for the layer that keeps a
+                pace.
 
         Example:
             >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows="all")
@@ -225,7 +245,7 @@ class PartialEmbedding(keras.layers.Embedding):
             array([1, 3])
         """
         ids = self._resolve(rows)
-        self.set_trainable_rows(np.union1d(self._live, ids))
+        self._train(self.check_trainable_rows(np.union1d(self._live, ids)), ids, pace)
 
     def freeze_rows(self, rows: object) -> None:
         """Train these rows no longer; they keep their bits from now on.
@@ -243,7 +263,8 @@ class PartialEmbedding(keras.layers.Embedding):
             array([], dtype=int64)
         """
         ids = self._resolve(rows)
-        self.set_trainable_rows(np.setdiff1d(self._live, ids))
+        live = self.check_trainable_rows(np.setdiff1d(self._live, ids))
+        self._train(live, begin=live[:0])
 
     def build(self, input_shape: Any = None) -> None:
         """Make the variables: one for a plain table, two for a split one."""
@@ -393,10 +414,11 @@ class PartialEmbedding(keras.layers.Embedding):
 
     def _constrain(self, weights: Any) -> Any:
         # Every optimizer comes by here while its first step is traced, but for lazy ones.
-        if self._split.sparse_gradient:  # type: ignore[union-attr]
+        split = self._split
+        if split.sparse_gradient or (split.paces and not split.is_stepped_rowwise):  # type: ignore[union-attr]
             raise InputError(
-                "a table that a lazy optimizer was built for has sparse gradients, which only "
-                f"rowwise steps rightly. Received another optimizer for {self.name!r}. Wrap it by "
+                "a table that rowwise was built for with lazy=True or paces=True is stepped rightly"
+                f" by none but rowwise. Received another optimizer for {self.name!r}. Wrap it by "
                 "rowwise too."
             )
         if self.embeddings_constraint:

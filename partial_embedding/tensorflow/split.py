@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
+from partial_embedding.tensorflow.paces import RowPaces
 from partial_embedding.vocabulary import Ids
 
 
@@ -36,6 +37,10 @@ class Split(tf.Module):
         self.weights = weights
         # An optimizer wrapper that steps touched rows only asks for the gradient as IndexedSlices.
         self.sparse_gradient = False
+        # How fast each row learns, where an optimizer wrapper keeps that.
+        self.paces: RowPaces | None = None
+        # Whether that wrapper makes the step that is being traced.
+        self.is_stepped_rowwise = False
         # Whether rows are constrained beyond being pinned.
         self.constrained = False
         with tf.init_scope():
