@@ -68,6 +68,38 @@ def test_a_run_says_its_stages_and_saves_a_file_that_a_fresh_process_loads(
     assert run.stdout.strip().splitlines()[-1] == str(here.tolist())
 
 
+EVERY_START = """
+    embedding:
+      stages:
+        - {epoch: 0, rows: missing, lr: 0.5}
+        - {step: 2, rows: {most_frequent: 0.5}, warmup: 3}
+        - {plateau: {metric: val_loss, max_wait: 1}, rows: {least_frequent: 3}}
+        - {share: 0.5, rows: {covering: 0.5}}
+        - {share: 0.75, rows: all, grow: cosine}
+"""
+
+
+@pytest.mark.parametrize(
+    ("schedule", "lazy", "stages"),
+    [
+        (EVERY_START, "true", [0, 1, 2, 3, 4]),
+        ("{preset: {gradual: {bands: 1}}}", "false", [0, 1]),
+    ],
+    ids=["every_start", "preset"],
+)
+def test_it_takes_the_schedules_of_the_lightning_recipe(
+    schedule: str, lazy: str, stages: list[int], config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = config.read_text().replace("cnn", "mean").replace("max_epochs: 2", "max_epochs: 4")
+    first, last = text.index("{stages"), text.index("\n  audit")
+    config.write_text(f"{text[:first]}{schedule}\n  lazy: {lazy}{text[last:]}")
+    assert keras_text.main([str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.split(": stage ")[1] for line in lines if line.startswith("embedding: stage ")]
+    assert list(dict.fromkeys(int(line[0]) for line in told)) == stages
+    assert lines[-2].endswith("changed a bit: 0")
+
+
 def test_the_order_and_the_dropout_of_an_epoch_follow_from_its_number(config: Path) -> None:
     data = keras_text.read_texts(keras_text.read_config(config)["data"])
     batches = keras_text.TextBatches(data.training, 8, seed=3)
@@ -103,6 +135,10 @@ def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) 
     [
         ("model: {depth: 3}", "in Keras, model has the keys .*Received: 'depth'"),
         ("colour: {}", "has the parts .*Received: 'colour'"),
+        (
+            "rows: {schedule: {items: {stages: [{epoch: 0, rows: all}]}}}",
+            r"\['embedding'\]. Received: 'items'",
+        ),
         ("model: {encoder: rnn}", "an encoder is 'cnn' or 'mean'"),
         ("{", "a configuration is YAML"),
     ],
