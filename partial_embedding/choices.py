@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ def check_amount(argument: Any) -> int | float:
 def _check_share(argument: Any, rule: str = "") -> float:
     if not isinstance(argument, float) or not 0 < argument <= 1:
         raise InputError(f"{rule}a share in (0, 1] with a decimal point. Received: {argument!r}.")
-    return argument
+    return float(argument)  # numpy's are floats too, but not to YAML
 
 
 def _check_covered(argument: Any) -> float:
@@ -124,21 +125,31 @@ def _check_tokens(argument: Any) -> tuple[str, ...]:
         or not (tokens := list(tokens))
         or not all(isinstance(token, str) for token in tokens)
     ):
-        raise InputError(f"tokens are listed as [the, of, …]. Received: {shown(argument)}.")
-    if len(set(tokens)) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
-        raise InputError(f"each token is named once. Received {twice!r} twice. Remove one.")
-    return tuple(tokens)
+        raise InputError(
+            f"tokens are listed as [the, of, …]. Received: {shown(argument)}. "
+            "Put those in quotes that YAML reads as numbers or as true and false."
+        )
+    twice = [token for token, number in Counter(tokens).items() if number > 1]
+    if twice:
+        raise InputError(f"each token is named once. Received {twice[0]!r} twice. Remove one.")
+    return tuple(map(str, tokens))
 
 
 def _check_pattern(argument: Any) -> str:
+    # A compiled pattern would lose its flags in YAML, where (?i) keeps them.
+    if not isinstance(argument, str):
+        raise InputError(
+            "tokens are matched by a regular expression of Python's, as text. Received: "
+            f"{argument!r}. Write flags as in '(?i)the'."
+        )
     try:
-        return re.compile(argument).pattern  # type: ignore[no-any-return]  # of what was given
-    except (re.error, TypeError) as error:
+        re.compile(argument)
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(
             "tokens are matched by a regular expression of Python's. Received: "
-            f"{argument!r}: {error}."
+            f"{shown(argument)}: {error}."
         ) from None
+    return str(argument)
 
 
 def _check_random(argument: Any) -> tuple[int | float, int]:
@@ -166,7 +177,7 @@ def _select_ids(ids: Ids, num_rows: int, _: Vocabulary | None) -> Ids:
         raise InputError(
             f"rows must lie in [0, {num_rows}). Received: {ids[-1]}. Was the vocabulary resized?"
         )
-    return ids
+    return ids.copy()  # a choice that was unpickled would let itself be written to
 
 
 def _select_mask(mask: Any, num_rows: int, _: Vocabulary | None) -> Ids:
@@ -185,12 +196,13 @@ def _select_range(parts: tuple[int | None, ...], num_rows: int, _: Vocabulary | 
                 f"a range lies within the table's {num_rows} rows. Received: {list(parts)}. "
                 "Was the vocabulary resized?"
             )
-    return np.unique(np.arange(num_rows, dtype=np.int64)[slice(*parts)])
+    ids = np.arange(num_rows, dtype=np.int64)[slice(*parts)]
+    return ids if (parts[2] or 1) > 0 else ids[::-1]
 
 
 def _select_missing(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
     ids: Ids = _known("missing", vocabulary)
-    return ids
+    return ids.copy()
 
 
 def _select_most_frequent(amount: int | float, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
@@ -209,8 +221,9 @@ def _select_covering(share: float, num_rows: int, vocabulary: Vocabulary | None)
             "rows cover a share of the tokens that occur. Received counts that are all 0. "
             "Count the tokens of the training data."
         )
-    # The fewest rows that reach the share.
-    return np.sort(order[: np.searchsorted(covered, share * covered[-1]) + 1])
+    # The fewest rows that reach the share. Dividing rounds as the share was rounded when it was
+    # written; 0.07 times 100 is a little more than 7.
+    return np.sort(order[: np.searchsorted(covered / covered[-1], share) + 1])
 
 
 def _select_min_count(count: int, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
@@ -238,12 +251,12 @@ def _select_nearest(
     argument: tuple[tuple[str, ...], int | float], num_rows: int, vocabulary: Vocabulary | None
 ) -> Ids:
     tokens, amount = argument
-    vectors = _known("vectors", vocabulary).astype(np.float32)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    directions = vectors / np.where(lengths > 0, lengths, 1)
+    vectors = _known("vectors", vocabulary).astype(np.float32, copy=False)
     own = rows_of(tokens, vocabulary)
-    closeness = (directions @ directions[own].T).max(axis=1)
-    closeness[lengths[:, 0] == 0] = -np.inf  # padding is near to nothing
+    lengths = np.linalg.norm(vectors, axis=1)
+    divisors = np.where(lengths > 0, lengths, 1)
+    closeness = (vectors @ (vectors[own].T / divisors[own])).max(axis=1) / divisors
+    closeness[lengths == 0] = -np.inf  # padding is near to nothing
     closeness[own] = np.inf
     order = np.argsort(-closeness, kind="stable")
     return np.sort(order[: number_of_rows(amount, num_rows)])
@@ -354,8 +367,9 @@ def read_ids(path: str | Path) -> Any:
     path = Path(path)
     try:
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        return [int(line) for line in path.read_text(encoding="utf-8").split()]
+            with path.open("rb") as file:  # np.load would also take archives
+                return np.lib.format.read_array(file, allow_pickle=False)
+        return [int(line) for line in path.read_text(encoding="utf-8-sig").split()]
     except (OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
@@ -374,8 +388,8 @@ def read_tokens(path: str | Path) -> list[str]:
         InputError: The file cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
             f"{path}: tokens are text in UTF-8, one a line. Received: {reason}."

@@ -50,9 +50,9 @@ class Growth:
             time) or `"doubling"` (twice as many each time, and all at the end).
         order: Which rows wake first: `"most_frequent"`, `"least_frequent"`, `"random"`, `"ids"` (in
             rising order), or a list of ids or of tokens; rows that it leaves out come last.
-        parts: In how many parts they wake; by default one for each epoch between the two stages,
-            or 10 between stages that start at steps or shares of the run. The rows of a part are a
-            cohort.
+        parts: In how many parts they wake, each at least one epoch or step long; by default one for
+            each epoch between the two stages, or 10 between stages that start at steps (as far as
+            there are so many) or at shares of the run. The rows of a part are a cohort.
         seed: Another seed orders differently at random.
 
     Raises:
@@ -70,7 +70,7 @@ class Growth:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.shape not in _SHAPES:
+        if not isinstance(self.shape, str) or self.shape not in _SHAPES:
             raise InputError(f"rows grow by one of {list(_SHAPES)}. Received: {self.shape!r}.")
         if not isinstance(self.order, str):
             object.__setattr__(self, "order", _given_order(self.order))
@@ -121,7 +121,7 @@ class Growth:
         return config
 
     def awake(self, part: int, parts: int, before: int, after: int) -> int:
-        """How many rows are awake after a part: never fewer than before, and all after the last.
+        """How many rows are awake after a part: as before at 0, never fewer, and all at the last.
 
         Args:
             part: The parts that have begun, 0 to `parts`.
@@ -129,8 +129,10 @@ class Growth:
             before: How many were awake at first.
             after: How many will be awake at last.
         """
+        if part in (0, parts):
+            return after if part else before
         number = round(_SHAPES[self.shape](part, parts, before, after))
-        return after if part == parts else min(max(number, before), after)
+        return min(max(number, before), after)
 
     def arranged(self, ids: Ids, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
         """The rows in the order in which they wake.
@@ -160,16 +162,18 @@ class Growth:
         if isinstance(self.order[0], str):
             first = rows_of(map(str, self.order), vocabulary)
         else:
-            first = np.array(self.order, np.int64)
-            if first.max() >= num_rows:
+            if (last := max(map(int, self.order))) >= num_rows:
                 raise InputError(
-                    f"order: rows must lie in [0, {num_rows}). Received: {first.max()}. "
+                    f"order: rows must lie in [0, {num_rows}). Received: {last}. "
                     "Was the vocabulary resized?"
                 )
+            first = np.array(self.order, np.int64)
         return np.concatenate([first, np.setdiff1d(rising, first, assume_unique=True)])
 
 
 def _given_order(order: Any) -> tuple[int, ...] | tuple[str, ...]:
+    if isinstance(order, np.ndarray):
+        order = order.tolist()
     listed = tuple(order) if isinstance(order, list | tuple) else ()
     whole = all(is_whole(entry) and entry >= 0 for entry in listed)
     if not listed or not (whole or all(isinstance(entry, str) for entry in listed)):

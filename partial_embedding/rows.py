@@ -161,6 +161,9 @@ class Rows:
             part: The parts that have begun, 0 to `parts`.
             parts: In how many parts the rows wake.
 
+        Raises:
+            InputError: There is no such part.
+
         Example:
             >>> growth = Growth(order="ids")
             >>> Rows.grown(Rows.parse([9]), Rows.all(), growth, part=1, parts=3).resolve(10)
@@ -221,10 +224,11 @@ class Rows:
         return Rows("not", self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rows) and self.to_config() == other.to_config()
+        # By what is written: 1 is a number of rows and 1.0 a share, though they are equal.
+        return isinstance(other, Rows) and repr(self) == repr(other)
 
     def __hash__(self) -> int:
-        return hash(repr(self.to_config()))
+        return hash(repr(self))
 
     def __repr__(self) -> str:
         return f"Rows({self.to_config()!r})"
@@ -275,7 +279,10 @@ def _check_choices(argument: Any) -> tuple[Rows, ...]:
 
 
 def _select_union(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
-    return np.unique(np.concatenate([choice.resolve(num_rows, v) for choice in choices]))
+    mask = np.zeros(num_rows, np.bool_)
+    for choice in choices:
+        mask[choice.resolve(num_rows, v)] = True
+    return np.flatnonzero(mask)
 
 
 def _select_intersection(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
@@ -308,6 +315,11 @@ class _Grown:
     part: int
     parts: int
 
+    def __post_init__(self) -> None:
+        part, parts = self.part, self.parts
+        if not (is_whole(part) and is_whole(parts) and 0 <= part <= parts >= 1):
+            raise InputError(f"a part is one of 0 to all parts. Received: {part!r} of {parts!r}.")
+
 
 _GROWN_KEYS = {"from", "to", "growth", "part", "parts"}
 
@@ -317,11 +329,9 @@ def _check_grown(argument: Any) -> _Grown:
         raise InputError(
             f"rows that grow have the keys {sorted(_GROWN_KEYS)}. Received: {argument!r}."
         )
-    part, parts = argument["part"], argument["parts"]
-    if not (is_whole(part) and is_whole(parts) and 0 <= part <= parts >= 1):
-        raise InputError(f"a part is one of 0 to all parts. Received: {part!r} of {parts!r}.")
     before, after = Rows.parse(argument["from"]), Rows.parse(argument["to"])
-    return _Grown(before, after, Growth.parse(argument["growth"]), part, parts)
+    growth = Growth.parse(argument["growth"])
+    return _Grown(before, after, growth, argument["part"], argument["parts"])
 
 
 def _select_grown(grown: _Grown, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
@@ -330,7 +340,7 @@ def _select_grown(grown: _Grown, num_rows: int, vocabulary: Vocabulary | None) -
     total = before.size + joining.size
     awake = grown.growth.awake(grown.part, grown.parts, before.size, total)
     order = grown.growth.arranged(joining, num_rows, vocabulary)
-    return np.union1d(before, order[: awake - before.size])
+    return np.sort(np.concatenate([before, order[: awake - before.size]]))
 
 
 def _write_grown(grown: _Grown) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def _compare(place: str, before: Any, after: Any, lines: list[str]) -> None:
         for i in range(max(len(before), len(after))):
             old, new = (stages[i] if i < len(stages) else _ABSENT for stages in (before, after))
             _compare_at(f"{place}[{i}]", old, new, lines)
-    elif before != after:
+    elif repr(before) != repr(after):  # 1 is a number of rows and 1.0 a share, though equal
         lines.append(f"{place}: {_shown(before)} became {_shown(after)}")
 
 

@@ -108,11 +108,13 @@ def from_preset(value: object) -> Stages:
         )
     ((name, arguments),) = given.items()
     known = _arguments(_PRESETS[name])
-    if not isinstance(arguments or {}, Mapping) or not set(arguments or {}) <= set(known):
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping) or not set(arguments) <= set(known):
         raise InputError(
             f"preset: {name} has the arguments {list(known)}. Received: {arguments!r}."
         )
-    return _PRESETS[name](**(arguments or {}))
+    return _PRESETS[name](**arguments)
 
 
 def _arguments(function: Callable[..., Stages]) -> tuple[str, ...]:

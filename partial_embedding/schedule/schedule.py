@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from partial_embedding.errors import InputError
@@ -16,10 +17,12 @@ from partial_embedding.schedule.pace import Pace
 from partial_embedding.schedule.position import Position
 from partial_embedding.schedule.presets import from_preset
 from partial_embedding.schedule.stages import Stage, only_keys, parsed
-from partial_embedding.schedule.starts import Plateau, Start, place_in
+from partial_embedding.schedule.starts import Plateau, Start, Wait, place_in
 
 # In how many parts rows grow between two stages that do not start at epochs.
 _PARTS = 10
+# Shares are quotients, and their rounding must not make a stage or a part begin a step late.
+_HAIR = 1e-9
 
 
 class Moment(NamedTuple):
@@ -77,6 +80,8 @@ class Schedule:
         self, stages: Sequence[Stage | Mapping[str, Any]], cycle: float | None = None
     ) -> None:
         object.__setattr__(self, "stages", parsed(stages, cycle))
+        if cycle is not None and "share" in self.units:
+            cycle = float(cycle)
         object.__setattr__(self, "cycle", cycle)
 
     def __repr__(self) -> str:
@@ -109,30 +114,33 @@ class Schedule:
         assert isinstance(first, Start), "checked when the schedule was made"
         assert isinstance(last, Start), "likewise"
         length = last.at - first.at
-        parts = growth.parts or (int(length) if last.unit == "epoch" else _PARTS)
+        usual = {"epoch": length, "step": min(length, _PARTS), "share": _PARTS}[last.unit]
+        parts = growth.parts or int(usual)
         part = _whole((self._place(first.unit, position) - first.at) * parts / length)
-        return Moment(stage, min(part, parts - 1), parts, turn)
+        return Moment(stage, part, parts, turn)
 
     def _stage_at(self, position: Position) -> int:
-        stage, since = 0, 0
-        for number, seen in enumerate(position.seen if self.metrics else ()):
-            there = Position(seen.epoch, seen.step, position.total_steps)
-            if (later := self._latest(there, stage, measured=True)) != stage:
-                stage, since = later, number
-            following = self.stages[stage + 1].start if stage + 1 < len(self.stages) else None
-            waited = position.seen[since : number + 1]
-            if isinstance(following, Plateau) and following.is_reached(waited):
-                stage, since = stage + 1, number + 1
+        stage, wait = 0, self._wait_in(0)
+        for seen in position.seen if self.metrics else ():
+            # What is measured after a step belongs to the stage that the step was made in.
+            there = Position(seen.epoch, seen.step - 1, position.total_steps)
+            if (later := self._latest(there, stage)) != stage:
+                stage, wait = later, self._wait_in(later)
+            if wait is not None and wait.is_over(seen):
+                stage, wait = stage + 1, self._wait_in(stage + 1)
         return self._latest(position, stage)
 
-    def _latest(self, position: Position, stage: int, measured: bool = False) -> int:
+    def _wait_in(self, stage: int) -> Wait | None:
+        """The wait that begins with a stage, where a plateau starts the next one."""
+        following = self.stages[stage + 1].start if stage + 1 < len(self.stages) else None
+        return Wait(following) if isinstance(following, Plateau) else None
+
+    def _latest(self, position: Position, stage: int) -> int:
         """The last stage from `stage` on that has started."""
         for i in range(len(self.stages) - 1, stage, -1):
             if isinstance(start := self.stages[i].start, Plateau):
                 continue
-            place = self._place(start.unit, position)
-            # What is measured after a step belongs to the stage that the step was made in.
-            if place > start.at or (place == start.at and not (measured and start.unit != "epoch")):
+            if self._place(start.unit, position) > start.at - _HAIR:
                 return i
         return stage
 
@@ -140,8 +148,7 @@ class Schedule:
         place = place_in(unit, position)
         if self.cycle:
             place -= _whole(place / self.cycle) * self.cycle
-        # Shares are quotients, and rounding must not make a stage start a step late.
-        return round(place, 9) if unit == "share" else place
+        return place
 
     def stage_at(self, position: Position | int) -> int:
         """The index of the stage at a position in training.
@@ -205,9 +212,7 @@ class Schedule:
     @property
     def moves_within_epochs(self) -> bool:
         """Whether rows may change at any step, and not at the beginning of an epoch alone."""
-        return self.units != ("epoch",) or any(
-            stage.growth is not None and stage.growth.parts is not None for stage in self.stages
-        )
+        return self.units != ("epoch",)
 
     def to_config(self) -> dict[str, Any]:
         """Write the schedule as plain YAML values; the inverse of `parse`.
@@ -258,11 +263,11 @@ class Schedule:
             raise InputError(
                 f"{value}: the schedule cannot be read: {error.strerror}. Check the path."
             ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{value}: a schedule is YAML in UTF-8. Received: {reason}.") from None
         except InputError as error:
             raise InputError(f"{value}: {error}") from None
+        except (yaml.YAMLError, ValueError) as error:  # a day that no month has is a ValueError
+            reason = " ".join(str(error).split())
+            raise InputError(f"{value}: a schedule is YAML in UTF-8. Received: {reason}.") from None
 
 
 def schedules_by_table(value: Any) -> dict[str | None, Schedule]:
@@ -295,12 +300,12 @@ def _of_table(name: str, value: Any) -> Schedule:
 
 def _whole(number: float) -> int:
     """The whole part of a number from 0 up, also where rounding left it a hair too small."""
-    return int(number + 1e-9)
+    return int(number + _HAIR)
 
 
 def _position(value: Position | int) -> Position:
-    position = Position(epoch=value) if isinstance(value, int) else value
+    position = value if isinstance(value, Position) else Position(epoch=value)
     for unit, number in (("an epoch", position.epoch), ("a step", position.step)):
-        if number < 0:
-            raise InputError(f"{unit} is a whole number from 0 up. Received: {number}.")
+        if not isinstance(number, int | np.integer) or number < 0:
+            raise InputError(f"{unit} is a whole number from 0 up. Received: {number!r}.")
     return position

@@ -51,9 +51,10 @@ class Stage:
         pace: Pace | None = None,
     ) -> None:
         set_ = object.__setattr__
-        set_(self, "start", Start("epoch", start) if isinstance(start, int) else start)
-        set_(self, "rows", rows)
-        set_(self, "growth", growth)
+        placed = isinstance(start, Start | Plateau)
+        set_(self, "start", start if placed else Start("epoch", start))  # type: ignore[arg-type]
+        set_(self, "rows", Rows.parse(rows))
+        set_(self, "growth", None if growth is None else Growth.parse(growth))
         set_(self, "pace", pace or Pace())
 
     def to_config(self) -> dict[str, Any]:
@@ -101,13 +102,13 @@ def _stage(value: Stage | Mapping[str, Any], place: str) -> Stage:
     needed = [*(starts or ["epoch"]), "rows"]
     only_keys(value, needed, [key for key in _KEYS if key not in needed], place)
     (start,) = starts
+    grow = value.get("grow")
+    lr = _at(f"{place}.lr", lambda: Pace(value.get("lr", 1.0)).lr)
     return Stage(
         _at(f"{place}.{start}", lambda: _start(start, value[start])),
         _at(f"{place}.rows", lambda: Rows.parse(value["rows"])),
-        None
-        if value.get("grow") is None
-        else _at(f"{place}.grow", lambda: Growth.parse(value["grow"])),
-        _at(place, lambda: Pace(value.get("lr", 1.0), value.get("warmup", 0))),
+        None if grow is None else _at(f"{place}.grow", lambda: Growth.parse(grow)),
+        _at(f"{place}.warmup", lambda: Pace(lr, value.get("warmup", 0))),
     )
 
 
@@ -164,6 +165,13 @@ def _check_growth(stages: Sequence[Stage]) -> None:
             raise InputError(
                 f"stages[{i}].grow: rows grow between two stages that both start at an epoch, a "
                 f"step or a share of the run. Received {first} and {last}. Give both the same unit."
+            )
+        length, parts = last.at - first.at, after.growth.parts
+        if parts is not None and last.unit != "share" and parts > length:
+            raise InputError(
+                f"stages[{i}].grow.parts: a part is at least one {last.unit} long. Received "
+                f"{parts} parts for {length} {last.unit}s. "
+                "Make fewer parts, or place both stages in a finer unit."
             )
 
 

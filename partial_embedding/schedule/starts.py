@@ -42,6 +42,7 @@ class Start:
                 raise InputError(
                     f"a share of the run is a number in [0, 1). Received: {self.at!r}."
                 )
+            object.__setattr__(self, "at", float(self.at))
         elif not is_whole(self.at) or self.at < 0:
             article = "an" if self.unit == "epoch" else "a"
             raise InputError(
@@ -124,6 +125,7 @@ class Plateau:
         number = isinstance(self.min_change, int | float) and not isinstance(self.min_change, bool)
         if not number or not 0 <= self.min_change < math.inf:
             raise InputError(f"min_change is a number from 0 up. Received: {self.min_change!r}.")
+        object.__setattr__(self, "min_change", float(self.min_change))
 
     @staticmethod
     def parse(value: object) -> Plateau:
@@ -152,16 +154,8 @@ class Plateau:
         Args:
             seen: What was seen since the stage before began.
         """
-        values = [one.metrics[self.metric] for one in seen if self.metric in one.metrics]
-        best, waited = math.inf, 0
-        for value in values:
-            value = -value if self.mode == "max" else value
-            # A value that is not a number is no improvement.
-            improved = value < best - self.min_change
-            best, waited = (value, 0) if improved else (best, waited + 1)
-        return waited >= self.patience or (
-            self.max_wait is not None and len(values) >= self.max_wait
-        )
+        wait = Wait(self)
+        return any([wait.is_over(one) for one in seen][-1:])
 
     def to_config(self) -> dict[str, Any]:
         """Write the plateau as plain YAML values."""
@@ -172,3 +166,35 @@ class Plateau:
 
     def __str__(self) -> str:
         return f"a plateau of {self.metric}"
+
+
+class Wait:
+    """The wait of one stage for a plateau, one validation after the other.
+
+    Args:
+        plateau: What is waited for.
+    """
+
+    def __init__(self, plateau: Plateau) -> None:
+        self.plateau = plateau
+        self.values = 0
+        self.without = 0
+        self.best: float | None = None
+
+    def is_over(self, seen: Seen) -> bool:
+        """Take in what a validation measured, and say whether the metric has stopped improving.
+
+        Args:
+            seen: The next validation of the stage.
+        """
+        plateau = self.plateau
+        if (value := seen.metrics.get(plateau.metric)) is not None:
+            value = -value if plateau.mode == "max" else value
+            # A value that is not a number is no improvement.
+            first = self.best is None and not math.isnan(value)
+            improved = first or (self.best is not None and value < self.best - plateau.min_change)
+            self.best, self.without = (value, 0) if improved else (self.best, self.without + 1)
+            self.values += 1
+        return self.without >= plateau.patience or (
+            plateau.max_wait is not None and self.values >= plateau.max_wait
+        )
