@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from partial_embedding.errors import InputError
 from partial_embedding.schedule import Pace
 from partial_embedding.vocabulary import Ids
 
@@ -54,3 +55,22 @@ class RowPaces:
         warmup = warmup[:, tf.newaxis]
         risen = tf.cast(tf.minimum(ages + 1, warmup), lr.dtype) / tf.cast(warmup, lr.dtype)
         return tf.cast(learning_rate, lr.dtype) * (lr[:, tf.newaxis] * risen)
+
+
+def check_kept(pace: Pace | None, paces: RowPaces | None, table: str) -> None:
+    """Refuse a pace that nobody keeps.
+
+    Args:
+        pace: The pace; None is the plain one.
+        paces: Those of the table's rows, where an optimizer keeps them.
+        table: The table's name.
+
+    Raises:
+        InputError: It is not the optimizer's own, and there are none.
+    """
+    if paces is None and pace is not None and not pace.is_plain:
+        raise InputError(
+            "a pace is what rowwise(optimizer, paces=True) keeps, once it is built. Received: "
+            f"{pace} for {table!r}, which no such optimizer was built for. Make the layer with "
+            "reserve_rows=, and call optimizer.build(model.trainable_variables) first."
+        )
