@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from partial_embedding.schedule import Plateau, Position, Schedule
+import numpy as np
+
+from partial_embedding.choices import shown
+from partial_embedding.errors import InputError
+from partial_embedding.rows import Rows
+from partial_embedding.schedule import Plateau, Position, Schedule, changes
 from partial_embedding.vocabulary import Ids, Vocabulary
 
 
@@ -96,6 +101,55 @@ def place_text(schedule: Schedule, position: Position) -> str:
     if moment.part:
         text += f", part {moment.part} of {moment.parts} towards stage {moment.stage + 1}"
     return text + (f", cycle {moment.turn}" if moment.turn else "")
+
+
+def resumed_lines(
+    table: str,
+    then: Schedule,
+    now: Schedule,
+    before: Position,
+    position: Position,
+    resolve: Callable[[Rows], Ids],
+) -> list[str]:
+    """What a resumed run says of a schedule that was changed since its checkpoint.
+
+    A schedule may be changed wherever the rows that train at the checkpoint's position stay the
+    same. Rows that train already keep the pace that they joined with.
+
+    Args:
+        table: The table's name.
+        then: The schedule of the checkpoint.
+        now: The schedule of the run.
+        before: Where the checkpoint's rows were set last.
+        position: The same place, as the run sees it: its length may have changed.
+        resolve: Evaluates rows for the table.
+
+    Returns:
+        One line for each change; none where nothing was changed.
+
+    Raises:
+        InputError: Other rows train there now.
+
+    Example:
+        >>> then = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": "all"}])
+        >>> now = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 5, "rows": "all"}])
+        >>> place = Position(epoch=1)
+        >>> resumed_lines("words", then, now, place, place, lambda rows: rows.resolve(9))
+        ["words: the schedule is not the checkpoint's: stages[1].epoch: 3 became 5"]
+    """
+    changed = changes(then, now)
+    if "share" in now.units and before.total_steps != position.total_steps:
+        changed.append(f"total_steps: {before.total_steps} became {position.total_steps}")
+    if not changed:
+        return []
+    old, new = then.trainable_rows(before), now.trainable_rows(position)
+    if not np.array_equal(resolve(old), resolve(new)):
+        raise InputError(
+            f"{table}: a resumed run trains the rows that the checkpoint trained in "
+            f"{place_text(then, before)}, {shown(old.to_config())}. Received: "
+            f"{shown(new.to_config())}, since {'; '.join(changed)}. Change only what lies ahead."
+        )
+    return [f"{table}: the schedule is not the checkpoint's: {change}" for change in changed]
 
 
 def audit_line(reports: Sequence[StageReport]) -> str:

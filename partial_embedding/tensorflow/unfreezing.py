@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from partial_embedding.choices import shown
 from partial_embedding.errors import InputError
-from partial_embedding.report import StageReport, audit_line, place_text, stage_line, table_line
-from partial_embedding.schedule import Moment, Position, Schedule, changes
+from partial_embedding.report import (
+    StageReport,
+    audit_line,
+    place_text,
+    resumed_lines,
+    stage_line,
+    table_line,
+)
+from partial_embedding.rows import Rows
+from partial_embedding.schedule import Moment, Position, Schedule
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.rowwise import Rowwise
-from partial_embedding.vocabulary import Vocabulary
+from partial_embedding.vocabulary import Ids, Vocabulary
 
 Say = Callable[[str], Any]
 
@@ -117,8 +125,7 @@ class ScheduledTables:
                 moments.append(Moment(i - 1, part=1, parts=2))
             for moment in moments:
                 try:
-                    rows = schedule.rows_at(moment)
-                    layer.check_trainable_rows(rows.resolve(layer.input_dim, self.vocabulary))
+                    layer.check_trainable_rows(self._resolve(name, schedule.rows_at(moment)))
                 except InputError as error:
                     raise InputError(f"{name}: stages[{i}].rows: {error}") from None
 
@@ -155,9 +162,6 @@ class ScheduledTables:
     ) -> None:
         """Tell how the schedules were changed since a backup.
 
-        A schedule may be changed between two runs wherever the rows that train at the backup's
-        position stay the same. Rows that train already keep the pace that they joined with.
-
         Args:
             saved: The schedules of the backup, by table.
             before: Where its rows were set last.
@@ -170,27 +174,13 @@ class ScheduledTables:
         for name in self.tables:
             then = saved.get(name if name in saved else None)
             if then is not None:
-                self._check_changes(name, then, before, now)
+                resolve = partial(self._resolve, name)
+                schedule = self.schedule_of(name)
+                for line in resumed_lines(name, then, schedule, before, now, resolve):
+                    self.say(line)
 
-    def _check_changes(self, name: str, then: Schedule, before: Position, now: Position) -> None:
-        schedule = self.schedule_of(name)
-        changed = changes(then, schedule)
-        if "share" in schedule.units and before.total_steps != now.total_steps:
-            changed.append(f"total_steps: {before.total_steps} became {now.total_steps}")
-        if not changed:
-            return
-        old, new = then.trainable_rows(before), schedule.trainable_rows(now)
-        num_rows = self.tables[name].input_dim
-        trained, trains = (rows.resolve(num_rows, self.vocabulary) for rows in (old, new))
-        if not np.array_equal(trained, trains):
-            raise InputError(
-                f"{name}: a resumed run trains the rows that the checkpoint trained in "
-                f"{place_text(then, before)}, {shown(old.to_config())}. Received: "
-                f"{shown(new.to_config())}, since {'; '.join(changed)}. Change only what lies "
-                "ahead."
-            )
-        for change in changed:
-            self.say(f"{name}: the schedule is not the checkpoint's: {change}")
+    def _resolve(self, name: str, rows: Rows) -> Ids:
+        return rows.resolve(self.tables[name].input_dim, self.vocabulary)
 
     def move_to(self, position: Position) -> None:
         """Set the rows of a position, and tell and audit where others than before train.
@@ -215,7 +205,7 @@ class ScheduledTables:
             audit.check(position.step)
         elif not goes_on:
             self._close(name, position.step)
-        ids = schedule.rows_at(moment).resolve(layer.input_dim, self.vocabulary)
+        ids = self._resolve(name, schedule.rows_at(moment))
         layer.set_trainable_rows(ids, pace=schedule.pace_at(moment))
         self._moments[name] = moment
         if self.audit:

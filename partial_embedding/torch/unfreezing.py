@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from partial_embedding.choices import shown
 from partial_embedding.errors import InputError
-from partial_embedding.report import StageReport, audit_line, place_text, stage_line, table_line
+from partial_embedding.report import (
+    StageReport,
+    audit_line,
+    place_text,
+    resumed_lines,
+    stage_line,
+    table_line,
+)
 from partial_embedding.rows import Rows
-from partial_embedding.schedule import Moment, Position, Schedule, Seen, changes
+from partial_embedding.schedule import Moment, Position, Schedule, Seen
 from partial_embedding.torch.agreement import check_agreement
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.rowwise import prepared, rowwise
@@ -313,9 +319,6 @@ class ScheduledTables:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Place the rows of a checkpoint, and tell how the schedules were changed since.
 
-        A schedule may be changed between two runs wherever the rows that train at the checkpoint's
-        position stay the same. Rows that train already keep the pace that they joined with.
-
         Args:
             state: What `to_state` gave.
 
@@ -330,27 +333,12 @@ class ScheduledTables:
         for name in self.tables:
             then = saved.get(name if name in saved else None)
             if then is not None:
-                self._check_changes(name, then, before, now)
+                resolve = partial(self._resolve, name)
+                schedule = self._schedule(name)
+                for line in resumed_lines(name, then, schedule, before, now, resolve):
+                    self.say(line)
         self.place(now)
         self.seen = position.seen
-
-    def _check_changes(self, name: str, then: Schedule, before: Position, now: Position) -> None:
-        schedule = self._schedule(name)
-        changed = changes(then, schedule)
-        if "share" in schedule.units and before.total_steps != now.total_steps:
-            changed.append(f"total_steps: {before.total_steps} became {now.total_steps}")
-        if not changed:
-            return
-        old, new = then.trainable_rows(before), schedule.trainable_rows(now)
-        if not np.array_equal(self._resolve(name, old), self._resolve(name, new)):
-            raise InputError(
-                f"{name}: a resumed run trains the rows that the checkpoint trained in "
-                f"{place_text(then, before)}, {shown(old.to_config())}. Received: "
-                f"{shown(new.to_config())}, since "
-                f"{'; '.join(changed)}. Change only what lies ahead."
-            )
-        for change in changed:
-            self.say(f"{name}: the schedule is not the checkpoint's: {change}")
 
     # Audit
 
