@@ -4,6 +4,7 @@ from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.clipping import clip_grad_norm_, clip_grad_value_
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
+from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowwise import detach_rowwise, rowwise
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "FrozenRowsMoved",
     "PartialEmbedding",
     "PartialEmbeddingBag",
+    "PartialLinear",
     "clip_grad_norm_",
     "clip_grad_value_",
     "detach_rowwise",

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.probe import Anatomy, first_state, untouched_row_state
-from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.rowset import RowSet, shown
+from partial_embedding.torch.table import RowParameter
 from partial_embedding.torch.trial import Group, State
 
 
@@ -60,12 +60,12 @@ class TableState:
 
     Args:
         name: The table's name in the model, for messages.
-        table: The table.
+        table: The table, or another parameter with its rows.
         anatomy: How the optimizer keeps its state.
         lazy: Step only rows that the batch touched.
     """
 
-    def __init__(self, name: str, table: PartialTable, anatomy: Anatomy, lazy: bool) -> None:
+    def __init__(self, name: str, table: RowParameter, anatomy: Anatomy, lazy: bool) -> None:
         self.name = name
         self.table = table
         self.anatomy = anatomy
@@ -128,7 +128,7 @@ class TableState:
             made = self._whole_blocks(grad)
         for block in made:
             if self.anatomy.eager and not block.cohort.state:
-                whole = block.parameter.new_empty(len(block.cohort.ids), block.parameter.shape[1])
+                whole = block.parameter.new_empty(len(block.cohort.ids), *block.parameter.shape[1:])
                 block.cohort.state = first_state(optimizer, group, nn.Parameter(whole))
             yield block
 
@@ -242,8 +242,8 @@ class TableState:
         if not torch.equal(saved_ids, rows):
             raise InputError(
                 "optimizer state belongs to the rows that trained. Received state for "
-                f"{len(saved_ids)} rows {_shown(saved_ids)}, while in {self.name!r} {len(rows)} "
-                f"train {_shown(rows)}. Call set_trainable_rows with the former first."
+                f"{len(saved_ids)} rows {shown(saved_ids)}, while in {self.name!r} {len(rows)} "
+                f"train {shown(rows)}. Call set_trainable_rows with the former first."
             )
 
     def restore(self, saved: dict[str, Any], group: Group) -> None:
@@ -339,8 +339,3 @@ def _on_device(key: str, value: Any, device: torch.device, group: Group) -> Any:
     # torch keeps step counts on the CPU unless the maths itself runs on the device.
     counts_on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
     return value.to(device) if isinstance(value, Tensor) and not counts_on_cpu else value
-
-
-def _shown(ids: Tensor, most: int = 6) -> str:
-    listed = ", ".join(map(str, ids[:most].tolist()))
-    return f"({listed}{', …' if len(ids) > most else ''})"
