@@ -6,6 +6,8 @@ from partial_embedding.torch.clipping import clip_grad_norm_, clip_grad_value_
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowwise import detach_rowwise, rowwise
+from partial_embedding.torch.surgery import replace_embedding, restore_embedding
+from partial_embedding.torch.tokens import add_tokens
 
 __all__ = [
     "FrozenRowAudit",
@@ -13,8 +15,11 @@ __all__ = [
     "PartialEmbedding",
     "PartialEmbeddingBag",
     "PartialLinear",
+    "add_tokens",
     "clip_grad_norm_",
     "clip_grad_value_",
     "detach_rowwise",
+    "replace_embedding",
+    "restore_embedding",
     "rowwise",
 ]

@@ -176,6 +176,16 @@ class PartialTable(nn.Module):
                 self._share_rows_with(other)
         self._hook_up(weight)
 
+    def take_weight(self) -> None:
+        """Begin to freeze rows: for a module whose class was changed after it was made."""
+        self._wire()
+
+    def leave_weight(self) -> None:
+        """Stop freezing rows: for a module whose class is about to be changed back."""
+        self._unhook()
+        for name in ("_hooked", "_shared", "_warned"):
+            self.__dict__.pop(name, None)
+
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:
             other.row_set = self.row_set
