@@ -69,6 +69,8 @@ def add_tokens(
     for table in tables:
         check_replaceable(model, table, sparse)
     _check_tokens(tokenizer, tokens)
+    if not isinstance(init, Tensor) and init not in ("pieces", "mean"):
+        raise InputError(f"init is 'pieces', 'mean' or vectors, a tensor. Received: {init!r}.")
     _check_room(model, tables[0], len(tokenizer) + len(tokens))
     known = len(tokenizer)
     begun = _beginnings(tables, known, _pieces(tokenizer, tokens, known), init)
@@ -92,8 +94,33 @@ def grow(model: Any, num_rows: int) -> None:
         model: A `transformers` model.
         num_rows: The rows that are needed. Tables that have more, as some models do, keep them.
     """
-    if model.get_input_embeddings().weight.shape[0] < num_rows:
-        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    if model.get_input_embeddings().weight.shape[0] >= num_rows:
+        return
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    model.resize_token_embeddings(num_rows, mean_resizing=False)
+    # transformers makes another head where it is not tied, of parameters that no optimizer knows,
+    # and ties the two biases of an untied BERT, which then cannot be saved. So what was there goes
+    # back to its place, with the new values.
+    resized = dict(model.named_parameters(remove_duplicate=False))
+    taken: set[int] = set()
+    for path, parameter in parameters.items():
+        if (new := resized[path]) is not parameter:
+            parameter.data = new.data.clone() if id(new) in taken else new.data
+            taken.add(id(new))
+    for path, module in modules.items():
+        if (new := model.get_submodule(path)) is not module:
+            size = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
+            setattr(module, size, getattr(new, size))
+            _put(model, path, module)
+    for path, parameter in parameters.items():
+        if model.get_parameter(path) is not parameter:
+            _put(model, path, parameter)
+
+
+def _put(model: nn.Module, path: str, value: Any) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, value)
 
 
 def _tables(model: Any) -> list[Any]:
