@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
-from partial_embedding.report import StageReport, audit_line, stage_line, table_line
+from partial_embedding.report import StageReport, audit_line, place_text, stage_line, table_line
 from partial_embedding.schedule import Position, Schedule
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.rowwise import prepared, rowwise
@@ -167,7 +167,8 @@ class ScheduledTables:
             if self.audit:
                 self._audits[name] = FrozenRowAudit(table, name)
             ids, num_rows = table.row_set.ids.cpu().numpy(), table.weight.shape[0]
-            self.say(stage_line(name, stage, position.epoch, ids, num_rows, self.vocabulary))
+            place = place_text(self._schedule(name), position)
+            self.say(stage_line(name, place, ids, num_rows, self.vocabulary))
 
     def after_step(self, step: int) -> None:
         """Audit, if one is due.

@@ -339,8 +339,9 @@ def test_a_model_of_weights_that_do_not_fit_is_refused() -> None:
         _layer().set_weights([MATRIX[:4]])
     with pytest.raises(InputError, match="a table is a matrix"):
         PartialEmbedding.from_matrix(MATRIX[0])
-    with pytest.raises(InputError, match="comes from a keras"):
-        PartialEmbedding.from_layer(keras.layers.Dense(2))
+    for layer in (keras.layers.Dense(2), keras.layers.ReversibleEmbedding(6, 3)):
+        with pytest.raises(InputError, match=r"comes from a keras.*from_matrix, and tie a head"):
+            PartialEmbedding.from_layer(layer)
 
 
 def test_an_outer_layer_in_half_precision_changes_no_value_of_the_table() -> None:
