@@ -108,6 +108,15 @@ def test_the_scale_of_a_subclass_reaches_the_gradient() -> None:
     assert not grad[FROZEN].any()
 
 
+def test_a_subclass_scales_in_functional_calls_too() -> None:
+    model = Model(Scaled(), tied=False)
+    expected = model(IDS)
+    replace_embedding(model, "words", ROWS)
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scores = torch.func.functional_call(model, parameters, (IDS,))
+    assert_same_bits(scores, expected, "the scores")
+
+
 @pytest.mark.parametrize("words", [None, Scaled], ids=["plain", "scaled"])
 def test_it_is_copied_and_pickled_as_it_is(words: Any) -> None:
     model = Model(words() if words else None)
