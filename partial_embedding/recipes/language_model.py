@@ -331,6 +331,22 @@ class NewTokens(LightningModule):
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(learning, lr=self.lr, weight_decay=self.weight_decay)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put in what the rows mean."""
+        checkpoint["tokens"] = list(self.vocabulary.tokens)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other tokens.
+
+        Raises:
+            InputError: The tokens are others.
+        """
+        if checkpoint.get("tokens") != list(self.vocabulary.tokens):
+            raise InputError(
+                "a checkpoint belongs to the tokens it was trained on. Received one of others. "
+                "Pass the model, the texts and the new tokens that it was trained with."
+            )
+
 
 def _pretrained(name: str) -> tuple[Any, Any]:
     try:

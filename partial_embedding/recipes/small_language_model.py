@@ -16,7 +16,7 @@ _BATCH = 32
 
 
 def small_language_model(texts: Sequence[str], steps: int = 300, seed: int = 0) -> tuple[Any, Any]:
-    """Train a word-piece tokenizer and a Llama of two layers, with a tied head.
+    """Train a tokenizer and a Llama of two layers with a tied head.
 
     Args:
         texts: What both are trained on.
@@ -33,7 +33,7 @@ def small_language_model(texts: Sequence[str], steps: int = 300, seed: int = 0) 
         >>> model.lm_head.weight is model.model.embed_tokens.weight
         True
     """
-    tokenizer = _word_pieces(texts)
+    tokenizer = _tokenizer(texts)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(
@@ -53,11 +53,12 @@ def small_language_model(texts: Sequence[str], steps: int = 300, seed: int = 0) 
     return model.train(False), tokenizer
 
 
-def _word_pieces(texts: Sequence[str]) -> Any:
-    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+def _tokenizer(texts: Sequence[str]) -> Any:
+    # No word pieces: their training numbers pieces differently in each process.
+    pieces = Tokenizer(models.BPE(unk_token="[UNK]"))
     pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=_TOKENS, special_tokens=["[PAD]", "[UNK]"], show_progress=False
     )
     pieces.train_from_iterator(texts, trainer)
