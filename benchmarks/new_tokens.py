@@ -141,7 +141,7 @@ def main() -> None:
         f"A Llama of one layer, D = {WIDTH}, tied head, {NEW} new tokens of V, {BATCH}×{LENGTH} "
         f"tokens a step, fp32, AdamW with weight decay on the new rows alone; medians of "
         f"{STEPS - 2} steps in which ours and PEFT's trainable tokens take turns. MiB: what a step "
-        "needs at its peak beyond the model; the logits and their gradient are part of it in both.",
+        "takes at its peak beyond what was resident before it; 0 where that was enough.",
         f"torch {torch.__version__}, peft {version('peft')}, {torch.get_num_threads()} CPU "
         f"thread(s), {platform.machine()}. "
         "Made by `python benchmarks/new_tokens.py --report benchmarks/new_tokens.md`.",

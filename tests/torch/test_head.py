@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_same_bits, same_bits
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from partial_embedding.errors import InputError
+from partial_embedding import InputError, Schedule
 from partial_embedding.torch import PartialEmbedding, PartialLinear, rowwise
+from partial_embedding.torch.unfreezing import ScheduledTables
 
 V, D = 11, 6
 ROWS = [2, 5, 9]
@@ -305,3 +307,19 @@ def test_a_frozen_head_learns_nothing() -> None:
     head(x).sum().backward()
     optimizer.step()
     assert same_bits(head.weight, before)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_a_sparse_head_that_is_not_tied_is_refused_among_several_processes(sparse: bool) -> None:
+    model = nn.ModuleDict({"head": pair(sparse=sparse)[1], "tied": Tied()})
+    schedule = Schedule([{"epoch": 0, "rows": [1]}])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tables = ScheduledTables(model, {None: schedule})
+        if not sparse:
+            tables.check_backend()
+            return
+        with pytest.raises(InputError, match=r"the sparse head 'head', which is tied to none"):
+            tables.check_backend()
+    finally:
+        dist.destroy_process_group()
