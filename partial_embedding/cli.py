@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,12 @@ def _cli_of(recipe: str) -> type[TextCLI]:
     if recipe == TextCLI.recipe:
         return TextCLI
     if recipe == "language_model":
-        # It needs transformers, which text classification does not.
+        if find_spec("transformers") is None:
+            raise InputError(
+                "the recipe language_model needs transformers. Received none. "
+                "Install partial-embedding[transformers]."
+            )
+        # Text classification does without.
         from partial_embedding.recipes.language_model_cli import LanguageModelCLI
 
         return LanguageModelCLI

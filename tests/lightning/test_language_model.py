@@ -14,6 +14,7 @@ import torch  # noqa: E402  # after the packages that may be missing
 from pytorch_lightning import Trainer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from partial_embedding import cli  # noqa: E402
 from partial_embedding.cli import main  # noqa: E402
 from partial_embedding.errors import InputError  # noqa: E402
 from partial_embedding.recipes import language_model  # noqa: E402
@@ -163,3 +164,11 @@ def test_module_and_data_belong_together() -> None:
         Trainer(logger=False, enable_checkpointing=False, accelerator="cpu").fit(
             NewTokens(), [torch.zeros(1)]
         )
+
+
+def test_without_transformers_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert main(["fit", "--config", str(CONFIG)]) == 2
+    assert "Install partial-embedding[transformers]" in capsys.readouterr().err

@@ -98,7 +98,7 @@ def hf_trainer(model: Any, words: Any, folder: Path) -> None:
 
 def lightning(model: Any, words: Any, folder: Path) -> None:
     pl = pytest.importorskip("pytorch_lightning")
-    from partial_embedding.callbacks.lightning import RowUnfreezing
+    from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
 
     class Module(pl.LightningModule):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
@@ -117,7 +117,7 @@ def lightning(model: Any, words: Any, folder: Path) -> None:
         max_steps=STEPS,
         accelerator="cpu",
         gradient_clip_val=1.0,
-        callbacks=[RowUnfreezing(schedule, audit=True)],
+        callbacks=[RowUnfreezing(schedule, audit=True), RowMonitor(picture=None)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -164,6 +164,44 @@ def test_only_the_new_rows_learn(family: str, tied: bool, loop: str, tmp_path: P
     with torch.no_grad():  # attention is another kernel where something learns
         expected = model(**inputs(words, NEW_TEXT)).logits
         assert_same_bits(loaded(**inputs(again, NEW_TEXT)).logits, expected, "logits")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_callback_follows_a_schedule_in_the_trainers_own_optimizer(
+    tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of which the bias of the head is in a group of its own, without decay.
+    pytest.importorskip("accelerate")
+    from partial_embedding.callbacks.transformers import RowUnfreezing
+
+    model, words = language_model("BERT", tied), tokenizer()
+    add_tokens(model, words, NEW, sparse=False)
+    head = model.get_output_embeddings()
+    before = copy.deepcopy(head.state_dict())
+    batch = {name: value[0] for name, value in inputs(words, NEW_TEXT).items()}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=2,
+        per_device_train_batch_size=1,
+        learning_rate=0.05,
+        weight_decay=0.1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    stages = [{"epoch": 0, "rows": NEW_ROWS}, {"epoch": 1, "rows": [3, *NEW_ROWS]}]
+    transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=[batch] * 4,
+        callbacks=[RowUnfreezing({"stages": stages}, audit=True)],
+    ).train()
+    for name, value in head.state_dict().items():
+        assert changed(before[name], value) == [3, *NEW_ROWS], name
+    tables = 1 if tied else 2
+    assert capsys.readouterr().out.count("stage 1 from epoch 1: 3 rows train") == tables
 
 
 def _tables(model: nn.Module) -> list[tuple[str, PartialTable]]:
