@@ -196,7 +196,8 @@ def _select_range(parts: tuple[int | None, ...], num_rows: int, _: Vocabulary | 
                 f"a range lies within the table's {num_rows} rows. Received: {list(parts)}. "
                 "Was the vocabulary resized?"
             )
-    return np.unique(np.arange(num_rows, dtype=np.int64)[slice(*parts)])
+    ids = np.arange(num_rows, dtype=np.int64)[slice(*parts)]
+    return ids if (parts[2] or 1) > 0 else ids[::-1]
 
 
 def _select_missing(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
@@ -250,12 +251,12 @@ def _select_nearest(
     argument: tuple[tuple[str, ...], int | float], num_rows: int, vocabulary: Vocabulary | None
 ) -> Ids:
     tokens, amount = argument
-    vectors = _known("vectors", vocabulary).astype(np.float32)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    directions = vectors / np.where(lengths > 0, lengths, 1)
+    vectors = _known("vectors", vocabulary).astype(np.float32, copy=False)
     own = rows_of(tokens, vocabulary)
-    closeness = (directions @ directions[own].T).max(axis=1)
-    closeness[lengths[:, 0] == 0] = -np.inf  # padding is near to nothing
+    lengths = np.linalg.norm(vectors, axis=1)
+    divisors = np.where(lengths > 0, lengths, 1)
+    closeness = (vectors @ (vectors[own].T / divisors[own])).max(axis=1) / divisors
+    closeness[lengths == 0] = -np.inf  # padding is near to nothing
     closeness[own] = np.inf
     order = np.argsort(-closeness, kind="stable")
     return np.sort(order[: number_of_rows(amount, num_rows)])

@@ -50,9 +50,9 @@ class Growth:
             time) or `"doubling"` (twice as many each time, and all at the end).
         order: Which rows wake first: `"most_frequent"`, `"least_frequent"`, `"random"`, `"ids"` (in
             rising order), or a list of ids or of tokens; rows that it leaves out come last.
-        parts: In how many parts they wake; by default one for each epoch between the two stages,
-            or 10 between stages that start at steps or shares of the run. The rows of a part are a
-            cohort.
+        parts: In how many parts they wake, each at least one epoch or step long; by default one for
+            each epoch between the two stages, or 10 between stages that start at steps (as far as
+            there are so many) or at shares of the run. The rows of a part are a cohort.
         seed: Another seed orders differently at random.
 
     Raises:

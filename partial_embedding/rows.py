@@ -279,7 +279,10 @@ def _check_choices(argument: Any) -> tuple[Rows, ...]:
 
 
 def _select_union(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
-    return np.unique(np.concatenate([choice.resolve(num_rows, v) for choice in choices]))
+    mask = np.zeros(num_rows, np.bool_)
+    for choice in choices:
+        mask[choice.resolve(num_rows, v)] = True
+    return np.flatnonzero(mask)
 
 
 def _select_intersection(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
@@ -337,7 +340,7 @@ def _select_grown(grown: _Grown, num_rows: int, vocabulary: Vocabulary | None) -
     total = before.size + joining.size
     awake = grown.growth.awake(grown.part, grown.parts, before.size, total)
     order = grown.growth.arranged(joining, num_rows, vocabulary)
-    return np.union1d(before, order[: awake - before.size])
+    return np.sort(np.concatenate([before, order[: awake - before.size]]))
 
 
 def _write_grown(grown: _Grown) -> dict[str, Any]:

@@ -523,6 +523,14 @@ def test_a_cycle_begins_again_and_again(
         assert schedule.moment(position) == Moment(stage, part, parts, turn)
 
 
+def test_a_cycle_of_a_share_begins_with_the_step_that_completes_it() -> None:
+    # 0.3 / 0.1 is a little less than 3.
+    schedule = Schedule([{"share": 0, "rows": "none"}, {"share": 0.05, "rows": "all"}], 0.1)
+    for step in range(20):
+        moment = schedule.moment(Position(0, step, 20))
+        assert (moment.turn, moment.stage) == divmod(step, 2)
+
+
 # Shares
 
 

@@ -14,7 +14,7 @@ import yaml
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
 from partial_embedding.schedule.pace import Pace
-from partial_embedding.schedule.position import Position
+from partial_embedding.schedule.position import Position, Seen
 from partial_embedding.schedule.presets import from_preset
 from partial_embedding.schedule.stages import Stage, only_keys, parsed
 from partial_embedding.schedule.starts import Plateau, Start, Wait, place_in
@@ -114,21 +114,32 @@ class Schedule:
         assert isinstance(first, Start), "checked when the schedule was made"
         assert isinstance(last, Start), "likewise"
         length = last.at - first.at
-        most = _PARTS if last.unit == "share" else int(length)
-        parts = growth.parts or (most if last.unit == "epoch" else min(most, _PARTS))
+        usual = {"epoch": length, "step": min(length, _PARTS), "share": _PARTS}[last.unit]
+        parts = growth.parts or int(usual)
         part = _whole((self._place(first.unit, position) - first.at) * parts / length)
-        return Moment(stage, min(part, parts - 1), parts, turn)
+        return Moment(stage, part, parts, turn)
 
     def _stage_at(self, position: Position) -> int:
+        return self._latest(position, self._reached(position.seen, position.total_steps))
+
+    def _reached(self, history: tuple[Seen, ...], total_steps: int | None) -> int:
+        """The stage that had started when the last measurement was made, or started by it."""
+        if not history or not self.metrics:
+            return 0
+        # The last answer is kept, since a run asks at every step and measures only now and then.
+        known = vars(self).get("_known")
+        if known is not None and known[0] is history and known[1] == total_steps:
+            return int(known[2])
         stage, wait = 0, self._wait_in(0)
-        for seen in position.seen if self.metrics else ():
+        for seen in history:
             # What is measured after a step belongs to the stage that the step was made in.
-            there = Position(seen.epoch, seen.step - 1, position.total_steps)
+            there = Position(seen.epoch, seen.step - 1, total_steps)
             if (later := self._latest(there, stage)) != stage:
                 stage, wait = later, self._wait_in(later)
             if wait is not None and wait.is_over(seen):
                 stage, wait = stage + 1, self._wait_in(stage + 1)
-        return self._latest(position, stage)
+        object.__setattr__(self, "_known", (history, total_steps, stage))
+        return stage
 
     def _wait_in(self, stage: int) -> Wait | None:
         """The wait that begins with a stage, where a plateau starts the next one."""

@@ -251,20 +251,10 @@ class PartialEmbedding(keras.layers.Embedding):
         if self.built or self.quantization_mode or is_plain:
             super().build(input_shape)
             return
-        self._embeddings = self.add_weight(
-            shape=(self.input_dim, self.output_dim),
-            initializer=self.embeddings_initializer,
-            name="frozen_embeddings",
-            trainable=False,
-            # Under an outer layer's autocast, reading the variable would convert all of it.
-            autocast=False,
-        )
-        if self._reserved.size:
-            self._trained = self._add_reserved_weight()
-            self._split = Split(self._embeddings, self._trained, self._reserved, self._live)
-            self._split.constrained = self.embeddings_constraint is not None
-            # Where `rowwise` finds them.
-            self._trained.partial_rows = self._split
+        # A model without a fixed input is built while its first step is traced, and XLA cannot
+        # lift the second variable, which begins with rows of the first, out of that.
+        with tf.init_scope():
+            self._build_split()
         self.built = True
 
     @property
@@ -371,6 +361,22 @@ class PartialEmbedding(keras.layers.Embedding):
         super().quantize(mode, type_check=False, config=config)
         self._live = self._reserved = np.zeros(0, np.int64)
         self._reserves = False
+
+    def _build_split(self) -> None:
+        self._embeddings = self.add_weight(
+            shape=(self.input_dim, self.output_dim),
+            initializer=self.embeddings_initializer,
+            name="frozen_embeddings",
+            trainable=False,
+            # Under an outer layer's autocast, reading the variable would convert all of it.
+            autocast=False,
+        )
+        if self._reserved.size:
+            self._trained = self._add_reserved_weight()
+            self._split = Split(self._embeddings, self._trained, self._reserved, self._live)
+            self._split.constrained = self.embeddings_constraint is not None
+            # Where `rowwise` finds them.
+            self._trained.partial_rows = self._split
 
     def _add_reserved_weight(self) -> Any:
         return self.add_weight(
