@@ -12,7 +12,8 @@ from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from partial_embedding import InputError, Schedule
-from partial_embedding.torch import PartialEmbedding, PartialLinear, rowwise
+from partial_embedding.schedule import Pace
+from partial_embedding.torch import PartialEmbedding, PartialLinear, detach_rowwise, rowwise
 from partial_embedding.torch.unfreezing import ScheduledTables
 
 V, D = 11, 6
@@ -193,6 +194,32 @@ def test_rows_of_a_bias_that_join_late_begin_afresh_and_a_run_goes_on_from_its_s
     for stop in (3, 5):
         assert_same_bits(run(stop).bias, whole.bias, "the bias")
         assert_same_bits(run(stop).weight, whole.weight, "the weight")
+
+
+def test_rows_of_a_pace_take_their_bias_along() -> None:
+    moved = []
+    for pace in (None, Pace(lr=0.5)):
+        _, head = pair()
+        before = copy.deepcopy(head.state_dict())
+        head.set_trainable_rows("none")
+        head.set_trainable_rows(ROWS, pace=pace)
+        optimizer = rowwise(torch.optim.SGD(head.parameters(), lr=0.1), head)
+        head(features(7)).square().sum().backward()
+        optimizer.step()
+        moved.append([value - before[name] for name, value in head.state_dict().items()])
+    for whole, half in zip(*moved, strict=True):
+        assert whole.any()
+        torch.testing.assert_close(half, whole / 2)
+
+
+def test_a_pace_is_refused_through_whichever_module_has_the_weight() -> None:
+    tied = Tied()
+    optimizer = rowwise(torch.optim.LBFGS(tied.parameters()), tied)
+    for module in (tied.table, tied.head):
+        with pytest.raises(InputError, match="LBFGS"):
+            module.unfreeze_rows([0], pace=Pace(lr=0.5))
+    detach_rowwise(optimizer)
+    tied.head.unfreeze_rows([0], pace=Pace(lr=0.5))
 
 
 def test_head_and_table_that_are_tied_have_the_same_rows() -> None:
