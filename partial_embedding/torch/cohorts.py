@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import Pace
 from partial_embedding.torch.probe import Anatomy, first_state, untouched_row_state
+from partial_embedding.torch.row_parameters import RowParameter
 from partial_embedding.torch.rowset import RowSet, shown
-from partial_embedding.torch.table import RowParameter
 from partial_embedding.torch.trial import Group, State
 
 

@@ -13,13 +13,13 @@ from torch.optim import LBFGS, Optimizer
 from partial_embedding.errors import InputError
 from partial_embedding.torch.cohorts import Block, TableState, clear_history
 from partial_embedding.torch.probe import Anatomy, examine, first_state
+from partial_embedding.torch.row_parameters import RowParameter, row_parameters_in
 from partial_embedding.torch.saving import (
     KEY,
     check_state_dict,
     from_state_dict,
     into_state_dict,
 )
-from partial_embedding.torch.table import RowParameter, row_parameters_in
 from partial_embedding.torch.trial import Group, State
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)

@@ -339,61 +339,6 @@ def tables_in(model: nn.Module) -> Iterator[tuple[str, PartialTable]]:
             yield name, module
 
 
-@dataclass(eq=False)
-class RowParameter:
-    """A parameter with one entry, or row, for each row of a table, such as the bias of a head.
-
-    Args:
-        table: The table whose row set counts.
-        attribute: The parameter's name in it.
-    """
-
-    table: PartialTable
-    attribute: str
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The parameter, shape (V, …)."""
-        parameter: nn.Parameter = getattr(self.table, self.attribute)
-        return parameter
-
-    @property
-    def row_set(self) -> RowSet:
-        """The rows that train."""
-        return self.table.row_set
-
-    @row_set.setter
-    def row_set(self, row_set: RowSet) -> None:
-        self.table.row_set = row_set
-
-    def ask_about_paces(self, check: Callable[[Pace], None] | None) -> None:
-        """Ask an optimizer, for as long as it exists, before rows get a pace.
-
-        Args:
-            check: A method that raises where it cannot keep the pace; None asks no more.
-        """
-        checks = self.table.__dict__.setdefault("_pace_checks", {})
-        checks.pop(self.attribute, None)
-        if check is not None:
-            checks[self.attribute] = weakref.WeakMethod(check)
-
-
-def row_parameters_in(model: nn.Module) -> Iterator[tuple[str, RowParameter]]:
-    """The parameters of a model of which only rows train, each once, with names for messages.
-
-    Args:
-        model: Any module.
-    """
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        for attribute in module.row_parameters if isinstance(module, PartialTable) else ():
-            parameter = getattr(module, attribute)
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                named = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")
-                yield named, RowParameter(module, attribute)
-
-
 def _hooks_of(weight: nn.Parameter) -> list[_DropFrozenRows]:
     hooks = list((weight._backward_hooks or {}).values())
     return [hook for hook in hooks if isinstance(hook, _DropFrozenRows)]

@@ -19,7 +19,7 @@ from partial_embedding.report import StageReport, audit_line, place_text, stage_
 from partial_embedding.rows import Rows
 from partial_embedding.schedule import Moment, Position, Schedule, Seen, changes
 from partial_embedding.torch.audit import FrozenRowAudit
-from partial_embedding.torch.head import PartialLinear
+from partial_embedding.torch.backends import check_backend
 from partial_embedding.torch.rowwise import prepared, rowwise
 from partial_embedding.torch.table import PartialTable, tables_in
 from partial_embedding.vocabulary import Ids, Vocabulary
@@ -160,24 +160,9 @@ class ScheduledTables:
         """Refuse a process group that cannot reduce the tables' gradients.
 
         Raises:
-            InputError: A table is sparse and the group is NCCL's, or it is a head that is tied to
-                no embedding.
+            InputError: As for `backends.check_backend`.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        for name, table in self.tables.items():
-            if not getattr(table, "sparse", False):
-                continue
-            if dist.get_backend() == "nccl":
-                raise InputError(
-                    "NCCL cannot reduce sparse gradients. Received the sparse table "
-                    f"{name!r}. Make it with sparse=False."
-                )
-            if isinstance(table, PartialLinear):
-                raise InputError(
-                    "DistributedDataParallel takes sparse gradients of embeddings alone. Received "
-                    f"the sparse head {name!r}, which is tied to none. Make it with sparse=False."
-                )
+        check_backend(self.tables)
 
     # Moving with the schedules
 
