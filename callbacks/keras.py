@@ -1,21 +1,25 @@
-"""Keras callbacks: which rows train, epoch by epoch."""
+"""Keras callbacks: which rows train, from step to step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from partial_embedding.callbacks.keras_record import Epoch, RunRecord
 from partial_embedding.errors import InputError
-from partial_embedding.report import StageReport, audit_line, place_text, stage_line, table_line
-from partial_embedding.schedule import Position, Schedule, schedules_by_table
-from partial_embedding.tensorflow.audit import FrozenRowAudit
-from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.vocabulary import Ids, Vocabulary
+from partial_embedding.report import StageReport
+from partial_embedding.schedule import Position, Schedule, Seen, schedules_by_table
+from partial_embedding.tensorflow.unfreezing import ScheduledTables, innermost, tables_in
+from partial_embedding.vocabulary import Vocabulary
+
+__all__ = ["RowMonitor", "RowUnfreezing"]
 
 AnySchedule = Schedule | Mapping[str, Any] | str | PathLike[str]
 
@@ -24,22 +28,35 @@ class RowUnfreezing(keras.callbacks.Callback):
     """Trains the rows that a schedule names, and leaves all others as they are, bit for bit.
 
     Each layer reserves the rows that its schedule will ever train, `schedule_rows(…)`, so that a
-    stage that begins traces nothing again. The rows of an epoch depend on the epoch alone: a run
-    that `BackupAndRestore` resumes goes on where the schedule stood, in any order of the callbacks.
-    Compile the model with `rowwise(optimizer)` for rows that join late to train as if the optimizer
-    had just begun.
+    stage that begins traces nothing again. Compile the model with `rowwise(optimizer)` for rows
+    that join late to train as if the optimizer had just begun, and with `rowwise(optimizer,
+    paces=True)` for stages with `lr` or `warmup`.
+
+    A step is one that the optimizer completed since the first epoch of the run began: accumulated
+    batches are one step together, and one that a `LossScaleOptimizer` skips is none. Rows are set
+    before the first batch whose step is theirs. With `steps_per_execution=n`, Keras calls between n
+    batches, so that they are set up to n - 1 batches late. A plateau is of any metric of the logs,
+    `val_loss` as well as `loss`, and the stage begins with the next epoch.
+
+    A run that `BackupAndRestore` resumes at the end of an epoch goes on where the schedule stood,
+    in any order of the callbacks. Pass its folder as `backup_dir` where a schedule waits for a
+    metric: what was measured is kept there, cut to the epoch of the weights. It also says then what
+    changed in a schedule since, and refuses one that would not have trained the same rows there.
 
     Args:
         schedule: A `Schedule`, a mapping, or the path of a YAML file, for all tables of the model;
             or a mapping from the names of layers to these.
         vocabulary: What rows mean, for schedules that ask for it; by default `model.vocabulary`.
-        audit: Compare the bits of frozen rows at the end of each stage; a number n compares them
-            every n batches too. One comparison reads the frozen part of the table once.
+        audit: Compare the bits of frozen rows whenever others begin to train; a number n compares
+            them every n batches too. One comparison reads the frozen part of the table once.
+        backup_dir: The folder of `BackupAndRestore`, for what was measured.
 
     Raises:
-        InputError: The schedule is malformed. When `fit` starts: it does not fit the model.
+        InputError: The schedule is malformed. When `fit` starts: it does not fit the model, the
+            optimizer or the backup. When an epoch ends: a metric that it waits for was not logged.
 
     Example:
+        >>> from partial_embedding.tensorflow import PartialEmbedding
         >>> layer = PartialEmbedding(4, 2, trainable_rows=[1], reserve_rows="all")
         >>> model = keras.Sequential([layer])
         >>> model.compile("sgd", "mse")
@@ -56,102 +73,177 @@ class RowUnfreezing(keras.callbacks.Callback):
         schedule: AnySchedule | Mapping[str, AnySchedule],
         vocabulary: Vocabulary | None = None,
         audit: bool | int = False,
+        backup_dir: str | PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         self.schedules = schedules_by_table(schedule)
         self.vocabulary = vocabulary
         self.audit = audit
-        self.reports: list[StageReport] = []
-        self._tables: dict[str, PartialEmbedding] = {}
-        self._stages: dict[str, int] = {}
-        self._audits: dict[str, FrozenRowAudit] = {}
+        self.backup_dir = backup_dir
+        self.position = Position()
+        self._tables: ScheduledTables | None = None
+        self._record = RunRecord()
+        self._epoch: int | None = None
+        # Where the optimizer's steps were last read, and the step at which rows may change next.
+        self._read_at = (0, 0)
+        self._due = 0
+        self._audited_batch = 0
+        self._logs: dict[str, float] = {}
+
+    @property
+    def reports(self) -> list[StageReport]:
+        """What the audit found in the stages that ended."""
+        return [] if self._tables is None else self._tables.reports
+
+    # Before the first step
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Find the tables, and check every stage against them."""
-        self._tables = self._scheduled_tables()
         if self.vocabulary is None:
             found = getattr(self.model, "vocabulary", None)
             self.vocabulary = found if isinstance(found, Vocabulary) else None
-        self.reports, self._stages, self._audits = [], {}, {}
-        for name, layer in self._tables.items():
-            for index in range(len(self._schedule(name).stages)):
-                self._resolve(name, layer, index)
+        self._epoch = None
+        self._tables = ScheduledTables(
+            self.model, self.schedules, self.vocabulary, bool(self.audit), say=print
+        )
+        if self._total_steps is None and any("share" in s.units for s in self.schedules.values()):
+            raise InputError(
+                "a stage that starts at a share of the run needs its length. Received data of "
+                "unknown length. Pass steps_per_epoch= to fit, or use epoch or step."
+            )
+
+    @property
+    def _total_steps(self) -> int | None:
+        if self._batches is None:
+            return None
+        accumulated = innermost(self.model.optimizer).gradient_accumulation_steps or 1
+        return int(self.params["epochs"] * self._batches // accumulated)
+
+    @property
+    def _batches(self) -> int | None:
+        """The batches of an epoch, where their number is known."""
+        # Keras leaves out parameters in a loop of one's own.
+        return (self.params or {}).get("steps")
+
+    def _begin(self, epoch: int) -> None:
+        """Go on from what was measured before the first epoch of this fit."""
+        saved = RunRecord.read(self._path) if self.backup_dir is not None else None
+        if saved is not None:
+            self._record = saved
+        elif epoch == 0:
+            self._record = RunRecord(begun_at=int(self.model.optimizer.iterations))
+        before = self._record.until(epoch)
+        self._check_measured(epoch, before)
+        if saved is not None and before.epochs:
+            saved_schedules = before.schedules or {}
+            self._scheduled.go_on(saved_schedules, before.last_position, self._total_steps)
+        self._record = replace(before, total_steps=self._total_steps, schedules=self.schedules)
+
+    def _check_measured(self, epoch: int, record: RunRecord) -> None:
+        waits = self._scheduled.metrics
+        last = record.epochs[-1].seen.epoch if record.epochs else -1
+        if not waits or last == epoch - 1:
+            return
+        raise InputError(
+            f"a schedule that waits for {waits[0]} goes on from what was measured before. "
+            f"Received: epoch {epoch} to begin with, and {last + 1} measured ones. Pass backup_dir="
+            " the folder of BackupAndRestore, and put that callback behind; or begin at epoch 0."
+        )
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.backup_dir or "") / "rows.json"
+
+    @property
+    def _scheduled(self) -> ScheduledTables:
+        assert self._tables is not None, "Keras calls on_train_begin first"
+        return self._tables
+
+    # Moving with the schedule
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Apply the rows of this epoch, and say so where a stage begins."""
-        is_first = not self._stages
-        for name, layer in self._tables.items():
-            stage = self._schedule(name).stage_at(Position(epoch))
-            if self._stages.get(name) == stage:
-                continue
-            self._close_stage(name)
-            ids = self._resolve(name, layer, stage)
-            layer.set_trainable_rows(ids)
-            self._stages[name] = stage
-            if self.audit:
-                self._audits[name] = FrozenRowAudit(layer, name)
-            if is_first:
-                self._print_table(name, layer)
-            place = place_text(self._schedule(name), Position(epoch))
-            print(stage_line(name, place, ids, layer.input_dim, self.vocabulary))
+        """Set the rows of this epoch, and say so where a stage begins."""
+        if self._epoch is None:
+            self._begin(epoch)
+        self._epoch, self._audited_batch = epoch, 0
+        step = self._step()
+        self._read_at = (step, 0)
+        self._move_to(step, batch=0)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Set the rows of this step, where it may have others than the one before."""
+        # Batches bound the steps, and are known without waiting for the device.
+        step, at = self._read_at
+        if step + batch - at < self._due:
+            return
+        step = self._step()
+        self._read_at = (step, batch)
+        if step >= self._due:
+            self._move_to(step, batch)
+
+    def _move_to(self, step: int, batch: int) -> None:
+        assert self._epoch is not None, "Keras begins an epoch first"
+        position = Position(self._epoch, step, self._total_steps, self._record.seen)
+        self._scheduled.move_to(position)
+        self.position = position
+        left = None if self._batches is None else self._batches - batch
+        self._due = self._scheduled.next_change(position, left)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Audit where it is due."""
+        """Audit where it is due, and keep what the last batch of an epoch logged."""
         # `True` is 1 for Python, but asks for no audit between stages.
-        if self.audit is not True and self.audit and (batch + 1) % self.audit == 0:
-            for audit in self._audits.values():
-                audit.check(self._step())
+        if self.audit is not True and self.audit and batch + 1 - self._audited_batch >= self.audit:
+            self._audited_batch = batch + 1
+            self._scheduled.audit_now(self._step())
+        self._logs = logs or {}
+        # Before another callback backs up the weights of this epoch, in any order of the two.
+        if batch + 1 == self._batches:
+            self._keep(self._logs)
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Keep what a validation within `fit` measured."""
+        if self._epoch is not None:
+            self._keep({**self._logs, **{f"val_{k}": v for k, v in (logs or {}).items()}})
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Keep what this epoch measured, and refuse to wait for a metric that is not logged."""
+        logs = logs or {}
+        self._keep(logs)
+        validated = any(key.startswith("val_") for key in logs)
+        for metric in self._scheduled.metrics:
+            # Not every epoch has a validation.
+            if metric not in logs and (validated or not metric.startswith("val_")):
+                raise self._not_logged(metric)
+
+    def _keep(self, logs: Mapping[str, float]) -> None:
+        assert self._epoch is not None, "Keras begins an epoch first"
+        metrics = {key: float(value) for key, value in logs.items()}
+        epoch = Epoch(Seen(self._epoch, self._step(), metrics), self.position.step)
+        record = self._record.ended(epoch)
+        if record != self._record:
+            self._record = record
+            if self.backup_dir is not None:
+                record.write(self._path)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Close the last stage, and say what the audit found."""
-        for name in self._tables:
-            self._close_stage(name)
-        if self.reports:
-            print(audit_line(self.reports))
+        self._scheduled.finish(self._step())
+        if self._epoch is None:
+            return
+        self._epoch = None
+        for metric in self._scheduled.metrics:
+            if not any(metric in seen.metrics for seen in self._record.seen):
+                raise self._not_logged(metric)
 
-    def _scheduled_tables(self) -> dict[str, PartialEmbedding]:
-        tables = tables_in(self.model)
-        if not tables:
-            raise InputError(
-                "RowUnfreezing needs a PartialEmbedding in the model. Received a "
-                f"{type(self.model).__name__} without one. Replace its Embedding, for example by "
-                "PartialEmbedding.from_layer."
-            )
-        if None in self.schedules:
-            return tables
-        if unknown := [name for name in self.schedules if name not in tables]:
-            raise InputError(
-                f"schedules are named after the model's tables, {sorted(tables)}. "
-                f"Received: {unknown[0]!r}."
-            )
-        return {name: tables[name] for name in self.schedules if name is not None}
-
-    def _resolve(self, name: str, layer: PartialEmbedding, index: int) -> Ids:
-        try:
-            rows = self._schedule(name).stages[index].rows
-            ids = rows.resolve(layer.input_dim, self.vocabulary)
-            return layer.check_trainable_rows(ids)
-        except InputError as error:
-            raise InputError(f"{name}: stages[{index}].rows: {error}") from None
-
-    def _schedule(self, name: str) -> Schedule:
-        return self.schedules[name if name in self.schedules else None]
-
-    def _close_stage(self, name: str) -> None:
-        if (audit := self._audits.pop(name, None)) is not None:
-            audit.check(self._step())
-            self.reports.append(StageReport(name, self._stages[name], audit.frozen.size, 0))
-
-    def _print_table(self, name: str, layer: PartialEmbedding) -> None:
-        own = {id(v) for table in self._tables.values() for v in table.trainable_variables}
-        elsewhere = sum(
-            int(np.prod(v.shape)) for v in self.model.trainable_variables if id(v) not in own
+    def _not_logged(self, metric: str) -> InputError:
+        logged = sorted({key for seen in self._record.seen for key in seen.metrics})
+        return InputError(
+            f"a stage waits for a metric that an epoch logs, {metric!r}. Received: {logged}. Pass "
+            "validation_data= to fit and metrics= to compile, or name another one."
         )
-        trainable = layer.trainable_rows.size
-        print(table_line(name, trainable, layer.input_dim, layer.output_dim, elsewhere))
 
     def _step(self) -> int:
-        return int(self.model.optimizer.iterations)
+        return int(self.model.optimizer.iterations) - self._record.begun_at
 
 
 class RowMonitor(keras.callbacks.Callback):
@@ -193,31 +285,3 @@ class RowMonitor(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Close the log."""
         self._writer.close()
-
-
-def tables_in(model: Any) -> dict[str, PartialEmbedding]:
-    """The partial tables of a model by the names of their layers, built.
-
-    Args:
-        model: A `keras.Model` of any kind and nesting.
-
-    Raises:
-        InputError: Two of them have the same name.
-
-    Example:
-        >>> list(tables_in(keras.Sequential([PartialEmbedding(3, 2, name="words")])))
-        ['words']
-    """
-    tables: dict[str, PartialEmbedding] = {}
-    for layer in model._flatten_layers():
-        if not isinstance(layer, PartialEmbedding):
-            continue
-        if layer.name in tables:
-            raise InputError(
-                f"each table of a model has a name of its own. Received {layer.name!r} twice. "
-                "Pass name= to the layers."
-            )
-        # Keras builds a model without a fixed input only while it traces the first step.
-        layer.build()
-        tables[layer.name] = layer
-    return tables

@@ -23,14 +23,21 @@ from partial_embedding.callbacks.keras import RowUnfreezing
 from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.recipes.texts import PADDING_ID, WIDTHS, prepare_texts
-from partial_embedding.schedule import Schedule
+from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
 from partial_embedding.text import LabelledTexts, encode, pad, tokenize
 from partial_embedding.vocabulary import Vocabulary
 
+# The name of the table, for schedules of several.
+_TABLE = "embedding"
+
 # The keys of the Lightning recipe's configuration that this one reads, with their defaults.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "rows": {"schedule": {"stages": [{"epoch": 0, "rows": "missing"}]}, "audit": False},
+    "rows": {
+        "schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},
+        "lazy": False,
+        "audit": False,
+    },
     "trainer": {"max_epochs": 10, "default_root_dir": "runs"},
     "model": {"encoder": "cnn", "channels": 64, "dropout": 0.5, "lr": 1e-3, "weight_decay": 0.01},
     "data": {
@@ -221,6 +228,7 @@ def text_classifier(
     dropout: float = 0.5,
     lr: float = 1e-3,
     weight_decay: float = 0.01,
+    lazy: bool = False,
 ) -> Any:
     """A small text classifier over a partly trainable table of word vectors, compiled.
 
@@ -233,6 +241,7 @@ def text_classifier(
         dropout: The share of features dropped in training.
         lr: The learning rate of AdamW.
         weight_decay: The weight decay of AdamW.
+        lazy: Step only the rows that a batch touched, as `rowwise` does.
 
     Returns:
         A `keras.Model` from ids, shape (B, L), filled up with 0, to one score per class, (B, C).
@@ -244,10 +253,10 @@ def text_classifier(
         raise InputError(f"an encoder is 'cnn' or 'mean'. Received: {encoder!r}.")
     table = PartialEmbedding.from_matrix(
         data.table,
-        trainable_rows=schedule.trainable_rows(0).resolve(len(data.vocabulary), data.vocabulary),
+        trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
         reserve_rows=schedule_rows(schedule, len(data.vocabulary), data.vocabulary),
         freeze_padding=True,
-        name="embedding",
+        name=_TABLE,
     )
     ids = keras.Input((None,), dtype="int64", name="ids")
     words = keras.layers.Dropout(dropout)(table(ids))
@@ -265,7 +274,11 @@ def text_classifier(
     scores = keras.layers.Dense(len(data.names))(keras.layers.Dropout(dropout)(features))
     model = keras.Model(ids, scores)
     model.compile(
-        rowwise(keras.optimizers.AdamW(lr, weight_decay=weight_decay)),
+        rowwise(
+            keras.optimizers.AdamW(lr, weight_decay=weight_decay),
+            lazy=lazy,
+            paces=any(not stage.pace.is_plain for stage in schedule.stages),
+        ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -319,8 +332,8 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
     seed = config["data"]["seed"]
     keras.utils.set_random_seed(seed)
     data = read_texts(config["data"])
-    schedule = Schedule.parse(config["rows"]["schedule"])
-    model = text_classifier(data, schedule, **config["model"])
+    schedule = _of_the_table(config["rows"]["schedule"])
+    model = text_classifier(data, schedule, lazy=config["rows"]["lazy"], **config["model"])
     batches = TextBatches(data.training, config["data"]["batch_size"], seed)
     model.fit(
         batches,
@@ -365,6 +378,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FrozenRowsMoved) else 2
     return 0
+
+
+def _of_the_table(schedules: Any) -> Schedule:
+    by_table = schedules_by_table(schedules)
+    if unknown := [name for name in by_table if name not in (None, _TABLE)]:
+        raise InputError(
+            f"schedules are named after the model's tables, [{_TABLE!r}]. Received: {unknown[0]!r}."
+        )
+    (schedule,) = by_table.values()
+    return schedule
 
 
 if __name__ == "__main__":

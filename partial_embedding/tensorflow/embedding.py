@@ -9,7 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows import Config, Rows
+from partial_embedding.rows import Rows
+from partial_embedding.schedule import Pace
+from partial_embedding.tensorflow.paces import check_kept
+from partial_embedding.tensorflow.reserve import compact
 from partial_embedding.tensorflow.split import Split, over_ids
 from partial_embedding.vocabulary import Ids
 
@@ -163,14 +166,16 @@ class PartialEmbedding(keras.layers.Embedding):
         """Ids of the rows that may train at any time: sorted, int64, shape (R,)."""
         return self._reserved.copy()
 
-    def set_trainable_rows(self, rows: object) -> None:
+    def set_trainable_rows(self, rows: object, *, pace: Pace | None = None) -> None:
         """Train these rows from the next step on, and no others.
 
         Args:
             rows: Rows in any form that `Rows.parse` reads.
+            pace: How fast those of them learn that join, for as long as they train; by default at
+                the optimizer's learning rate. Rows that made a step already keep their pace.
 
         Raises:
-            InputError: A row is not reserved, or the layer was built as a plain one.
+            InputError: A row is not reserved, the layer is plain, or no optimizer keeps a pace.
 
         Example:
             >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows="all")
@@ -179,8 +184,13 @@ class PartialEmbedding(keras.layers.Embedding):
             array([0, 1, 2])
         """
         live = self.check_trainable_rows(rows)
+        self._train(live, live, pace)
+
+    def _train(self, live: Ids, begin: Ids, pace: Pace | None = None) -> None:
+        """Train `live`; those of `begin` that have made no step yet begin at this pace."""
+        check_kept(pace, self._split and self._split.paces, self.name)
         if self._split is not None:
-            self._split.move(self._live, live)
+            self._split.move(self._live, live, begin, pace or Pace())
         self._live = live
 
     def check_trainable_rows(self, rows: object) -> Ids:
@@ -209,14 +219,15 @@ class PartialEmbedding(keras.layers.Embedding):
             )
         return live
 
-    def unfreeze_rows(self, rows: object) -> None:
+    def unfreeze_rows(self, rows: object, *, pace: Pace | None = None) -> None:
         """Train these rows too, from the next step on.
 
         Args:
             rows: Rows in any form that `Rows.parse` reads.
+            pace: As for `set_trainable_rows`.
 
         Raises:
-            InputError: A row is not reserved.
+            InputError: A row is not reserved, or no optimizer keeps a pace.
 
         Example:
             >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows="all")
@@ -225,7 +236,7 @@ class PartialEmbedding(keras.layers.Embedding):
             array([1, 3])
         """
         ids = self._resolve(rows)
-        self.set_trainable_rows(np.union1d(self._live, ids))
+        self._train(self.check_trainable_rows(np.union1d(self._live, ids)), ids, pace)
 
     def freeze_rows(self, rows: object) -> None:
         """Train these rows no longer; they keep their bits from now on.
@@ -243,7 +254,7 @@ class PartialEmbedding(keras.layers.Embedding):
             array([], dtype=int64)
         """
         ids = self._resolve(rows)
-        self.set_trainable_rows(np.setdiff1d(self._live, ids))
+        self._train(self.check_trainable_rows(np.setdiff1d(self._live, ids)), begin=ids[:0])
 
     def build(self, input_shape: Any = None) -> None:
         """Make the variables: one for a plain table, two for a split one."""
@@ -299,9 +310,9 @@ class PartialEmbedding(keras.layers.Embedding):
         is_default = not self._reserves and np.array_equal(self._reserved, self._live)
         return {
             **super().get_config(),
-            "trainable_rows": _compact(self._live, self.input_dim),
+            "trainable_rows": compact(self._live, self.input_dim),
             "freeze_padding": self.freeze_padding,
-            "reserve_rows": None if is_default else _compact(self._reserved, self.input_dim),
+            "reserve_rows": None if is_default else compact(self._reserved, self.input_dim),
         }
 
     def get_weights(self) -> list[Any]:
@@ -399,12 +410,7 @@ class PartialEmbedding(keras.layers.Embedding):
 
     def _constrain(self, weights: Any) -> Any:
         # Every optimizer comes by here while its first step is traced, but for lazy ones.
-        if self._split.sparse_gradient:  # type: ignore[union-attr]
-            raise InputError(
-                "a table that a lazy optimizer was built for has sparse gradients, which only "
-                f"rowwise steps rightly. Received another optimizer for {self.name!r}. Wrap it by "
-                "rowwise too."
-            )
+        self._split.check_optimizer(self.name)  # type: ignore[union-attr]
         if self.embeddings_constraint:
             weights = self.embeddings_constraint(weights)
         return self._split.pin(weights)  # type: ignore[union-attr]
@@ -412,8 +418,7 @@ class PartialEmbedding(keras.layers.Embedding):
     def _merge(self) -> None:
         (matrix,) = self.get_weights()
         self._split = None
-        del self._embeddings
-        del self._trained
+        del self._embeddings, self._trained
         self._embeddings = self.add_weight(
             shape=matrix.shape, initializer="zeros", name="embeddings"
         )
@@ -443,12 +448,3 @@ class PartialEmbedding(keras.layers.Embedding):
 # Keras finds a layer in a weight file by its class's name, in snake case and numbered. Under the
 # parent's name, files of plain models fit and plain models load the files of partial ones.
 PartialEmbedding.__name__ = keras.layers.Embedding.__name__
-
-
-def _compact(ids: Ids, num_rows: int) -> Config:
-    """Rows as plain values, short where they can be: configs are stored as JSON."""
-    if ids.size in (0, num_rows):
-        return "all" if ids.size else "none"
-    if ids[-1] - ids[0] + 1 == ids.size:
-        return {"range": [int(ids[0]), int(ids[-1]) + 1]}
-    return {"ids": ids.tolist()}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from partial_embedding.rows import Config
 from partial_embedding.schedule import Schedule
 from partial_embedding.vocabulary import Ids, Vocabulary
 
@@ -35,3 +36,24 @@ def schedule_rows(
     """
     stages = Schedule.parse(schedule).stages
     return np.unique(np.concatenate([s.rows.resolve(num_rows, vocabulary) for s in stages]))
+
+
+def compact(ids: Ids, num_rows: int) -> Config:
+    """Rows as plain values, short where they can be: configs of layers are stored as JSON.
+
+    Args:
+        ids: Sorted ids without duplicates, shape (n,).
+        num_rows: The number of rows V of the table.
+
+    Returns:
+        What `Rows.parse` reads.
+
+    Example:
+        >>> compact(np.array([2, 3]), 5), compact(np.array([1, 3]), 5), compact(np.arange(5), 5)
+        ({'range': [2, 4]}, {'ids': [1, 3]}, 'all')
+    """
+    if ids.size in (0, num_rows):
+        return "all" if ids.size else "none"
+    if ids[-1] - ids[0] + 1 == ids.size:
+        return {"range": [int(ids[0]), int(ids[-1]) + 1]}
+    return {"ids": ids.tolist()}

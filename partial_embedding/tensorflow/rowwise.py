@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
+from partial_embedding.tensorflow.paces import RowPaces
 from partial_embedding.tensorflow.split import Split
 from partial_embedding.tensorflow.touched import (
     HeldRows,
@@ -50,7 +51,7 @@ _PIPELINE = (
 )
 
 
-def rowwise(optimizer: Any, lazy: bool = False) -> Rowwise:
+def rowwise(optimizer: Any, lazy: bool = False, paces: bool = False) -> Rowwise:
     """Make a Keras optimizer begin afresh for rows of a `PartialEmbedding` that begin to train.
 
     Keras counts steps once for the whole optimizer. With Adam, rows that join after many steps
@@ -64,6 +65,10 @@ def rowwise(optimizer: Any, lazy: bool = False) -> Rowwise:
         lazy: Step only the rows that the batch touched, as TensorFlow Addons' LazyAdam did, so that
             the cost does not depend on how many rows train. Moments and weight decay of a row stand
             still while no batch touches it.
+        paces: Keep a `Pace` for each reserved row, so that rows which join later may learn more
+            slowly or warm up: the learning rate of a row, and with it its weight decay, is the
+            optimizer's times the factor of its pace. Momentum is Keras's, which holds what was
+            learned at the rate of its time.
 
     Returns:
         A Keras optimizer, for `compile`, `LossScaleOptimizer` or a loop of your own.
@@ -77,7 +82,7 @@ def rowwise(optimizer: Any, lazy: bool = False) -> Rowwise:
         >>> float(optimizer.learning_rate), optimizer.weight_decay
         (0.10000000149011612, 0.01)
     """
-    return Rowwise(optimizer, lazy)
+    return Rowwise(optimizer, lazy, paces)
 
 
 @dataclass
@@ -91,6 +96,7 @@ class _Table:
     joined_at: Any
     # The signature of the rows that trained at the last step.
     seen: Any
+    paces: RowPaces | None
 
 
 @dataclass
@@ -109,12 +115,13 @@ class Rowwise(keras.optimizers.Optimizer):
     Args:
         optimizer: As for `rowwise`.
         lazy: As for `rowwise`.
+        paces: As for `rowwise`.
 
     Raises:
         InputError: As for `rowwise`.
     """
 
-    def __init__(self, optimizer: Any, lazy: bool = False) -> None:
+    def __init__(self, optimizer: Any, lazy: bool = False, paces: bool = False) -> None:
         _check(optimizer, lazy)
         rate = optimizer._learning_rate
         super().__init__(
@@ -123,6 +130,7 @@ class Rowwise(keras.optimizers.Optimizer):
         )
         self.wrapped = optimizer
         self.lazy = lazy
+        self.paces = paces
         # The wrapper averages and accumulates; the copies hold state and do the maths of a step.
         # Read now, since Keras may build optimizers while it traces, where nothing can be read.
         config = {
@@ -162,9 +170,15 @@ class Rowwise(keras.optimizers.Optimizer):
                 "PartialEmbedding with embeddings_constraint. Use one of the two."
             )
         never = keras.initializers.Constant(-1)
-        count = self.add_variable((weights.shape[0],), never, "int64", name="joined_at")
+        shape = (weights.shape[0],)
+        count = self.add_variable(shape, never, "int64", name="joined_at")
         seen = self.add_variable((), "zeros", "int64", name="seen")
-        return _Table(split, weights, optimizer, count, seen)
+        split.paces = None
+        if self.paces:
+            lr = self.add_variable(shape, "ones", "float32", name="lr_factor")
+            warmup = self.add_variable(shape, "ones", "int64", name="warmup")
+            split.paces = RowPaces(count, lr, warmup)
+        return _Table(split, weights, optimizer, count, seen, split.paces)
 
     @property
     def _tables(self) -> list[_Table]:
@@ -192,23 +206,26 @@ class Rowwise(keras.optimizers.Optimizer):
             summed(g, v.shape[0]) if self._is_lazy(v) and isinstance(g, tf.IndexedSlices) else g
             for g, v in zip(grads, variables, strict=True)
         ]
-        with self._unpinned():
+        with self._stepping():
             super().apply(grads, trainable_variables)
 
     @contextmanager
-    def _unpinned(self) -> Iterator[None]:
-        """Without pinning, which reads all reserved rows: lazily, no other row than live ones move.
+    def _stepping(self) -> Iterator[None]:
+        """Make the tables known as stepped by this optimizer, and lazily without pinning.
 
-        Keras asks for constraints while it traces the step, so nothing remains changed.
+        Pinning reads all reserved rows, while lazily no other row than live ones move. Keras asks
+        for constraints while it traces the step, so nothing remains changed.
         """
-        tables = self._tables if self.lazy else []
-        constraints = [table.weights.constraint for table in tables]
-        for table in tables:
-            table.weights.constraint = None
+        constraints = [table.weights.constraint for table in self._tables]
+        for table in self._tables:
+            table.split.is_stepped_rowwise = True
+            if self.lazy:
+                table.weights.constraint = None
         try:
             yield
         finally:
-            for table, constraint in zip(tables, constraints, strict=True):
+            for table, constraint in zip(self._tables, constraints, strict=True):
+                table.split.is_stepped_rowwise = False
                 table.weights.constraint = constraint
 
     def _clip_gradients(self, grads: list[Any]) -> list[Any]:
@@ -221,7 +238,10 @@ class Rowwise(keras.optimizers.Optimizer):
     def _apply_weight_decay(self, variables: list[Any]) -> None:
         # The last call before the maths: state that begins at the weights begins before they decay.
         self._each(variables, self._welcome)
-        super()._apply_weight_decay([v for v in variables if not self._is_lazy(v)])
+        dense = [v for v in variables if not self._is_lazy(v)]
+        super()._apply_weight_decay([v for v in dense if not self._is_paced(v)])
+        if self.weight_decay is not None:
+            self._each([v for v in dense if self._is_paced(v)], self._decay)
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Exclude variables from weight decay, as every Keras optimizer does."""
@@ -247,6 +267,8 @@ class Rowwise(keras.optimizers.Optimizer):
             self._step_some(table, tf.IndexedSlices(gradient, rows), variable, learning_rate)
         else:
             ages = self._ages(table.joined_at)[:, tf.newaxis]
+            if table.paces is not None:
+                learning_rate = table.paces.rates(learning_rate, ages)
             worker(table.optimizer, ages).update_step(gradient, variable, learning_rate)
 
     def _update_model_variables_moving_average(self, variables: list[Any]) -> None:
@@ -262,6 +284,9 @@ class Rowwise(keras.optimizers.Optimizer):
 
     def _is_lazy(self, variable: Any) -> bool:
         return self.lazy and self._table_of(variable) is not None
+
+    def _is_paced(self, variable: Any) -> bool:
+        return self.paces and self._table_of(variable) is not None
 
     def _table_of(self, variable: Any) -> _Table | None:
         index: int = self._get_variable_index(variable)
@@ -310,6 +335,14 @@ class Rowwise(keras.optimizers.Optimizer):
 
         tf.cond(tf.equal(table.seen, table.split.signature), lambda: None, begin)
 
+    def _decay(self, table: _Table, weights: Any) -> None:
+        """Decay weights as Keras does, at the learning rate of each row."""
+        if not self._use_weight_decay(weights) or table.paces is None:
+            return
+        rates = table.paces.rates(self.learning_rate, self._ages(table.joined_at)[:, tf.newaxis])
+        decay = tf.cast(self.weight_decay, weights.dtype)
+        weights.assign_sub(weights * decay * tf.cast(rates, weights.dtype))
+
     def _step_some(self, table: _Table, gradient: Any, variable: Any, rate: Any) -> None:
         """Step the rows of a table that a gradient has an entry for.
 
@@ -325,12 +358,14 @@ class Rowwise(keras.optimizers.Optimizer):
         )
         slots = tf.where(is_void, tf.zeros_like(indices), indices)
         before = [tf.gather(v, slots) for v in (variable, *(s.value for s in states))]
+        ages = self._ages(tf.gather(table.joined_at.value, slots))[:, tf.newaxis]
+        if table.paces is not None:
+            rate = table.paces.rates(rate, ages, slots)
         key = self._var_key(variable)
         weights, *held = (HeldRows(rows, key) for rows in before)
         if self.weight_decay is not None and self._use_weight_decay(variable):
             decay = tf.cast(self.weight_decay, weights.dtype)
             weights.assign_sub(weights * decay * tf.cast(rate, weights.dtype))
-        ages = self._ages(tf.gather(table.joined_at.value, slots))[:, tf.newaxis]
         pairs = list(zip(states, held, strict=True))
         worker(table.optimizer, ages, pairs).update_step(values, weights, rate)
         targets = (variable, *(s.value for s in states))
@@ -342,7 +377,7 @@ class Rowwise(keras.optimizers.Optimizer):
         """The wrapped optimizer, at the learning rate of now."""
         wrapped = keras.saving.serialize_keras_object(self.wrapped)
         wrapped["config"]["learning_rate"] = super().get_config()["learning_rate"]
-        return {"optimizer": wrapped, "lazy": self.lazy}
+        return {"optimizer": wrapped, "lazy": self.lazy, "paces": self.paces}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Rowwise:
@@ -350,7 +385,7 @@ class Rowwise(keras.optimizers.Optimizer):
         optimizer = keras.saving.deserialize_keras_object(
             config["optimizer"], custom_objects=custom_objects
         )
-        return cls(optimizer, config["lazy"])
+        return cls(optimizer, config["lazy"], config.get("paces", False))
 
 
 def _check(optimizer: Any, lazy: bool) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
+from partial_embedding.schedule import Pace
+from partial_embedding.tensorflow.paces import RowPaces
 from partial_embedding.vocabulary import Ids
 
 
@@ -36,6 +38,10 @@ class Split(tf.Module):
         self.weights = weights
         # An optimizer wrapper that steps touched rows only asks for the gradient as IndexedSlices.
         self.sparse_gradient = False
+        # How fast each row learns, where an optimizer wrapper keeps that.
+        self.paces: RowPaces | None = None
+        # Whether that wrapper makes the step that is being traced.
+        self.is_stepped_rowwise = False
         # Whether rows are constrained beyond being pinned.
         self.constrained = False
         with tf.init_scope():
@@ -86,8 +92,11 @@ class Split(tf.Module):
         self.table.assign(matrix)
         self.weights.assign(self._pins())
 
-    def move(self, before: Ids, after: Ids) -> None:
-        """Make `after` the live rows instead of `before`, without retracing anything."""
+    def move(self, before: Ids, after: Ids, begin: Ids, pace: Pace) -> None:
+        """Make `after` the live rows instead of `before`, without retracing anything.
+
+        Those of `begin` whose first step is still to come take the pace, where paces are kept.
+        """
         if not tf.executing_eagerly():
             raise InputError(
                 "rows are frozen and unfrozen outside of tf.function, where it costs no retracing. "
@@ -103,6 +112,24 @@ class Split(tf.Module):
             self.weights.assign(tf.where(joins, self._pins(), self.weights.value))
         self.slots.assign(_slots(self.table.shape[0], reserved, after))
         self.signature.assign(_signature(after))
+        if self.paces is not None:
+            self.paces.begin(np.searchsorted(reserved, begin), pace)
+
+    def check_optimizer(self, table: str) -> None:
+        """Refuse a step by an optimizer that this was not made ready for.
+
+        Args:
+            table: The table's name.
+
+        Raises:
+            InputError: It is none that `rowwise` made.
+        """
+        if self.sparse_gradient or (self.paces is not None and not self.is_stepped_rowwise):
+            raise InputError(
+                "a table that rowwise was built for with lazy=True or paces=True is stepped rightly"
+                f" by none but rowwise. Received another optimizer for {table!r}. Wrap it by "
+                "rowwise too."
+            )
 
     def _pins(self) -> Any:
         return tf.gather(self.table.value, self.reserved)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.report import StageReport, audit_line, place_text, stage_line, table_line
 from partial_embedding.rows import Rows
 from partial_embedding.schedule import Moment, Position, Schedule, Seen, changes
+from partial_embedding.torch.agreement import check_agreement
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.backends import check_backend
 from partial_embedding.torch.rowwise import prepared, rowwise
@@ -179,13 +179,14 @@ class ScheduledTables:
         position = position or Position(total_steps=self.total_steps)
         self.position, self.seen = position, position.seen
         self._advanced, self._moments = None, {}
+        moments = self._moments_at(position)
         for name, table in self.tables.items():
-            moment = self._schedule(name).moment(position)
+            moment = moments[name]
             pace, ids = self._schedule(name).pace_at(moment), self._ids_at(name, moment)
             if table.paces or not pace.is_plain:
                 table.set_trainable_ids(ids[:0])  # rows that train already would keep their pace
             table.set_trainable_ids(ids, pace)
-        self._agree(position, None)
+        check_agreement(self.tables, moments)
 
     @property
     def has_begun(self) -> bool:
@@ -226,12 +227,12 @@ class ScheduledTables:
             InputError: Processes disagree about the rows.
         """
         self.position = position
-        moments = {name: self._schedule(name).moment(position) for name in self.tables}
+        moments = self._moments_at(position)
         begun = [name for name, moment in moments.items() if moment != self._moments.get(name)]
         for name in begun:
             self._begin(name, moments[name], position)
         if begun:
-            self._agree(position, None)
+            check_agreement(self.tables, moments)
         return bool(begun)
 
     def _begin(self, name: str, moment: Moment, position: Position) -> None:
@@ -270,7 +271,8 @@ class ScheduledTables:
         metrics = {name: float(logged[name]) for name in self.metrics if name in logged}
         earlier = tuple(one for one in self.seen if one.step != step)
         seen = (*earlier, Seen(epoch, step, metrics))
-        self._agree(Position(epoch, step, self.total_steps, seen), metrics)
+        there = Position(epoch, step, self.total_steps, seen)
+        check_agreement(self.tables, self._moments_at(there), metrics)
         for name in self.metrics:
             if name not in metrics:
                 raise InputError(
@@ -279,40 +281,8 @@ class ScheduledTables:
                 )
         self.seen = seen
 
-    def _agree(self, position: Position, metrics: Mapping[str, float] | None) -> None:
-        """Stop all processes where they differ; called where all of them come by."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return
-        own: dict[str, Any] = {
-            "metrics": metrics,
-            "moments": [tuple(self._schedule(name).moment(position)) for name in self.tables],
-            "rows": {name: _digest(table) for name, table in self.tables.items()},
-        }
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-        first = everyone[0]
-        for rank, other in enumerate(everyone):
-            if not _are_close(first["metrics"], other["metrics"]) or (
-                metrics is not None and first["moments"] != other["moments"]
-            ):
-                raise InputError(
-                    "all processes see the same metrics. Received: "
-                    f"{first['metrics']} in process 0 and {other['metrics']} in process {rank}. "
-                    "Log them with sync_dist=True."
-                )
-            for name in self.tables:
-                if first["rows"][name] != other["rows"][name]:
-                    raise InputError(
-                        f"all processes train the same rows of {name!r}. Received: "
-                        f"{first['rows'][name]} in process 0 and {other['rows'][name]} in process "
-                        f"{rank}. Build the same vocabulary and schedule in each."
-                    )
-            if first["moments"] != other["moments"]:
-                raise InputError(
-                    "all processes are at the same place of a schedule. Received: "
-                    f"{first['moments']} in process 0 and {other['moments']} in process {rank}. "
-                    "Give each process as many steps."
-                )
+    def _moments_at(self, position: Position) -> dict[str, Moment]:
+        return {name: self._schedule(name).moment(position) for name in self.tables}
 
     @property
     def bar(self) -> dict[str, str]:
@@ -433,15 +403,3 @@ def _length(total_steps: Callable[[], float]) -> int:
             "end. Set the trainer's max_epochs or max_steps, or use epoch or step."
         )
     return int(length)
-
-
-def _digest(table: PartialTable) -> str:
-    ids = table.row_set.ids.cpu().numpy()
-    return f"{len(ids):,} rows ({blake2b(ids.tobytes(), digest_size=4).hexdigest()})"
-
-
-def _are_close(a: Mapping[str, float] | None, b: Mapping[str, float] | None) -> bool:
-    if a is None or b is None or a.keys() != b.keys():
-        return a == b
-    # Reductions may differ in their last bits.
-    return all(np.isclose(a[key], b[key], rtol=1e-6, atol=0, equal_nan=True) for key in a)

@@ -9,7 +9,9 @@ import numpy as np
 import tensorflow as tf
 from reference import ACCUMULATOR, EPSILON, Array, Batch, Optimizer
 
+from partial_embedding import Schedule
 from partial_embedding.callbacks.keras import RowUnfreezing
+from partial_embedding.schedule import Pace
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 FRAMEWORK = "tensorflow"
@@ -24,6 +26,7 @@ class Training:
         optimizer: What steps it.
         ever: What may ever train, and is reserved.
         padded: Whether row 0 is the padding row.
+        paced: Whether rows may have a pace of their own.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Training:
         optimizer: Optimizer,
         ever: object = "all",
         padded: bool = False,
+        paced: bool = False,
     ) -> None:
         self._layer = PartialEmbedding.from_matrix(
             matrix,
@@ -41,7 +45,7 @@ class Training:
             mask_zero=padded,
             freeze_padding=padded,
         )
-        self._optimizer = rowwise(_made(optimizer), lazy=optimizer.lazy)
+        self._optimizer = rowwise(_made(optimizer), lazy=optimizer.lazy, paces=paced)
         self._optimizer.build(self._layer.trainable_variables)
 
     @property
@@ -58,13 +62,13 @@ class Training:
         """The rows of ids of any shape."""
         return np.array(self._layer(ids))
 
-    def train(self, rows: object) -> None:
+    def train(self, rows: object, pace: Pace | None = None) -> None:
         """Train these rows and no others."""
-        self._layer.set_trainable_rows(rows)
+        self._layer.set_trainable_rows(rows, pace=pace)
 
-    def unfreeze(self, rows: object) -> None:
+    def unfreeze(self, rows: object, pace: Pace | None = None) -> None:
         """Train these rows too."""
-        self._layer.unfreeze_rows(rows)
+        self._layer.unfreeze_rows(rows, pace=pace)
 
     def freeze(self, rows: object) -> None:
         """Train these rows no longer."""
@@ -86,6 +90,7 @@ def fit(
     batches: Sequence[Batch],
     epochs: int,
     ever: object,
+    measured: Sequence[float] = (),
 ) -> list[Array]:
     """Train a table named "words" along a schedule with the callback, and its audit.
 
@@ -96,6 +101,7 @@ def fit(
         batches: Of each epoch.
         epochs: How many.
         ever: What may ever train, and is reserved.
+        measured: What validations log as `val_measured`, epoch by epoch.
 
     Returns:
         The table after each epoch.
@@ -104,8 +110,13 @@ def fit(
         matrix, reserve_rows=ever, trainable_rows=ever, name="words"
     )
     model = keras.Sequential([keras.Input((None,), dtype="int64"), layer])
-    model.compile(rowwise(_made(optimizer), lazy=optimizer.lazy), loss=_product)
+    paced = any(not stage.pace.is_plain for stage in Schedule.parse(schedule).stages)
+    metric = _Measured(measured)
+    model.compile(
+        rowwise(_made(optimizer), lazy=optimizer.lazy, paces=paced), loss=_product, metrics=[metric]
+    )
     tables: list[Array] = []
+    begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: metric.begin(epoch))
     keep = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: tables.append(np.array(layer.get_weights()[0]))
     )
@@ -114,9 +125,32 @@ def fit(
         epochs=epochs,
         shuffle=False,
         verbose=0,
-        callbacks=[RowUnfreezing(schedule, audit=True), keep],
+        validation_data=_Batches(batches[:1]) if measured else None,
+        callbacks=[begin, RowUnfreezing(schedule, audit=True), keep],
     )
     return tables
+
+
+class _Measured(keras.metrics.Metric):
+    """Says for each epoch what it is told to."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        super().__init__(name="measured")
+        self.values = values
+        self.value = self.add_variable((), "zeros")
+
+    def begin(self, epoch: int) -> None:
+        if self.values:
+            self.value.assign(self.values[epoch])
+
+    def update_state(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def result(self) -> Any:
+        return tf.convert_to_tensor(self.value)
+
+    def reset_state(self) -> None:
+        pass
 
 
 class _Batches(keras.utils.PyDataset):

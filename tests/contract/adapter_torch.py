@@ -10,6 +10,7 @@ from reference import ACCUMULATOR, EPSILON, Array, Batch, Optimizer
 from torch import Tensor, nn
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
+from partial_embedding.schedule import Pace
 from partial_embedding.torch import PartialEmbedding, rowwise
 
 # The tensors are tiny: threads would only wait for each other.
@@ -27,6 +28,7 @@ class Training:
         optimizer: What steps it.
         ever: What may ever train; PyTorch need not know.
         padded: Whether row 0 is the padding row.
+        paced: Whether rows may have a pace of their own; PyTorch need not know.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Training:
         optimizer: Optimizer,
         ever: object = "all",
         padded: bool = False,
+        paced: bool = False,
     ) -> None:
         self._embedding = PartialEmbedding.from_pretrained(
             torch.tensor(matrix), padding_idx=0 if padded else None, trainable_rows=rows
@@ -59,13 +62,13 @@ class Training:
         looked_up: Array = self._embedding(torch.tensor(ids)).detach().numpy()
         return looked_up
 
-    def train(self, rows: object) -> None:
+    def train(self, rows: object, pace: Pace | None = None) -> None:
         """Train these rows and no others."""
-        self._embedding.set_trainable_rows(rows)
+        self._embedding.set_trainable_rows(rows, pace=pace)
 
-    def unfreeze(self, rows: object) -> None:
+    def unfreeze(self, rows: object, pace: Pace | None = None) -> None:
         """Train these rows too."""
-        self._embedding.unfreeze_rows(rows)
+        self._embedding.unfreeze_rows(rows, pace=pace)
 
     def freeze(self, rows: object) -> None:
         """Train these rows no longer."""
@@ -85,6 +88,7 @@ def fit(
     batches: Sequence[Batch],
     epochs: int,
     ever: object,
+    measured: Sequence[float] = (),
 ) -> list[Array]:
     """Train a table named "words" along a schedule with the callback, and its audit.
 
@@ -95,11 +99,12 @@ def fit(
         batches: Of each epoch.
         epochs: How many.
         ever: What may ever train; PyTorch need not know.
+        measured: What validations log as `val_measured`, epoch by epoch.
 
     Returns:
         The table after each epoch.
     """
-    model = _Model(matrix, optimizer)
+    model = _Model(matrix, optimizer, measured)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -110,13 +115,15 @@ def fit(
         callbacks=[RowUnfreezing(schedule, lazy=optimizer.lazy, audit=True)],
     )
     pairs = [(torch.tensor(ids), torch.tensor(upstream)) for ids, upstream in batches]
-    trainer.fit(model, torch.utils.data.DataLoader(pairs, batch_size=None))  # type: ignore[arg-type]
+    loader = torch.utils.data.DataLoader(pairs, batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(model, loader, loader if measured else None)
     return model.tables
 
 
 class _Model(pl.LightningModule):
-    def __init__(self, matrix: Array, optimizer: Optimizer) -> None:
+    def __init__(self, matrix: Array, optimizer: Optimizer, measured: Sequence[float]) -> None:
         super().__init__()
+        self.measured = measured
         self.words = PartialEmbedding.from_pretrained(torch.tensor(matrix))
         self.choice = optimizer
         self.tables: list[Array] = []
@@ -125,6 +132,9 @@ class _Model(pl.LightningModule):
         ids, upstream = batch
         loss: Tensor = (self.words(ids) * upstream).sum()
         return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.log("val_measured", self.measured[self.current_epoch])
 
     def on_train_epoch_end(self) -> None:
         self.tables.append(self.words.weight.detach().numpy().copy())

@@ -7,6 +7,8 @@ The frameworks differ in options, so these are chosen such that both mean the sa
   torch adds it to the root, Keras under it. With an epsilon of 1e-12 none of this reaches float32,
   as long as gradients are 0 or of ordinary size.
 - Adagrad: the accumulator begins at 0.1, which is Keras's default; torch's is 0.
+- Momentum: torch takes the whole velocity times the rate of now, Keras each gradient times the rate
+  of its time. They agree while the rate of a row stands still, so momentum comes without warm-up.
 - Weight decay is AdamW's: torch's other optimizers add it to the gradient, Keras's never do.
 
 Each framework keeps within `TOLERANCE` of these numbers, and so within twice that of the other.
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partial_embedding import Schedule
+from partial_embedding.schedule import Pace, Position, Seen
 
 Array = NDArray[Any]
 Batch = tuple[Array, Array]
@@ -80,6 +83,70 @@ HISTORIES = {
         ]
     ),
 }
+
+# Schedules for the callbacks, with what their validations measure; the same rows are frozen.
+MEASURED = (3.0, 2.0, 2.0, 1.0)
+SCHEDULES = {
+    "steps": Schedule(
+        [
+            {"step": 0, "rows": [1, 2, 7], "lr": 0.5, "warmup": 4},
+            {"step": 4, "rows": [2, 4, 5], "warmup": 3},
+            {"step": 9, "rows": [1, 2, 6], "lr": 2},
+        ]
+    ),
+    "growing_shares": Schedule(
+        [
+            {"share": 0, "rows": [2]},
+            {
+                "share": 0.75,
+                "rows": [1, 2, 4, 5, 6, 7],
+                "grow": {"order": [7, 1, 4, 6, 5], "parts": 3},
+                "lr": 0.25,
+                "warmup": 2,
+            },
+        ]
+    ),
+    "plateau": Schedule(
+        [
+            {"epoch": 0, "rows": [1, 2, 6], "warmup": 5},
+            {"plateau": {"metric": "val_measured"}, "rows": [2, 4, 5, 7], "lr": 0.5},
+            {"step": 10, "rows": [1, 2, 4]},
+        ]
+    ),
+    "cycles": Schedule(
+        [{"step": 0, "rows": [1, 2]}, {"step": 2, "rows": [4, 5, 6, 7], "lr": 0.25}], cycle=5
+    ),
+}
+
+
+def for_optimizer(schedule: Schedule, optimizer: "Optimizer") -> Schedule:
+    """The schedule without warm-up, where the optimizer has momentum.
+
+    Args:
+        schedule: One of `SCHEDULES`.
+        optimizer: One of `OPTIMIZERS`.
+    """
+    config = schedule.to_config()
+    if optimizer.momentum:
+        for stage in config["stages"]:
+            stage.pop("warmup", None)
+    return Schedule.parse(config)
+
+
+def positions(batches: int) -> Iterator[Position]:
+    """Where training stands before each step, with what was measured on the way.
+
+    Args:
+        batches: The steps of each epoch.
+    """
+    for epoch in range(EPOCHS):
+        seen = tuple(
+            Seen(e, (e + 1) * batches, {"val_measured": value})
+            for e, value in enumerate(MEASURED[:epoch])
+        )
+        for step in range(epoch * batches, (epoch + 1) * batches):
+            yield Position(epoch, step, EPOCHS * batches, seen)
+
 
 MATRIX: Array = np.random.default_rng(0).uniform(-1, 1, (NUM_ROWS, WIDTH)).astype(np.float32)
 # Bits that careless arithmetic would change.
@@ -156,12 +223,14 @@ class Reference:
         self.trains = np.zeros(len(matrix), np.bool_)
         self.steps = np.zeros((len(matrix), 1))
         self.state = np.zeros((2, *matrix.shape))
+        self.paces = [Pace()] * len(matrix)
 
-    def train(self, rows: Array) -> None:
+    def train(self, rows: Array, pace: Pace | None = None) -> None:
         """Train these rows and no others; rows that join begin afresh.
 
         Args:
             rows: Ids, shape (K,); there may be none.
+            pace: How fast those learn that join.
         """
         trains = np.isin(np.arange(len(self.table)), rows)
         joins = trains & ~self.trains
@@ -169,6 +238,7 @@ class Reference:
         self.state[:, joins] = 0
         if self.optimizer.name == "Adagrad":
             self.state[0, joins] = ACCUMULATOR
+        self.paces = [(pace or Pace()) if j else p for j, p in zip(joins, self.paces, strict=True)]
         self.trains = trains
 
     def step(self, ids: Array, upstream: Array) -> None:
@@ -180,12 +250,15 @@ class Reference:
         """
         gradient = np.zeros_like(self.table)
         np.add.at(gradient, ids, upstream.astype(np.float64))
+        factors = [p.factor(int(n)) for p, n in zip(self.paces, self.steps[:, 0], strict=True)]
+        rate = self.optimizer.learning_rate * np.array(factors)[:, np.newaxis]
         self.steps[self.trains] += 1  # rows that a lazy step leaves out count it too
         moves = self.trains.copy()
         if self.optimizer.lazy:
             moves &= np.isin(np.arange(len(self.table)), ids)
         self.table[moves], *state = _RULES[self.optimizer.name](
             self.optimizer,
+            rate[moves],
             self.table[moves],
             gradient[moves],
             self.state[:, moves],
@@ -195,36 +268,37 @@ class Reference:
             held[moves] = new
 
 
-# Rules: each takes rows, their gradients, two pieces of state and the count of this step, of shapes
-# (K, D), (K, D), (2, K, D) and (K, 1), and returns the rows and the state after the step.
+# Rules: each takes the learning rates, the rows, their gradients, two pieces of state and the count
+# of this step, of shapes (K, 1), (K, D), (K, D), (2, K, D) and (K, 1), and returns the rows and the
+# state after the step.
 
 Moved = tuple[Array, Array, Array]
-_Rule = Callable[[Optimizer, Array, Array, Array, Array], Moved]
+_Rule = Callable[[Optimizer, Array, Array, Array, Array, Array], Moved]
 
 
-def _sgd(o: Optimizer, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+def _sgd(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array) -> Moved:
     velocity = o.momentum * state[0] + g
     direction = g + o.momentum * velocity if o.nesterov else velocity
-    return rows - o.learning_rate * direction, velocity, state[1]
+    return rows - lr * direction, velocity, state[1]
 
 
-def _adagrad(o: Optimizer, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+def _adagrad(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array) -> Moved:
     squares = state[0] + g**2
-    return rows - o.learning_rate * g / (np.sqrt(squares) + EPSILON), squares, state[1]
+    return rows - lr * g / (np.sqrt(squares) + EPSILON), squares, state[1]
 
 
-def _adam(o: Optimizer, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+def _adam(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array) -> Moved:
     mean = 0.9 * state[0] + 0.1 * g
     square = 0.999 * state[1] + 0.001 * g**2
     corrected = mean / (1 - 0.9**t), np.sqrt(square / (1 - 0.999**t)) + EPSILON
-    decayed = rows * (1 - o.learning_rate * o.weight_decay)
-    return decayed - o.learning_rate * corrected[0] / corrected[1], mean, square
+    decayed = rows * (1 - lr * o.weight_decay)
+    return decayed - lr * corrected[0] / corrected[1], mean, square
 
 
-def _adamax(o: Optimizer, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+def _adamax(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array) -> Moved:
     mean = 0.9 * state[0] + 0.1 * g
     largest = np.maximum(0.999 * state[1], np.abs(g))
-    step = o.learning_rate * mean / (1 - 0.9**t) / (largest + EPSILON)
+    step = lr * mean / (1 - 0.9**t) / (largest + EPSILON)
     return rows - step, mean, largest
 
 

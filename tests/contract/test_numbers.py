@@ -14,8 +14,10 @@ from reference import (
     EPOCHS,
     HISTORIES,
     MATRIX,
+    MEASURED,
     NUM_ROWS,
     OPTIMIZERS,
+    SCHEDULES,
     TOLERANCE,
     Array,
     Optimizer,
@@ -23,9 +25,14 @@ from reference import (
     Run,
     batches_of,
     ever_trained,
+    for_optimizer,
+    positions,
     rows_that_differ,
     walk,
 )
+
+from partial_embedding import Schedule
+from partial_embedding.schedule import Pace
 
 
 def assert_same_numbers(table: Array, reference: Array) -> None:
@@ -68,3 +75,46 @@ def test_the_callback_follows_the_schedule_of_a_file(
         assert rows_that_differ(before, table) == rows.tolist()
         assert_same_numbers(table, reference.table)
         before = table
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("name", ["SGD", "SGD-momentum", "AdamW-weight_decay", "Adam-lazy"])
+def test_the_callback_moves_rows_at_steps_shares_and_plateaus_and_at_their_pace(
+    adapter: Any, tmp_path: Path, name: str, schedule: Schedule
+) -> None:
+    optimizer, batches = OPTIMIZERS[name], batches_of(0)
+    schedule = for_optimizer(schedule, optimizer)
+    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule.to_config()))
+    tables = adapter.fit(
+        MATRIX, tmp_path / "schedule.yaml", optimizer, batches, EPOCHS, [1, 2, 4, 5, 6, 7], MEASURED
+    )
+    reference = Reference(MATRIX, optimizer)
+    trained: set[int] = set()
+    for position in positions(len(batches)):
+        moment = schedule.moment(position)
+        rows = schedule.rows_at(moment).resolve(NUM_ROWS)
+        reference.train(rows, schedule.pace_at(moment))
+        reference.step(*batches[position.step % len(batches)])
+        trained |= set(rows.tolist())
+        if (position.step + 1) % len(batches) == 0:
+            assert_same_numbers(tables[position.epoch], reference.table)
+    assert rows_that_differ(MATRIX, tables[-1]) == sorted(trained) == [1, 2, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "AdamW-weight_decay", "Adam-lazy"])
+def test_a_loop_gives_rows_that_join_a_pace(adapter: Any, name: str) -> None:
+    training = adapter.Training(MATRIX, "none", OPTIMIZERS[name], "all", paced=True)
+    reference = Reference(MATRIX, OPTIMIZERS[name])
+    moves = [
+        ([2, 7], Pace(lr=0.5)),
+        ([2, 4, 7], Pace(lr=0.25, warmup=4)),
+        ([4, 5, 7], None),
+        ([2, 5, 7], Pace(warmup=2)),
+    ]
+    for epoch, (rows, pace) in enumerate(moves):
+        training.train(rows, pace)
+        reference.train(np.array(rows), pace)
+        for batch in batches_of(epoch):
+            training.step(*batch)
+            reference.step(*batch)
+            assert_same_numbers(training.table, reference.table)

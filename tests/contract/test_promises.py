@@ -21,6 +21,8 @@ from reference import (
     walk,
 )
 
+from partial_embedding.schedule import Pace
+
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 BATCHES = [*batches_of(0), *batches_of(1)]
@@ -195,3 +197,19 @@ def _within(batch: tuple[Array, Array]) -> tuple[Array, Array]:
     assert 0 in ids
     keep = ids[0] != 9
     return ids[:, keep], upstream[:, keep]
+
+
+@each_optimizer
+def test_a_plain_pace_changes_no_bit(adapter: Any, optimizer: Optimizer) -> None:
+    with_paces = adapter.Training(MATRIX, [2, 7], optimizer, paced=True)
+    without = adapter.Training(MATRIX, [2, 7], optimizer)
+    for batch in BATCHES:
+        with_paces.step(*batch)
+        without.step(*batch)
+    with_paces.unfreeze([4, 5], Pace())
+    without.unfreeze([4, 5])
+    for batch in BATCHES:
+        with_paces.step(*batch)
+        without.step(*batch)
+    assert with_paces.table.tobytes() == without.table.tobytes()
+    assert {4, 5} <= set(rows_that_differ(MATRIX, without.table))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from reference import HISTORIES, MATRIX, NUM_ROWS, OPTIMIZERS, batches_of
+from reference import HISTORIES, MATRIX, MEASURED, NUM_ROWS, OPTIMIZERS, SCHEDULES, batches_of
 
 from partial_embedding import InputError
 
@@ -99,3 +99,46 @@ def test_stages_and_the_audit_are_told_in_the_same_words(
         "words: stage 3 from epoch 3: 4 rows train, 40.0 % of the table",
         "audit: words: frozen rows by stage: 7, 10, 8, 6; changed a bit: 0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "growing_shares",
+            [
+                "words: 1 of 10 rows train (3 of 30 parameters), 0 parameters elsewhere",
+                "words: stage 0 from step 0: 1 rows train, 10.0 % of the table",
+                "words: stage 0 from step 3, part 1 of 3 towards stage 1: 3 rows train, 30.0 % of "
+                "the table",
+                "words: stage 0 from step 6, part 2 of 3 towards stage 1: 4 rows train, 40.0 % of "
+                "the table",
+                "words: stage 1 from step 9: 6 rows train, 60.0 % of the table",
+                "audit: words: frozen rows by stage: 9, 4; changed a bit: 0",
+            ],
+        ),
+        (
+            "plateau",
+            [
+                "words: 3 of 10 rows train (9 of 30 parameters), 0 parameters elsewhere",
+                "words: stage 0 from step 0: 3 rows train, 30.0 % of the table",
+                "words: stage 1 from step 9 after a plateau of val_measured: 4 rows train, 40.0 % "
+                "of the table",
+                "words: stage 2 from step 10: 3 rows train, 30.0 % of the table",
+                "audit: words: frozen rows by stage: 7, 6, 7; changed a bit: 0",
+            ],
+        ),
+    ],
+)
+def test_parts_and_plateaus_are_told_in_the_same_words(
+    adapter: Any,
+    name: str,
+    lines: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(SCHEDULES[name].to_config()))
+    ever = [1, 2, 4, 5, 6, 7]
+    adapter.fit(MATRIX, tmp_path / "schedule.yaml", SGD, batches_of(0), 4, ever, MEASURED)
+    told = capsys.readouterr().out.splitlines()
+    assert [line for line in told if line.startswith(("words:", "audit:"))] == lines

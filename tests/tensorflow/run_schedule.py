@@ -1,7 +1,8 @@
 """Trains with a schedule and a backup, kills itself where told, and prints the end; for a test.
 
-Arguments: the folder of the backup, the epoch and the batch to die in (-1 for none), and "rowwise"
-or "plain" for the optimizer.
+Arguments: the folder of the backup, the epoch to die in (-1 for none), the batch to die before or
+"end" for the end of the epoch, "record" or "weights" for what is written first there, and "plain",
+"rowwise" or "paces" for the optimizer.
 """
 
 import hashlib
@@ -18,13 +19,24 @@ import numpy as np
 from partial_embedding.callbacks.keras import RowUnfreezing
 from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
 
-folder, fatal_epoch, fatal_batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-STAGES = [
-    {"epoch": 0, "rows": [3, 5]},
-    {"epoch": 2, "rows": [1, 3, 7]},
-    {"epoch": 4, "rows": {"range": [0, 8]}},
-    {"epoch": 5, "rows": [2]},
+folder, fatal_epoch, fatal_place, first, kind = sys.argv[1:]
+STAGES: list[dict[str, Any]] = [
+    {"epoch": 0, "rows": [3, 5], "lr": 0.5},
+    # In the middle of epoch 1.
+    {"step": 6, "rows": [1, 3, 5, 7], "lr": 0.25, "warmup": 9},
+    # No loss falls by so much, so this begins with epoch 4.
+    {
+        "plateau": {"metric": "val_loss", "patience": 2, "min_change": 100},
+        "rows": {"range": [0, 8]},
+        "warmup": 7,
+    },
+    {"step": 26, "rows": [2, 3]},
+    # A part every other step, from the middle of epoch 6 on.
+    {"step": 36, "rows": {"range": [0, 10]}, "grow": {"order": "ids", "parts": 5}, "lr": 2},
 ]
+PACE = ("lr", "warmup")
+if kind != "paces":
+    STAGES = [{k: v for k, v in stage.items() if k not in PACE} for stage in STAGES]
 SCHEDULE = {"stages": STAGES}
 
 
@@ -33,7 +45,13 @@ class Death(keras.callbacks.Callback):  # type: ignore[misc]
         self.epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if (self.epoch, batch) == (fatal_epoch, fatal_batch):
+        self.die_at(str(batch))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.die_at("end")
+
+    def die_at(self, place: str) -> None:
+        if (self.epoch, place) == (int(fatal_epoch), fatal_place):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -51,13 +69,24 @@ model = keras.Sequential(
     ]
 )
 optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1)
-model.compile(rowwise(optimizer) if "rowwise" in sys.argv else optimizer, "mse")
+if kind != "plain":
+    optimizer = rowwise(optimizer, paces=kind == "paces")
+model.compile(optimizer, "mse")
 callbacks = [
-    RowUnfreezing(SCHEDULE, audit=True),
-    keras.callbacks.BackupAndRestore(folder),
+    RowUnfreezing(SCHEDULE, audit=True, backup_dir=folder),
     Death(),
+    keras.callbacks.BackupAndRestore(folder),
 ]
-model.fit(ids, targets, epochs=6, batch_size=4, shuffle=False, verbose=0, callbacks=callbacks)
+model.fit(
+    ids,
+    targets,
+    validation_data=(ids[:4], targets[:4]),
+    epochs=10,
+    batch_size=4,
+    shuffle=False,
+    verbose=0,
+    callbacks=callbacks if first == "record" else callbacks[::-1],
+)
 state = [w for layer in model.layers for w in layer.get_weights()]
 state += [v.numpy() for v in model.optimizer.variables]
 print(hashlib.sha256(b"".join(array.tobytes() for array in state)).hexdigest())

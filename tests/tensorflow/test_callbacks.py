@@ -1,7 +1,9 @@
 """`RowUnfreezing` and `RowMonitor` in `fit`."""
 
+import re
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ keras = pytest.importorskip("keras")
 
 from partial_embedding import InputError, Vocabulary  # noqa: E402
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
-from partial_embedding.tensorflow import FrozenRowsMoved, PartialEmbedding  # noqa: E402
+from partial_embedding.tensorflow import (  # noqa: E402
+    FrozenRowsMoved,
+    PartialEmbedding,
+    rowwise,
+    schedule_rows,
+)
 
 IDS = np.arange(8).reshape(4, 2)
 SCHEDULE = {"stages": [{"epoch": 0, "rows": [6, 7]}, {"epoch": 2, "rows": {"most_frequent": 4}}]}
@@ -95,6 +102,233 @@ def test_a_schedule_traces_the_training_step_once() -> None:
     assert len(traces) == before
 
 
+class Watch(keras.callbacks.Callback):  # type: ignore[misc]
+    """Keeps which rows train before each batch that Keras calls for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[int]] = []
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.rows.append(self.model.layers[0].trainable_rows.tolist())
+
+
+def _watched(optimizer: Any, schedule: Any, fit: Any, **compiled: Any) -> list[list[int]]:
+    """The rows before each batch of two epochs of eight."""
+    layer = PartialEmbedding(8, 2, trainable_rows="none", reserve_rows="all", name="words")
+    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, keras.layers.Dense(1)])
+    model.compile(optimizer, "mse", **compiled)
+    watch, ids = Watch(), np.arange(16).reshape(8, 2) % 8
+    callbacks = [RowUnfreezing(schedule), watch]
+    fit = {"epochs": 2, "batch_size": 1, "verbose": 0, **fit}
+    model.fit(ids, np.full((8, 2, 1), 1000.0), callbacks=callbacks, **fit)
+    return watch.rows
+
+
+LATE = {"stages": [{"step": 0, "rows": [1]}, {"step": 3, "rows": [2]}, {"step": 5, "rows": [3]}]}
+HALF = {
+    "stages": [
+        {"share": 0, "rows": [1]},
+        {"share": 0.25, "rows": [2]},
+        {"share": 0.75, "rows": [2, 3, 4, 5], "grow": {"order": "ids", "parts": 2}},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "compiled", "expected"),
+    [
+        (LATE, {}, {}, {0: [1], 3: [2], 5: [3]}),
+        (LATE, {}, {"run_eagerly": True}, {0: [1], 3: [2], 5: [3]}),
+        # Keras calls before batches 0, 2, 4, …
+        (LATE, {}, {"steps_per_execution": 2}, {0: [1], 2: [2], 3: [3]}),
+        (LATE, {"gradient_accumulation_steps": 2}, {}, {0: [1], 6: [2], 10: [3]}),
+        (HALF, {}, {}, {0: [1], 4: [2], 8: [2, 3], 12: [2, 3, 4, 5]}),
+        (
+            HALF,
+            {"gradient_accumulation_steps": 2},
+            {},
+            {0: [1], 4: [2], 8: [2, 3], 12: [2, 3, 4, 5]},
+        ),
+        ({**LATE, "cycle": 7}, {}, {}, {0: [1], 3: [2], 5: [3], 7: [1], 10: [2], 12: [3], 14: [1]}),
+    ],
+)
+def test_rows_move_before_the_batch_of_their_step(
+    schedule: Any, settings: Any, compiled: Any, expected: dict[int, list[int]]
+) -> None:
+    rows = _watched(keras.optimizers.SGD(0.1, **settings), schedule, {}, **compiled)
+    began = {i: r for i, r in enumerate(rows) if not i or r != rows[i - 1]}
+    assert began == expected
+
+
+def test_steps_that_a_scaled_loss_skips_are_none() -> None:
+    # The scaled gradients of the first steps are infinite, until the scale has fallen.
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1e-6), initial_scale=1e37)
+    rows = _watched(optimizer, LATE, {})
+    skipped = 16 - int(optimizer.iterations)
+    assert 0 < skipped < 10
+    assert rows.index([2]) == 3 + skipped
+    assert rows.index([3]) == 5 + skipped
+
+
+def test_a_second_fit_begins_at_step_0_again_and_one_that_goes_on_does_not() -> None:
+    model = _model()
+    watches = []
+    unfreezing = RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}, {"step": 3, "rows": [2]}]})
+    for settings in ({"epochs": 2}, {"epochs": 1}, {"epochs": 2, "initial_epoch": 1}):
+        watches.append(Watch())
+        model.fit(
+            IDS,
+            np.ones((4, 2, 1)),
+            batch_size=2,
+            verbose=0,
+            callbacks=[unfreezing, watches[-1]],
+            **settings,
+        )
+    assert [watch.rows for watch in watches] == [[[1]] * 3 + [[2]], [[1]] * 2, [[1], [2]]]
+
+
+@pytest.mark.parametrize("metric", ["loss", "val_loss"])
+def test_a_plateau_starts_a_stage_with_the_next_epoch(metric: str) -> None:
+    layer = PartialEmbedding(8, 2, trainable_rows=[1], reserve_rows="all", name="words")
+    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer])
+    # Nothing learns, so no epoch is an improvement on the first.
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    waits = {"metric": metric, "patience": 2}
+    schedule = {
+        "stages": [
+            {"epoch": 0, "rows": [1]},
+            {"plateau": waits, "rows": [2]},
+            {"epoch": 6, "rows": [3]},
+        ]
+    }
+    watch, targets = Watch(), np.ones((4, 2, 2))
+    traces, step = [], model.train_step
+    model.train_step = lambda data: (traces.append(1), step(data))[1]
+    unfreezing = RowUnfreezing(schedule)
+    model.fit(
+        IDS,
+        targets,
+        epochs=7,
+        verbose=0,
+        validation_data=(IDS, targets) if metric == "val_loss" else None,
+        callbacks=[unfreezing, watch],
+    )
+    assert watch.rows == [[1]] * 3 + [[2]] * 3 + [[3]]
+    assert unfreezing.position.epoch == 6
+    assert len(traces) == 1
+
+
+def test_a_metric_that_is_not_logged_is_refused_with_what_was_logged() -> None:
+    def fit(metric: str, **settings: Any) -> None:
+        schedule = {"stages": [{"epoch": 0, "rows": [1]}, {"plateau": metric, "rows": [2]}]}
+        callbacks = [RowUnfreezing(schedule)]
+        _model().fit(IDS, np.ones((4, 2, 1)), verbose=0, callbacks=callbacks, **settings)
+
+    with pytest.raises(InputError, match=r"'val_lost'\. Received: \['loss', 'val_loss'\]"):
+        fit("val_lost", validation_data=(IDS, np.ones((4, 2, 1))))
+    with pytest.raises(InputError, match=r"'lost'\. Received: \['loss'\]"):
+        fit("lost")
+    with pytest.raises(InputError, match=r"'val_loss'\. Received: \['loss'\]"):
+        fit("val_loss")
+    with pytest.raises(InputError, match=r"Received: epoch 1 to begin with, and 0 measured"):
+        fit("loss", initial_epoch=1, epochs=2)
+    fit("val_loss", validation_data=(IDS, np.ones((4, 2, 1))), validation_freq=2, epochs=2)
+
+
+def test_a_share_of_data_of_unknown_length_is_refused() -> None:
+    def batches() -> Any:
+        while True:
+            yield IDS, np.ones((4, 2, 1))
+
+    with pytest.raises(InputError, match=r"unknown length\. Pass steps_per_epoch="):
+        _model().fit(batches(), verbose=0, callbacks=[RowUnfreezing(HALF)])
+    # Steps need no length.
+    model = _model()
+    model.fit(
+        tf.data.Dataset.from_generator(
+            lambda: ((IDS, np.ones((4, 2, 1))) for _ in range(4)),
+            output_types=("int64", "float32"),
+            output_shapes=((4, 2), (4, 2, 1)),
+        ),
+        verbose=0,
+        callbacks=[RowUnfreezing(LATE)],
+    )
+    assert model.layers[0].trainable_rows.tolist() == [2]
+
+
+def test_the_optimizer_is_asked_for_its_step_only_where_rows_may_change() -> None:
+    class Counted(keras.optimizers.SGD):  # type: ignore[misc]
+        asked = 0
+
+        @property
+        def iterations(self) -> Any:
+            if tf.executing_eagerly():
+                Counted.asked += 1
+            return super().iterations
+
+    _watched(Counted(0.1), LATE, {})
+    # As each of two epochs begins and ends, twice at its last batch, at two stages and at the end.
+    assert Counted.asked <= 12
+
+
+def _resume(folder: Path, schedule: Any, epoch: int, **settings: Any) -> None:
+    settings = {"epochs": epoch + 1, "initial_epoch": epoch, "batch_size": 2, **settings}
+    unfreezing = RowUnfreezing(schedule, VOCABULARY, backup_dir=folder)
+    _model().fit(IDS, np.ones((4, 2, 1)), verbose=0, callbacks=[unfreezing], **settings)
+
+
+def test_a_schedule_that_changed_since_the_backup_is_told_or_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _resume(tmp_path, SCHEDULE, 0, epochs=2)
+    capsys.readouterr()
+    changed = {"stages": [SCHEDULE["stages"][0], {"epoch": 3, "rows": {"most_frequent": 4}}]}
+    _resume(tmp_path, changed, 2)
+    assert [line for line in capsys.readouterr().out.splitlines() if "schedule" in line] == [
+        "words: the schedule is not the checkpoint's: stages[1].epoch: 2 became 3"
+    ]
+    other = {"stages": [{"epoch": 0, "rows": [5, 7]}]}
+    with pytest.raises(
+        InputError, match=r"in stage 0 from epoch 1, \{'ids': \[6, 7\].*5, 7.*ahead"
+    ):
+        _resume(tmp_path, other, 2)
+    (tmp_path / "rows.json").write_text("[]")
+    with pytest.raises(InputError, match=r"rows\.json: the record of a run is the JSON"):
+        _resume(tmp_path, SCHEDULE, 2)
+
+
+def test_a_pace_needs_an_optimizer_that_keeps_it() -> None:
+    schedule = {"stages": [{"epoch": 0, "rows": [6]}, {"epoch": 1, "rows": [7], "lr": 0.5}]}
+    with pytest.raises(InputError, match=r"words: stages\[1\]: lr and warmup .* AdamW\. Compile"):
+        _fit(_model(), RowUnfreezing(schedule))
+    model = _model()
+    model.compile(rowwise(keras.optimizers.SGD(0.1)), "mse")
+    with pytest.raises(InputError, match=r"Rowwise with paces=False\. Compile"):
+        _fit(model, RowUnfreezing(schedule))
+    unbuilt = keras.Sequential([PartialEmbedding(8, 2, reserve_rows="all", name="words")])
+    unbuilt.compile(rowwise(keras.optimizers.SGD(0.1), paces=True), "mse")
+    with pytest.raises(InputError, match=r"in a model that is built"):
+        unbuilt.fit(IDS, np.ones((4, 2, 2)), verbose=0, callbacks=[RowUnfreezing(schedule)])
+
+
+def test_growing_rows_are_reserved_told_and_audited(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = [{"epoch": 0, "rows": [6, 7]}, {"epoch": 3, "rows": "all", "grow": {"order": "ids"}}]
+    rows = schedule_rows({"stages": stages}, 8)
+    _fit(_model(reserve_rows=rows), RowUnfreezing({"stages": stages}, audit=True))
+    towards = "of 3 towards stage 1"
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "words: stage 0 from epoch 0: 2 rows train, 25.0 % of the table",
+        f"words: stage 0 from epoch 1, part 1 {towards}: 4 rows train, 50.0 % of the table",
+        f"words: stage 0 from epoch 2, part 2 {towards}: 6 rows train, 75.0 % of the table",
+        "words: stage 1 from epoch 3: 8 rows train, 100.0 % of the table",
+        "audit: words: frozen rows by stage: 6, 0; changed a bit: 0",
+    ]
+    unknown = {"stages": [stages[0], {**stages[1], "grow": {"order": ["a", "nobody"]}}]}
+    with pytest.raises(InputError, match=r"words: stages\[1\]\.rows: .*nobody"):
+        _fit(_model(), RowUnfreezing(unknown, VOCABULARY))
+
+
 def test_the_audit_names_rows_that_were_written_from_outside() -> None:
     class Vandal(keras.callbacks.Callback):  # type: ignore[misc]
         def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -135,28 +369,54 @@ def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
         _fit(plain, RowUnfreezing(SCHEDULE))
 
 
+@pytest.fixture(scope="module")
+def finish(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """What a run that nothing stopped prints, for each kind of optimizer."""
+
+    @cache
+    def finish(kind: str, start: Callable[..., Any]) -> str:
+        folder = tmp_path_factory.mktemp("whole")
+        run = start("run_schedule.py", folder, -1, "end", "record", kind)
+        output, errors = run.communicate()
+        assert run.returncode == 0, errors[-3000:]
+        return str(output)
+
+    return finish
+
+
 @pytest.mark.parametrize(
-    ("epoch", "batch", "optimizer"),
+    ("epoch", "place", "first", "kind"),
     [
-        pytest.param(2, 0, "plain", marks=pytest.mark.full),
-        pytest.param(3, 2, "plain", marks=pytest.mark.full),
-        (3, 2, "rowwise"),
-        pytest.param(5, 1, "rowwise", marks=pytest.mark.full),
+        # Between the two files, where the record is one epoch ahead, and where it comes second.
+        (3, "end", "record", "paces"),
+        pytest.param(3, "end", "weights", "paces", marks=pytest.mark.full),
+        pytest.param(1, "3", "weights", "paces", marks=pytest.mark.full),
+        pytest.param(4, "0", "record", "plain", marks=pytest.mark.full),
+        pytest.param(6, "end", "weights", "rowwise", marks=pytest.mark.full),
+        pytest.param(8, "2", "weights", "paces", marks=pytest.mark.full),
     ],
 )
 def test_a_killed_run_ends_bit_for_bit_where_the_whole_one_does(
-    epoch: int, batch: int, optimizer: str, start: Callable[..., Any], tmp_path: Path
+    epoch: int,
+    place: str,
+    first: str,
+    kind: str,
+    start: Callable[..., Any],
+    finish: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
-    whole = start("run_schedule.py", tmp_path / "whole", -1, -1, optimizer)
-    killed = start("run_schedule.py", tmp_path / "killed", epoch, batch, optimizer)
+    killed = start("run_schedule.py", tmp_path, epoch, place, first, kind)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    resumed = start("run_schedule.py", tmp_path / "killed", -1, -1, optimizer)
-    (expected, errors), (got, _) = whole.communicate(), resumed.communicate()
-    assert whole.returncode == resumed.returncode == 0, errors[-3000:]
-    assert got.splitlines()[-1] == expected.splitlines()[-1]
+    resumed = start("run_schedule.py", tmp_path, -1, "end", first, kind)
+    got, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors[-3000:]
+    expected = finish(kind, start).splitlines()
+    assert got.splitlines()[-1] == expected[-1]
+    began = epoch + (place == "end" and first == "weights")
     stages = [line for line in got.splitlines() if ": stage " in line]
-    assert f"from epoch {epoch}:" in stages[0]  # it did not begin again
+    assert re.search(rf"from step {4 * began}\b", stages[0])
+    assert stages[1:] == [line for line in expected if ": stage " in line][1 - len(stages) :]
 
 
 def test_row_monitor_logs_rows_and_distances(tmp_path: Path) -> None:

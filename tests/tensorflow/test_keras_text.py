@@ -1,5 +1,6 @@
 """The text classifier in Keras: what it reads, what it learns, what it saves."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 pytest.importorskip("gensim")
 
-from partial_embedding import InputError  # noqa: E402  # after the skip
+from partial_embedding import InputError, Schedule  # noqa: E402  # after the skip
+from partial_embedding.plan import plan  # noqa: E402
 from partial_embedding.recipes import keras_text  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,71 @@ def test_a_run_says_its_stages_and_saves_a_file_that_a_fresh_process_loads(
     assert run.stdout.strip().splitlines()[-1] == str(here.tolist())
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.stem, marks=[] if path.stem == "linear_growth" else pytest.mark.full)
+        for path in sorted((ROOT / "configs" / "schedules").glob("*.yaml"))
+        if path.stem != "new_items"
+    ],
+)
+def test_a_schedule_of_words_runs_as_planned(
+    name: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, epochs = ROOT / "configs" / "schedules" / f"{name}.yaml", 8
+    text = (
+        config.read_text().replace("cnn", "mean").replace("max_epochs: 2", f"max_epochs: {epochs}")
+    )
+    first, last = text.index("{stages"), text.index("\n  audit")
+    text = f"{text[:first]}{path}{text[last:]}".replace("batch_size: 8", "batch_size: 1")
+    config.write_text(text)
+    assert keras_text.main([str(config)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"audit: embedding: frozen rows by stage: .*; changed a bit: 0\n", out)
+    said = re.findall(r"embedding: (stage .+?): ([\d,]+) rows train", out)
+    data = keras_text.read_texts(keras_text.read_config(config)["data"])
+    rows, steps = len(data.vocabulary), len(data.training[0])
+    planned = plan(Schedule.parse(path), rows, data.vocabulary, epochs, steps, padding=0)
+    if name == "plateau":
+        # When validation stops improving is not for a plan to know; what comes then is.
+        assert said[0] == (planned[0].place, f"{planned[0].awake:,}")
+        assert [place.split(" from ")[0] for place, _ in said] == ["stage 0", "stage 1", "stage 2"]
+    else:
+        assert said == [(step.place, f"{step.awake:,}") for step in planned]
+
+
+EVERY_START = """
+    embedding:
+      stages:
+        - {epoch: 0, rows: missing, lr: 0.5}
+        - {step: 2, rows: {most_frequent: 0.5}, warmup: 3}
+        - {plateau: {metric: val_loss, max_wait: 1}, rows: {least_frequent: 3}}
+        - {share: 0.5, rows: {covering: 0.5}}
+        - {share: 0.75, rows: all, grow: cosine}
+"""
+
+
+@pytest.mark.parametrize(
+    ("schedule", "lazy", "stages"),
+    [
+        (EVERY_START, "true", [0, 1, 2, 3, 4]),
+        ("{preset: {gradual: {bands: 1}}}", "false", [0, 1]),
+    ],
+    ids=["every_start", "preset"],
+)
+def test_it_takes_the_schedules_of_the_lightning_recipe(
+    schedule: str, lazy: str, stages: list[int], config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = config.read_text().replace("cnn", "mean").replace("max_epochs: 2", "max_epochs: 4")
+    first, last = text.index("{stages"), text.index("\n  audit")
+    config.write_text(f"{text[:first]}{schedule}\n  lazy: {lazy}{text[last:]}")
+    assert keras_text.main([str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.split(": stage ")[1] for line in lines if line.startswith("embedding: stage ")]
+    assert list(dict.fromkeys(int(line[0]) for line in told)) == stages
+    assert lines[-2].endswith("changed a bit: 0")
+
+
 def test_the_order_and_the_dropout_of_an_epoch_follow_from_its_number(config: Path) -> None:
     data = keras_text.read_texts(keras_text.read_config(config)["data"])
     batches = keras_text.TextBatches(data.training, 8, seed=3)
@@ -103,6 +170,10 @@ def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) 
     [
         ("model: {depth: 3}", "in Keras, model has the keys .*Received: 'depth'"),
         ("colour: {}", "has the parts .*Received: 'colour'"),
+        (
+            "rows: {schedule: {items: {stages: [{epoch: 0, rows: all}]}}}",
+            r"\['embedding'\]. Received: 'items'",
+        ),
         ("model: {encoder: rnn}", "an encoder is 'cnn' or 'mean'"),
         ("{", "a configuration is YAML"),
     ],
