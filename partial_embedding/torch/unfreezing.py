@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
