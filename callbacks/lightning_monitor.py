@@ -191,6 +191,8 @@ class _TokenShare:
 
     def __call__(self, table: PartialTable, args: tuple[Tensor, ...]) -> None:
         ids = args[0]
+        if ids.is_floating_point():
+            return  # a head is given features and no tokens
         if table.padding_idx is not None:
             ids = ids[ids != table.padding_idx]
         if ids.numel():

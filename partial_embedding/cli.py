@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import (
     LightningArgumentParser,
@@ -68,8 +69,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if args and (command := _COMMANDS.get(args[0])) is not None:
             command(args[1:])
         else:
-            _check_configs(args)
-            TextCLI(args)
+            _cli_of(_recipe(args))(args)
     except FrozenRowsMoved as error:
         return _complain(error, 1)
     except (InputError, OSError, ArgumentError, MisconfigurationException) as error:
@@ -82,26 +82,50 @@ def _complain(error: Exception, code: int) -> int:
     return code
 
 
-def _check_configs(args: Sequence[str]) -> None:
-    """Refuse a configuration file by its name, which the parser's messages leave out."""
+def _recipe(args: Sequence[str]) -> str:
+    """Which recipe is meant: that of the command line, or of its last configuration file."""
+    recipe = TextCLI.recipe
+    named = None
     for option, following in zip_longest(args, args[1:], fillvalue=""):
         name, equals, value = option.partition("=")
-        path = value if equals else following
-        if name not in ("--config", "-c") or not path:
-            continue
-        try:
-            yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{path}: a configuration is YAML in UTF-8. Received: {error}."
-            ) from None
-        except OSError as error:
-            raise InputError(
-                f"{path}: the configuration cannot be read: {error.strerror}. Check the path."
-            ) from None
+        value = value if equals else following
+        if name == "--recipe":
+            named = value
+        elif name in ("--config", "-c") and value:
+            content = _read_config(value)
+            recipe = content.get("recipe", recipe) if isinstance(content, dict) else recipe
+    return named or recipe
 
 
-def _row_unfreezing(
+def _read_config(path: str) -> Any:
+    """Refuse a configuration file by its name, which the parser's messages leave out."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: a configuration is YAML in UTF-8. Received: {error}.") from None
+    except OSError as error:
+        raise InputError(
+            f"{path}: the configuration cannot be read: {error.strerror}. Check the path."
+        ) from None
+
+
+def _cli_of(recipe: str) -> type[TextCLI]:
+    if recipe == TextCLI.recipe:
+        return TextCLI
+    if recipe == "language_model":
+        if find_spec("transformers") is None:
+            raise InputError(
+                "the recipe language_model needs transformers. Received none. "
+                "Install partial-embedding[transformers]."
+            )
+        # Text classification does without.
+        from partial_embedding.recipes.language_model_cli import LanguageModelCLI
+
+        return LanguageModelCLI
+    raise InputError(f"a recipe is 'text' or 'language_model'. Received: {recipe!r}.")
+
+
+def row_unfreezing(
     schedule: dict[str, Any] | str, lazy: bool = False, audit: bool | int = True
 ) -> RowUnfreezing:
     """Which rows train, and when.
@@ -162,16 +186,18 @@ class TextCLI(LightningCLI):
         FrozenRowsMoved: The audit found that frozen rows changed.
     """
 
+    recipe = "text"
+    kinds: tuple[type[LightningModule], type[LightningDataModule]] = (TextClassifier, TextData)
+
     trainer: Trainer
-    model: TextClassifier
-    datamodule: TextData
+    model: Any
+    datamodule: Any
 
     def __init__(self, args: list[str] | None = None) -> None:
         # Errors are raised, so that `main` can say them in one line.
         raising = {"exit_on_error": False}
         super().__init__(
-            TextClassifier,
-            TextData,
+            *self.kinds,
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=dict(_TRAINER_DEFAULTS),
@@ -183,13 +209,20 @@ class TextCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback of the recipe a key of its own."""
-        parser.add_lightning_class_args(_row_unfreezing, "rows")
+        self.add_recipe(parser)
+        parser.add_lightning_class_args(row_unfreezing, "rows")
         parser.add_lightning_class_args(RowMonitor, "monitor")
         parser.add_lightning_class_args(RandomState, "random_state")
         parser.add_lightning_class_args(ExportVectors, "export")
         parser.add_lightning_class_args(ModelCheckpoint, "last")
         parser.add_lightning_class_args(ModelCheckpoint, "best")
         parser.set_defaults(_DEFAULTS)
+
+    def add_recipe(self, parser: LightningArgumentParser) -> None:
+        """Accept the name of the recipe, by which `main` has chosen this class."""
+        parser.add_argument(
+            "--recipe", default=self.recipe, help="what is trained: text or language_model"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find the checkpoint that is meant by `last`."""
@@ -228,7 +261,7 @@ class TextCLI(LightningCLI):
                 print(f"validation accuracy: {100 * float(accuracy):.1f} %")
             for name, place in places.items():
                 if place:
-                    print(f"{name}: {_short(place)}")
+                    print(f"{name}: {short(place)}")
 
     def predict(self, **kwargs: Any) -> None:
         """Write the most likely class of each text, and its probability, to a CSV file."""
@@ -276,7 +309,7 @@ def _check_checkpoint(path: str) -> None:
         raise InputError(f"a checkpoint is a file that `fit` wrote. Received: {path}.")
 
 
-def _short(path: str | Path) -> str:
+def short(path: str | Path) -> str:
     """The path as one would type it here."""
     absolute = Path(path).absolute()
     here = Path.cwd()

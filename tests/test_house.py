@@ -217,6 +217,7 @@ def test_no_file_needs_a_table_of_contents() -> None:
 PUBLIC = {
     "partial_embedding": None,
     "partial_embedding.torch": "torch",
+    "partial_embedding.torch.row_files": "safetensors",
     "partial_embedding.callbacks.lightning": "pytorch_lightning",
     "partial_embedding.callbacks.lightning_monitor": "pytorch_lightning",
 }

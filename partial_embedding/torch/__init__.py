@@ -4,15 +4,22 @@ from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.clipping import clip_grad_norm_, clip_grad_value_
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
+from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowwise import detach_rowwise, rowwise
+from partial_embedding.torch.surgery import replace_embedding, restore_embedding
+from partial_embedding.torch.tokens import add_tokens
 
 __all__ = [
     "FrozenRowAudit",
     "FrozenRowsMoved",
     "PartialEmbedding",
     "PartialEmbeddingBag",
+    "PartialLinear",
+    "add_tokens",
     "clip_grad_norm_",
     "clip_grad_value_",
     "detach_rowwise",
+    "replace_embedding",
+    "restore_embedding",
     "rowwise",
 ]

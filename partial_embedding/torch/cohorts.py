@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,8 +14,8 @@ from torch.optim import Optimizer
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import Pace
 from partial_embedding.torch.probe import Anatomy, first_state, untouched_row_state
-from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.row_parameters import RowParameter
+from partial_embedding.torch.rowset import RowSet, shown
 from partial_embedding.torch.trial import Group, State
 
 
@@ -66,7 +65,7 @@ class TableState:
 
     Args:
         name: The table's name in the model, for messages.
-        table: The table.
+        table: The table, or another parameter with its rows.
         anatomy: How the optimizer keeps its state.
         lazy: Step only rows that the batch touched.
         unpaced: Why rows cannot have a learning rate of their own, or None where they can.
@@ -78,7 +77,7 @@ class TableState:
     def __init__(
         self,
         name: str,
-        table: PartialTable,
+        table: RowParameter,
         anatomy: Anatomy,
         lazy: bool,
         unpaced: str | None = None,
@@ -92,7 +91,7 @@ class TableState:
         self._rows: RowSet | None = None
         for pace in table.row_set.paces.values():
             self.check_pace(pace)
-        table._pace_check = weakref.WeakMethod(self.check_pace)
+        table.ask_about_paces(self.check_pace)
 
     def check_pace(self, pace: Pace) -> None:
         """Refuse a pace that the optimizer cannot keep.
@@ -165,7 +164,7 @@ class TableState:
             made = self._whole_blocks(grad)
         for block in made:
             if self.anatomy.eager and not block.cohort.state:
-                whole = block.parameter.new_empty(len(block.cohort.ids), block.parameter.shape[1])
+                whole = block.parameter.new_empty(len(block.cohort.ids), *block.parameter.shape[1:])
                 block.cohort.state = first_state(optimizer, group, nn.Parameter(whole))
             yield block
 
@@ -281,8 +280,8 @@ class TableState:
         if not torch.equal(saved_ids, rows):
             raise InputError(
                 "optimizer state belongs to the rows that trained. Received state for "
-                f"{len(saved_ids)} rows {_shown(saved_ids)}, while in {self.name!r} {len(rows)} "
-                f"train {_shown(rows)}. Call set_trainable_rows with the former first."
+                f"{len(saved_ids)} rows {shown(saved_ids)}, while in {self.name!r} {len(rows)} "
+                f"train {shown(rows)}. Call set_trainable_rows with the former first."
             )
         for cohort in saved["cohorts"]:
             self.check_pace(_pace_and_steps(cohort)[0])
@@ -395,8 +394,3 @@ def _on_device(key: str, value: Any, device: torch.device, group: Group) -> Any:
     # torch keeps step counts on the CPU unless the maths itself runs on the device.
     counts_on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
     return value.to(device) if isinstance(value, Tensor) and not counts_on_cpu else value
-
-
-def _shown(ids: Tensor, most: int = 6) -> str:
-    listed = ", ".join(map(str, ids[:most].tolist()))
-    return f"({listed}{', …' if len(ids) > most else ''})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,7 +106,7 @@ def untouched_row_state(
     Returns:
         One row, of shape (1, …), for each key of `anatomy.per_row`.
     """
-    block = nn.Parameter(weight.new_zeros(1, weight.shape[1]))
+    block = nn.Parameter(weight.new_zeros(1, *weight.shape[1:]))
     state = first_state(optimizer, group, block) if anatomy.eager else None
     trial = Trial(optimizer, group, block, anatomy.sparse, state)
     # A zero row with a zero gradient stays what the optimizer starts from.
@@ -235,7 +236,7 @@ def _is_elementwise(
     if not _begins_alike(optimizer, group, weight, sparse, eager):
         return False
     scales = torch.tensor([[1.0], [10.0], [0.1], [3.0]], device=weight.device)
-    values = _scratch(4, weight) * scales
+    values = (_scratch(4, weight).view(4, -1) * scales).view_as(_scratch(4, weight))
 
     def moved(rows: Tensor) -> Tensor:
         trial = _trial_of(optimizer, group, sparse, eager, rows)
@@ -257,7 +258,7 @@ def _begins_alike(
     still = {k: 0.0 if "decay" in k and type(v) is float else v for k, v in group.items()}
     blocks = []
     for value in (0.0, 1.0):
-        start = torch.full((2, _WIDTH), value, device=weight.device)
+        start = torch.full_like(_scratch(2, weight), value)
         trial = _trial_of(optimizer, still, sparse, eager, start)
         trial.step(torch.zeros_like(start))
         first = trial.state.keys()
@@ -271,8 +272,10 @@ def _begins_alike(
 
 
 def _scratch(height: int, weight: Tensor) -> Tensor:
-    values = torch.arange(height * _WIDTH, dtype=torch.float32).add_(1).sin_()
-    return values.view(height, _WIDTH).to(weight.device)
+    """Values of as many axes as the weight has: some optimizers treat a vector as no matrix."""
+    width = [_WIDTH] * (weight.dim() - 1)
+    values = torch.arange(height * math.prod(width), dtype=torch.float32).add_(1).sin_()
+    return values.view(height, *width).to(weight.device)
 
 
 def _refusal(name: str, reason: str) -> InputError:

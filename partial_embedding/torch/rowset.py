@@ -38,15 +38,16 @@ class RowSet:
         self.paces = {n: p for n, p in (paces or {}).items() if n in self.cohorts}
         self.next_number = next_number
         self.device = torch.device(device)
+        # The row id of each slot, int64, shape (K,).
+        self.order = self._joined(list(self.cohorts.values()))
 
     def __len__(self) -> int:
         return sum(map(len, self.cohorts.values()))
 
-    @cached_property
-    def order(self) -> Tensor:
-        """The row id of each slot, int64, shape (K,)."""
-        none = torch.empty(0, dtype=torch.int64, device=self.device)
-        return torch.cat([none, *self.cohorts.values()])
+    def _joined(self, ids: list[Tensor]) -> Tensor:
+        if len(ids) == 1:
+            return ids[0]
+        return torch.cat([torch.empty(0, dtype=torch.int64, device=self.device), *ids])
 
     @cached_property
     def ids(self) -> Tensor:
@@ -117,3 +118,18 @@ class RowSet:
             return self
         cohorts = {number: ids.to(device) for number, ids in self.cohorts.items()}
         return RowSet(self.num_rows, cohorts, self.next_number, device, self.paces)
+
+
+def shown(ids: Tensor, most: int = 6) -> str:
+    """The first of some rows, for messages.
+
+    Args:
+        ids: Row ids, shape (K,).
+        most: How many of them to show.
+
+    Example:
+        >>> shown(torch.arange(10), most=2)
+        '(0, 1, …)'
+    """
+    listed = ", ".join(map(str, ids[:most].tolist()))
+    return f"({listed}{', …' if len(ids) > most else ''})"

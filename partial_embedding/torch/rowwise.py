@@ -13,13 +13,13 @@ from torch.optim import LBFGS, Optimizer
 from partial_embedding.errors import InputError
 from partial_embedding.torch.cohorts import Block, TableState, clear_history
 from partial_embedding.torch.probe import Anatomy, examine, first_state
+from partial_embedding.torch.row_parameters import RowParameter, row_parameters_in
 from partial_embedding.torch.saving import (
     KEY,
     check_state_dict,
     from_state_dict,
     into_state_dict,
 )
-from partial_embedding.torch.table import PartialTable, tables_in
 from partial_embedding.torch.trial import Group, State
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
@@ -107,7 +107,7 @@ class Rowwise:
         self.optimizer = optimizer
         self.tables: dict[int, TableState] = {}  # by the id of the weight
         held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for name, table in tables_in(model):
+        for name, table in row_parameters_in(model):
             if (group := held.get(id(table.weight))) is not None:
                 self._add(name, table, group, lazy)
         if not self.tables:
@@ -131,15 +131,7 @@ class Rowwise:
         ]
         vars(optimizer)["_rowwise"] = self
 
-    def _add(self, name: str, table: PartialTable, group: Group, lazy: bool) -> None:
-        weight_id = id(table.weight)
-        if (first := self.tables.get(weight_id)) is not None:
-            if not torch.equal(first.table.trainable_rows, table.trainable_rows):
-                raise InputError(
-                    f"tables that share a weight train the same rows. Received different rows for "
-                    f"{first.name!r} and {name!r}. Set both alike."
-                )
-            return
+    def _add(self, name: str, table: RowParameter, group: Group, lazy: bool) -> None:
         options = {key: value for key, value in group.items() if key != KEY}
         anatomy = examine(self.optimizer, options, table.weight)
         if lazy and not anatomy.elementwise:
@@ -148,7 +140,7 @@ class Rowwise:
                 f"{type(self.optimizer).__name__}, which looks across rows. Leave lazy=False."
             )
         unpaced = _why_unpaced(self.optimizer, anatomy, group)
-        self.tables[weight_id] = TableState(name, table, anatomy, lazy, unpaced)
+        self.tables[id(table.weight)] = TableState(name, table, anatomy, lazy, unpaced)
 
     # Around the optimizer's maths
 
@@ -311,7 +303,7 @@ class Rowwise:
             hook.remove()
         del vars(self.optimizer)["_rowwise"]
         for served in self.tables.values():
-            served.table._pace_check = None
+            served.table.ask_about_paces(None)
         if any(table.anatomy.flat for table in self.tables.values()):
             clear_history(self.optimizer)
         for group in self.optimizer.param_groups:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,29 +16,41 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
 from partial_embedding.schedule import Pace
-from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.rowset import RowSet, shown
 from partial_embedding.vocabulary import Ids
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
-_WIRING = ("_hooked", "_pace_check")
+_WIRING = ("_hooked", "_pace_checks")
+
+
+@dataclass(eq=False)
+class _Shared:
+    """Which rows of a weight train: one object for all tables that have this weight.
+
+    None stands for "every row but padding", for which no bookkeeping exists.
+    """
+
+    row_set: RowSet | None = None
 
 
 class PartialTable(nn.Module):
     """A mix-in that freezes rows of `weight`, a parameter of shape (V, D).
 
     It stands before the module class that owns the weight. The row set is neither a parameter nor a
-    buffer, so the `state_dict` is that of the plain module.
+    buffer, so the `state_dict` is that of the plain module. It belongs to the weight, as
+    `requires_grad` does: tables that are tied have one. Where one of them had frozen rows before
+    they were tied, these are frozen in all.
     """
 
     weight: nn.Parameter
     padding_idx: int | None
 
-    # None stands for "every row but padding", for which no bookkeeping exists.
-    _row_set: RowSet | None = None
+    # The parameters whose rows the row set is about.
+    row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
+
+    _shared: _Shared
     _hooked: nn.Parameter | None = None
     _warned: bool = False
-    # What the optimizer says to a pace; it may be gone.
-    _pace_check: weakref.WeakMethod[Callable[[Pace], None]] | None = None
 
     # Which rows train
 
@@ -99,6 +112,14 @@ class PartialTable(nn.Module):
             InputError: The rows do not fit the table.
         """
         self.set_trainable_ids(np.setdiff1d(self.row_set.ids.cpu().numpy(), self._resolve(rows)))
+
+    @property
+    def _row_set(self) -> RowSet | None:
+        return self._shared.row_set
+
+    @_row_set.setter
+    def _row_set(self, row_set: RowSet | None) -> None:
+        self._shared.row_set = row_set
 
     @property
     def row_set(self) -> RowSet:
@@ -181,9 +202,12 @@ class PartialTable(nn.Module):
                 f"a pace is a partial_embedding.schedule.Pace. Received: {pace!r}. Write "
                 "Pace(lr=0.5), for example."
             )
-        check = None if self._pace_check is None else self._pace_check()
-        if pace is not None and check is not None:
-            check(pace)
+        if pace is None:
+            return
+        for table in {self, *_tables_with(self.weight)}:
+            for answer in table.__dict__.get("_pace_checks", {}).values():
+                if (check := answer()) is not None:
+                    check(pace)
 
     # The gradient hook, and all that can make a hook disappear
 
@@ -192,10 +216,47 @@ class PartialTable(nn.Module):
         weight = self._parameters.get("weight")
         if weight is None:
             return
+        rows = self.__dict__.setdefault("_shared", _Shared())
         if self._hooked is not None and self._hooked is not weight:
+            self._unhook()
+            self.__dict__["_shared"] = replace(rows)  # no longer tied to whoever has the old weight
+        for other in _tables_with(weight):
+            if other is not self:
+                self._share_rows_with(other)
+        self._hook_up(weight)
+
+    def take_weight(self) -> None:
+        """Begin to freeze rows: for a module whose class was changed after it was made."""
+        self._wire()
+
+    def leave_weight(self) -> None:
+        """Stop freezing rows: for a module whose class is about to be changed back."""
+        self._unhook()
+        for name in ("_hooked", "_shared", "_warned", "_pace_checks"):
+            self.__dict__.pop(name, None)
+
+    def _share_rows_with(self, other: PartialTable) -> None:
+        if self.has_frozen_rows and not other.has_frozen_rows:
+            other.row_set = self.row_set
+        self.__dict__["_shared"] = other._shared
+
+    def _check_tie(self, weight: nn.Parameter | None) -> None:
+        own = self._parameters.get("weight")
+        if weight is None or own is None or not self.has_frozen_rows:
+            return
+        for other in _tables_with(weight):
+            ids = self.trainable_rows
+            if other.has_frozen_rows and not torch.equal(ids, other.trainable_rows.to(ids.device)):
+                raise InputError(
+                    "tables that are tied train the same rows. Received a "
+                    f"{type(other).__name__} that trains {shown(other.trainable_rows)} and a "
+                    f"{type(self).__name__} that trains {shown(ids)}. Set both alike."
+                )
+
+    def _unhook(self) -> None:
+        if self._hooked is not None:
             for hook in self._hooks_on(self._hooked):
                 hook.detach()
-        self._hook_up(weight)
 
     def _hook_up(self, weight: nn.Parameter) -> None:
         if not (weight.is_floating_point() or weight.is_complex()):
@@ -212,8 +273,7 @@ class PartialTable(nn.Module):
         self.__dict__["_hooked"] = weight
 
     def _hooks_on(self, weight: nn.Parameter) -> list[_DropFrozenRows]:
-        hooks = list((weight._backward_hooks or {}).values())
-        return [h for h in hooks if isinstance(h, _DropFrozenRows) and h.table() is self]
+        return [hook for hook in _hooks_of(weight) if hook.table() is self]
 
     def _weight_in_use(self) -> Tensor | None:
         """A masked stand-in for a weight that is not the module's own, or None.
@@ -237,7 +297,12 @@ class PartialTable(nn.Module):
         Args:
             name: The parameter's name.
             param: The parameter.
+
+        Raises:
+            InputError: It is the weight of a table that trains other rows.
         """
+        if name == "weight":
+            self._check_tie(param)
         super().register_parameter(name, param)
         if name == "weight":
             self._wire()
@@ -262,14 +327,28 @@ class PartialTable(nn.Module):
 
 
 def tables_in(model: nn.Module) -> Iterator[tuple[str, PartialTable]]:
-    """The tables of a model with their names, each once.
+    """The tables of a model with their names; of those that are tied, only the first.
 
     Args:
         model: Any module.
     """
+    seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, PartialTable):
+        if isinstance(module, PartialTable) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
             yield name, module
+
+
+def _hooks_of(weight: nn.Parameter) -> list[_DropFrozenRows]:
+    hooks = list((weight._backward_hooks or {}).values())
+    return [hook for hook in hooks if isinstance(hook, _DropFrozenRows)]
+
+
+def _tables_with(weight: nn.Parameter) -> Iterator[PartialTable]:
+    for hook in _hooks_of(weight):
+        table = hook.table()
+        if table is not None and table._parameters.get("weight") is weight:
+            yield table
 
 
 class _DropFrozenRows:
@@ -311,10 +390,10 @@ def _warn_of_drift(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups
         for param in group["params"]
         if id(param) not in served
-        for hook in (param._backward_hooks or {}).values()
+        for hook in _hooks_of(param)
     )
     for hook in hooks:
-        table = hook.table() if isinstance(hook, _DropFrozenRows) else None
+        table = hook.table()
         if table is not None and table.has_frozen_rows and not table._warned:
             table._warned = True
             warnings.warn(

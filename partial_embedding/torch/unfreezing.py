@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -25,6 +24,7 @@ from partial_embedding.rows import Rows
 from partial_embedding.schedule import Moment, Position, Schedule, Seen
 from partial_embedding.torch.agreement import check_agreement
 from partial_embedding.torch.audit import FrozenRowAudit
+from partial_embedding.torch.backends import check_backend
 from partial_embedding.torch.rowwise import prepared, rowwise
 from partial_embedding.torch.table import PartialTable, tables_in
 from partial_embedding.vocabulary import Ids, Vocabulary
@@ -165,16 +165,9 @@ class ScheduledTables:
         """Refuse a process group that cannot reduce the tables' gradients.
 
         Raises:
-            InputError: A table is sparse and the group is NCCL's.
+            InputError: As for `backends.check_backend`.
         """
-        if not (dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"):
-            return
-        for name, table in self.tables.items():
-            if getattr(table, "sparse", False):
-                raise InputError(
-                    "NCCL cannot reduce sparse gradients. Received the sparse table "
-                    f"{name!r}. Make it with sparse=False."
-                )
+        check_backend(self.tables)
 
     # Moving with the schedules
 

@@ -17,6 +17,7 @@ from small_runs import SCHEDULE, Net, Witness, data, loader, trainer
 from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
+from partial_embedding.torch import PartialLinear
 
 
 class Tied(Net):
@@ -26,6 +27,22 @@ class Tied(Net):
         ids, labels = batch
         logits = F.linear(self.words(ids).mean(1) + self.head.bias.sum(), self.words.weight)
         return F.cross_entropy(logits, labels) + self.head(self.words(ids).mean(1)).square().mean()
+
+
+class TiedHead(Net):
+    """A head that is partly trainable too, so that the gradient stays sparse."""
+
+    def build(self, **options: Any) -> "TiedHead":
+        super().build(**options)
+        rows, width = self.words.weight.shape
+        self.scores = PartialLinear(width, rows, bias=False)
+        self.scores.weight = self.words.weight
+        return self
+
+    def loss(self, batch: Any) -> Tensor:
+        ids, labels = batch
+        hidden = self.words(ids).mean(1)
+        return F.cross_entropy(self.scores(hidden), labels) + self.head(hidden).square().mean()
 
 
 class Batches(pl.Callback):
@@ -55,6 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
         "kind": Tied,
         "trainer": {"accumulate_grad_batches": 2},
     },
+    "tied_head": {"kind": TiedHead},
     "none_first": {"schedule": NONE_FIRST},
 }
 

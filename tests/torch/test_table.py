@@ -862,22 +862,48 @@ def test_rows_do_not_notice_a_resize_in_the_midst_of_training(rows: int, sparse:
 
 
 @SPARSE_AND_DENSE
-def test_tables_that_share_a_weight_train_what_both_allow(sparse: bool) -> None:
-    first, second = table_of([1, 4], sparse=sparse), table_of([4, 5], sparse=sparse)
+def test_tables_that_share_a_weight_have_the_same_rows(sparse: bool) -> None:
+    first, second = table_of([1, 4], sparse=sparse), table_of("all", sparse=sparse)
     second.weight = first.weight
     for table in (first, second):
-        assert moved_rows(gradient(table)) == [4]
-    first.set_trainable_rows([4, 5])
+        assert moved_rows(gradient(table)) == [1, 4]
+    second.set_trainable_rows([4, 5])
     for table in (first, second):
-        assert moved_rows(gradient(table)) == [4, 5]
+        assert_is_partial(table, [4, 5])
+
+
+def test_rows_that_were_frozen_stay_so_whichever_table_gives_the_weight() -> None:
+    first, second = table_of("all"), table_of([1, 4])
+    second.weight = first.weight
+    assert_is_partial(first, [1, 4])
+
+
+def test_tables_of_different_rows_are_not_tied() -> None:
+    first, second = table_of([1, 4]), table_of([4, 5])
+    before = second.weight
+    with pytest.raises(InputError, match=r"trains \(1, 4\) and .* trains \(4, 5\)"):
+        second.weight = first.weight
+    assert second.weight is before
+    assert_is_partial(first, [1, 4])
+    assert_is_partial(second, [4, 5])
+
+
+def test_a_table_that_is_untied_keeps_its_rows_and_no_longer_follows() -> None:
+    first, second = table_of([1, 4]), table_of()
+    second.set_trainable_rows([1, 4])
+    second.weight = first.weight
+    second.weight = nn.Parameter(vectors())
+    first.set_trainable_rows([5])
+    assert_is_partial(first, [5])
+    assert_is_partial(second, [1, 4])
 
 
 @pytest.mark.parametrize("dropped", [0, 1])
 def test_a_table_that_goes_away_leaves_the_shared_weight_to_the_other(dropped: int) -> None:
-    tables = [table_of([1, 4]), table_of([4, 5])]
+    tables = [table_of([1, 4]), table_of([1, 4])]
     tables[1].weight = tables[0].weight
     del tables[dropped]
-    assert_is_partial(tables[0], [4, 5] if dropped == 0 else [1, 4])
+    assert_is_partial(tables[0], [1, 4])
 
 
 def test_a_plain_embedding_that_shares_the_weight_is_masked_too() -> None:
@@ -893,7 +919,7 @@ def test_shared_weights_stay_shared_in_a_deepcopy() -> None:
     assert copied[0].weight is copied[1].weight
     assert copied[0].weight is not first.weight
     copied[0].set_trainable_rows([4, 6])
-    assert moved_rows(gradient(copied[1])) == [4]
+    assert moved_rows(gradient(copied[1])) == [4, 6]
     assert_is_partial(first)
 
 

@@ -1,0 +1,139 @@
+"""An output head of which only chosen rows train, tied to an embedding or not."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from partial_embedding.torch.table import PartialTable
+
+
+class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weight, two views
+    """An `nn.Linear` of which only chosen rows, the scores of chosen tokens, train.
+
+    It takes all arguments of `nn.Linear`, has its `state_dict` and gives its outputs. Its backward
+    pass computes the weight's gradient for the trainable rows alone, in O(K·D) memory; where the
+    weight is tied to a `PartialEmbedding`, that adds to the embedding's own sparse gradient. The
+    bias of frozen rows is frozen too.
+
+    Args:
+        in_features: The columns D of the weight.
+        out_features: The rows V of the weight, one for each score.
+        bias: Whether there is a bias, shape (V,).
+        device: The device of the parameters.
+        dtype: The dtype of the parameters.
+        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D, as
+            `DistributedDataParallel` expects from a head that is not tied.
+        trainable_rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
+            `Rows`. With nothing frozen the gradient is that of `nn.Linear`.
+
+    Raises:
+        InputError: The rows do not fit the weight.
+
+    Example:
+        >>> head = PartialLinear(4, 10, trainable_rows=[7, 2])
+        >>> head(torch.ones(3, 4)).sum().backward()
+        >>> head.weight.grad.coalesce().indices()
+        tensor([[2, 7]])
+        >>> head.bias.grad
+        tensor([0., 0., 3., 0., 0., 0., 0., 3., 0., 0.])
+    """
+
+    row_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    # That of an embedding to which the head is tied; it has none of its own.
+    padding_idx: int | None = None
+    sparse: bool = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sparse: bool = True,
+        trainable_rows: object = "all",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.sparse = sparse
+        self.set_trainable_rows(trainable_rows)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the parent's name
+        """Score features.
+
+        Args:
+            input: Features, shape (*, D).
+
+        Returns:
+            One score per row, shape (*, V).
+        """
+        weight = self._weight_in_use()
+        if weight is not None:
+            return F.linear(input, weight, self._masked_bias())
+        learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if not (learns and self.has_frozen_rows and torch.is_grad_enabled()):
+            return super().forward(input)
+        rows = self.row_set.order
+        # In two dimensions, where `linear` gives a tensor of its own and no view of one.
+        features = input.reshape(-1, input.shape[-1])
+        bias = None if self.bias is None else self.bias.detach()
+        scores: Tensor = _RowGradients.apply(  # type: ignore[no-untyped-call]  # torch's own
+            F.linear(features, self.weight.detach(), bias),
+            features,
+            rows,
+            # A lookup, since its backward pass makes the sparse gradient, compiled or not.
+            F.embedding(rows, self.weight, sparse=self.sparse),
+            None if self.bias is None else self.bias.index_select(0, rows),
+        )
+        return scores.view(*input.shape[:-1], scores.shape[1])
+
+    def _masked_bias(self) -> Tensor | None:
+        if self.bias is None or not self.has_frozen_rows:
+            return self.bias
+        return torch.where(self.row_set.mask, self.bias, self.bias.detach())
+
+    def _share_rows_with(self, other: PartialTable) -> None:
+        self.padding_idx = getattr(other, "padding_idx", None)
+        super()._share_rows_with(other)
+
+
+class _RowGradients(torch.autograd.Function):
+    """Leaves scores as they are, and gives rows of the weight and the bias their gradients.
+
+    The scores come from a detached weight, so that autograd itself sends their gradient on to the
+    features, at whatever precision autocast chose.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        features: Tensor,
+        rows: Tensor,
+        weight_rows: Tensor,
+        bias_rows: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(features, rows)
+        ctx.dtype = weight_rows.dtype
+        # Not returned as a view, which users could not change in place.
+        ctx.mark_dirty(scores)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        features, rows = ctx.saved_tensors
+        of_scores, _, _, of_weight, of_bias = ctx.needs_input_grad
+        part = grad.index_select(1, rows)
+        return (
+            grad if of_scores else None,
+            None,
+            None,
+            (part.t() @ features.to(part.dtype)).to(ctx.dtype) if of_weight else None,
+            part.sum(0).to(ctx.dtype) if of_bias else None,
+        )

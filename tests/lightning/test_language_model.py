@@ -1,0 +1,174 @@
+"""The language-model recipe: its data, its module, and the command that runs both."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytorch_lightning")
+pytest.importorskip("jsonargparse")
+transformers = pytest.importorskip("transformers")
+
+import torch  # noqa: E402  # after the packages that may be missing
+from pytorch_lightning import Trainer  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from partial_embedding import cli  # noqa: E402
+from partial_embedding.cli import main  # noqa: E402
+from partial_embedding.errors import InputError  # noqa: E402
+from partial_embedding.recipes import language_model  # noqa: E402
+from partial_embedding.recipes.language_model import NewTokens, TokenTexts  # noqa: E402
+from partial_embedding.recipes.small_language_model import small_language_model  # noqa: E402
+from partial_embedding.torch.row_files import load_rows  # noqa: E402
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "new_tokens.yaml"
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*dataloader.*does not have many workers",
+    "ignore:.*gradient_checkpointing.*",
+    "ignore:.*LeafSpec.*",
+    "ignore:.*deprecated.*",
+)
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train the small model for a few steps only."""
+
+    def small(texts: list[str]) -> tuple[Any, Any]:
+        return small_language_model(texts, steps=20)
+
+    monkeypatch.setattr(language_model, "small_language_model", small)
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def the(lines: list[str], start: str) -> str:
+    (line,) = [line for line in lines if line.startswith(start)]
+    return line
+
+
+def loss_with(line: str) -> float:
+    return float(line.split("with new tokens ")[1].split(",")[0])
+
+
+@pytest.mark.usefixtures("quickly")
+def test_the_config_runs_and_says_what_was_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "2"]
+    options += ["--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", str(CONFIG), *options]) == 0
+    lines = lines_of(capsys)
+    before, after = the(lines, "before: loss on"), the(lines, "after: loss on")
+    assert loss_with(after) < loss_with(before) - 0.02
+    for when in ("before", "after"):
+        apart = the(lines, f"{when}: logits of 32 texts without new tokens differ")
+        assert float(apart.split("by ")[1].split(" ")[0]) < 1e-4
+        assert len(re.findall(r" \d\.\d\d", the(lines, f"{when}: near 'mailbox': "))) == 3
+    assert "5 rows train" in the(lines, "model.model.embed_tokens: stage 0")
+    assert the(lines, "audit: ").endswith("changed a bit: 0")
+    # The rows alone make another copy of the small model the trained one.
+    rows = Path(the(lines, "rows: ").removeprefix("rows: "))
+    rows = rows if rows.is_absolute() else Path.cwd() / rows
+    data = TokenTexts(["python"])
+    data.setup("fit")
+    model, tokenizer = small_language_model(data.training, steps=20)
+    written = load_rows(model, rows, tokenizer)
+    assert tokenizer.convert_tokens_to_ids("mailbox") in written["model.embed_tokens.weight"]
+    saved = torch.load(rows.parent / "checkpoints" / "last.ckpt", weights_only=True)
+    table = saved["state_dict"]["model.model.embed_tokens.weight"]
+    assert torch.equal(model.get_input_embeddings().weight, table)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit(folder: str, epochs: int, *options: str) -> int:
+        root = [f"--trainer.default_root_dir={tmp_path / folder}", f"--trainer.max_epochs={epochs}"]
+        quiet = "--trainer.enable_progress_bar=false"
+        return main(["fit", "--config", str(CONFIG), *root, quiet, *options])
+
+    assert fit("whole", 2) == fit("parts", 1) == fit("parts", 2, "--ckpt_path=last") == 0
+    whole, parts = (
+        load_file(tmp_path / folder / "version_0" / "rows.safetensors")
+        for folder in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    for key, value in whole.items():
+        assert torch.equal(value, parts[key]), key
+    capsys.readouterr()
+    assert fit("parts", 3, "--ckpt_path=last", "--data.tokens=[keyword]") == 2
+    assert "a checkpoint belongs to the tokens" in capsys.readouterr().err
+
+
+def test_a_model_of_ones_own_and_files_of_texts_and_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["the cat sat on a mat", "a dog ran", "the quokka sat", "a quokka ran on the mat"] * 4
+    model, tokenizer = small_language_model(texts[:2], steps=1)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    numbered = [f"{text} {i}" for i, text in enumerate(texts)]
+    (tmp_path / "texts.txt").write_text("\n".join(numbered), encoding="utf-8")
+    (tmp_path / "tokens.txt").write_text("quokka\n", encoding="utf-8")
+    capsys.readouterr()
+    arguments = {
+        "recipe": "language_model",
+        "model.name": tmp_path / "model",
+        "data.path": tmp_path / "texts.txt",
+        "data.tokens": tmp_path / "tokens.txt",
+        "trainer.default_root_dir": tmp_path / "runs",
+        "trainer.max_epochs": 1,
+        "trainer.enable_progress_bar": "false",
+    }
+    assert main(["fit", *(f"--{key}={value}" for key, value in arguments.items())]) == 0
+    lines = lines_of(capsys)
+    assert "1 rows train" in the(lines, "model.model.embed_tokens: stage 0")
+    assert (tmp_path / "runs" / "version_0" / "rows.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "images"], "a recipe is 'text' or 'language_model'. Received: 'images'"),
+        (["--model.name", "no/such/model"], "a model is a name on the Hugging Face hub"),
+        (["--data.tokens", "missing.txt"], "missing.txt: the file cannot be read"),
+        (["--data.tokens", "['the']"], "not in the vocabulary. Received 'the'"),
+        (["--data.tokens", "['zyzzyva']"], "Received none with any of zyzzyva"),
+        (["--data.batch_size", "0"], "batch_size is at least 1. Received: 0"),
+        (["--data.validation_share", "1.5"], "validation_share lies in (0, 1). Received: 1.5"),
+    ],
+)
+@pytest.mark.usefixtures("quickly")
+def test_bad_input_is_one_line(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    root = ["--trainer.default_root_dir", str(tmp_path)]
+    assert main(["fit", "--config", str(CONFIG), *root, *options]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert message in line
+
+
+def test_module_and_data_belong_together() -> None:
+    with pytest.raises(InputError, match=r"takes its tokens from TokenTexts"):
+        Trainer(logger=False, enable_checkpointing=False, accelerator="cpu").fit(
+            NewTokens(), [torch.zeros(1)]
+        )
+
+
+def test_without_transformers_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert main(["fit", "--config", str(CONFIG)]) == 2
+    assert "Install partial-embedding[transformers]" in capsys.readouterr().err

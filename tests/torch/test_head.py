@@ -1,0 +1,352 @@
+"""Output heads of which only chosen rows train, alone and tied to an embedding."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_same_bits, same_bits
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from partial_embedding import InputError, Schedule
+from partial_embedding.schedule import Pace
+from partial_embedding.torch import PartialEmbedding, PartialLinear, detach_rowwise, rowwise
+from partial_embedding.torch.unfreezing import ScheduledTables
+
+V, D = 11, 6
+ROWS = [2, 5, 9]
+FROZEN = [row for row in range(V) if row not in ROWS]
+
+
+class Tied(nn.Module):
+    """A table and a head of one weight."""
+
+    def __init__(self, rows: object = ROWS, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = PartialEmbedding(V, D, trainable_rows=rows)
+        self.head = PartialLinear(D, V, bias=bias)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores: Tensor = self.head(torch.tanh(self.table(ids)))
+        return scores
+
+
+class TiedPlain(nn.Module):
+    """The same of plain modules."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.table = nn.Embedding(V, D)
+        self.head = nn.Linear(D, V, bias=bias)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores: Tensor = self.head(torch.tanh(self.table(ids)))
+        return scores
+
+
+def pair(bias: bool = True, sparse: bool = True) -> tuple[nn.Linear, PartialLinear]:
+    torch.manual_seed(1)
+    plain = nn.Linear(D, V, bias=bias)
+    head = PartialLinear(D, V, bias=bias, sparse=sparse, trainable_rows=ROWS)
+    head.load_state_dict(plain.state_dict())
+    return plain, head
+
+
+def features(*shape: int, seed: int = 2) -> Tensor:
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed))
+
+
+def moved_rows(before: Tensor, after: Tensor) -> list[int]:
+    return (before != after).view(len(before), -1).any(1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4), (0, 3)], ids=str)
+def test_scores_and_gradients_are_those_of_a_plain_head(
+    shape: tuple[int, ...], bias: bool, sparse: bool, autocast: bool
+) -> None:
+    plain, head = pair(bias, sparse)
+    seen, scores = [], []
+    for module in (plain, head):
+        x = features(*shape).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            scores.append(module(x))
+        scores[-1].backward(torch.ones_like(scores[-1]) * torch.arange(V))
+        seen.append(x.grad)
+    assert_same_bits(scores[1], scores[0], "scores")
+    assert_same_bits(seen[1], seen[0], "the gradient of the features")
+    rounding = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-5, "atol": 1e-6}
+    for name, parameter in head.named_parameters():
+        expected = plain.get_parameter(name).grad
+        grad = parameter.grad.to_dense()
+        assert grad.dtype == expected.dtype
+        torch.testing.assert_close(grad[ROWS], expected[ROWS], **rounding)
+        assert not grad[FROZEN].any(), name
+    assert (head.weight.grad.layout == torch.sparse_coo) == sparse
+
+
+def test_a_tied_weight_gets_one_sparse_gradient_from_both() -> None:
+    tied, plain = Tied(), TiedPlain()
+    plain.load_state_dict(tied.state_dict())
+    ids = torch.tensor([[1, 2, 2], [5, 0, 10]])
+    for model in (tied, plain):
+        F.cross_entropy(model(ids).flatten(0, 1), torch.tensor([2, 3, 9, 9, 5, 0])).backward()
+    grad = tied.table.weight.grad
+    assert grad.layout == torch.sparse_coo
+    assert set(grad._indices()[0].tolist()) == set(ROWS)
+    torch.testing.assert_close(grad.to_dense()[ROWS], plain.table.weight.grad[ROWS])
+
+
+def test_no_tensor_of_the_size_of_the_weight_is_made() -> None:
+    rows, width = 4096, 64
+    head = PartialLinear(width, rows, bias=False, trainable_rows=[1, 2, 3])
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.layout == torch.strided and not out._is_view():
+                storage = out.untyped_storage()
+                if storage.data_ptr() != head.weight.untyped_storage().data_ptr():
+                    largest = max(largest, out.numel())
+            return out
+
+    with Largest():
+        head(torch.randn(5, width)).sum().backward()
+    assert 0 < largest <= 5 * rows < rows * width
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor", "Adagrad", "LBFGS"])
+def test_only_trainable_rows_of_head_and_bias_move(optimizer: str, bias: bool) -> None:
+    options = {"SGD": {"momentum": 0.9}, "Adagrad": {}, "LBFGS": {}}.get(optimizer, {})
+    if optimizer in ("AdamW", "SGD", "Adafactor"):
+        options = {**options, "weight_decay": 0.3}
+    _, head = pair(bias)
+    before = copy.deepcopy(head.state_dict())
+    made = getattr(torch.optim, optimizer)(head.parameters(), lr=0.1, **options)
+    rowwise(made, head)
+
+    def closure() -> Tensor:
+        made.zero_grad()
+        loss = head(features(7)).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        made.step(closure)
+    for name, value in head.state_dict().items():
+        assert moved_rows(before[name], value) == ROWS, name
+        assert_same_bits(value[FROZEN], before[name][FROZEN], name)
+
+
+def test_a_bias_moves_as_a_vector_of_its_own() -> None:
+    # Of the K entries: Adafactor would treat a matrix K×1 otherwise.
+    for kind in (torch.optim.AdamW, torch.optim.Adafactor):
+        _, head = pair()
+        alone = nn.Parameter(head.bias.detach()[ROWS].clone())
+        optimizers = [
+            rowwise(kind(head.parameters(), lr=0.1, weight_decay=0.1), head),
+            kind([alone], lr=0.1, weight_decay=0.1),
+        ]
+        for step in range(4):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            head(features(7, seed=step)).square().sum().backward()
+            alone.grad = head.bias.grad[ROWS].clone()
+            for optimizer in optimizers:
+                optimizer.step()
+            assert_same_bits(head.bias[ROWS], alone, f"{kind.__name__}, step {step}")
+
+
+def test_rows_of_a_bias_that_join_late_begin_afresh_and_a_run_goes_on_from_its_state() -> None:
+    def run(stop: int | None) -> nn.Linear:
+        _, head = pair()
+        optimizer = rowwise(torch.optim.AdamW(head.parameters(), lr=0.1), head)
+        for step in range(6):
+            if step == 2:
+                head.unfreeze_rows([0])
+            if step == stop:
+                saved = io.BytesIO()
+                torch.save((head.state_dict(), optimizer.state_dict()), saved)
+                saved.seek(0)
+                weights, state = torch.load(saved, weights_only=True)
+                _, head = pair()
+                head.load_state_dict(weights)
+                head.unfreeze_rows([0])
+                optimizer = rowwise(torch.optim.AdamW(head.parameters(), lr=0.1), head)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            head(features(7, seed=step)).square().sum().backward()
+            optimizer.step()
+        return head
+
+    whole = run(None)
+    for stop in (3, 5):
+        assert_same_bits(run(stop).bias, whole.bias, "the bias")
+        assert_same_bits(run(stop).weight, whole.weight, "the weight")
+
+
+def test_rows_of_a_pace_take_their_bias_along() -> None:
+    moved = []
+    for pace in (None, Pace(lr=0.5)):
+        _, head = pair()
+        before = copy.deepcopy(head.state_dict())
+        head.set_trainable_rows("none")
+        head.set_trainable_rows(ROWS, pace=pace)
+        optimizer = rowwise(torch.optim.SGD(head.parameters(), lr=0.1), head)
+        head(features(7)).square().sum().backward()
+        optimizer.step()
+        moved.append([value - before[name] for name, value in head.state_dict().items()])
+    for whole, half in zip(*moved, strict=True):
+        assert whole.any()
+        torch.testing.assert_close(half, whole / 2)
+
+
+def test_a_pace_is_refused_through_whichever_module_has_the_weight() -> None:
+    tied = Tied()
+    optimizer = rowwise(torch.optim.LBFGS(tied.parameters()), tied)
+    for module in (tied.table, tied.head):
+        with pytest.raises(InputError, match="LBFGS"):
+            module.unfreeze_rows([0], pace=Pace(lr=0.5))
+    detach_rowwise(optimizer)
+    tied.head.unfreeze_rows([0], pace=Pace(lr=0.5))
+
+
+def test_head_and_table_that_are_tied_have_the_same_rows() -> None:
+    tied = Tied()
+    assert tied.head.trainable_rows.tolist() == ROWS
+    tied.head.unfreeze_rows([0])
+    assert tied.table.trainable_rows.tolist() == [0, *ROWS]
+    copied = copy.deepcopy(tied)
+    copied.table.set_trainable_rows([1])
+    assert copied.head.trainable_rows.tolist() == [1]
+    assert tied.head.trainable_rows.tolist() == [0, *ROWS]
+    with pytest.raises(InputError, match=r"tied train the same rows.*\(0, 2, 5, 9\).*\(3\)"):
+        PartialLinear(D, V, trainable_rows=[3]).weight = tied.table.weight
+
+
+def test_a_tied_head_does_not_train_the_padding_row() -> None:
+    table = PartialEmbedding(V, D, padding_idx=0, trainable_rows=[0, 3])
+    head = PartialLinear(D, V)
+    head.weight = table.weight
+    head.unfreeze_rows([0, 4])
+    assert head.trainable_rows.tolist() == table.trainable_rows.tolist() == [3, 4]
+
+
+def test_with_nothing_frozen_it_is_a_plain_head() -> None:
+    plain, _ = pair()
+    head = PartialLinear(D, V)
+    head.load_state_dict(plain.state_dict())
+    for module in (plain, head):
+        module(features(3)).square().sum().backward()
+    for name, parameter in head.named_parameters():
+        assert_same_bits(parameter.grad, plain.get_parameter(name).grad, name)
+
+
+def test_keys_copies_and_files_are_those_of_a_plain_head() -> None:
+    plain, head = pair()
+    assert list(head.state_dict()) == list(plain.state_dict())
+    file = io.BytesIO()
+    torch.save(head, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(head), torch.load(file, weights_only=False)):
+        assert copied.trainable_rows.tolist() == ROWS
+        copied(features(3)).sum().backward()
+        assert set(copied.weight.grad._indices()[0].tolist()) == set(ROWS)
+    assert "trainable_rows=3" in repr(head)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    grads = []
+    for use in (False, True):
+        _, head = pair()
+        x = features(3, 4).requires_grad_()
+        scores = checkpoint(head, x, use_reentrant=reentrant) if use else head(x)
+        scores.square().sum().backward()
+        grads.append((x.grad, head.weight.grad.to_dense(), head.bias.grad))
+    for plain, checkpointed in zip(*grads, strict=True):
+        assert_same_bits(checkpointed, plain, "a gradient")
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_a_compiled_head_has_no_graph_break_and_follows_its_rows(sparse: bool) -> None:
+    torch._dynamo.reset()
+    _, head = pair(sparse=sparse)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    for rows in (ROWS, [1, 4]):
+        head.set_trainable_rows(rows)
+        head.zero_grad()
+        assert_same_bits(compiled(features(3, 4)), head(features(3, 4)), "scores")
+        compiled(features(3, 4)).square().sum().backward()
+        assert moved_rows(torch.zeros(V, D), head.weight.grad.to_dense()) == rows
+        assert head.bias.grad.nonzero().flatten().tolist() == rows
+
+
+def test_scores_can_be_changed_in_place_as_those_of_a_plain_head() -> None:
+    plain, head = pair()
+    for module in (plain, head):
+        module(features(2, 3)).div_(2).square().sum().backward()
+    torch.testing.assert_close(head.bias.grad[ROWS], plain.bias.grad[ROWS])
+
+
+def test_functional_calls_give_frozen_rows_no_gradient() -> None:
+    _, head = pair()
+    parameters = {name: p.detach().clone() for name, p in head.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(head, parameters, (features(3),)).square().sum()
+
+    for name, grad in torch.func.grad(loss)(parameters).items():
+        assert moved_rows(torch.zeros_like(grad), grad) == ROWS, name
+
+
+def test_second_derivatives_are_those_of_a_plain_head() -> None:
+    seen = []
+    for module in pair(sparse=False):
+        x = features(3).requires_grad_()
+        (grad,) = torch.autograd.grad(module(x).pow(3).sum(), module.weight, create_graph=True)
+        grad[ROWS].square().sum().backward()
+        seen.append(x.grad)
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+def test_a_frozen_head_learns_nothing() -> None:
+    _, head = pair()
+    head.requires_grad_(False)
+    x = features(3).requires_grad_()
+    head(x).sum().backward()
+    assert x.grad is not None
+    assert head.weight.grad is None
+    head.requires_grad_(True).set_trainable_rows("none")
+    before = head.weight.detach().clone()
+    optimizer = rowwise(torch.optim.AdamW(head.parameters(), weight_decay=0.5), head)
+    head(x).sum().backward()
+    optimizer.step()
+    assert same_bits(head.weight, before)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_a_sparse_head_that_is_not_tied_is_refused_among_several_processes(sparse: bool) -> None:
+    model = nn.ModuleDict({"head": pair(sparse=sparse)[1], "tied": Tied()})
+    schedule = Schedule([{"epoch": 0, "rows": [1]}])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tables = ScheduledTables(model, {None: schedule})
+        if not sparse:
+            tables.check_backend()
+            return
+        with pytest.raises(InputError, match=r"the sparse head 'head', which is tied to none"):
+            tables.check_backend()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,204 @@
+"""Files of trained rows alone, and adapters that PEFT reads and writes."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+import torch  # noqa: E402  # after the packages that may be missing
+from oracle import assert_same_bits  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tiny_language_models import (  # noqa: E402
+    NEW,
+    NEW_ROWS,
+    NEW_TEXT,
+    D,
+    V,
+    inputs,
+    language_model,
+    tokenizer,
+)
+from torch import nn  # noqa: E402
+
+from partial_embedding.errors import InputError  # noqa: E402
+from partial_embedding.torch import add_tokens, replace_embedding  # noqa: E402
+from partial_embedding.torch.row_files import (  # noqa: E402
+    export_peft,
+    import_peft,
+    load_rows,
+    save_rows,
+)
+
+WITH_HEADS = pytest.mark.parametrize(
+    ("family", "tied"),
+    [("BERT", True), ("GPT-2", True), ("Llama", False), ("T5", True), ("Gemma 3", False)],
+)
+
+
+def learned(family: str = "GPT-2", tied: bool = True) -> tuple[Any, Any]:
+    """A model whose new rows, and entries of the bias, are no longer what they began from."""
+    model, words = language_model(family, tied), tokenizer()
+    add_tokens(model, words, NEW)
+    with torch.no_grad():
+        for parameter in {*model.get_input_embeddings().parameters()} | {
+            *model.get_output_embeddings().parameters()
+        }:
+            parameter[NEW_ROWS] += torch.randn_like(parameter[NEW_ROWS])
+    return model, words
+
+
+@WITH_HEADS
+def test_a_model_and_its_rows_are_the_whole_model(family: str, tied: bool, tmp_path: Path) -> None:
+    model, words = learned(family, tied)
+    file = tmp_path / "rows.safetensors"
+    save_rows(model, file, words)
+    rows_alone = 4 * D * len(NEW) * (1 if tied else 2)
+    assert rows_alone < file.stat().st_size < rows_alone + 2500
+    plain, old_words = language_model(family, tied), tokenizer()
+    written = load_rows(plain, file, old_words)
+    assert set(map(tuple, written.values())) == {tuple(NEW_ROWS)}
+    assert old_words.convert_tokens_to_ids(NEW) == NEW_ROWS
+    with torch.no_grad():
+        expected = model(**inputs(words, NEW_TEXT)).logits
+        assert_same_bits(plain(**inputs(old_words, NEW_TEXT)).logits, expected, "logits")
+    # And once more, onto a model that has the tokens.
+    load_rows(plain, file, old_words)
+    assert len(old_words) == V + 2
+
+
+def test_rows_need_no_tokenizer_where_the_sizes_say_enough(tmp_path: Path) -> None:
+    model, other = nn.Embedding(9, 3), nn.Embedding(9, 3)
+    replace_embedding(model, trainable_rows=[2, 4])
+    save_rows(model, tmp_path / "rows.safetensors")
+    before = other.weight.detach().clone()
+    assert load_rows(other, tmp_path / "rows.safetensors") == {"weight": [2, 4]}
+    assert_same_bits(other.weight[[2, 4]], model.weight[[2, 4]], "the rows")
+    assert_same_bits(other.weight[[0, 1, 3]], before[[0, 1, 3]], "the others")
+
+
+def other_words() -> Any:
+    words = tokenizer()
+    words.add_tokens(["wombat"])
+    return words
+
+
+def same_size_but_other_words(folder: Path) -> tuple[Any, Any]:
+    words = tokenizer()
+    state = json.loads(words.backend_tokenizer.to_str())
+    state["model"]["vocab"] = {
+        token.replace("cat", "cow"): row for token, row in state["model"]["vocab"].items()
+    }
+    from tokenizers import Tokenizer
+
+    changed = Tokenizer.from_str(json.dumps(state))
+    return language_model("GPT-2"), transformers.PreTrainedTokenizerFast(
+        tokenizer_object=changed, unk_token="[UNK]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda f: (language_model("GPT-2"), other_words()), r"'quokkas' has row 17 and not 16"),
+        (same_size_but_other_words, r"a tokenizer with other tokens"),
+        (lambda f: (language_model("GPT-2"), None), r"had 18 rows.*\(16, 17\).*a model with 16"),
+        (lambda f: (language_model("Llama"), tokenizer()), r"LlamaFor.* without 'transformer.wte"),
+    ],
+    ids=["other_row", "other_tokens", "no_tokenizer", "other_model"],
+)
+def test_rows_of_another_vocabulary_are_refused(
+    other: Callable[[Path], tuple[Any, Any]], message: str, tmp_path: Path
+) -> None:
+    model, words = learned()
+    save_rows(model, tmp_path / "rows.safetensors", words)
+    target, its_words = other(tmp_path)
+    before, known = copy.deepcopy(target.state_dict()), its_words and len(its_words)
+    with pytest.raises(InputError, match=message):
+        load_rows(target, tmp_path / "rows.safetensors", its_words)
+    assert (its_words and len(its_words)) == known
+    for name, value in target.state_dict().items():
+        assert_same_bits(value, before[name], name)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    model, words = learned()
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    save_rows(model, tmp_path / "bare.safetensors")
+    for name, message in {
+        "other": "save_rows wrote",
+        "text": "a safetensors file is meant",
+        "bare": "a file without tokens",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            load_rows(model, tmp_path / f"{name}.safetensors", words)
+    with pytest.raises(InputError, match="all rows train, or none"):
+        save_rows(nn.Embedding(3, 3), tmp_path / "rows.safetensors")
+    with pytest.raises(InputError, match=r"row 17 and a tokenizer of 16"):
+        save_rows(model, tmp_path / "rows.safetensors", tokenizer())
+    assert not (tmp_path / "rows.safetensors").exists()
+
+
+# PEFT
+
+
+@pytest.mark.parametrize(("family", "tied"), [("GPT-2", True), ("Llama", True), ("Llama", False)])
+def test_peft_reads_what_was_exported(family: str, tied: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, words = learned(family, tied)
+    export_peft(model, tmp_path)
+    plain = language_model(family, tied)
+    plain.resize_token_embeddings(V + 2, mean_resizing=False)
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    with torch.no_grad():
+        expected = model(**inputs(words, NEW_TEXT)).logits
+        torch.testing.assert_close(adapted(**inputs(words, NEW_TEXT)).logits, expected)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["trainable_tokens", "lora"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_what_peft_saved_is_imported(tied: bool, lora: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    rows = [3, 5]
+    config = peft.TrainableTokensConfig(
+        token_indices=rows, target_modules=["embed_tokens", *([] if tied else ["lm_head"])]
+    )
+    if lora:
+        of_each = {"embed_tokens": rows, **({} if tied else {"lm_head": [4]})}
+        config = peft.LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=of_each)
+    model = language_model("Llama", tied)
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(1)
+        expected = adapted(**inputs(tokenizer(), NEW_TEXT)).logits
+    adapted.save_pretrained(tmp_path)
+    plain = language_model("Llama", tied)
+    written = import_peft(plain, tmp_path)
+    assert written["model.embed_tokens.weight"] == rows
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs(tokenizer(), NEW_TEXT)).logits, expected)
+
+
+def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    with pytest.raises(InputError, match=r"no bias\. Received 'cls.predictions"):
+        export_peft(learned("BERT")[0], tmp_path)
+    model, _ = learned("Llama", tied=False)
+    model.lm_head.set_trainable_rows([1])
+    with pytest.raises(InputError, match=r"same rows of each table"):
+        export_peft(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    adapted = peft.get_peft_model(
+        language_model("Llama"), peft.LoraConfig(target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"a LORA adapter without"):
+        import_peft(language_model("Llama"), tmp_path)

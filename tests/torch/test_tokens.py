@@ -1,0 +1,387 @@
+"""New tokens in language models of `transformers`: their rows learn, and nothing else of them."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+import torch  # noqa: E402  # after the packages that may be missing
+from oracle import assert_same_bits, bits, same_bits  # noqa: E402
+from tiny_language_models import (  # noqa: E402
+    FAMILIES,
+    NEW,
+    NEW_ROWS,
+    NEW_TEXT,
+    OLD_TEXT,
+    VOCABULARY,
+    D,
+    V,
+    inputs,
+    language_model,
+    tokenizer,
+)
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+
+from partial_embedding.errors import InputError  # noqa: E402
+from partial_embedding.torch import (  # noqa: E402
+    PartialEmbedding,
+    PartialLinear,
+    add_tokens,
+    detach_rowwise,
+    restore_embedding,
+    rowwise,
+)
+from partial_embedding.torch.table import PartialTable, tables_in  # noqa: E402
+
+STEPS = 20
+# A rate per step at which decay alone would move everything far.
+ADAMW = {"lr": 0.05, "weight_decay": 0.1}
+
+MODELS = pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}")
+        for family in FAMILIES
+        for tied in (True, False)
+    ],
+)
+
+
+def changed(before: Tensor, after: Tensor) -> list[int]:
+    differs = bits(before).view(len(before), -1) != bits(after).view(len(after), -1)
+    return differs.any(1).nonzero().flatten().tolist()
+
+
+def only_tables_learn(model: nn.Module) -> None:
+    of_tables = {
+        id(p) for m in model.modules() if isinstance(m, PartialTable) for p in m.parameters()
+    }
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in of_tables)
+
+
+# Three ways to train
+
+
+def plain_loop(model: Any, words: Any, folder: Path) -> None:
+    optimizer = rowwise(torch.optim.AdamW(model.parameters(), **ADAMW), model)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(**inputs(words, NEW_TEXT)).loss.backward()
+        optimizer.step()
+    detach_rowwise(optimizer)
+
+
+def hf_trainer(model: Any, words: Any, folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    batch = {name: value[0] for name, value in inputs(words, NEW_TEXT).items()}
+    arguments = transformers.TrainingArguments(
+        str(folder / "trainer"),
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    optimizer = rowwise(torch.optim.AdamW(model.parameters(), **ADAMW), model)
+    transformers.Trainer(
+        model, arguments, train_dataset=[batch] * STEPS, optimizers=(optimizer, None)
+    ).train()
+
+
+def lightning(model: Any, words: Any, folder: Path) -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+    from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
+
+    class Module(pl.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            loss: Tensor = self.model(**batch).loss
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), **ADAMW)
+
+    schedule = {"stages": [{"epoch": 0, "rows": NEW_ROWS}]}
+    pl.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        callbacks=[RowUnfreezing(schedule, audit=True), RowMonitor(picture=None)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Module(), DataLoader([inputs(words, NEW_TEXT)] * STEPS, batch_size=None))
+
+
+LOOPS: dict[str, tuple[Callable[[Any, Any, Path], None], bool]] = {
+    "plain_loop": (plain_loop, True),
+    "trainer": (hf_trainer, False),
+    "lightning": (lightning, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*train_dataloader.*", "ignore:.*eval mode.*")
+@pytest.mark.parametrize("loop", LOOPS)
+@MODELS
+def test_only_the_new_rows_learn(family: str, tied: bool, loop: str, tmp_path: Path) -> None:
+    model, words = language_model(family, tied), tokenizer()
+    train, sparse = LOOPS[loop]
+    assert add_tokens(model, words, NEW, sparse=sparse) == NEW_ROWS
+    only_tables_learn(model)
+    before = copy.deepcopy(model.state_dict())
+    logits = model(**inputs(words, OLD_TEXT)).logits
+    loss = model(**inputs(words, NEW_TEXT)).loss
+    train(model, words, tmp_path)
+    model.eval()
+    tables = {id(p) for _, table in _tables(model) for p in table.parameters()}
+    for name, parameter in model.named_parameters():
+        moved = changed(before[name], parameter)
+        assert moved == (NEW_ROWS if id(parameter) in tables else []), name
+    assert model(**inputs(words, NEW_TEXT)).loss < loss
+    after = model(**inputs(words, OLD_TEXT)).logits
+    assert_same_bits(after[..., :V], logits[..., :V], "logits of the old tokens")
+    assert not same_bits(after[..., V:], logits[..., V:])
+
+    restore_embedding(model)
+    model.save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    loaded = FAMILIES[family][1].from_pretrained(tmp_path / "model").eval()
+    assert not list(tables_in(loaded))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert again.convert_tokens_to_ids(NEW) == NEW_ROWS
+    with torch.no_grad():  # attention is another kernel where something learns
+        expected = model(**inputs(words, NEW_TEXT)).logits
+        assert_same_bits(loaded(**inputs(again, NEW_TEXT)).logits, expected, "logits")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_callback_follows_a_schedule_in_the_trainers_own_optimizer(
+    tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of which the bias of the head is in a group of its own, without decay.
+    pytest.importorskip("accelerate")
+    from partial_embedding.callbacks.transformers import RowUnfreezing
+
+    model, words = language_model("BERT", tied), tokenizer()
+    add_tokens(model, words, NEW, sparse=False)
+    head = model.get_output_embeddings()
+    before = copy.deepcopy(head.state_dict())
+    batch = {name: value[0] for name, value in inputs(words, NEW_TEXT).items()}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=2,
+        per_device_train_batch_size=1,
+        learning_rate=0.05,
+        weight_decay=0.1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    stages = [{"epoch": 0, "rows": NEW_ROWS}, {"epoch": 1, "rows": [3, *NEW_ROWS]}]
+    transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=[batch] * 4,
+        callbacks=[RowUnfreezing({"stages": stages}, audit=True)],
+    ).train()
+    for name, value in head.state_dict().items():
+        assert changed(before[name], value) == [3, *NEW_ROWS], name
+    tables = 1 if tied else 2
+    assert capsys.readouterr().out.count("stage 1 from epoch 1: 3 rows train") == tables
+
+
+def _tables(model: nn.Module) -> list[tuple[str, PartialTable]]:
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, PartialTable)]
+
+
+@MODELS
+def test_a_model_that_is_partly_trainable_is_saved_as_a_plain_one(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    model, words = language_model(family, tied), tokenizer()
+    add_tokens(model, words, NEW)
+    plain_loop(model, words, tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = FAMILIES[family][1].from_pretrained(tmp_path).eval()
+    expected = model(**inputs(words, NEW_TEXT)).logits
+    assert_same_bits(loaded(**inputs(words, NEW_TEXT)).logits, expected, "logits")
+
+
+@MODELS
+def test_input_and_head_are_partly_trainable_and_ties_stay(family: str, tied: bool) -> None:
+    model, words = language_model(family, tied), tokenizer()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight, was_tied = table.weight, table.weight is head.weight
+    kind = type(table)
+    add_tokens(model, words, NEW)
+    assert model.get_input_embeddings() is table
+    assert model.get_output_embeddings() is head
+    assert isinstance(table, PartialEmbedding)
+    assert isinstance(table, kind)
+    assert isinstance(head, PartialLinear)
+    assert table.weight is weight
+    assert (head.weight is weight) == was_tied
+    assert len(table.weight) == len(head.weight) == table.num_embeddings == V + 2
+    assert table.trainable_rows.tolist() == head.trainable_rows.tolist() == NEW_ROWS
+    assert words.convert_tokens_to_ids(NEW) == NEW_ROWS
+    assert words.tokenize(NEW_TEXT)[1] == "numbat"
+    # Every weight with a row for each token is a table, T5's other two embeddings too.
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.Linear) and len(module.weight) == V + 2:
+            assert isinstance(module, PartialTable), name
+
+
+# What new rows begin from
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "BERT"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_new_row_begins_as_the_mean_of_its_pieces(family: str, tied: bool) -> None:
+    model, words = language_model(family, tied), tokenizer()
+    before = copy.deepcopy(model.state_dict())
+    add_tokens(model, words, NEW)
+    pieces = [VOCABULARY[piece] for piece in ("quo", "##kka", "##s")]
+    head = model.get_output_embeddings()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in (id(model.get_input_embeddings().weight), *map(id, head.parameters())):
+            torch.testing.assert_close(parameter[V], before[name][pieces].mean(0))
+            # Its first piece is known and the rest is not: the tokenizer gives one unknown token.
+            torch.testing.assert_close(parameter[V + 1], before[name].mean(0))
+            assert_same_bits(parameter[:V], before[name], name)
+
+
+def test_a_new_row_can_begin_around_the_mean() -> None:
+    model, words = language_model("GPT-2"), tokenizer()
+    before = model.get_input_embeddings().weight.detach().clone()
+    with torch.random.fork_rng():
+        add_tokens(model, words, [f"new{i}" for i in range(400)], init="mean")
+    drawn = model.get_input_embeddings().weight.detach()[V:]
+    expected = 1e-5 * torch.cov(before.T)
+    assert (drawn - before.mean(0)).abs().max() < 0.02
+    assert (torch.cov(drawn.T) - expected).norm() < 0.4 * expected.norm()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_new_rows_can_be_given(tied: bool) -> None:
+    model, words = language_model("Llama", tied), tokenizer()
+    vectors = torch.randn(2, D)
+    head = model.get_output_embeddings().weight.detach().clone()
+    add_tokens(model, words, NEW, init=vectors)
+    assert_same_bits(model.get_input_embeddings().weight[V:], vectors, "the vectors")
+    if not tied:
+        pieces = [VOCABULARY[piece] for piece in ("quo", "##kka", "##s")]
+        torch.testing.assert_close(model.get_output_embeddings().weight[V], head[pieces].mean(0))
+
+
+def test_a_table_that_has_room_keeps_its_size() -> None:
+    model, words = language_model("GPT-2"), tokenizer()
+    model.resize_token_embeddings(V + 8, mean_resizing=False)
+    assert add_tokens(model, words, NEW) == NEW_ROWS
+    assert len(model.get_input_embeddings().weight) == V + 8 == model.config.vocab_size
+    assert model.lm_head.trainable_rows.tolist() == NEW_ROWS
+
+
+def test_more_tokens_can_be_added_later() -> None:
+    model, words = language_model("GPT-2"), tokenizer()
+    add_tokens(model, words, NEW)
+    first = model.lm_head.weight[NEW_ROWS].detach().clone()
+    assert add_tokens(model, words, ["wombat"]) == [V + 2]
+    assert model.lm_head.trainable_rows.tolist() == [V + 2]
+    assert_same_bits(model.lm_head.weight[NEW_ROWS], first, "the tokens added before")
+
+
+# Next to PEFT, in Accelerate
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Llama"])
+def test_lora_on_other_layers_learns_in_the_same_optimizer(family: str) -> None:
+    peft = pytest.importorskip("peft")
+    model, words = language_model(family), tokenizer()
+    targets = ["c_attn"] if family == "GPT-2" else ["q_proj", "v_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2))
+    add_tokens(adapted, words, NEW)
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+    optimizer = rowwise(torch.optim.AdamW(adapted.parameters(), **ADAMW), adapted)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted(**inputs(words, NEW_TEXT)).loss.backward()
+        optimizer.step()
+    for name, parameter in adapted.named_parameters():
+        moved = changed(before[name], parameter)
+        if parameter is model.get_input_embeddings().weight:
+            assert moved == NEW_ROWS
+        else:
+            assert bool(moved) == ("lora" in name), name
+
+
+def test_accelerate_trains_the_new_rows_alone() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, words = language_model("Llama"), tokenizer()
+    add_tokens(model, words, NEW)
+    before = model.lm_head.weight.detach().clone()
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = rowwise(torch.optim.AdamW(model.parameters(), **ADAMW), model)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        accelerator.backward(prepared(**inputs(words, NEW_TEXT)).loss)
+        optimizer.step()
+    assert changed(before, model.lm_head.weight) == NEW_ROWS
+
+
+# What is refused leaves model and tokenizer as they were
+
+
+def without_a_table() -> Any:
+    return nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "tokens", "init", "message"),
+    [
+        (None, ["cat", "quokkas", "dog"], "pieces", r"not in the vocabulary\. Received 'cat', 'do"),
+        (None, ["quokkas", "quokkas"], "pieces", r"Received 'quokkas' twice"),
+        (None, "quokkas", "pieces", r"list of words\. Received: 'quokkas'"),
+        (None, [], "pieces", r"list of words\. Received: \[\]"),
+        (None, ["quokkas", " "], "pieces", r"a token is a word\. Received: ' '"),
+        (None, [3], "pieces", r"a token is a word\. Received: 3"),
+        (None, NEW, "piece", r"init is 'pieces', 'mean' or vectors.*'piece'"),
+        (None, NEW, torch.zeros(2, 3), r"\(2, 8\)\. Received: \(2, 3\)"),
+        (without_a_table, NEW, "pieces", r"model of transformers\. Received a Linear"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_changes(
+    make: Callable[[], Any] | None, tokens: Any, init: Any, message: str
+) -> None:
+    model, words = make() if make else language_model("GPT-2"), tokenizer()
+    kinds = [type(module) for module in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        add_tokens(model, words, tokens, init)
+    assert [type(module) for module in model.modules()] == kinds
+    assert len(words) == V
+    for name, value in model.state_dict().items():
+        assert_same_bits(value, before[name], name)
+
+
+def test_an_embedding_that_peft_adapts_does_not_grow() -> None:
+    peft = pytest.importorskip("peft")
+    model, words = language_model("Llama", tied=False), tokenizer()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["embed_tokens"], r=2))
+    with pytest.raises(InputError, match=r"grow to 18 rows.*which does not grow"):
+        add_tokens(adapted, words, NEW)
+    assert len(words) == V
