@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
-from partial_embedding.drift import GroupTrack, RowTrack
+from partial_embedding.drift import CohortTrack, RowTrack
 from partial_embedding.pictures import row_picture
 from partial_embedding.torch import PartialEmbedding
+from partial_embedding.watch import TableWatch
 
 V, D, BATCHES = 40, 4, 5
 SCHEDULE = {"stages": [{"epoch": 0, "rows": [1, 2, 3]}, {"epoch": 2, "rows": "all"}]}
@@ -64,9 +65,9 @@ def test_it_measures_rows_tokens_and_drift(tmp_path: Path) -> None:
     assert track.awake == [(0.0, 3), (2.0, V - 1)]
     assert [share for place, share in track.token_share if place <= 2] == [0.5] * 10
     assert [share for place, share in track.token_share if place > 2] == [1.0] * 10
-    assert [(group.woke, group.size) for group in track.groups.values()] == [(0, 3), (2, V - 4)]
+    assert [(cohort.woke, cohort.size) for cohort in track.cohorts.values()] == [(0, 3), (2, V - 4)]
     # SGD moves a row by lr in each of D columns, each time that it occurs; row 3 never does.
-    first = track.groups[0]
+    first = track.cohorts[0]
     place, low, middle, high = first.drift[-1]
     assert place == 4.0
     distance = 0.125 * D**0.5 * 4 * BATCHES
@@ -88,23 +89,24 @@ def test_nothing_is_measured_between_measurements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = []
-    measure = RowMonitor._measure
+    measure = TableWatch.measure
 
-    def noted(self: RowMonitor, watched: Any) -> dict[str, float]:
-        measured.append(watched)
-        return measure(self, watched)
+    def noted(self: TableWatch, *given: Any) -> dict[str, float]:
+        measured.append(self)
+        return measure(self, *given)
 
-    monkeypatch.setattr(RowMonitor, "_measure", noted)
+    monkeypatch.setattr(TableWatch, "measure", noted)
     model = fit(tmp_path, RowMonitor(every_n_steps=3))
-    assert len(measured) == 4 * 3  # the batches 0, 3 and 4 of each epoch
+    assert len(measured) == 4 * 2  # the batches 2 and 4 of each epoch
     assert not any(table._forward_pre_hooks for table in model.tables)
 
 
 def test_the_sample_bounds_what_is_kept(tmp_path: Path) -> None:
     monitor = RowMonitor(sample=2)
     fit(tmp_path, monitor)
-    (state,) = monitor.state_dict().values()
-    assert [tuple(start.shape) for _, start in state["starts"].values()] == [(2, D), (2, D)]
+    (state,) = monitor.state_dict()["tables"].values()
+    assert [tuple(start.shape) for _, start, _ in state["cohorts"].values()] == [(2, D), (2, D)]
+    assert tuple(state["pool"][1].shape) == (8, D)
 
 
 def test_it_changes_neither_training_nor_random_numbers(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_it_goes_on_where_a_checkpoint_stood(tmp_path: Path) -> None:
     trainer = Trainer(max_epochs=4, callbacks=[RowUnfreezing(SCHEDULE), rest], **options)
     trainer.fit(Model(), ids(), ckpt_path=tmp_path / "half.ckpt")
     assert [t.awake for t in rest.tracks.values()] == [t.awake for t in whole.tracks.values()]
-    assert [t.groups for t in rest.tracks.values()] != [t.groups for t in half.tracks.values()]
+    assert [t.cohorts for t in rest.tracks.values()] != [t.cohorts for t in half.tracks.values()]
     for one, other in zip(rest.tracks.values(), half.tracks.values(), strict=True):
         assert one.token_share[: len(other.token_share)] == other.token_share
 
@@ -155,12 +157,12 @@ def test_it_draws_one_picture_per_table(
     [
         RowTrack(10, 1.0),
         RowTrack(10, 1.0, awake=[(0, 0)], end=1.0),
-        RowTrack(10, 0.0, "step", [(0, 10)], [], {0: GroupTrack(0, 10, [(0, 0, 0, 0)])}, 7.0),
+        RowTrack(10, 0.0, "step", [(0, 10)], [], {0: CohortTrack(0, 10, [(0, 0, 0, 0)])}, 7.0),
         RowTrack(
             10**6,
             1.0,
             awake=[(i, 10 * i) for i in range(16)],
-            groups={i: GroupTrack(i, 10, [(i, 0, 0, 0), (16, 1, 2, 3)]) for i in range(16)},
+            cohorts={i: CohortTrack(i, 10, [(i, 0, 0, 0), (16, 1, 2, 3)]) for i in range(16)},
             end=16.0,
         ),
     ],
@@ -172,10 +174,10 @@ def test_a_picture_is_drawn_of_any_track(track: RowTrack, tmp_path: Path) -> Non
 
 
 def test_a_long_track_stays_short_enough_for_a_checkpoint() -> None:
-    track = RowTrack(10, 1.0, groups={0: GroupTrack(0, 1)})
+    track = RowTrack(10, 1.0, cohorts={0: CohortTrack(0, 1)})
     for i in range(5000):
         track.token_share.append((i, 1.0))
-        track.groups[0].drift.append((i, 0, 0, 0))
+        track.cohorts[0].drift.append((i, 0, 0, 0))
         track.thin()
     assert len(track.token_share) <= 1000
-    assert track.groups[0].drift[0] == (0, 0, 0, 0)
+    assert track.cohorts[0].drift[0] == (0, 0, 0, 0)
