@@ -107,6 +107,9 @@ class RowMonitor(Callback):
                 watch.restore(_as_arrays(saved))
             self._watched[name] = _Watched(table, watch)
         self.record = RunRecord(self.tracks)
+        if unit == "epoch":
+            self.record.length = _epochs(trainer)
+            self.record.epoch_steps = trainer.num_training_batches / trainer.accumulate_grad_batches
         self.record.scores = [Score(**score) for score in self._restored.get("scores", [])]
         self._restored = {}
 
@@ -229,8 +232,12 @@ class RowMonitor(Callback):
         for name, watched in self._watched.items():
             if (schedule := schedules.get(name, schedules.get(None))) is not None:
                 vocabulary = getattr(callback, "vocabulary", None) or watched.watch.vocabulary
-                num_rows = watched.table.weight.shape[0]
-                self.record.plans[name] = planned_stages(schedule, num_rows, vocabulary)
+                self.record.plans[name] = planned_stages(
+                    schedule,
+                    watched.table.weight.shape[0],
+                    vocabulary,
+                    getattr(watched.table, "padding_idx", None),
+                )
         self.record.audit = list(getattr(callback, "reports", []))
 
     # Checkpoints
@@ -274,6 +281,12 @@ class _TokenShare:
             ids = ids[ids != table.padding_idx]
         if ids.numel():
             self.watched.token_share = float(table.row_set.is_trainable(ids).float().mean())
+
+
+def _epochs(trainer: Trainer) -> int | None:
+    """The epochs that the trainer means to run, if it knows."""
+    known = trainer.max_epochs is not None and trainer.max_epochs >= 0
+    return trainer.max_epochs if known else None
 
 
 def _place(trainer: Trainer, track: RowTrack, batch: int) -> float:

@@ -204,7 +204,7 @@ class TableWatch:
         """
         track = self.track
         track.end = place
-        numbers: dict[str, float] = {"rows_awake": np.count_nonzero(self.cohort_of != _FROZEN)}
+        numbers: dict[str, float] = {"rows_awake": int(np.count_nonzero(self.cohort_of != _FROZEN))}
         if token_share is not None:
             numbers["tokens_that_train"] = token_share
             track.token_share.append((place, token_share))
