@@ -13,7 +13,7 @@ import yaml
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
 from partial_embedding.schedule.pace import Pace
-from partial_embedding.schedule.position import Position
+from partial_embedding.schedule.position import Position, Seen
 from partial_embedding.schedule.presets import from_preset
 from partial_embedding.schedule.stages import Stage, only_keys, parsed
 from partial_embedding.schedule.starts import Plateau, Start, place_in
@@ -114,16 +114,27 @@ class Schedule:
         return Moment(stage, min(part, parts - 1), parts, turn)
 
     def _stage_at(self, position: Position) -> int:
+        return self._latest(position, self._reached(position.seen, position.total_steps))
+
+    def _reached(self, history: tuple[Seen, ...], total_steps: int | None) -> int:
+        """The stage that had started when the last measurement was made, or started by it."""
+        if not history or not self.metrics:
+            return 0
+        # The last answer is kept, since a run asks at every step and measures only now and then.
+        known = vars(self).get("_known")
+        if known is not None and known[0] is history and known[1] == total_steps:
+            return int(known[2])
         stage, since = 0, 0
-        for number, seen in enumerate(position.seen if self.metrics else ()):
-            there = Position(seen.epoch, seen.step, position.total_steps)
+        for number, seen in enumerate(history):
+            there = Position(seen.epoch, seen.step, total_steps)
             if (later := self._latest(there, stage, measured=True)) != stage:
                 stage, since = later, number
             following = self.stages[stage + 1].start if stage + 1 < len(self.stages) else None
-            waited = position.seen[since : number + 1]
+            waited = history[since : number + 1]
             if isinstance(following, Plateau) and following.is_reached(waited):
                 stage, since = stage + 1, number + 1
-        return self._latest(position, stage)
+        object.__setattr__(self, "_known", (history, total_steps, stage))
+        return stage
 
     def _latest(self, position: Position, stage: int, measured: bool = False) -> int:
         """The last stage from `stage` on that has started."""
