@@ -18,6 +18,7 @@ from partial_embedding.files import write_atomically
 from partial_embedding.pictures import row_picture
 from partial_embedding.record import RECORD, RunRecord, Score, planned_stages, write_record
 from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.rowwise import prepared
 from partial_embedding.torch.table import PartialTable, tables_in
 from partial_embedding.vocabulary import Ids, Vocabulary
 from partial_embedding.watch import TableWatch
@@ -133,7 +134,9 @@ class RowMonitor(Callback):
                 watched.watch.note_rows(rows.mask.cpu().numpy(), place)
             if self._due:
                 watched.watch.before_step()
-                watched.token_share, watched.gradients, watched.rates = None, {}, {}
+                watched.token_share, watched.gradients = None, {}
+                # Before the step, as a scheduler may change the rate right after it.
+                watched.rates = _rates(trainer.optimizers, watched)
                 hook = watched.table.register_forward_pre_hook(_TokenShare(watched))
                 self._hooks.append(hook)
 
@@ -174,7 +177,7 @@ class RowMonitor(Callback):
             place,
             watched.token_share,
             watched.gradients,
-            _rates(trainer.optimizers, watched),
+            watched.rates,
         )
         metrics = {f"{name}/{key}": value for key, value in numbers.items()}
         for logger in trainer.loggers:
@@ -309,12 +312,23 @@ def _row_squares(grad: Tensor) -> tuple[Ids, NDArray[np.float64]]:
 
 
 def _rates(optimizers: list[Optimizer], watched: _Watched) -> dict[int, float]:
-    """The learning rate of each cohort."""
+    """The learning rate with which each cohort makes its next step."""
+    weight, rows = watched.table.weight, watched.table.row_set
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if any(param is watched.table.weight for param in group["params"]):
-                rate = float(group["lr"])
-                return dict.fromkeys(watched.watch.any_row_of(), rate)
+        group = next(
+            (g for g in optimizer.param_groups if any(p is weight for p in g["params"])), None
+        )
+        if group is None or "lr" not in group:
+            continue
+        handle = prepared(optimizer)
+        served = None if handle is None else handle.tables.get(id(weight))
+        rates = {}
+        for number, row in watched.watch.any_row_of().items():
+            theirs = next(n for n, ids in rows.cohorts.items() if bool((ids == row).any()))
+            steps = served.cohorts[theirs].steps if served and theirs in served.cohorts else 0
+            pace = rows.paces.get(theirs)
+            rates[number] = float(group["lr"]) * (1.0 if pace is None else pace.factor(steps))
+        return rates
     return {}
 
 
