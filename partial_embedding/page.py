@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from html import escape
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from partial_embedding.drift import Drift, MovedRow, RowTrack
@@ -425,7 +426,8 @@ def _as_url(figure: Figure) -> str:
 
 def _saved(figure: Figure, kind: str, facecolor: str = "none") -> bytes:
     file = io.BytesIO()
-    # Without a date, the same run gives the same page.
+    # Without a date and random names within a picture, the same run gives the same page.
     metadata = {"Date": None} if kind == "svg" else {}
-    figure.savefig(file, format=kind, facecolor=facecolor, metadata=metadata)
+    with rc_context({"svg.hashsalt": "rows"}):
+        figure.savefig(file, format=kind, facecolor=facecolor, metadata=metadata)
     return file.getvalue()
