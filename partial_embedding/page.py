@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -403,6 +404,7 @@ def _drift(
 
 def _picture(draw: Draw, file: str, alt: str, pictures: dict[str, bytes]) -> str:
     """A picture in light and dark, wide and narrow, of which the browser takes what fits."""
+    file = re.sub(r"[^\w.-]", "_", file)  # layers may have any name
     pictures[file] = _saved(draw(LIGHT), "png", facecolor="white")
     narrow, dark = "(max-width: 600px)", "(prefers-color-scheme: dark)"
     sources = [

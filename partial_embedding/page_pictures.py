@@ -137,7 +137,7 @@ def score_picture(
     for one in (shares, axes):
         _dress(one, track.end, track.unit, look)
     shares.spines["left"].set_visible(False)
-    axes.set_ylabel(metric, color=look.second)
+    axes.set_ylabel(metric.replace("$", r"\$"), color=look.second)  # no formula
     return figure
 
 
