@@ -121,19 +121,17 @@ def _schedule(
     )
     text = _titled("The schedule, as planned and as it happened") + picture
     if plan:
+        rows = [
+            [str(i), s.start, s.rows, f"{s.awake:,}", _percent(s.awake, track.num_rows)]
+            for i, s in enumerate(plan)
+        ]
+        columns = ["stage", "planned from", "rows", "rows awake", "share of the table"]
+        if any(stage.notes for stage in plan):
+            columns.append("notes")
+            rows = [[*row, stage.notes] for row, stage in zip(rows, plan, strict=True)]
         text += _table(
-            ["stage", "planned from", "rows", "rows awake", "share", "notes"],
-            [
-                [
-                    str(i),
-                    s.start,
-                    s.rows,
-                    f"{s.awake:,}",
-                    _percent(s.awake, track.num_rows),
-                    s.notes,
-                ]
-                for i, s in enumerate(plan)
-            ],
+            columns,
+            rows,
             "Planned stages",
             numbers={3, 4},
         )

@@ -111,7 +111,8 @@ class TableWatch:
         watched = [*self._bands.values()] or [sample(ids, _BANDS_WORTH * size)]
         pool = np.unique(np.concatenate(watched))
         self._pool = _Sampled(pool, rows(pool))
-        lengths = np.linalg.norm(self._pool.start, axis=1)
+        # Of rows of all kinds: the watched ones are chosen by how often they occur.
+        lengths = np.linalg.norm(rows(sample(ids, _BANDS_WORTH * size)), axis=1)
         self.track = RowTrack(
             num_rows,
             float(np.median(lengths)) if lengths.size else 0.0,
