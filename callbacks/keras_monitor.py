@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from partial_embedding.drift import RowTrack
-from partial_embedding.record import RECORD, RunRecord, planned_stages, write_record
+from partial_embedding.record import RECORD, RowRecord, planned_stages, write_record
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.tables import tables_in
 from partial_embedding.vocabulary import Ids, Vocabulary
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Watched:
-    """One layer, what watches it, and the rows that trained when it was last looked at."""
+    """One layer, what watches it, the rows that trained last, and the rates of cohorts."""
 
     layer: PartialEmbedding
     watch: TableWatch
     live: Ids | None = None
+    rates: dict[int, float] = field(default_factory=dict)
 
 
 class RowMonitor(keras.callbacks.Callback):
@@ -77,7 +78,7 @@ class RowMonitor(keras.callbacks.Callback):
         self.sample = sample
         self.vocabulary = vocabulary
         self.unfreezing = unfreezing
-        self.record = RunRecord()
+        self.record = RowRecord()
         self._writer: Any = None
         self._watched: dict[str, _Watched] = {}
         self._epoch = 0
@@ -102,7 +103,7 @@ class RowMonitor(keras.callbacks.Callback):
                 _padding(layer),
             )
             self._watched[name] = _Watched(layer, watch)
-        self.record = RunRecord(self.tracks)
+        self.record = RowRecord(self.tracks)
         self.record.length = self.params.get("epochs")
         self.record.epoch_steps = self.params.get("steps")
 
@@ -122,6 +123,7 @@ class RowMonitor(keras.callbacks.Callback):
                 watched.watch.note_rows(awake, self._place(watched.watch.track, batch))
             if self._is_due(batch):
                 watched.watch.before_step()
+                watched.rates = _rates(self.model.optimizer, watched)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Measure and log."""
@@ -129,7 +131,7 @@ class RowMonitor(keras.callbacks.Callback):
             place = self._place(watched.watch.track, batch + 1)
             watched.watch.track.end = place
             if self._is_due(batch):
-                self._measure(name, watched.watch, place)
+                self._measure(name, watched, place)
 
     def _is_due(self, batch: int) -> bool:
         return (batch + 1) % self.every_n_steps == 0 or batch + 1 == self.params.get("steps")
@@ -139,9 +141,8 @@ class RowMonitor(keras.callbacks.Callback):
             return float(self.model.optimizer.iterations)
         return float(self._epoch + batch / self.params["steps"])
 
-    def _measure(self, name: str, watch: TableWatch, place: float) -> None:
-        rate = float(self.model.optimizer.learning_rate)
-        numbers = watch.measure(place, rates=dict.fromkeys(watch.any_row_of(), rate))
+    def _measure(self, name: str, watched: _Watched, place: float) -> None:
+        numbers = watched.watch.measure(place, rates=watched.rates)
         with self._writer.as_default(step=int(self.model.optimizer.iterations)):
             for key, value in numbers.items():
                 tf.summary.scalar(f"{name}/{key}", value)
@@ -172,6 +173,20 @@ class RowMonitor(keras.callbacks.Callback):
                     schedule, watched.layer.input_dim, vocabulary, _padding(watched.layer)
                 )
         self.record.audit = list(unfreezing.reports)
+
+
+def _rates(optimizer: Any, watched: _Watched) -> dict[int, float]:
+    """The learning rate with which each cohort makes its next step."""
+    rate, rows = float(optimizer.learning_rate), watched.watch.any_row_of()
+    paces = getattr(watched.layer._split, "paces", None)
+    if paces is None or not rows:
+        return dict.fromkeys(rows, rate)
+    slots = np.searchsorted(watched.layer.reserved_rows, list(rows.values()))
+    joined = paces.joined_at.numpy()[slots]
+    # Rows that have made no step yet have not joined.
+    ages = np.where(joined >= 0, int(optimizer.iterations) - joined, 0)
+    rates = paces.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
+    return dict(zip(rows, map(float, rates), strict=True))
 
 
 def _padding(layer: PartialEmbedding) -> int | None:

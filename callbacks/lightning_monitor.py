@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from partial_embedding.drift import RowTrack
 from partial_embedding.files import write_atomically
 from partial_embedding.pictures import row_picture
-from partial_embedding.record import RECORD, RunRecord, Score, planned_stages, write_record
+from partial_embedding.record import RECORD, RowRecord, Score, planned_stages, write_record
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.rowwise import prepared
 from partial_embedding.torch.table import PartialTable, tables_in
@@ -79,7 +79,7 @@ class RowMonitor(Callback):
         self.picture = picture
         self.vocabulary = vocabulary
         self.path: Path | None = None
-        self.record = RunRecord()
+        self.record = RowRecord()
         self._watched: dict[str, _Watched] = {}
         self._restored: dict[str, Any] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -107,7 +107,7 @@ class RowMonitor(Callback):
             if (saved := self._restored.get("tables", {}).get(name)) is not None:
                 watch.restore(_as_arrays(saved))
             self._watched[name] = _Watched(table, watch)
-        self.record = RunRecord(self.tracks)
+        self.record = RowRecord(self.tracks)
         if unit == "epoch":
             self.record.length = _epochs(trainer)
             self.record.epoch_steps = trainer.num_training_batches / trainer.accumulate_grad_batches

@@ -23,7 +23,7 @@ from partial_embedding.page_pictures import (
     score_picture,
 )
 from partial_embedding.page_style import STYLE
-from partial_embedding.record import PlannedStage, RunRecord, Score, planned_points
+from partial_embedding.record import PlannedStage, RowRecord, Score, planned_points
 
 Draw = Callable[[Look], Figure]
 
@@ -31,7 +31,7 @@ Draw = Callable[[Look], Figure]
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse")
 
 
-def page(record: RunRecord, title: str, settings: str = "") -> tuple[str, dict[str, bytes]]:
+def page(record: RowRecord, title: str, settings: str = "") -> tuple[str, dict[str, bytes]]:
     """Make the page of a run.
 
     Args:
@@ -43,7 +43,7 @@ def page(record: RunRecord, title: str, settings: str = "") -> tuple[str, dict[s
         The HTML, and the pictures as PNG files by name.
 
     Example:
-        >>> html, pictures = page(RunRecord({"words": RowTrack(10, 1.0, awake=[(0, 4)])}), "a run")
+        >>> html, pictures = page(RowRecord({"words": RowTrack(10, 1.0, awake=[(0, 4)])}), "a run")
         >>> html.startswith("<!doctype html>"), sorted(pictures)
         (True, ['report-words-schedule.png'])
     """
@@ -81,7 +81,7 @@ def page(record: RunRecord, title: str, settings: str = "") -> tuple[str, dict[s
 # Sections
 
 
-def _head(record: RunRecord, title: str) -> str:
+def _head(record: RowRecord, title: str) -> str:
     facts = []
     for name, track in record.tables.items():
         awake = track.awake[-1][1] if track.awake else 0
@@ -106,7 +106,7 @@ def _schedule(
     name: str,
     track: RowTrack,
     plan: Sequence[PlannedStage],
-    record: RunRecord,
+    record: RowRecord,
     pictures: dict[str, bytes],
 ) -> str:
     end = _planned_end(track, record)
@@ -146,7 +146,7 @@ def _schedule(
     )
 
 
-def _scores(name: str, track: RowTrack, record: RunRecord, pictures: dict[str, bytes]) -> str:
+def _scores(name: str, track: RowTrack, record: RowRecord, pictures: dict[str, bytes]) -> str:
     metric = main_metric(record.scores)
     if metric is None:
         return ""
@@ -261,7 +261,7 @@ def _moved_row(row: MovedRow) -> str:
     )
 
 
-def _audit(record: RunRecord) -> str:
+def _audit(record: RowRecord) -> str:
     if not record.audit:
         return (
             "<section>" + _titled("The audit") + "<p>This run was not audited. "
@@ -290,7 +290,7 @@ def _audit(record: RunRecord) -> str:
     )
 
 
-def _notes(record: RunRecord, settings: str) -> str:
+def _notes(record: RowRecord, settings: str) -> str:
     shown = (
         f"<details><summary>Settings of the run</summary><pre>{escape(settings)}</pre></details>"
         if settings
@@ -332,7 +332,7 @@ def _best(metric: str, scores: Sequence[Score]) -> Score:
     return (min if lower else max)(scored, key=lambda score: score.metrics[metric])
 
 
-def _planned_end(track: RowTrack, record: RunRecord) -> float:
+def _planned_end(track: RowTrack, record: RowRecord) -> float:
     if track.unit == "epoch" and record.length is not None:
         return max(track.end, float(record.length))
     return track.end

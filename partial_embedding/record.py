@@ -67,7 +67,7 @@ class Score:
 
 
 @dataclass
-class RunRecord:
+class RowRecord:
     """What a run did to its rows.
 
     Args:
@@ -79,8 +79,8 @@ class RunRecord:
         epoch_steps: The optimizer steps of an epoch, where that is known.
 
     Example:
-        >>> record = RunRecord({"words": RowTrack(10, 1.0)})
-        >>> RunRecord.from_state(record.to_state()) == record
+        >>> record = RowRecord({"words": RowTrack(10, 1.0)})
+        >>> RowRecord.from_state(record.to_state()) == record
         True
     """
 
@@ -109,13 +109,13 @@ class RunRecord:
         return {"format": _FORMAT, **asdict(self)}
 
     @staticmethod
-    def from_state(state: Mapping[str, Any]) -> RunRecord:
+    def from_state(state: Mapping[str, Any]) -> RowRecord:
         """The inverse of `to_state`, also of what JSON made of it.
 
         Args:
             state: What `to_state` gave.
         """
-        return RunRecord(
+        return RowRecord(
             {name: RowTrack.from_state(track) for name, track in state["tables"].items()},
             {name: [PlannedStage(**one) for one in plan] for name, plan in state["plans"].items()},
             [Score(**score) for score in state["scores"]],
@@ -223,7 +223,7 @@ def _in_unit(stage: PlannedStage, unit: str, end: float, epoch_steps: float | No
     return stage.at / epoch_steps if unit == "epoch" else stage.at * epoch_steps
 
 
-def write_record(path: str | os.PathLike[str], record: RunRecord) -> None:
+def write_record(path: str | os.PathLike[str], record: RowRecord) -> None:
     """Write a record as JSON, in full or not at all.
 
     Args:
@@ -237,7 +237,7 @@ def write_record(path: str | os.PathLike[str], record: RunRecord) -> None:
         temporary.write_text(json.dumps(record.to_state()) + "\n", encoding="utf-8")
 
 
-def read_record(run: str | os.PathLike[str]) -> RunRecord:
+def read_record(run: str | os.PathLike[str]) -> RowRecord:
     """Read the record of a run.
 
     Args:
@@ -255,7 +255,7 @@ def read_record(run: str | os.PathLike[str]) -> RunRecord:
                 f"{path}: this version reads records of format {_FORMAT}. "
                 f"Received: {state['format']!r}. Use the version that wrote it."
             )
-        return RunRecord.from_state(state)
+        return RowRecord.from_state(state)
     except OSError as error:
         raise InputError(
             f"{path}: the record of a run cannot be read: {error.strerror}. Name the folder of a "

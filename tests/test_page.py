@@ -8,7 +8,7 @@ pytest.importorskip("matplotlib")
 
 from partial_embedding.drift import BandTrack, CohortTrack, MovedRow, RowTrack
 from partial_embedding.page import main_metric, page
-from partial_embedding.record import PlannedStage, RunRecord, Score
+from partial_embedding.record import PlannedStage, RowRecord, Score
 from partial_embedding.report import StageReport
 
 HOSTILE = "<script>alert('&')</script>"
@@ -20,13 +20,13 @@ def track(**changes: object) -> RowTrack:
 
 
 RECORDS = {
-    "nothing": RunRecord(),
-    "no_row": RunRecord({"words": RowTrack(10, 1.0)}),
-    "no_plan": RunRecord({"words": track()}),
-    "steps": RunRecord({"words": track(unit="step")}, scores=[Score(2.0, 4, {"val_loss": 0.5})]),
-    "two_tables": RunRecord({"a": track(), "b": track()}),
-    "awake_again": RunRecord({"words": track(awake=[(0.0, 4), (1.0, 0), (2.0, 4)])}),
-    "many_cohorts": RunRecord(
+    "nothing": RowRecord(),
+    "no_row": RowRecord({"words": RowTrack(10, 1.0)}),
+    "no_plan": RowRecord({"words": track()}),
+    "steps": RowRecord({"words": track(unit="step")}, scores=[Score(2.0, 4, {"val_loss": 0.5})]),
+    "two_tables": RowRecord({"a": track(), "b": track()}),
+    "awake_again": RowRecord({"words": track(awake=[(0.0, 4), (1.0, 0), (2.0, 4)])}),
+    "many_cohorts": RowRecord(
         {
             "words": track(
                 cohorts={
@@ -35,7 +35,7 @@ RECORDS = {
             )
         }
     ),
-    "waits": RunRecord(
+    "waits": RowRecord(
         {"words": track()},
         {"words": [PlannedStage("a plateau of loss", None, None, "all", 10)]},
     ),
@@ -50,7 +50,7 @@ def test_a_page_is_made_of_any_record(name: str) -> None:
 
 
 def test_what_a_run_is_called_and_holds_is_text_and_no_markup() -> None:
-    record = RunRecord(
+    record = RowRecord(
         {
             HOSTILE: track(
                 cohorts={0: CohortTrack(0.0, 4, [(1.0, 0.1, 0.2, 0.3)])},
@@ -69,7 +69,7 @@ def test_what_a_run_is_called_and_holds_is_text_and_no_markup() -> None:
 
 
 def test_rows_that_moved_in_spite_of_the_audit_are_named() -> None:
-    html, _ = page(RunRecord({"w": track()}, audit=[StageReport("w", 0, 6, 2)]), "a run")
+    html, _ = page(RowRecord({"w": track()}, audit=[StageReport("w", 0, 6, 2)]), "a run")
     assert '<p class="bad">2 frozen rows changed a bit.</p>' in html
 
 

@@ -10,7 +10,7 @@ from partial_embedding import InputError, Schedule, Vocabulary
 from partial_embedding.drift import RowTrack, frequency_bands
 from partial_embedding.neighbours import nearest, share_kept
 from partial_embedding.record import (
-    RunRecord,
+    RowRecord,
     planned_points,
     planned_stages,
     read_record,
@@ -198,13 +198,13 @@ def test_a_long_list_of_ids_is_cut_short() -> None:
     assert stage.awake == 450
 
 
-def full_record() -> RunRecord:
+def full_record() -> RowRecord:
     watch = TableWatch(Table(), V, vocabulary=Vocabulary(map(str, range(V)), counts=range(V)))
     watch.note_rows(awake(1, 2), 0.0)
     watch.before_step()
     watch.measure(1.0, 0.5, {0: 2.0}, {0: 0.1})
     plan = planned_stages(Schedule.parse(GROWN), V)
-    record = RunRecord({"words": watch.finish()}, {"words": plan}, length=3, epoch_steps=2.5)
+    record = RowRecord({"words": watch.finish()}, {"words": plan}, length=3, epoch_steps=2.5)
     record.add_score(1.0, {"val_loss": 0.25, "broken": float("nan")})
     return record
 
@@ -226,7 +226,7 @@ def test_a_record_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_scores_stay_few() -> None:
-    record = RunRecord({"words": RowTrack(3, 1.0)})
+    record = RowRecord({"words": RowTrack(3, 1.0)})
     for place in range(5000):
         record.add_score(float(place), {"loss": 1.0})
     assert len(record.scores) <= 1000

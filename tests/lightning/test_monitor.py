@@ -1,5 +1,6 @@
 """RowMonitor: what it measures, logs, keeps and draws."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer, seed_everything
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers.logger import DummyLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -57,13 +60,17 @@ def fit(
     model = model or Model()
     trainer = Trainer(
         accelerator="cpu",
-        logger=CSVLogger(folder, name="", version=""),
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
         callbacks=[RowUnfreezing(schedule, vocabulary=VOCABULARY, audit=True), monitor],
-        **{"enable_checkpointing": False, "max_epochs": 4, **options},
+        **{
+            "enable_checkpointing": False,
+            "max_epochs": 4,
+            "logger": CSVLogger(folder, name="", version=""),
+            **options,
+        },
     )
     trainer.fit(model, ids())
     return model
@@ -153,6 +160,36 @@ def test_it_logs_to_any_logger(tmp_path: Path) -> None:
     assert names is not None
     assert {"tables0rows_awake", "tables0tokens_that_train"} <= set(names)
     assert table["tables0rows_awake"].tolist() == [3] * 10 + [V - 1] * 10
+
+
+class Recorded(DummyLogger):
+    """A logger of any make: what it is given, in the order in which it came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.given.append((step, dict(metrics)))
+
+
+def test_every_logger_gets_the_same_numbers_under_documented_names(tmp_path: Path) -> None:
+    one, other = Recorded(), Recorded()
+    tensorboard = TensorBoardLogger(tmp_path, name="", version="board")
+    monitor = RowMonitor(vocabulary=VOCABULARY)
+    fit(tmp_path, monitor, logger=[tensorboard, one, other])
+    assert one.given == other.given
+    assert [step for step, _ in one.given] == list(range(1, 21))
+    read = EventAccumulator(str(tmp_path / "board")).Reload()
+    last = one.given[-1][1]
+    for name, value in last.items():
+        assert read.Scalars(name)[-1].value == pytest.approx(value)
+    # The docstring names those of the first cohort and of one band, and nothing else is logged.
+    assert TableWatch.__doc__ is not None
+    documented = set(re.findall(r"`([\w/]+)`", TableWatch.__doc__))
+    for name in last:
+        short = re.sub(r"cohort_\d+/|seen_\w+?/", "", name.removeprefix("tables.0/"))
+        assert any(short == known.rpartition("/")[2] for known in documented), name
 
 
 def test_nothing_is_measured_between_measurements(
