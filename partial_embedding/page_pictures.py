@@ -38,7 +38,7 @@ class Look:
 
 
 LIGHT = Look("#22313f", "#8a97a3", "#2f6690", "#c8553d", (0.0, 0.82))
-DARK = Look("#e3e9ee", "#7d8a96", "#7fb7e0", "#f2937c", (0.3, 1.0))
+DARK = Look("#e3e9ee", "#7d8a96", "#7fb7e0", "#f2937c", (0.38, 1.0))
 
 
 def schedule_picture(
