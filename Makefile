@@ -25,7 +25,7 @@ test-full:
 
 # What only the TensorFlow half can run, and the rest.
 OF_KERAS := tests/tensorflow partial_embedding/tensorflow partial_embedding/callbacks/keras.py \
-  partial_embedding/recipes/keras_text.py
+  partial_embedding/callbacks/keras_monitor.py partial_embedding/recipes/keras_text.py
 
 test-lightning: $(LIGHTNING)/.ready-for-tests
 	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python -m pytest --numprocesses $(WORKERS) $(SELECT) \

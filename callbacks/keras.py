@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
-import tensorflow as tf
 
+from partial_embedding.callbacks.keras_monitor import RowMonitor
 from partial_embedding.callbacks.keras_record import Epoch, RunRecord
 from partial_embedding.errors import InputError
 from partial_embedding.report import StageReport
 from partial_embedding.schedule import Position, Schedule, Seen, schedules_by_table
-from partial_embedding.tensorflow.unfreezing import ScheduledTables, innermost, tables_in
+from partial_embedding.tensorflow.unfreezing import ScheduledTables, innermost
 from partial_embedding.vocabulary import Vocabulary
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
@@ -244,44 +243,3 @@ class RowUnfreezing(keras.callbacks.Callback):
 
     def _step(self) -> int:
         return int(self.model.optimizer.iterations) - self._record.begun_at
-
-
-class RowMonitor(keras.callbacks.Callback):
-    """Writes for TensorBoard how many rows train, and how far they have moved since `fit` began.
-
-    Args:
-        log_dir: The folder of the logs.
-
-    Example:
-        >>> RowMonitor("logs").log_dir
-        'logs'
-    """
-
-    def __init__(self, log_dir: str | PathLike[str]) -> None:
-        super().__init__()
-        self.log_dir = fspath(log_dir)
-        self._writer: Any = None
-        self._before: dict[str, Any] = {}
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Remember the rows that may move."""
-        self._writer = tf.summary.create_file_writer(self.log_dir)
-        self._before = {
-            name: layer.rows(layer.reserved_rows) for name, layer in tables_in(self.model).items()
-        }
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Write the numbers of this epoch."""
-        with self._writer.as_default(step=epoch):
-            for name, layer in tables_in(self.model).items():
-                moved = tf.cast(layer.rows(layer.reserved_rows) - self._before[name], "float32")
-                live = np.isin(layer.reserved_rows, layer.trainable_rows)
-                tf.summary.scalar(f"{name}/trainable_rows", live.sum())
-                tf.summary.scalar(f"{name}/trainable_share", live.sum() / layer.input_dim)
-                if live.any():
-                    distance = tf.reduce_mean(tf.norm(moved[live], axis=1))
-                    tf.summary.scalar(f"{name}/mean_distance_moved", distance)
-
-    def on_train_end(self, logs: Any = None) -> None:
-        """Close the log."""
-        self._writer.close()

@@ -33,11 +33,15 @@ from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.recipes.export import ExportVectors
 from partial_embedding.recipes.plan import schedule_command
+from partial_embedding.recipes.report import report_command
 from partial_embedding.recipes.resume import RandomState
 from partial_embedding.recipes.text import TextClassifier, TextData
 
 # What needs no trainer.
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"schedule": schedule_command}
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "report": report_command,
+    "schedule": schedule_command,
+}
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _DEFAULTS = {
     "rows.schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},

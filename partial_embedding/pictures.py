@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from partial_embedding.drift import GroupTrack, RowTrack
+from partial_embedding.drift import CohortTrack, RowTrack
 
 _INK, _FAINT, _FILL = "#22313f", "#8a97a3", "#4c78a8"
 # The share of the width that the label of a stage needs; shorter stages go without one.
@@ -98,13 +98,13 @@ def _draw_awake(axes: Axes, track: RowTrack) -> None:
 
 
 def _draw_drift(axes: Axes, track: RowTrack) -> None:
-    groups = list(track.groups.values())
+    cohorts = list(track.cohorts.values())
     colors = colormaps["viridis"]
-    for i, group in enumerate(groups):
-        color = colors(0.85 * i / max(len(groups) - 1, 1))
-        places, low, middle, high = zip(*group.drift, strict=True)
+    for i, cohort in enumerate(cohorts):
+        color = colors(0.85 * i / max(len(cohorts) - 1, 1))
+        places, low, middle, high = zip(*cohort.drift, strict=True)
         axes.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
-        label = _label(group, track.unit) if _is_labelled(i, len(groups)) else None
+        label = _label(cohort, track.unit) if _is_labelled(i, len(cohorts)) else None
         axes.plot(places, middle, color=color, linewidth=2, label=label)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -118,16 +118,16 @@ def _draw_drift(axes: Axes, track: RowTrack) -> None:
         0, 1.02, "line: median; band: the middle 80 % of rows", transform=axes.transAxes,
         color=_FAINT, fontsize=9, va="bottom",
     )  # fmt: skip
-    if groups:
+    if cohorts:
         legend = axes.legend(fontsize=9, labelcolor=_INK, loc="upper left", framealpha=1)
         legend.get_frame().set_edgecolor("none")
 
 
 def _is_labelled(i: int, of: int) -> bool:
-    """Whether the legend names a group: all of a few, the ends of the scale of many."""
+    """Whether the legend names a cohort: all of a few, the ends of the scale of many."""
     return of <= _MOST_LABELS or i in (0, of - 1)
 
 
-def _label(group: GroupTrack, unit: str) -> str:
-    rows = "row" if group.size == 1 else "rows"
-    return f"{group.size:,} {rows} awake from {unit} {group.woke:g}"
+def _label(cohort: CohortTrack, unit: str) -> str:
+    rows = "row" if cohort.size == 1 else "rows"
+    return f"{cohort.size:,} {rows} awake from {unit} {cohort.woke:g}"

@@ -23,6 +23,7 @@ from partial_embedding.schedule import Moment, Position, Schedule
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.rowwise import Rowwise
+from partial_embedding.tensorflow.tables import tables_in
 from partial_embedding.vocabulary import Ids, Vocabulary
 
 Say = Callable[[str], Any]
@@ -302,32 +303,3 @@ def innermost(optimizer: Any) -> Any:
     while (inner := getattr(optimizer, "inner_optimizer", None)) is not None:
         optimizer = inner
     return optimizer
-
-
-def tables_in(model: Any) -> dict[str, PartialEmbedding]:
-    """The partial tables of a model by the names of their layers, built.
-
-    Args:
-        model: A `keras.Model` of any kind and nesting.
-
-    Raises:
-        InputError: Two of them have the same name.
-
-    Example:
-        >>> import keras
-        >>> list(tables_in(keras.Sequential([PartialEmbedding(3, 2, name="words")])))
-        ['words']
-    """
-    tables: dict[str, PartialEmbedding] = {}
-    for layer in model._flatten_layers():
-        if not isinstance(layer, PartialEmbedding):
-            continue
-        if layer.name in tables:
-            raise InputError(
-                f"each table of a model has a name of its own. Received {layer.name!r} twice. "
-                "Pass name= to the layers."
-            )
-        # Keras builds a model without a fixed input only while it traces the first step.
-        layer.build()
-        tables[layer.name] = layer
-    return tables

@@ -1,5 +1,6 @@
 """RowMonitor: what it measures, logs, keeps and draws."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +8,27 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer, seed_everything
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers.logger import DummyLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from partial_embedding import Vocabulary
 from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.callbacks.lightning_monitor import RowMonitor
-from partial_embedding.drift import GroupTrack, RowTrack
+from partial_embedding.callbacks.lightning_monitor import RowMonitor, _row_squares
+from partial_embedding.drift import CohortTrack, RowTrack
 from partial_embedding.pictures import row_picture
+from partial_embedding.record import read_record
 from partial_embedding.torch import PartialEmbedding
+from partial_embedding.watch import TableWatch
 
 V, D, BATCHES = 40, 4, 5
-SCHEDULE = {"stages": [{"epoch": 0, "rows": [1, 2, 3]}, {"epoch": 2, "rows": "all"}]}
+# Three rows occur often, the others once or never.
+VOCABULARY = Vocabulary(map(str, range(V)), counts=[0, 100, 50, 20] + [1] * (V - 5) + [0])
+SCHEDULE: dict[str, Any] = {
+    "stages": [{"epoch": 0, "rows": [1, 2, 3]}, {"epoch": 2, "rows": "all"}]
+}
 
 
 class Model(LightningModule):
@@ -39,19 +49,28 @@ def ids() -> DataLoader[Tensor]:
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
 
 
-def fit(folder: Path, monitor: RowMonitor, model: Model | None = None, **options: Any) -> Model:
+def fit(
+    folder: Path,
+    monitor: RowMonitor,
+    model: Model | None = None,
+    schedule: Any = SCHEDULE,
+    **options: Any,
+) -> Model:
     seed_everything(0, verbose=False)
     model = model or Model()
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=4,
-        logger=CSVLogger(folder, name="", version=""),
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        callbacks=[RowUnfreezing(SCHEDULE), monitor],
-        **{"enable_checkpointing": False, **options},
+        callbacks=[RowUnfreezing(schedule, vocabulary=VOCABULARY, audit=True), monitor],
+        **{
+            "enable_checkpointing": False,
+            "max_epochs": 4,
+            "logger": CSVLogger(folder, name="", version=""),
+            **options,
+        },
     )
     trainer.fit(model, ids())
     return model
@@ -64,15 +83,74 @@ def test_it_measures_rows_tokens_and_drift(tmp_path: Path) -> None:
     assert track.awake == [(0.0, 3), (2.0, V - 1)]
     assert [share for place, share in track.token_share if place <= 2] == [0.5] * 10
     assert [share for place, share in track.token_share if place > 2] == [1.0] * 10
-    assert [(group.woke, group.size) for group in track.groups.values()] == [(0, 3), (2, V - 4)]
+    assert [(cohort.woke, cohort.size) for cohort in track.cohorts.values()] == [(0, 3), (2, V - 4)]
     # SGD moves a row by lr in each of D columns, each time that it occurs; row 3 never does.
-    first = track.groups[0]
+    first = track.cohorts[0]
     place, low, middle, high = first.drift[-1]
     assert place == 4.0
     distance = 0.125 * D**0.5 * 4 * BATCHES
     assert middle == pytest.approx(distance / track.typical_length, rel=1e-5)
     assert low == pytest.approx(0.2 * middle)
     assert high == pytest.approx(middle)
+
+
+def test_gradient_norm_and_update_ratio_are_those_of_the_step(tmp_path: Path) -> None:
+    monitor = RowMonitor()
+    start = fit(tmp_path / "none", RowMonitor(), max_epochs=0).tables[0].weight.detach()
+    fit(tmp_path, monitor)
+    (track,) = monitor.tracks.values()
+    numbers = track.cohorts[0].numbers
+    # Two of the three rows occur once in a batch, and each of D elements gets the gradient 1.
+    assert [norm for _, norm in numbers["gradient_norm"]] == pytest.approx([(2 * D) ** 0.5] * 20)
+    moved = 0.125 * (2 * D) ** 0.5
+    first = numbers["update_ratio"][0][1]
+    assert first == pytest.approx(moved / float(start[[1, 2, 3]].norm()), rel=1e-5)
+
+
+def test_gradients_are_measured_before_clipping(tmp_path: Path) -> None:
+    monitor = RowMonitor()
+    fit(tmp_path, monitor, gradient_clip_val=0.5)
+    (track,) = monitor.tracks.values()
+    assert track.cohorts[0].numbers["gradient_norm"][0][1] == pytest.approx((2 * D) ** 0.5)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_the_gradient_of_an_id_that_occurs_twice_is_summed(sparse: bool) -> None:
+    table = PartialEmbedding(V, D, sparse=sparse)
+    table(torch.tensor([5, 5, 7])).sum().backward()
+    assert table.weight.grad is not None
+    ids, squares = _row_squares(table.weight.grad)
+    assert {i: s for i, s in zip(ids.tolist(), squares.tolist(), strict=True) if s} == {
+        5: 4.0 * D,
+        7: 1.0 * D,
+    }
+
+
+def test_rates_follow_pace_and_scheduler(tmp_path: Path) -> None:
+    class Decayed(Model):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+            return [optimizer], [{"scheduler": decay, "interval": "step"}]
+
+    slow = {"epoch": 2, "rows": "all", "lr": 0.5, "warmup": 2}
+    monitor = RowMonitor()
+    schedule = {"stages": [SCHEDULE["stages"][0], slow]}
+    fit(tmp_path, monitor, Decayed(), schedule=schedule)
+    (track,) = monitor.tracks.values()
+    rates = [rate for _, rate in track.cohorts[0].numbers["lr"]]
+    assert rates == [0.125 * 0.5**step for step in range(20)]
+    rates = [rate for _, rate in track.cohorts[1].numbers["lr"]]
+    assert rates == [0.125 * 0.5**step * 0.5 * min(1, (step - 9) / 2) for step in range(10, 20)]
+
+
+def test_neighbours_are_kept_until_rows_move(tmp_path: Path) -> None:
+    monitor = RowMonitor()
+    fit(tmp_path, monitor)
+    (track,) = monitor.tracks.values()
+    kept = [share for _, share in track.cohorts[0].numbers["neighbours_kept"]]
+    assert all(0 <= share <= 1 for share in kept)
+    assert kept[-1] < kept[0]
 
 
 def test_it_logs_to_any_logger(tmp_path: Path) -> None:
@@ -84,27 +162,95 @@ def test_it_logs_to_any_logger(tmp_path: Path) -> None:
     assert table["tables0rows_awake"].tolist() == [3] * 10 + [V - 1] * 10
 
 
+class Recorded(DummyLogger):
+    """A logger of any make: what it is given, in the order in which it came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.given.append((step, dict(metrics)))
+
+
+def test_every_logger_gets_the_same_numbers_under_documented_names(tmp_path: Path) -> None:
+    one, other = Recorded(), Recorded()
+    tensorboard = TensorBoardLogger(tmp_path, name="", version="board")
+    monitor = RowMonitor(vocabulary=VOCABULARY)
+    fit(tmp_path, monitor, logger=[tensorboard, one, other])
+    assert one.given == other.given
+    assert [step for step, _ in one.given] == list(range(1, 21))
+    read = EventAccumulator(str(tmp_path / "board")).Reload()
+    last = one.given[-1][1]
+    for name, value in last.items():
+        assert read.Scalars(name)[-1].value == pytest.approx(value)
+    # The docstring names those of the first cohort and of one band, and nothing else is logged.
+    assert TableWatch.__doc__ is not None
+    documented = set(re.findall(r"`([\w/]+)`", TableWatch.__doc__))
+    for name in last:
+        short = re.sub(r"cohort_\d+/|seen_\w+?/", "", name.removeprefix("tables.0/"))
+        assert any(short == known.rpartition("/")[2] for known in documented), name
+
+
 def test_nothing_is_measured_between_measurements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = []
-    measure = RowMonitor._measure
+    measure = TableWatch.measure
 
-    def noted(self: RowMonitor, watched: Any) -> dict[str, float]:
-        measured.append(watched)
-        return measure(self, watched)
+    def noted(self: TableWatch, *given: Any) -> dict[str, float]:
+        measured.append(self)
+        return measure(self, *given)
 
-    monkeypatch.setattr(RowMonitor, "_measure", noted)
+    monkeypatch.setattr(TableWatch, "measure", noted)
     model = fit(tmp_path, RowMonitor(every_n_steps=3))
-    assert len(measured) == 4 * 3  # the batches 0, 3 and 4 of each epoch
+    assert len(measured) == 4 * 2  # the batches 2 and 4 of each epoch
     assert not any(table._forward_pre_hooks for table in model.tables)
 
 
 def test_the_sample_bounds_what_is_kept(tmp_path: Path) -> None:
     monitor = RowMonitor(sample=2)
     fit(tmp_path, monitor)
-    (state,) = monitor.state_dict().values()
-    assert [tuple(start.shape) for _, start in state["starts"].values()] == [(2, D), (2, D)]
+    (state,) = monitor.state_dict()["tables"].values()
+    assert [tuple(start.shape) for _, start, _ in state["cohorts"].values()] == [(2, D), (2, D)]
+    assert tuple(state["pool"][1].shape) == (8, D)
+
+
+def test_rows_are_followed_by_how_often_they_occur(tmp_path: Path) -> None:
+    monitor = RowMonitor(vocabulary=VOCABULARY)
+    fit(tmp_path, monitor)
+    (track,) = monitor.tracks.values()
+    sizes = {name: band.size for name, band in track.bands.items()}
+    assert sizes == {"seen_0": 1, "seen_1_to_9": 35, "seen_10_to_99": 2, "seen_100_to_999": 1}
+    # Row 1 trains from the start and is in every batch; the only row never seen stays.
+    assert track.bands["seen_100_to_999"].drift[0][1] > 0
+    assert track.bands["seen_0"].drift[-1][1:] == (0.0, 0.0, 0.0)
+    assert track.moved[0].token in {"1", "2"}
+    assert track.moved[0].token not in track.moved[0].before
+
+
+def test_the_record_holds_plan_scores_and_audit(tmp_path: Path) -> None:
+    fit(tmp_path, RowMonitor())
+    record = read_record(tmp_path)
+    (plan,) = record.plans.values()
+    assert [(stage.start, stage.awake) for stage in plan] == [("epoch 0", 3), ("epoch 2", V - 1)]
+    assert [(report.frozen, report.changed) for report in record.audit] == [(V - 3, 0), (1, 0)]
+    assert (record.length, record.epoch_steps) == (4, BATCHES)
+    (track,) = record.tables.values()
+    assert track.awake == [(0.0, 3), (2.0, V - 1)]
+
+
+def test_a_run_that_fails_leaves_what_was_seen(tmp_path: Path) -> None:
+    class Fails(Model):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if self.global_step == 7:
+                raise RuntimeError("a loss that cannot be had")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="cannot be had"):
+        fit(tmp_path, RowMonitor(), Fails())
+    (track,) = read_record(tmp_path).tables.values()
+    assert track.end == pytest.approx(7 / BATCHES)
 
 
 def test_it_changes_neither_training_nor_random_numbers(tmp_path: Path) -> None:
@@ -134,7 +280,7 @@ def test_it_goes_on_where_a_checkpoint_stood(tmp_path: Path) -> None:
     trainer = Trainer(max_epochs=4, callbacks=[RowUnfreezing(SCHEDULE), rest], **options)
     trainer.fit(Model(), ids(), ckpt_path=tmp_path / "half.ckpt")
     assert [t.awake for t in rest.tracks.values()] == [t.awake for t in whole.tracks.values()]
-    assert [t.groups for t in rest.tracks.values()] != [t.groups for t in half.tracks.values()]
+    assert [t.cohorts for t in rest.tracks.values()] != [t.cohorts for t in half.tracks.values()]
     for one, other in zip(rest.tracks.values(), half.tracks.values(), strict=True):
         assert one.token_share[: len(other.token_share)] == other.token_share
 
@@ -155,12 +301,12 @@ def test_it_draws_one_picture_per_table(
     [
         RowTrack(10, 1.0),
         RowTrack(10, 1.0, awake=[(0, 0)], end=1.0),
-        RowTrack(10, 0.0, "step", [(0, 10)], [], {0: GroupTrack(0, 10, [(0, 0, 0, 0)])}, 7.0),
+        RowTrack(10, 0.0, "step", [(0, 10)], [], {0: CohortTrack(0, 10, [(0, 0, 0, 0)])}, 7.0),
         RowTrack(
             10**6,
             1.0,
             awake=[(i, 10 * i) for i in range(16)],
-            groups={i: GroupTrack(i, 10, [(i, 0, 0, 0), (16, 1, 2, 3)]) for i in range(16)},
+            cohorts={i: CohortTrack(i, 10, [(i, 0, 0, 0), (16, 1, 2, 3)]) for i in range(16)},
             end=16.0,
         ),
     ],
@@ -172,10 +318,10 @@ def test_a_picture_is_drawn_of_any_track(track: RowTrack, tmp_path: Path) -> Non
 
 
 def test_a_long_track_stays_short_enough_for_a_checkpoint() -> None:
-    track = RowTrack(10, 1.0, groups={0: GroupTrack(0, 1)})
+    track = RowTrack(10, 1.0, cohorts={0: CohortTrack(0, 1)})
     for i in range(5000):
         track.token_share.append((i, 1.0))
-        track.groups[0].drift.append((i, 0, 0, 0))
+        track.cohorts[0].drift.append((i, 0, 0, 0))
         track.thin()
     assert len(track.token_share) <= 1000
-    assert track.groups[0].drift[0] == (0, 0, 0, 0)
+    assert track.cohorts[0].drift[0] == (0, 0, 0, 0)

@@ -14,7 +14,7 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
 from partial_embedding import InputError, Vocabulary  # noqa: E402
-from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
+from partial_embedding.callbacks.keras import RowUnfreezing  # noqa: E402
 from partial_embedding.tensorflow import (  # noqa: E402
     FrozenRowsMoved,
     PartialEmbedding,
@@ -417,16 +417,3 @@ def test_a_killed_run_ends_bit_for_bit_where_the_whole_one_does(
     stages = [line for line in got.splitlines() if ": stage " in line]
     assert re.search(rf"from step {4 * began}\b", stages[0])
     assert stages[1:] == [line for line in expected if ": stage " in line][1 - len(stages) :]
-
-
-def test_row_monitor_logs_rows_and_distances(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")  # TensorFlow writes no summaries without
-    _fit(_model(), RowUnfreezing(SCHEDULE, VOCABULARY), RowMonitor(tmp_path))
-    logged: dict[str, list[float]] = {}
-    (file,) = tmp_path.glob("events*")
-    for event in tf.compat.v1.train.summary_iterator(str(file)):
-        for value in event.summary.value:
-            logged.setdefault(value.tag, []).append(float(tf.make_ndarray(value.tensor)))
-    assert logged["words/trainable_rows"] == [2, 2, 4, 4]
-    assert logged["words/trainable_share"] == [0.25, 0.25, 0.5, 0.5]
-    assert logged["words/mean_distance_moved"][1] > logged["words/mean_distance_moved"][0] > 0

@@ -1,0 +1,204 @@
+"""A Keras callback that watches rows: how many are awake, and how far they went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from partial_embedding.drift import RowTrack
+from partial_embedding.record import RECORD, RowRecord, planned_stages, write_record
+from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.tensorflow.tables import tables_in
+from partial_embedding.vocabulary import Ids, Vocabulary
+from partial_embedding.watch import TableWatch
+
+if TYPE_CHECKING:
+    from partial_embedding.callbacks.keras import RowUnfreezing
+
+
+@dataclass
+class _Watched:
+    """One layer, what watches it, the rows that trained last, and the rates of cohorts."""
+
+    layer: PartialEmbedding
+    watch: TableWatch
+    live: Ids | None = None
+    rates: dict[int, float] = field(default_factory=dict)
+
+
+class RowMonitor(keras.callbacks.Callback):
+    """Writes for TensorBoard which rows of the tables train and how far they went.
+
+    The metrics are those of the Lightning callback, under the same names, as `LAYER/rows_awake` and
+    so on; `TableWatch` in `partial_embedding.watch` lists them. Keras shows neither batches nor
+    gradients to callbacks, so `tokens_that_train` and `gradient_norm` are left out. When `fit`
+    ends, all that was seen is written to the same folder as `rows.json`, of which
+    `python -m partial_embedding.recipes.report` makes a page, where matplotlib is installed. A run
+    that is resumed is watched from there on.
+
+    Put it after `RowUnfreezing` in the list of callbacks.
+
+    A measurement reads a bounded sample, at most `sample` rows of each cohort and frequency band,
+    whatever the size of the table. Between measurements nothing is done.
+
+    Args:
+        log_dir: The folder of the logs.
+        every_n_steps: Batches between measurements. The last batch of an epoch is measured too.
+        sample: The most rows of a cohort or frequency band that are measured.
+        vocabulary: The tokens of the rows and how often they occur; by default `model.vocabulary`.
+        unfreezing: The `RowUnfreezing` of the run, whose plan and audit the record then holds;
+            Keras shows callbacks no others.
+
+    Raises:
+        OSError: The record cannot be written.
+
+    Example:
+        >>> RowMonitor("logs").log_dir
+        'logs'
+    """
+
+    def __init__(
+        self,
+        log_dir: str | PathLike[str],
+        every_n_steps: int = 50,
+        sample: int = 256,
+        vocabulary: Vocabulary | None = None,
+        unfreezing: RowUnfreezing | None = None,
+    ) -> None:
+        super().__init__()
+        self.log_dir = fspath(log_dir)
+        self.every_n_steps = every_n_steps
+        self.sample = sample
+        self.vocabulary = vocabulary
+        self.unfreezing = unfreezing
+        self.record = RowRecord()
+        self._writer: Any = None
+        self._watched: dict[str, _Watched] = {}
+        self._epoch = 0
+
+    @property
+    def tracks(self) -> dict[str, RowTrack]:
+        """What was seen so far, by the name of the layer."""
+        return {name: watched.watch.track for name, watched in self._watched.items()}
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Look at the tables."""
+        vocabulary = self.vocabulary or getattr(self.model, "vocabulary", None)
+        self._writer = tf.summary.create_file_writer(self.log_dir)
+        self._watched = {}
+        for name, layer in tables_in(self.model).items():
+            watch = TableWatch(
+                _Reader(layer),
+                layer.input_dim,
+                "epoch" if self.params.get("steps") else "step",
+                self.sample,
+                vocabulary if isinstance(vocabulary, Vocabulary) else None,
+                _padding(layer),
+            )
+            self._watched[name] = _Watched(layer, watch)
+        self.record = RowRecord(self.tracks)
+        self.record.length = self.params.get("epochs")
+        self.record.epoch_steps = self.params.get("steps")
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Know where training stands."""
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Note which rows woke, and what rows hold before a step that is measured."""
+        for watched in self._watched.values():
+            # Replaced whenever rows change; its copy, `trainable_rows`, costs K numbers a batch.
+            live = watched.layer._live
+            if watched.live is not live:
+                watched.live = live
+                awake = np.zeros(watched.layer.input_dim, np.bool_)
+                awake[live] = True
+                watched.watch.note_rows(awake, self._place(watched.watch.track, batch))
+            if self._is_due(batch):
+                watched.watch.before_step()
+                watched.rates = _rates(self.model.optimizer, watched)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Measure and log."""
+        for name, watched in self._watched.items():
+            place = self._place(watched.watch.track, batch + 1)
+            watched.watch.track.end = place
+            if self._is_due(batch):
+                self._measure(name, watched, place)
+
+    def _is_due(self, batch: int) -> bool:
+        return (batch + 1) % self.every_n_steps == 0 or batch + 1 == self.params.get("steps")
+
+    def _place(self, track: RowTrack, batch: int) -> float:
+        if track.unit == "step":
+            return float(self.model.optimizer.iterations)
+        return float(self._epoch + batch / self.params["steps"])
+
+    def _measure(self, name: str, watched: _Watched, place: float) -> None:
+        numbers = watched.watch.measure(place, rates=watched.rates)
+        with self._writer.as_default(step=int(self.model.optimizer.iterations)):
+            for key, value in numbers.items():
+                tf.summary.scalar(f"{name}/{key}", value)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Keep what the epoch measured."""
+        if self._watched:
+            place = next(iter(self.tracks.values())).end
+            self.record.add_score(place, dict(logs or {}))
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Write the record, and close the log."""
+        self._writer.close()
+        if self.unfreezing is not None:
+            self._take_over(self.unfreezing)
+        self.record.tables = {name: w.watch.finish() for name, w in self._watched.items()}
+        folder = Path(self.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(folder / RECORD, self.record)
+
+    def _take_over(self, unfreezing: RowUnfreezing) -> None:
+        """Keep the plan and the audit of the callback that moves the rows."""
+        for name, watched in self._watched.items():
+            schedules = unfreezing.schedules
+            if (schedule := schedules.get(name, schedules.get(None))) is not None:
+                vocabulary = unfreezing.vocabulary or watched.watch.vocabulary
+                self.record.plans[name] = planned_stages(
+                    schedule, watched.layer.input_dim, vocabulary, _padding(watched.layer)
+                )
+        self.record.audit = list(unfreezing.reports)
+
+
+def _rates(optimizer: Any, watched: _Watched) -> dict[int, float]:
+    """The learning rate with which each cohort makes its next step."""
+    rate, rows = float(optimizer.learning_rate), watched.watch.any_row_of()
+    paces = getattr(watched.layer._split, "paces", None)
+    if paces is None or not rows:
+        return dict.fromkeys(rows, rate)
+    slots = np.searchsorted(watched.layer.reserved_rows, list(rows.values()))
+    joined = paces.joined_at.numpy()[slots]
+    # Rows that have made no step yet have not joined.
+    ages = np.where(joined >= 0, int(optimizer.iterations) - joined, 0)
+    rates = paces.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
+    return dict(zip(rows, map(float, rates), strict=True))
+
+
+def _padding(layer: PartialEmbedding) -> int | None:
+    return 0 if layer.freeze_padding else None
+
+
+class _Reader:
+    """Reads rows of a layer as float32 arrays."""
+
+    def __init__(self, layer: PartialEmbedding) -> None:
+        self.layer = layer
+
+    def __call__(self, ids: Ids) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = tf.cast(self.layer.rows(ids), tf.float32).numpy()
+        return rows

@@ -1,0 +1,181 @@
+"""The command `partial-embedding report`: the page of a run, and what it says to bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from partial_embedding.cli import main
+from partial_embedding.recipes.report import report_command
+from partial_embedding.record import read_record
+
+RUN = Path("runs/version_0")
+VOID = {"meta", "link", "img", "source", "br", "hr"}
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every element is closed by its own end."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.alts: list[str | None] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.cells: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        given = dict(attrs)
+        self.references += [given[k] or "" for k in ("src", "href", "srcset") if k in given]
+        if tag == "img":
+            self.alts.append(given.get("alt"))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] == "td":
+            self.cells[-1] += data
+
+
+@pytest.fixture
+def page(fitted_run: list[str], capsys: pytest.CaptureFixture[str]) -> Page:
+    assert main(["report", "runs"]) == 0
+    assert capsys.readouterr().out == f"report: {RUN / 'report.html'}\n"
+    return Page((RUN / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_references_nothing_outside_itself(page: Page) -> None:
+    assert page.references
+    assert [ref[:30] for ref in page.references if not ref.startswith("data:")] == []
+    html = (RUN / "report.html").read_text(encoding="utf-8")
+    style = html.partition("<style>")[2].partition("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "script" not in page.tags
+    # Nor does a picture in it.
+    assert not re.search(r"\son\w+=", html)
+
+
+def test_the_page_holds_the_numbers_of_the_run(page: Page) -> None:
+    record = read_record(RUN)
+    (track,) = record.tables.values()
+    assert len(track.awake) == 3
+    for _, awake in track.awake:
+        assert f"{awake:,}" in page.cells
+    for report in record.audit:
+        assert f"{report.frozen:,}" in page.cells
+    assert "No frozen row changed a bit." in page.text
+    best = max(score.metrics["val_accuracy"] for score in record.scores)
+    assert f"{best:.4g}" in page.cells
+    for cohort in track.cohorts.values():
+        assert f"{cohort.drift[-1][2]:.2f}" in page.cells
+    for band in track.bands.values():
+        assert f"{band.drift[-1][3]:.2f}" in page.cells
+    for row in track.moved:
+        assert row.token in page.text
+        assert all(token in page.text for token in row.before + row.after)
+    assert "missing" in page.cells
+    assert "max_epochs: 6" in page.text
+
+
+def test_each_picture_says_what_it_shows_and_lies_beside_the_page(page: Page) -> None:
+    assert len(page.alts) == 4
+    assert all(alt and len(alt) > 40 for alt in page.alts)
+    pictures = sorted(RUN.glob("report-*.png"))
+    assert [path.name for path in pictures] == [
+        f"report-embedding-{what}.png" for what in ("cohorts", "frequency", "schedule", "score")
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_the_same_run_gives_the_same_page(page: Page) -> None:
+    before = (RUN / "report.html").read_bytes()
+    report_command([str(RUN), "--title", "runs"])
+    assert (RUN / "report.html").read_bytes() == before
+
+
+def console_of(html: Path, profile: Path) -> list[str]:
+    """What Chromium says on its console about a page."""
+    if CHROMIUM is None:
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing("no Chromium to open the page in; `apt-get install chromium` brings it")
+    flags = [
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+        "disable-background-networking", "disable-component-update", "disable-sync",
+        f"user-data-dir={profile}", "enable-logging=stderr", "virtual-time-budget=2000",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [CHROMIUM, *(f"--{flag}" for flag in flags), "--dump-dom", html.absolute().as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "</main>" in done.stdout
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_chromium_says_nothing_on_its_console(page: Page, tmp_path: Path) -> None:
+    assert console_of(RUN / "report.html", tmp_path / "profile") == []
+
+
+def test_chromium_would_say_something(page: Page, tmp_path: Path) -> None:
+    html = (RUN / "report.html").read_text(encoding="utf-8")
+    broken = html.replace("</main>", "<script>missing()</script></main>")
+    (RUN / "broken.html").write_text(broken, encoding="utf-8")
+    assert console_of(RUN / "broken.html", tmp_path / "profile")
+
+
+def write(text: str) -> Callable[[], object]:
+    def prepare() -> None:
+        Path("run").mkdir()
+        Path("run/rows.json").write_text(text)
+
+    return prepare
+
+
+BAD: dict[str, tuple[Callable[[], object], list[str], str]] = {
+    "no_run": (lambda: None, ["run"], "run, which holds none"),
+    "no_argument": (lambda: None, [], "required: run"),
+    "unknown_option": (write("{}"), ["run", "--colour"], "--colour"),
+    "no_json": (write("{"), ["run"], "rows.json"),
+    "a_list": (write("[]"), ["run"], "rows.json"),
+    "another_json": (write("{}"), ["run"], "'format'"),
+    "another_format": (write('{"format": 99}'), ["run"], "99"),
+    "incomplete": (write(json.dumps({"format": 1, "tables": {"a": {}}})), ["run"], "rows.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=list(BAD))
+def test_bad_input_is_refused_in_one_line(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare, args, part = BAD[case]
+    prepare()
+    assert main(["report", *args]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"error: [^\n]+\n", printed.err)
+    assert part in printed.err
+    assert not Path("run/report.html").exists()

@@ -1,0 +1,98 @@
+"""`RowMonitor` in `fit`: the numbers of the Lightning callback, under the same names."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+pytest.importorskip("tensorboard")  # TensorFlow writes no summaries without
+
+from partial_embedding import Vocabulary  # noqa: E402
+from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
+from partial_embedding.record import read_record  # noqa: E402
+from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402
+
+V, D, RATE = 8, 4, 0.125
+IDS = np.array([[6, 7], [6, 0], [6, 7], [6, 0]])
+SCHEDULE = {"stages": [{"epoch": 0, "rows": [6, 7]}, {"epoch": 2, "rows": {"most_frequent": 4}}]}
+VOCABULARY = Vocabulary("abcdefgh", counts=[80, 70, 60, 50, 1, 1, 1, 1])
+
+
+class Summed(keras.layers.Layer):  # type: ignore[misc]
+    """Each element of a looked-up row gets the gradient 1."""
+
+    def call(self, rows: Any) -> Any:
+        return keras.ops.sum(rows, axis=(1, 2))[:, None]
+
+
+def fit(folder: Path, **options: Any) -> tuple[RowMonitor, Any]:
+    layer = PartialEmbedding(V, D, trainable_rows=[6, 7], reserve_rows="all", name="words")
+    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
+    model.compile(keras.optimizers.SGD(RATE), lambda _, value: keras.ops.sum(value))
+    unfreezing = RowUnfreezing(SCHEDULE, VOCABULARY, audit=True)
+    monitor = RowMonitor(folder, vocabulary=VOCABULARY, unfreezing=unfreezing, **options)
+    callbacks = [unfreezing, monitor]
+    model.fit(IDS, np.zeros((4, 1)), epochs=4, batch_size=2, verbose=0, callbacks=callbacks)
+    return monitor, model
+
+
+def logged(folder: Path) -> dict[str, list[float]]:
+    numbers: dict[str, list[float]] = {}
+    (file,) = folder.glob("events*")
+    for event in tf.compat.v1.train.summary_iterator(str(file)):
+        for value in event.summary.value:
+            numbers.setdefault(value.tag, []).append(float(tf.make_ndarray(value.tensor)))
+    return numbers
+
+
+def test_it_logs_the_numbers_of_each_cohort_and_band(tmp_path: Path) -> None:
+    monitor, _ = fit(tmp_path)
+    numbers = logged(tmp_path)
+    assert numbers["words/rows_awake"] == [2, 2, 4, 4]
+    assert numbers["words/tokens_covered"] == pytest.approx(
+        [2 / 264, 2 / 264, 260 / 264, 260 / 264]
+    )
+    track = monitor.tracks["words"]
+    assert track.awake == [(0.0, 2), (2.0, 4)]
+    assert [(cohort.woke, cohort.size) for cohort in track.cohorts.values()] == [(0.0, 2), (2.0, 4)]
+    assert numbers["words/cohort_0/lr"] == pytest.approx([RATE] * 2)
+    # Row 6 occurs twice and row 7 once in each of two batches of an epoch, and both fall asleep.
+    distances = np.array([2, 1]) * 2 * 2 * RATE * D**0.5 / track.typical_length
+    expected = np.quantile(distances, [0.1, 0.5, 0.9])
+    for name, value in zip(("p10", "p50", "p90"), expected, strict=True):
+        assert numbers[f"words/cohort_0/drift_{name}"][1] == pytest.approx(value, rel=1e-4)
+    assert numbers["words/cohort_1/drift_p90"][-1] > 0
+    assert numbers["words/seen_1_to_9/drift_p90"][-1] > numbers["words/seen_10_to_99/drift_p10"][0]
+    assert not any("gradient_norm" in name or "tokens_that_train" in name for name in numbers)
+
+
+def test_the_update_ratio_is_that_of_one_step(tmp_path: Path) -> None:
+    monitor, _ = fit(tmp_path, every_n_steps=1)
+    (_, ratio), *_ = monitor.tracks["words"].cohorts[0].numbers["update_ratio"]
+    watch = monitor._watched["words"].watch
+    start = watch._cohorts[0].start if watch._cohorts[0].ids.size else None
+    assert start is None  # they fell asleep, and are followed no longer
+    assert 0 < ratio < 10
+
+
+def test_the_record_holds_plan_scores_and_audit(tmp_path: Path) -> None:
+    fit(tmp_path)
+    record = read_record(tmp_path)
+    assert [stage.awake for stage in record.plans["words"]] == [2, 4]
+    assert [report.changed for report in record.audit] == [0, 0]
+    assert [score.place for score in record.scores] == [1.0, 2.0, 3.0, 4.0]
+    assert "loss" in record.scores[0].metrics
+    assert record.length == 4
+    assert record.tables["words"].moved[0].token == "g"
+
+
+def test_it_changes_no_bit_of_training(tmp_path: Path) -> None:
+    keras.utils.set_random_seed(0)
+    _, watched = fit(tmp_path / "a", every_n_steps=1)
+    keras.utils.set_random_seed(0)
+    _, rarely = fit(tmp_path / "b", every_n_steps=10**6)
+    for one, other in zip(watched.get_weights(), rarely.get_weights(), strict=True):
+        assert np.array_equal(one, other)
