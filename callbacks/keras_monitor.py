@@ -178,7 +178,8 @@ class RowMonitor(keras.callbacks.Callback):
 def _rates(optimizer: Any, watched: _Watched) -> dict[int, float]:
     """The learning rate with which each cohort makes its next step."""
     rate, rows = float(optimizer.learning_rate), watched.watch.any_row_of()
-    paces = getattr(watched.layer._split, "paces", None)
+    split = watched.layer._split
+    paces = None if split is None else split.paces
     if paces is None or not rows:
         return dict.fromkeys(rows, rate)
     slots = np.searchsorted(watched.layer.reserved_rows, list(rows.values()))

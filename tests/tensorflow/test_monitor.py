@@ -96,3 +96,25 @@ def test_it_changes_no_bit_of_training(tmp_path: Path) -> None:
     _, rarely = fit(tmp_path / "b", every_n_steps=10**6)
     for one, other in zip(watched.get_weights(), rarely.get_weights(), strict=True):
         assert np.array_equal(one, other)
+
+
+def test_a_cohort_of_another_pace_has_another_rate(tmp_path: Path) -> None:
+    from partial_embedding.tensorflow import rowwise
+
+    slow = {"epoch": 2, "rows": {"most_frequent": 4}, "lr": 0.5, "warmup": 4}
+    layer = PartialEmbedding(V, D, trainable_rows=[6, 7], reserve_rows="all", name="words")
+    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
+    optimizer = rowwise(keras.optimizers.SGD(RATE), paces=True)
+    model.compile(optimizer, lambda _, value: keras.ops.sum(value))
+    optimizer.build(model.trainable_variables)
+    schedule = {"stages": [SCHEDULE["stages"][0], slow]}
+    monitor = RowMonitor(tmp_path, every_n_steps=1)
+    model.fit(
+        IDS, np.zeros((4, 1)), epochs=4, batch_size=2, verbose=0,
+        callbacks=[RowUnfreezing(schedule, VOCABULARY), monitor],
+    )  # fmt: skip
+    cohorts = monitor.tracks["words"].cohorts
+    assert [rate for _, rate in cohorts[0].numbers["lr"]] == [RATE] * 4
+    assert [rate for _, rate in cohorts[1].numbers["lr"]] == [
+        RATE * 0.5 * share for share in (0.25, 0.5, 0.75, 1.0)
+    ]
