@@ -33,9 +33,7 @@ def run_of(ids: Tensor) -> slice | None:
     return slice(first, last + 1) if last - first + 1 == len(ids) else None
 
 
-def read_rows(
-    source: Tensor, ids: Tensor, run: slice | None, into: Tensor | None = None
-) -> Tensor:
+def read_rows(source: Tensor, ids: Tensor, run: slice | None, into: Tensor | None = None) -> Tensor:
     """Rows of a matrix as a contiguous one, which shares its memory where they lie side by side.
 
     Args:
@@ -83,7 +81,9 @@ def sum_rows(slots: Tensor, values: Tensor, height: int, into: Tensor | None = N
     Returns:
         Shape (height, D).
     """
-    total = into.zero_() if _fits(into, values, height) else values.new_zeros(height, *values.shape[1:])
+    total = (
+        into.zero_() if _fits(into, values, height) else values.new_zeros(height, *values.shape[1:])
+    )
     # torch has a path of its own for int64, about twice as fast.
     return total.index_add_(0, slots.long(), values)
 
