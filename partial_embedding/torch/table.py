@@ -90,6 +90,10 @@ class PartialTable(nn.Module):
         self._row_set = self._row_set_for(weight.shape[0]).to(device)
         return self._row_set
 
+    @row_set.setter
+    def row_set(self, row_set: RowSet) -> None:
+        self._row_set = row_set
+
     def _row_set_for(self, num_rows: int) -> RowSet:
         rows = self._row_set
         if rows is None:
@@ -100,10 +104,6 @@ class PartialTable(nn.Module):
         nothing_frozen = len(rows) == self._most_trainable(rows.num_rows)
         rows = rows.resized_to(num_rows)
         return rows.changed_to(self._all_ids().to(rows.device)) if nothing_frozen else rows
-
-    @row_set.setter
-    def row_set(self, row_set: RowSet) -> None:
-        self._row_set = row_set
 
     @property
     def has_frozen_rows(self) -> bool:
