@@ -52,7 +52,8 @@ class Stopwatch(pl.Callback):
         """Take the time."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.taken.append(time.perf_counter())
+        now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        self.taken.append(now())
 
     @property
     def spans(self) -> list[float]:

@@ -165,7 +165,8 @@ def memory_table(entries: list[Measured]) -> list[str]:
 def _where(results: Results) -> str:
     here = results["machine"]
     device = here["processor"] if here["device"] == "CPU" else here["device"]
-    return f"{device}, {here['threads']} CPU threads, torch {here['torch']}"
+    threads = "1 CPU thread" if here["threads"] == 1 else f"{here['threads']} CPU threads"
+    return f"{device}, {threads}, torch {here['torch']}"
 
 
 def _report(results: Results) -> list[str]:
