@@ -14,7 +14,14 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.probe import Anatomy, first_state, untouched_row_state
-from partial_embedding.torch.rowcopy import read_rows, run_of, share_memory, sum_rows, write_rows
+from partial_embedding.torch.rowcopy import (
+    distinct,
+    read_rows,
+    run_of,
+    share_memory,
+    sum_rows,
+    write_rows,
+)
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.trial import Group, State
@@ -173,14 +180,14 @@ class TableState:
 
     def _touched_blocks(self, grad: Tensor) -> Iterator[Block]:
         rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
-        slots = rows.slots.index_select(0, grad._indices()[0])
-        touched, position = torch.unique(slots, return_inverse=True)
+        slots = rows.slots.index_select(0, grad._indices()[0]).long()
+        touched, position = distinct(slots, len(rows) + 1)
         summed = sum_rows(position, grad._values(), len(touched))
         ends = torch.tensor([0, *sizes], device=touched.device).cumsum(0)
-        bounds = torch.searchsorted(touched, ends.to(touched.dtype)).tolist()
+        bounds = torch.searchsorted(touched, ends).tolist()
         starts = ends.tolist()
         for i, cohort in enumerate(self.cohorts.values()):
-            local = touched[bounds[i] : bounds[i + 1]].long() - starts[i]
+            local = touched[bounds[i] : bounds[i + 1]] - starts[i]
             ids = cohort.ids.index_select(0, local)
             part_grad = summed[bounds[i] : bounds[i + 1]]
             if self.anatomy.sparse:
@@ -232,7 +239,8 @@ class TableState:
                 rows = len(block.cohort.ids)
                 whole = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in row.items()}
             for key in self._per_row(state):
-                state[key] = whole[key].index_copy_(0, block.local, state[key])
+                write_rows(whole[key], block.local, None, state[key])
+                state[key] = whole[key]
         block.cohort.state = state
 
     # Saving and restoring

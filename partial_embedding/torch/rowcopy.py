@@ -13,6 +13,8 @@ from torch import Tensor
 
 # The widest elements first.
 _WORDS = (torch.complex128, torch.float64)
+# With more slots than this for each id, going through all slots takes longer than sorting the ids.
+_SPARSE = 6
 
 
 def run_of(ids: Tensor) -> slice | None:
@@ -65,8 +67,9 @@ def write_rows(target: Tensor, ids: Tensor, run: slice | None, values: Tensor) -
         target[run].copy_(values)  # does nothing where both are the same memory
         return
     # torch copies element by element, so that the same bytes in fewer elements take half the time.
-    word = _word(target, values)
-    target.view(word).index_copy_(0, ids, values.view(word))
+    if word := _word(target, values):
+        target, values = target.view(word), values.view(word)
+    target.index_copy_(0, ids, values)
 
 
 def sum_rows(slots: Tensor, values: Tensor, height: int, into: Tensor | None = None) -> Tensor:
@@ -88,6 +91,29 @@ def sum_rows(slots: Tensor, values: Tensor, height: int, into: Tensor | None = N
     return total.index_add_(0, slots.long(), values)
 
 
+def distinct(slots: Tensor, height: int) -> tuple[Tensor, Tensor]:
+    """What `torch.unique` gives with `return_inverse`, without sorting where there is much to sort.
+
+    Args:
+        slots: Any of 0 … height - 1, int64, shape (n,).
+        height: The number of slots.
+
+    Returns:
+        The slots that occur, rising, shape (m,), and the place of each given one among them, (n,).
+
+    Example:
+        >>> distinct(torch.tensor([5, 2, 5]), 6)
+        (tensor([2, 5]), tensor([1, 0, 1]))
+    """
+    if height > _SPARSE * len(slots):
+        found, places = torch.unique(slots, return_inverse=True)
+        return found, places
+    marks = torch.zeros(height, dtype=torch.int64, device=slots.device).index_fill_(0, slots, 1)
+    found = marks.nonzero().flatten()
+    marks.index_copy_(0, found, torch.arange(len(found), device=slots.device))
+    return found, marks.index_select(0, slots)
+
+
 def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors lie in one block of memory."""
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
@@ -101,17 +127,14 @@ def _fits(into: Tensor | None, like: Tensor, height: int) -> TypeGuard[Tensor]:
     )
 
 
-def _word(*tensors: Tensor) -> torch.dtype:
-    """The widest dtype that all rows are a whole number of, or their own."""
-    dtype = tensors[0].dtype
-    if not all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in tensors):
-        return dtype
-    for word in _WORDS:
-        if dtype.itemsize < word.itemsize and all(_divides(word, tensor) for tensor in tensors):
-            return word
-    return dtype
+def _word(*tensors: Tensor) -> torch.dtype | None:
+    """The widest dtype of which each row of all tensors is a whole number, if any."""
+    alike = len({tensor.dtype for tensor in tensors}) == 1
+    return next((word for word in _WORDS if alike and all(_holds(t, word) for t in tensors)), None)
 
 
-def _divides(word: torch.dtype, tensor: Tensor) -> bool:
+def _holds(tensor: Tensor, word: torch.dtype) -> bool:
+    if tensor.dim() < 2 or not tensor.is_contiguous() or tensor.element_size() >= word.itemsize:
+        return False
     sizes = tensor.shape[-1], tensor.storage_offset()
     return all(size * tensor.element_size() % word.itemsize == 0 for size in sizes)

@@ -8,7 +8,7 @@ from oracle import assert_same_bits, same_bits
 from torch import Tensor, nn
 
 from partial_embedding.torch import PartialEmbedding, rowwise
-from partial_embedding.torch.rowcopy import read_rows, run_of, sum_rows, write_rows
+from partial_embedding.torch.rowcopy import distinct, read_rows, run_of, sum_rows, write_rows
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
 WIDTHS = (1, 2, 3, 4, 6, 8, 64)
@@ -55,6 +55,28 @@ def test_tables_of_odd_layout_are_read_and_written(odd: str, ids: Tensor) -> Non
     assert_same_bits(table.contiguous(), expected.contiguous(), "written")
 
 
+def test_rows_of_one_number_are_written_one_by_one() -> None:
+    target, values = torch.zeros(8), torch.arange(1.0, 5.0)
+    write_rows(target, SCATTERED[:3], None, values[:3])
+    assert target.tolist() == [0, 1, 0, 0, 2, 3, 0, 0]
+    with pytest.raises(RuntimeError, match="dtype"):
+        write_rows(torch.zeros(8, 4), SCATTERED[:3], None, torch.zeros(3, 4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_frozen_rows_in_a_gradient_made_by_hand_stay_as_they_are(lazy: bool) -> None:
+    table = PartialEmbedding(12, 4, trainable_rows=SCATTERED)
+    before = table.weight.detach().clone()
+    optimizer = rowwise(torch.optim.AdamW(table.parameters()), table, lazy=lazy)
+    every = torch.arange(12).unsqueeze(0)
+    table.weight.grad = torch.sparse_coo_tensor(
+        every, torch.ones(12, 4), (12, 4), check_invariants=False
+    )
+    optimizer.step()
+    moved = (table.weight != before).any(1).nonzero().flatten()
+    assert torch.equal(moved, SCATTERED)
+
+
 @pytest.mark.parametrize("size", [(7, 30, 3), (2000, 5000, 64), (300, 70_000, 16)], ids=str)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_rows_are_summed_in_the_order_of_a_dense_backward_pass(
@@ -71,6 +93,16 @@ def test_rows_are_summed_in_the_order_of_a_dense_backward_pass(
     again = sum_rows(slots.to(index_dtype), values, height, found)
     assert again is found
     assert_same_bits(again, dense.weight.grad, "the sum in memory used before")
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 4000])
+@pytest.mark.parametrize("height", [1, 7, 1000, 100_000])
+def test_distinct_slots_are_found_in_order(height: int, count: int) -> None:
+    slots = torch.randint(height, (count,), generator=torch.Generator().manual_seed(0))
+    found, places = distinct(slots, height)
+    expected, inverse = torch.unique(slots, return_inverse=True)
+    assert torch.equal(found, expected)
+    assert torch.equal(places, inverse)
 
 
 class Watched(torch.optim.SGD):
