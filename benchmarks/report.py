@@ -165,7 +165,8 @@ def memory_table(entries: list[Measured]) -> list[str]:
 def _where(results: Results) -> str:
     here = results["machine"]
     device = here["processor"] if here["device"] == "CPU" else here["device"]
-    threads = "1 CPU thread" if here["threads"] == 1 else f"{here['threads']} CPU threads"
+    one_thread = "1 CPU thread (the time that it computed)"
+    threads = one_thread if here["threads"] == 1 else f"{here['threads']} CPU threads"
     return f"{device}, {threads}, torch {here['torch']}"
 
 
@@ -261,12 +262,15 @@ def pictures(results: Results) -> Iterator[tuple[str, Figure]]:
         yield "time-k.png", figure
     if memory := results.get("memory"):
         first = [entry for entry in memory if entry["work"] == memory[0]["work"]]
-        title = f"Memory beyond the table, {', '.join(_task(first[0]['work']))}"
-        figure, axes = _axes(title, "MiB at the peak of the process", "")
+        rows, trainable = (first[0]["work"][key] for key in ("rows", "trainable"))
+        title = f"Memory beyond the table, V = {rows:,}, K = {trainable:,}"
+        figure, axes = _axes("", "MiB at the peak of the process", "")
         axes.set_yscale("linear")
         names = [CONTENDERS[entry["contender"]].name for entry in first]
         bars = axes.barh(names, [entry["peak"] / 2**20 for entry in first], color="#4c78a8")
         axes.bar_label(bars, fmt="%.0f", padding=3, color=_INK, fontsize=9)
+        axes.set_xlim(1, 4 * max(entry["peak"] / 2**20 for entry in first))
+        axes.set_title(title, loc="right", color=_INK, fontsize=11)
         axes.invert_yaxis()
         yield "memory.png", figure
 
@@ -279,6 +283,8 @@ def write_report(results: Results, folder: Path) -> str:
         folder: Where to.
     """
     lines = _report(results)
+    if (folder / "limits.md").exists():
+        lines += ["Where a target is missed, and why: [limits.md](limits.md).", ""]
     for name, figure in pictures(results):
         figure.savefig(folder / name)
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]

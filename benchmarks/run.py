@@ -83,7 +83,9 @@ def races() -> Iterator[Race]:
             entries.append(("ours", replace(work, together=True)))
             yield Race(f"floor-{optimizer}-{trainable}", entries, full=optimizer == "Adam")
     sizes = [replace(base, rows=rows, trainable=1000) for rows in (10**4, 10**5, 10**6, 10**7)]
-    yield Race("vocabulary", [(name, work) for work in sizes for name in ("ours", "lookup")])
+    entries = [(name, work) for work in sizes for name in ("ours", "lookup")]
+    entries += [("dense", work) for work in sizes if work.rows <= base.rows]
+    yield Race("vocabulary", entries)
     work = replace(base, trainable=base.rows)
     yield Race("all-rows", [(n, work) for n in ("dense", "ours", "stages", "lazy", "copying")])
 
