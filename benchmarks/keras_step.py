@@ -1,8 +1,8 @@
 """One `fit` step of a Keras embedding, by vocabulary, trainable rows and optimizer.
 
-`python benchmarks/keras_step.py` prints a Markdown table. Each figure comes from a process of its
-own: the shortest of three runs of 20 steps, per step, and the peak of its memory beyond what the
-imports take.
+`python benchmarks/keras_step.py` prints a Markdown table. Each contender is a process of its own.
+Those of one vocabulary and optimizer take turns, for five rounds of 20 steps; the table has the
+shortest, per step, and the peak of the process's memory beyond what the imports take.
 """
 
 import argparse
@@ -16,12 +16,13 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-WIDTH, IDS, STEPS = 64, 512, 20
+WIDTH, IDS, STEPS, ROUNDS = 64, 512, 20, 5
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 VOCABULARIES = (10_000, 100_000, 1_000_000)
 
 
-def measure(kind: str, num_rows: int, trainable: int, optimizer: str) -> tuple[float, float]:
+def contend(kind: str, num_rows: int, trainable: int, optimizer: str) -> None:
+    """Say when ready, then time 20 steps for each line that is read, then say the memory."""
     import keras
     import numpy as np
     import tensorflow as tf
@@ -56,53 +57,72 @@ def measure(kind: str, num_rows: int, trainable: int, optimizer: str) -> tuple[f
     targets = np.zeros((STEPS, 1, IDS, WIDTH), np.float32)
     data = tf.data.Dataset.from_tensor_slices((ids, targets)).cache()
     model.fit(data, verbose=0)
-    seconds = []
-    for _ in range(3):
+    print("ready", flush=True)
+    for _ in sys.stdin:
         start = time.perf_counter()
         model.fit(data, verbose=0)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / STEPS * 1e3, _peak() - before
+        print((time.perf_counter() - start) / STEPS * 1e3, flush=True)
+    print(_peak() - before)
 
 
 def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _cases(largest: int) -> list[tuple[str, int, int]]:
-    cases = []
-    for num_rows in (v for v in VOCABULARIES if v <= largest):
-        cases += [("plain", num_rows, num_rows), ("masked", num_rows, 1000)]
-        for trainable in (k for k in (1000, 100_000, num_rows) if k <= num_rows):
-            for kind in ("ours", "ours, lazy"):
-                if (kind, num_rows, trainable) not in cases:
-                    cases.append((kind, num_rows, trainable))
-    return cases
+def _cases(num_rows: int) -> list[tuple[str, int, int]]:
+    shares = [k for k in (1000, 100_000, num_rows) if k <= num_rows]
+    ours = [(kind, num_rows, k) for k in dict.fromkeys(shares) for kind in ("ours", "ours, lazy")]
+    return [("plain", num_rows, num_rows), ("masked", num_rows, 1000), *ours]
+
+
+def compare(cases: list[tuple[str, int, int]], optimizer: str) -> list[tuple[float, float]]:
+    """Milliseconds per step and MiB of each case."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    contenders = []
+    for case in cases:
+        command = [sys.executable, __file__, "--one", *map(str, case), optimizer]
+        contender = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        _next_line(contender)
+        contenders.append(contender)
+    rounds = []
+    for _ in range(ROUNDS):
+        times = []
+        for contender in contenders:
+            contender.stdin.write("\n")  # type: ignore[union-attr]
+            contender.stdin.flush()  # type: ignore[union-attr]
+            times.append(float(_next_line(contender)))
+        rounds.append(times)
+    memory = [float(contender.communicate()[0]) for contender in contenders]
+    return list(zip(map(min, zip(*rounds, strict=True)), memory, strict=True))
+
+
+def _next_line(contender: "subprocess.Popen[str]") -> str:
+    line: str = contender.stdout.readline()  # type: ignore[union-attr]
+    if not line:
+        raise SystemExit(f"a contender ended early: {contender.args}")
+    return line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=4, help="kind, rows, trainable rows, optimizer")
-    parser.add_argument("--largest", type=int, default=VOCABULARIES[-1])
+    parser.add_argument("--vocabulary", type=int, action="append", help="by default all three")
     arguments = parser.parse_args()
     if arguments.one:
         kind, num_rows, trainable, optimizer = arguments.one
-        print(*measure(kind, int(num_rows), int(trainable), optimizer))
+        contend(kind, int(num_rows), int(trainable), optimizer)
         return
     print("| table | V | K | " + " | ".join(f"{o}, ms | MiB" for o in OPTIMIZERS) + " |")
     print("|---|---|---|" + "---|---|" * len(OPTIMIZERS))
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    for kind, num_rows, trainable in _cases(arguments.largest):
-        cells = []
-        for optimizer in OPTIMIZERS:
-            case = [kind, str(num_rows), str(trainable), optimizer]
-            command = [sys.executable, __file__, "--one", *case]
-            run = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=True
-            )
-            milliseconds, mebibytes = map(float, run.stdout.split()[-2:])
-            cells += [f"{milliseconds:.2f}", f"{mebibytes:.0f}"]
-        print(f"| {kind} | {num_rows:,} | {trainable:,} | " + " | ".join(cells) + " |", flush=True)
+    for vocabulary in arguments.vocabulary or VOCABULARIES:
+        cases = _cases(vocabulary)
+        columns = [compare(cases, optimizer) for optimizer in OPTIMIZERS]
+        for (kind, num_rows, trainable), *row in zip(cases, *columns, strict=True):
+            cells = [f"{milliseconds:.2f} | {mebibytes:.0f}" for milliseconds, mebibytes in row]
+            print(f"| {kind} | {num_rows:,} | {trainable:,} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -308,17 +308,17 @@ def readme_section(results: Results) -> str:
     reached = list(targets(results))
     return "\n".join(
         [
-            f"One step of AdamW, {ours['work']['ids']:,} ids, D = {ours['work']['width']}, with "
-            f"{ours['work']['rows']:,} rows of which {ours['work']['trainable']:,} train, on "
+            f"One step of AdamW, {ours['work']['ids']:,} ids, D = {ours['work']['width']}, "
+            f"{ours['work']['rows']:,} rows of which {ours['work']['trainable']:,} train, on",
             f"{_where(results)}:",
             "",
             "| | times ours | ms |",
             "|---|---:|---:|",
             *rows,
             "",
-            f"Of {len(reached)} targets {sum(t.met for t in reached)} are met; which, with memory, "
-            "other sizes and optimizers: [benchmarks/report.md](benchmarks/report.md). "
-            "`make bench` measures again.",
+            f"{sum(t.met for t in reached)} of {len(reached)} targets are met; "
+            "[benchmarks/report.md](benchmarks/report.md) has all of them,",
+            "with memory, other sizes and other optimizers. `make bench` measures again.",
         ]
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
-from partial_embedding.report import StageReport, audit_line, stage_line, table_line
+from partial_embedding.report import StageReport, audit_line, place_text, stage_line, table_line
 from partial_embedding.schedule import Position, Schedule, schedules_by_table
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.embedding import PartialEmbedding
@@ -92,7 +92,8 @@ class RowUnfreezing(keras.callbacks.Callback):
                 self._audits[name] = FrozenRowAudit(layer, name)
             if is_first:
                 self._print_table(name, layer)
-            print(stage_line(name, stage, epoch, ids, layer.input_dim, self.vocabulary))
+            place = place_text(self._schedule(name), Position(epoch))
+            print(stage_line(name, place, ids, layer.input_dim, self.vocabulary))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Audit where it is due."""

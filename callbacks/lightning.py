@@ -1,4 +1,4 @@
-"""PyTorch Lightning callbacks: which rows train, epoch by epoch, and what they do."""
+"""PyTorch Lightning callbacks: which rows train as training goes on, and what they do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.report import StageReport
-from partial_embedding.schedule import Position, Schedule, schedules_by_table
+from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.torch.rowwise import prepared
 from partial_embedding.torch.unfreezing import ScheduledTables
 from partial_embedding.vocabulary import Vocabulary
@@ -29,8 +29,14 @@ class RowUnfreezing(Callback):
     """Trains the rows that a schedule names, and leaves all others as they are, bit for bit.
 
     The callback prepares the trainer's optimizers with `rowwise`; `configure_optimizers` stays as
-    it is, with a plain optimizer over `self.parameters()`. A run that is stopped and resumed from a
-    checkpoint goes on where the schedule stood.
+    it is, with a plain optimizer over `self.parameters()`. Rows may change at the start of an epoch
+    and, where a schedule moves within epochs, with any optimizer step; a stage that waits for a
+    metric sees what each validation logged, and starts with the next batch. The progress bar shows
+    the stage and the rows awake.
+
+    A run that is stopped and resumed from a checkpoint goes on where the schedule stood. A schedule
+    that was changed in between is told of line by line, and refused if other rows would train
+    where the checkpoint stands.
 
     Args:
         schedule: A `Schedule`, a mapping, or the path of a YAML file, for all tables of the module;
@@ -43,7 +49,8 @@ class RowUnfreezing(Callback):
 
     Raises:
         InputError: The schedule is malformed. When `fit` starts: it does not fit the module, or an
-            optimizer or strategy cannot keep frozen rows exact.
+            optimizer or strategy cannot keep frozen rows exact or a stage's learning rate. During
+            `fit`: validation does not log a metric that a stage waits for, or processes differ.
 
     Example:
         >>> RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": "all"}]})
@@ -61,10 +68,10 @@ class RowUnfreezing(Callback):
         self.vocabulary = vocabulary
         self.lazy = lazy
         self.audit = audit
-        self.position = Position()
         self._tables: ScheduledTables | None = None
-        self._begun_epoch: int | None = None
         self._restored: dict[str, Any] | None = None
+        # The epoch of a validation that follows the last batch.
+        self._validation_due: int | None = None
 
     def __repr__(self) -> str:
         return f"RowUnfreezing({', '.join(map(repr, self.schedules.values()))})"
@@ -87,22 +94,24 @@ class RowUnfreezing(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check every stage against the tables, set the first rows, and prepare the optimizers."""
-        self._tables = ScheduledTables(
+        tables = ScheduledTables(
             pl_module,
             self.schedules,
             self._find_vocabulary(trainer, pl_module),
             self.audit,
             say=pl_module.print,
+            total_steps=lambda: trainer.estimated_stepping_batches,
         )
-        self.position, self._begun_epoch = Position(), None
-        if self._restored is not None:
-            self._check_restored(self._restored)
-            self.position = Position(**self._restored["position"])
-            self._restored = None
-        self._tables.check_backend()
+        tables.check_backend()
         # Before the optimizers load their state, which belongs to the rows of that position.
-        self._tables.place(self.position)
-        self._tables.prepare(trainer.optimizers, self.lazy)
+        restored, self._restored, self._validation_due = self._restored, None, None
+        if restored is None:
+            tables.place()
+        else:
+            tables.restore(restored)
+            self._validation_due = restored.get("validation_due")
+        tables.prepare(trainer.optimizers, self.lazy)
+        self._tables = tables
 
     def _find_vocabulary(self, trainer: Trainer, pl_module: LightningModule) -> Vocabulary | None:
         owners = (self, getattr(trainer, "datamodule", None), pl_module)
@@ -110,8 +119,10 @@ class RowUnfreezing(Callback):
         return next((one for one in found if isinstance(one, Vocabulary)), None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how many parameters really train."""
+        """Say how many parameters really train, and validate if the checkpoint left that to do."""
         self._scheduled.tell_sizes()
+        if self._validation_due is not None:
+            _validate(trainer)
 
     @property
     def _scheduled(self) -> ScheduledTables:
@@ -122,20 +133,28 @@ class RowUnfreezing(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the rows of this epoch, and say so where a stage begins."""
-        self.position = Position(trainer.current_epoch, trainer.global_step)
-        self._begun_epoch = trainer.current_epoch
-        self._scheduled.move_to(self.position)
+        if self._scheduled.advance(trainer.current_epoch, trainer.global_step):
+            # As Lightning's own callbacks write to `trainer.callback_metrics`.
+            shown: dict[str, Any] = trainer.progress_bar_metrics
+            shown.update(self._scheduled.bar)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin the epoch where Lightning did not.
+        """Set the rows of this step, where they may change within an epoch.
 
-        Resumed from a checkpoint of a step, it goes on within that epoch, or with the first batch
-        of the next one, without `on_train_epoch_start`.
+        Resumed from a checkpoint of a step, Lightning goes on within that epoch, or with the first
+        batch of the next one, without `on_train_epoch_start`.
         """
-        if self._begun_epoch != trainer.current_epoch:
-            self.on_train_epoch_start(trainer, pl_module)
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the metrics that a stage waits for."""
+        # Checkpoints of this validation are written after this, and so hold what was seen.
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            due, self._validation_due = self._validation_due, None
+            epoch = trainer.current_epoch if due is None else due
+            self._scheduled.observe(epoch, trainer.global_step, trainer.callback_metrics)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last stage, and say what the audit found."""
@@ -158,6 +177,11 @@ class RowUnfreezing(Callback):
         """Leave steps that were skipped, and audit."""
         self._leave(trainer)
         self._scheduled.after_step(trainer.global_step)
+        if self._scheduled.metrics:
+            # Only Lightning knows whether it validates next, and has no public name for it.
+            loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+            due = fetcher is not None and loop._should_check_val_fx(fetcher)
+            self._validation_due = trainer.current_epoch if due else None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -173,33 +197,31 @@ class RowUnfreezing(Callback):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands, and what it was."""
-        return {
-            "position": {"epoch": self.position.epoch, "step": self.position.step},
-            "schedules": [
-                {"table": name, "schedule": schedule.to_config()}
-                for name, schedule in self.schedules.items()
-            ],
-        }
+        """Where the schedule stands, what was seen on the way, and what the schedule is."""
+        if self._tables is None:
+            return self._restored or {}
+        return {**self._tables.to_state(), "validation_due": self._validation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember where the schedule stood until `fit` starts."""
+        """Remember where the schedule stood until `fit` starts.
+
+        Args:
+            state_dict: What `state_dict` gave.
+        """
         self._restored = state_dict
 
-    def _check_restored(self, state: dict[str, Any]) -> None:
-        """Refuse a schedule in which other rows train where the checkpoint stands.
 
-        Stages that lie ahead may be changed between two runs.
-        """
-        position = Position(**state["position"])
-        for saved in state["schedules"]:
-            if saved["table"] not in self.schedules:
-                continue
-            then = Schedule.parse(saved["schedule"]).trainable_rows(position)
-            now = self.schedules[saved["table"]].trainable_rows(position)
-            if then != now:
-                raise InputError(
-                    f"a resumed run trains the rows that the checkpoint trained at epoch "
-                    f"{position.epoch}, {then.to_config()!r}. Received: {now.to_config()!r}. "
-                    "Change only stages that lie ahead."
-                )
+def _validate(trainer: Trainer) -> None:
+    """Make up for the validation after the batch with which a checkpoint ended.
+
+    Lightning resumes without it, and a stage that waits for a metric would start late.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    # It does go back to one that had begun; releases before 2.5.1 have no word for that.
+    if getattr(loop, "restarted_mid_evaluation", False):
+        return
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    loop._has_run = False  # or the resumed epoch would be taken for done

@@ -1,4 +1,4 @@
-"""The callback for Hugging Face's Trainer: which rows train, epoch by epoch."""
+"""The callback for Hugging Face's Trainer: which rows train as training goes on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import Position, Schedule, schedules_by_table
@@ -17,22 +18,28 @@ from partial_embedding.vocabulary import Vocabulary
 AnySchedule = Schedule | Mapping[str, Any] | str | PathLike[str]
 
 
-class RowUnfreezing(TrainerCallback):
+class RowUnfreezing(TrainerCallback, ExportableState):
     """Trains the rows that a schedule names, and leaves all others as they are, bit for bit.
 
-    The callback prepares the Trainer's optimizer with `rowwise`. A run that is resumed from a
-    checkpoint goes on where the schedule stood.
+    All is as in `partial_embedding.callbacks.lightning.RowUnfreezing`, for the Trainer's optimizer;
+    the metrics that stages wait for are those of an evaluation, such as `eval_loss`. Where the
+    schedule stands is in the `trainer_state.json` of each checkpoint, and a resumed run goes on
+    there. With the argument `restore_callback_states_from_checkpoint` the Trainer takes the
+    schedule itself from there, too, but a vocabulary cannot be kept in that file.
+
+    Evaluate by steps where a stage waits for a metric and checkpoints are written by steps: from a
+    checkpoint that lies between the last step of an epoch and the evaluation at its end, the
+    Trainer resumes without that evaluation.
 
     Args:
-        schedule: As for `partial_embedding.callbacks.lightning.RowUnfreezing`.
+        schedule: As in the callback for Lightning.
         vocabulary: What rows mean, for schedules that ask for it.
         lazy: Step only the rows that a batch touched, as `rowwise` does.
-        audit: Compare the bits of frozen rows at the end of each stage; a number n compares them
-            every n optimizer steps too.
+        audit: As in the callback for Lightning.
 
     Raises:
-        InputError: The schedule is malformed. When training starts: it does not fit the model, a
-            table is sparse, or the Trainer's arguments would shard it.
+        InputError: As in the callback for Lightning; also, when training starts, for a table that
+            is sparse.
 
     Example:
         >>> RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}]}).schedules
@@ -57,25 +64,49 @@ class RowUnfreezing(TrainerCallback):
     ) -> None:
         """Check every stage against the tables, set the first rows, and prepare the optimizer."""
         tables = ScheduledTables(
-            kwargs["model"], self.schedules, self.vocabulary, self.audit, say=print
+            kwargs["model"],
+            self.schedules,
+            self.vocabulary,
+            self.audit,
+            say=print,
+            total_steps=lambda: state.max_steps,
         )
         _check_arguments(args, tables)
         tables.check_backend()
-        # Where the optimizer's state was saved: at the end of an epoch, not in the next one.
-        epoch = max(0, math.ceil(state.epoch or 0) - 1)
-        tables.place(Position(epoch, state.global_step))
+        self._place(tables, state)
         optimizer = kwargs["optimizer"]
         # Accelerate wraps the optimizer that steps.
         tables.prepare([getattr(optimizer, "optimizer", optimizer)], self.lazy)
         tables.tell_sizes()
         self._tables = tables
 
+    def _place(self, tables: ScheduledTables, state: TrainerState) -> None:
+        """Set the rows to which the optimizer's state belongs."""
+        # A mapping once it is made, whatever its annotation says. The Trainer fails to save a
+        # callback that it has not read from a checkpoint, so that one is put there.
+        states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+        saved = states.setdefault(type(self).__name__, self.state())
+        schedule = (saved[0] if isinstance(saved, list) else saved)["attributes"]["saved"]
+        if not state.global_step:
+            tables.place()
+        elif schedule is None:
+            # Saved without this callback.
+            tables.place(Position(_epoch_done(state), state.global_step, tables.total_steps))
+        else:
+            tables.restore(schedule)
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the rows of this epoch, and say so where a stage begins."""
         if self._tables is not None:
-            self._tables.move_to(_position(state))
+            self._tables.advance(int(state.epoch or 0), state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the rows of this step, where they may change within an epoch."""
+        self.on_epoch_begin(args, state, control, **kwargs)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,16 +115,36 @@ class RowUnfreezing(TrainerCallback):
         if self._tables is not None:
             self._tables.after_step(state.global_step)
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the metrics that a stage waits for."""
+        # What is measured before the first step is no validation.
+        if self._tables is not None and self._tables.has_begun:
+            self._tables.observe(_epoch_done(state), state.global_step, kwargs["metrics"])
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the last stage, and say what the audit found."""
         if self._tables is not None:
             self._tables.finish(state.global_step)
+            self._tables = None
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer keeps of this callback in each checkpoint."""
+        named = {name: schedule.to_config() for name, schedule in self.schedules.items()}
+        schedule = named.pop(None, None) or named
+        saved = None if self._tables is None else self._tables.to_state()
+        return {
+            "args": {"schedule": schedule, "lazy": self.lazy, "audit": self.audit},
+            "attributes": {"saved": saved},
+        }
 
 
-def _position(state: TrainerState) -> Position:
-    return Position(int(state.epoch or 0), state.global_step)
+def _epoch_done(state: TrainerState) -> int:
+    """The epoch that the last step was made in."""
+    return max(0, math.ceil(state.epoch or 0) - 1)
 
 
 def _check_arguments(args: TrainingArguments, tables: ScheduledTables) -> None:

@@ -1,4 +1,4 @@
-"""The command `partial-embedding`: train, validate, test and predict from a YAML file."""
+"""The command `partial-embedding`: train, validate, test and predict from a YAML file, and plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,12 @@ from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.recipes.export import ExportVectors
+from partial_embedding.recipes.plan import schedule_command
 from partial_embedding.recipes.resume import RandomState
 from partial_embedding.recipes.text import TextClassifier, TextData
 
+# What needs no trainer.
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"schedule": schedule_command}
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _DEFAULTS = {
     "rows.schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},
@@ -62,8 +65,11 @@ def main(args: Sequence[str] | None = None) -> int:
     _quieten()
     args = sys.argv[1:] if args is None else list(args)
     try:
-        _check_configs(args)
-        TextCLI(args)
+        if args and (command := _COMMANDS.get(args[0])) is not None:
+            command(args[1:])
+        else:
+            _check_configs(args)
+            TextCLI(args)
     except FrozenRowsMoved as error:
         return _complain(error, 1)
     except (InputError, OSError, ArgumentError, MisconfigurationException) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,15 +31,42 @@ def row_picture(track: RowTrack) -> Figure:
     _draw_awake(above, track)
     _draw_drift(below, track)
     for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_FAINT)
-        axes.tick_params(colors=_INK, labelsize=9)
-        axes.set_xlim(0, max(track.end, 1e-9))
+        _dress(axes, track.end)
         for place, _ in track.awake[1:]:
             axes.axvline(place, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     below.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     below.set_xlabel(f"{track.unit}s of training", color=_INK, fontsize=10)
     return figure
+
+
+def awake_picture(
+    awake: Sequence[tuple[float, int]], num_rows: int, end: float, unit: str
+) -> Figure:
+    """Draw how many rows will be awake, before any training.
+
+    Args:
+        awake: Where in training, and how many rows are awake from there on.
+        num_rows: The rows V of the table.
+        end: Where training ends.
+        unit: The unit of these places, `"epoch"` or `"step"`.
+
+    Returns:
+        A figure of 1600 × 600 pixels; save it with `savefig`.
+    """
+    figure = Figure(figsize=(8, 3), dpi=200, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    _draw_awake(axes, RowTrack(num_rows, 1.0, unit, list(awake), end=end))
+    _dress(axes, end)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.set_xlabel(f"{unit}s of training", color=_INK, fontsize=10)
+    return figure
+
+
+def _dress(axes: Axes, end: float) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
+    axes.tick_params(colors=_INK, labelsize=9)
+    axes.set_xlim(0, max(end, 1e-9))
 
 
 def _draw_awake(axes: Axes, track: RowTrack) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from partial_embedding.schedule import Plateau, Position, Schedule
 from partial_embedding.vocabulary import Ids, Vocabulary
 
 
@@ -47,35 +48,54 @@ def table_line(table: str, trainable: int, num_rows: int, width: int, elsewhere:
 
 def stage_line(
     table: str,
-    stage: int,
-    epoch: int,
+    place: str,
     ids: Ids,
     num_rows: int,
     vocabulary: Vocabulary | None = None,
 ) -> str:
-    """One line for a stage that begins.
+    """One line for a stage, or a part of one, that begins.
 
     Args:
         table: The table's name.
-        stage: The stage's index.
-        epoch: The epoch it begins in.
+        place: Where that is, as `place_text` says it.
         ids: The rows that train, shape (K,).
         num_rows: All rows V.
         vocabulary: Where counts say how many training tokens the rows cover.
 
     Example:
         >>> import numpy as np
-        >>> stage_line("words", 1, 4, np.array([0, 2]), 4, Vocabulary("abcd", counts=[5, 1, 3, 1]))
+        >>> vocabulary = Vocabulary("abcd", counts=[5, 1, 3, 1])
+        >>> stage_line("words", "stage 1 from epoch 4", np.array([0, 2]), 4, vocabulary)
         'words: stage 1 from epoch 4: 2 rows train, 50.0 % of the table, 80.0 % of training tokens'
     """
-    line = (
-        f"{table}: stage {stage} from epoch {epoch}: {len(ids):,} rows train, "
-        f"{_percent(len(ids), num_rows)} of the table"
-    )
+    line = f"{table}: {place}: {len(ids):,} rows train, {_percent(len(ids), num_rows)} of the table"
     if vocabulary is not None and vocabulary.counts is not None:
         covered = int(vocabulary.counts[ids].sum())
         line += f", {_percent(covered, int(vocabulary.counts.sum()))} of training tokens"
     return line
+
+
+def place_text(schedule: Schedule, position: Position) -> str:
+    """Where a position is in a schedule.
+
+    Args:
+        schedule: The schedule.
+        position: Where training stands.
+
+    Example:
+        >>> schedule = Schedule([{"epoch": 0, "rows": "none"}, {"epoch": 2, "rows": "all"}])
+        >>> place_text(schedule, Position(epoch=3, step=90))
+        'stage 1 from epoch 3'
+    """
+    moment = schedule.moment(position)
+    within = schedule.moves_within_epochs
+    place = f"step {position.step:,}" if within else f"epoch {position.epoch}"
+    text = f"stage {moment.stage} from {place}"
+    if isinstance(start := schedule.stages[moment.stage].start, Plateau):
+        text += f" after {start}"
+    if moment.part:
+        text += f", part {moment.part} of {moment.parts} towards stage {moment.stage + 1}"
+    return text + (f", cycle {moment.turn}" if moment.turn else "")
 
 
 def audit_line(reports: Sequence[StageReport]) -> str:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from os import PathLike, fspath
+from typing import Any
 
 import numpy as np
 
+from partial_embedding.choices import (
+    CHOICES,
+    Choice,
+    flat_array,
+    is_whole,
+    read_ids,
+    read_tokens,
+)
 from partial_embedding.errors import InputError
+from partial_embedding.growth import Growth
 from partial_embedding.vocabulary import Ids, Vocabulary
 
 Config = str | dict[str, Any]
@@ -19,8 +29,24 @@ class Rows:
     """A choice of rows, independent of the table that it will be applied to.
 
     Build one with `Rows.parse` or the named constructors, combine them with `|`, `&`, `-` and `~`,
-    and evaluate the result with `resolve`. A choice reads from and writes to plain YAML: `kind`, or
-    `{kind: argument}`.
+    and evaluate the result with `resolve`. A choice reads from and writes to plain YAML, `kind` or
+    `{kind: argument}`:
+
+    - `all`, `none`;
+    - `ids: [3, 7]`, `mask: [true, false, …]`, `range: [start, stop, step]`, and `ids_file: PATH`, a
+      `.npy` file of ids or a mask, or text with one id a line;
+    - `tokens: [the, of]`, `token_file: PATH` with one token a line, and `matching: "^@"`, a regular
+      expression that is searched for in each token;
+    - `missing`, the rows that had no pre-trained vector;
+    - `most_frequent: 1000` and `least_frequent: 0.2`, a number or a share of all rows;
+      `covering: 0.9`, the fewest rows that make up this share of the training data's tokens;
+      `min_count: 5`, those that occur at least so often;
+    - `random: 0.1`, or `random: {amount: 0.1, seed: 3}`;
+    - `nearest: {tokens: [good], amount: 50}`, by the cosine of `Vocabulary.vectors`, these tokens
+      themselves first;
+    - `union`, `intersection` and `difference` of a list of choices, `not` of one.
+
+    Files are read when the choice is made.
 
     Example:
         >>> rows = Rows.missing() | Rows.most_frequent(0.5)
@@ -43,10 +69,11 @@ class Rows:
         Args:
             value: `"all"`, `"none"`, `"missing"`; ids (an iterable of integers, or an array, which
                 alone may be empty); a boolean mask with one entry per row; a `range` or `slice`; a
-                mapping `{kind: argument}` as `to_config` writes it; or a `Rows`.
+                mapping `{kind: argument}`, as listed above; or a `Rows`.
 
         Raises:
-            InputError: The value is none of these, is empty, repeats an id or has a negative one.
+            InputError: The value is none of these, is empty, repeats an id or has a negative one,
+                or a file cannot be read.
 
         Example:
             >>> Rows.parse([7, 2]).resolve(10)
@@ -73,7 +100,7 @@ class Rows:
         if isinstance(value, np.ndarray) and value.shape == (0,) and value.dtype.kind in "iu":
             return Rows("none")  # computed, unlike a list that was left empty
         if isinstance(value, Iterable):
-            array = _array(value)
+            array = flat_array(value)
             return _make("mask" if array.dtype == np.bool_ else "ids", array)
         raise InputError(
             "rows are 'all', 'none', ids, a boolean mask, a range, a slice, a mapping or Rows. "
@@ -123,6 +150,27 @@ class Rows:
         """
         return _make("most_frequent", amount)
 
+    @staticmethod
+    def grown(before: Rows, after: Rows, growth: Growth, part: int, parts: int) -> Rows:
+        """Rows on their way from one choice to another: those of the first, and some that join.
+
+        Args:
+            before: The rows that are awake at first, and stay so.
+            after: The rows that will be awake at last.
+            growth: How many are awake, and in which order they wake.
+            part: The parts that have begun, 0 to `parts`.
+            parts: In how many parts the rows wake.
+
+        Raises:
+            InputError: There is no such part.
+
+        Example:
+            >>> growth = Growth(order="ids")
+            >>> Rows.grown(Rows.parse([9]), Rows.all(), growth, part=1, parts=3).resolve(10)
+            array([0, 1, 2, 9])
+        """
+        return Rows("grown", _Grown(before, after, growth, part, parts))
+
     def resolve(self, num_rows: int, vocabulary: Vocabulary | None = None) -> Ids:
         """Evaluate the choice for one table.
 
@@ -148,7 +196,7 @@ class Rows:
                 f"a vocabulary has one token per row. Received {len(vocabulary)} tokens for "
                 f"{num_rows} rows. Build the table from this vocabulary."
             )
-        return _KINDS[self.kind].select(self.argument, num_rows, vocabulary)
+        return _CHOICES[self.kind].select(self.argument, num_rows, vocabulary)
 
     def to_config(self) -> Config:
         """Write the choice as plain YAML values; the inverse of `parse`.
@@ -157,7 +205,11 @@ class Rows:
             >>> (~Rows.parse([0])).to_config()
             {'not': {'ids': [0]}}
         """
-        return self.kind if self.argument is None else {self.kind: _plain(self.argument)}
+        if self.argument is None:
+            return self.kind
+        if (write := _WRITTEN.get(self.kind)) is not None:
+            return {self.kind: write(self.argument)}
+        return {self.kind: _plain(self.argument)}
 
     def __or__(self, other: Rows) -> Rows:
         return Rows("union", (self, other))
@@ -166,35 +218,39 @@ class Rows:
         return Rows("intersection", (self, other))
 
     def __sub__(self, other: Rows) -> Rows:
-        return self & ~other
+        return Rows("difference", (self, other))
 
     def __invert__(self) -> Rows:
         return Rows("not", self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rows) and self.to_config() == other.to_config()
+        # By what is written: 1 is a number of rows and 1.0 a share, though they are equal.
+        return isinstance(other, Rows) and repr(self) == repr(other)
 
     def __hash__(self) -> int:
-        return hash(repr(self.to_config()))
+        return hash(repr(self))
 
     def __repr__(self) -> str:
         return f"Rows({self.to_config()!r})"
 
 
-class _Kind(NamedTuple):
-    """How one kind of choice checks its argument when it is made, and selects ids from a table."""
-
-    check: Callable[[Any], Any]
-    select: Callable[[Any, int, Vocabulary | None], Ids]
-
-
 def _make(kind: str, argument: Any) -> Rows:
-    if kind not in _KINDS:
-        raise InputError(f"rows are chosen by one of {sorted(_KINDS)}. Received: {kind!r}.")
-    return Rows(kind, _KINDS[kind].check(argument))
+    if (read := _READ.get(kind)) is not None:
+        return _from_file(argument, *read)
+    if kind not in _CHOICES:
+        named = sorted([*_CHOICES, *_READ])
+        raise InputError(f"rows are chosen by one of {named}. Received: {kind!r}.")
+    return Rows(kind, _CHOICES[kind].check(argument))
 
 
-# Checks: each takes the argument as written and returns it normalised.
+def _from_file(path: Any, read: Callable[[str], Any], kind: str | None) -> Rows:
+    if not isinstance(path, str | PathLike):
+        raise InputError(f"rows in a file are named by its path. Received: {path!r}.")
+    values = read(fspath(path))
+    try:
+        return Rows.parse(values if kind is None else {kind: values})
+    except InputError as error:
+        raise InputError(f"{fspath(path)}: {error}") from None
 
 
 def _ascending(ids: range) -> list[int]:
@@ -210,119 +266,23 @@ def _ascending(ids: range) -> list[int]:
     return [ids[0], ids[-1] + 1, ids.step]
 
 
-def _no_argument(argument: Any) -> None:
-    if argument is not None:
-        raise InputError(
-            f"'all', 'none' and 'missing' take no argument. Received: {argument!r}. "
-            "Write the word alone."
-        )
-
-
-def _check_ids(argument: Any) -> Ids:
-    array = _array(argument)
-    if array.dtype.kind not in "iu":
-        raise InputError(f"row ids are integers. Received: {_shown(argument)}.")
-    # Sorting is skipped for ids that come in order, as those of a large table usually do.
-    ids = array.astype(np.int64)
-    if ids.size > 1 and not (ids[1:] > ids[:-1]).all():
-        ids = np.sort(ids)
-        if (repeated := ids[1:][ids[1:] == ids[:-1]]).size:
-            raise InputError(f"each row is named once. Received {repeated[0]} twice. Remove one.")
-    if ids[0] < 0:
-        raise InputError(
-            f"row ids are not negative. Received: {ids[0]}. "
-            "For the last n rows write slice(-n, None)."
-        )
-    ids.setflags(write=False)
-    return ids
-
-
-def _check_mask(argument: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    array = _array(argument)
-    if array.dtype != np.bool_:
-        raise InputError(f"a mask is made of true and false. Received: {_shown(argument)}.")
-    mask = array.astype(np.bool_)  # a copy: the caller may go on writing to theirs
-    mask.setflags(write=False)
-    return mask
-
-
-def _check_range(argument: Any) -> tuple[int | None, ...]:
-    parts = list(argument) if isinstance(argument, list | tuple) else [argument]
-    integers = all(p is None or (isinstance(p, int) and not isinstance(p, bool)) for p in parts)
-    if not (2 <= len(parts) <= 3 and integers) or 0 in parts[2:]:
-        raise InputError(
-            "a range is [start, stop] or [start, stop, step], integers or null, with a step other "
-            f"than 0. Received: {argument!r}."
-        )
-    return (*parts, None)[:3]
-
-
-def _check_amount(argument: Any) -> int | float:
-    is_number = isinstance(argument, int | float) and not isinstance(argument, bool)
-    if not is_number or not (argument >= 1 if isinstance(argument, int) else 0 < argument <= 1):
-        raise InputError(
-            "an amount is a whole number of rows from 1 up, or a share in (0, 1] with a decimal "
-            f"point. Received: {argument!r}."
-        )
-    return argument  # type: ignore[no-any-return]  # checked above
+# Choices that are made of others
 
 
 def _check_choices(argument: Any) -> tuple[Rows, ...]:
     if not isinstance(argument, list | tuple) or not argument:
         raise InputError(
-            f"'union' and 'intersection' take a list of choices. Received: {argument!r}."
+            "'union', 'intersection' and 'difference' take a list of choices. "
+            f"Received: {argument!r}."
         )
     return tuple(Rows.parse(choice) for choice in argument)
 
 
-# Selections: each takes a checked argument and returns sorted ids without duplicates.
-
-
-def _select_ids(ids: Ids, num_rows: int, _: Vocabulary | None) -> Ids:
-    if ids[-1] >= num_rows:
-        raise InputError(
-            f"rows must lie in [0, {num_rows}). Received: {ids[-1]}. Was the vocabulary resized?"
-        )
-    return ids
-
-
-def _select_mask(mask: Any, num_rows: int, _: Vocabulary | None) -> Ids:
-    if mask.shape != (num_rows,):
-        raise InputError(
-            f"a mask has one entry for each of the {num_rows} rows. Received: {mask.size}. "
-            "Was the vocabulary resized?"
-        )
-    return np.flatnonzero(mask)
-
-
-def _select_range(parts: tuple[int | None, ...], num_rows: int, _: Vocabulary | None) -> Ids:
-    for part in parts[:2]:
-        if part is not None and abs(part) > num_rows:
-            raise InputError(
-                f"a range lies within the table's {num_rows} rows. Received: {list(parts)}. "
-                "Was the vocabulary resized?"
-            )
-    return np.unique(np.arange(num_rows, dtype=np.int64)[slice(*parts)])
-
-
-def _select_missing(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    return _known("missing", vocabulary)
-
-
-def _select_most_frequent(amount: int | float, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    counts = _known("counts", vocabulary)
-    number = amount if isinstance(amount, int) else round(amount * num_rows)
-    if number > num_rows:
-        raise InputError(
-            f"the table has {num_rows} rows. Received a wish for the {number} most frequent. "
-            "Write 'all'."
-        )
-    # A stable sort keeps lower ids first among equals, so that the choice is a function of counts.
-    return np.sort(np.argsort(-counts, kind="stable")[:number])
-
-
 def _select_union(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
-    return np.unique(np.concatenate([choice.resolve(num_rows, v) for choice in choices]))
+    mask = np.zeros(num_rows, np.bool_)
+    for choice in choices:
+        mask[choice.resolve(num_rows, v)] = True
+    return np.flatnonzero(mask)
 
 
 def _select_intersection(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
@@ -332,54 +292,86 @@ def _select_intersection(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary
     return ids
 
 
+def _select_difference(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
+    ids = choices[0].resolve(num_rows, v)
+    for choice in choices[1:]:
+        ids = np.setdiff1d(ids, choice.resolve(num_rows, v), assume_unique=True)
+    return ids
+
+
 def _select_not(choice: Rows, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
     mask = np.ones(num_rows, np.bool_)
     mask[choice.resolve(num_rows, vocabulary)] = False
     return np.flatnonzero(mask)
 
 
-_KINDS: Mapping[str, _Kind] = {
-    "all": _Kind(_no_argument, lambda _, num_rows, __: np.arange(num_rows, dtype=np.int64)),
-    "none": _Kind(_no_argument, lambda _, __, ___: np.zeros(0, np.int64)),
-    "ids": _Kind(_check_ids, _select_ids),
-    "mask": _Kind(_check_mask, _select_mask),
-    "range": _Kind(_check_range, _select_range),
-    "missing": _Kind(_no_argument, _select_missing),
-    "most_frequent": _Kind(_check_amount, _select_most_frequent),
-    "union": _Kind(_check_choices, _select_union),
-    "intersection": _Kind(_check_choices, _select_intersection),
-    "not": _Kind(Rows.parse, _select_not),
+@dataclass(frozen=True)
+class _Grown:
+    """Rows on their way from one choice to another."""
+
+    before: Rows
+    after: Rows
+    growth: Growth
+    part: int
+    parts: int
+
+    def __post_init__(self) -> None:
+        part, parts = self.part, self.parts
+        if not (is_whole(part) and is_whole(parts) and 0 <= part <= parts >= 1):
+            raise InputError(f"a part is one of 0 to all parts. Received: {part!r} of {parts!r}.")
+
+
+_GROWN_KEYS = {"from", "to", "growth", "part", "parts"}
+
+
+def _check_grown(argument: Any) -> _Grown:
+    if not isinstance(argument, Mapping) or argument.keys() != _GROWN_KEYS:
+        raise InputError(
+            f"rows that grow have the keys {sorted(_GROWN_KEYS)}. Received: {argument!r}."
+        )
+    before, after = Rows.parse(argument["from"]), Rows.parse(argument["to"])
+    growth = Growth.parse(argument["growth"])
+    return _Grown(before, after, growth, argument["part"], argument["parts"])
+
+
+def _select_grown(grown: _Grown, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
+    before = grown.before.resolve(num_rows, vocabulary)
+    joining = np.setdiff1d(grown.after.resolve(num_rows, vocabulary), before, assume_unique=True)
+    total = before.size + joining.size
+    awake = grown.growth.awake(grown.part, grown.parts, before.size, total)
+    order = grown.growth.arranged(joining, num_rows, vocabulary)
+    return np.sort(np.concatenate([before, order[: awake - before.size]]))
+
+
+def _write_grown(grown: _Grown) -> dict[str, Any]:
+    return {
+        "from": grown.before.to_config(),
+        "to": grown.after.to_config(),
+        "growth": grown.growth.to_config(),
+        "part": grown.part,
+        "parts": grown.parts,
+    }
+
+
+_CHOICES: Mapping[str, Choice] = {
+    **CHOICES,
+    "union": Choice(_check_choices, _select_union),
+    "intersection": Choice(_check_choices, _select_intersection),
+    "difference": Choice(_check_choices, _select_difference),
+    "not": Choice(Rows.parse, _select_not),
+    "grown": Choice(_check_grown, _select_grown),
 }
-
-
-def _known(what: str, vocabulary: Vocabulary | None) -> Ids:
-    if vocabulary is None:
-        raise InputError(
-            f"these rows are chosen by the vocabulary's {what}. Received no vocabulary. "
-            "Pass vocabulary=."
-        )
-    values: Ids | None = getattr(vocabulary, what)
-    if values is None:
-        raise InputError(
-            f"these rows are chosen by the vocabulary's {what}. Received a vocabulary without. "
-            f"Build it with Vocabulary(tokens, {what}=…)."
-        )
-    return values
-
-
-def _array(values: Any) -> np.ndarray[Any, Any]:
-    """A flat array of what was given; numpy reads tensors of every framework on the CPU."""
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise InputError(f"rows are listed as [3, 7, …]. Received: {values!r}.")
-    try:
-        array = np.asarray(values if hasattr(values, "__array__") else list(values))
-    except ValueError:  # numpy's word for a ragged list
-        raise InputError(f"rows are a flat list. Received: {_shown(values)}.") from None
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "biuf"):
-        raise InputError(f"rows are a flat list of integers. Received: {_shown(values)}.")
-    if array.size == 0:
-        raise InputError("a list of rows is not empty. Received: []. For no row write 'none'.")
-    return array
+# How an argument is written that is no plain list of values.
+_WRITTEN: Mapping[str, Callable[[Any], Any]] = {
+    "random": lambda pair: {"amount": pair[0], "seed": pair[1]},
+    "nearest": lambda pair: {"tokens": list(pair[0]), "amount": pair[1]},
+    "grown": _write_grown,
+}
+# Files, how each is read, and the kind of choice that is in it.
+_READ: Mapping[str, tuple[Callable[[str], Any], str | None]] = {
+    "ids_file": (read_ids, None),
+    "token_file": (read_tokens, "tokens"),
+}
 
 
 def _plain(argument: Any) -> Any:
@@ -388,8 +380,3 @@ def _plain(argument: Any) -> Any:
     if isinstance(argument, Rows):
         return argument.to_config()
     return [_plain(part) for part in argument] if isinstance(argument, tuple) else argument
-
-
-def _shown(values: Any, most: int = 80) -> str:
-    text = " ".join(repr(values).split())
-    return text if len(text) <= most else text[:most] + "…"

@@ -56,7 +56,13 @@ def frameworks_after(module: str, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["partial_embedding", "partial_embedding.text", "partial_embedding.vectors"]
+    "module",
+    [
+        "partial_embedding",
+        "partial_embedding.recipes.texts",
+        "partial_embedding.text",
+        "partial_embedding.vectors",
+    ],
 )
 def test_the_pure_part_loads_no_framework(module: str, tmp_path: Path) -> None:
     assert frameworks_after(module, tmp_path) == set()

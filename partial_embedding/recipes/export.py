@@ -1,4 +1,4 @@
-"""The trained table as a file of word vectors."""
+"""The trained table as a file of word vectors, and its vocabulary."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from partial_embedding.torch import PartialEmbedding
 from partial_embedding.vectors import save_vectors
 from partial_embedding.vocabulary import Vocabulary
+from partial_embedding.vocabulary_file import write_vocabulary
 
 VectorSuffix = Literal["vec", "txt", "bin", "vec.gz", "txt.gz", "bin.gz"]
 
@@ -22,7 +23,9 @@ class _WithTable(Protocol):
 class ExportVectors(Callback):
     """Writes the trained table as word vectors, which gensim loads, when `fit` ends.
 
-    The file is `vectors.vec`, or of another suffix, in the run's log folder.
+    The file is `vectors.vec`, or of another suffix, in the run's log folder. Beside it lies
+    `vocabulary.tsv`: each token with its count and whether it had a vector, which
+    `partial-embedding schedule` reads.
 
     The module has a `PartialEmbedding` named `embedding`, and the `vocabulary` of its rows.
 
@@ -30,7 +33,7 @@ class ExportVectors(Callback):
         suffix: Which of word2vec's formats: `vec` and `txt` are text, `bin` is binary.
 
     Raises:
-        InputError: A value of the table is not finite.
+        InputError: A value of the table is not finite, or a token has a tab or line break.
         OSError: The file cannot be written.
 
     Example:
@@ -51,4 +54,5 @@ class ExportVectors(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         table = module.embedding.weight.detach().float().cpu().numpy()
         save_vectors(path, module.vocabulary.tokens, table)
+        write_vocabulary(path.with_name("vocabulary.tsv"), module.vocabulary)
         self.path = path

@@ -22,24 +22,11 @@ from numpy.typing import NDArray
 from partial_embedding.callbacks.keras import RowUnfreezing
 from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.files import write_atomically
+from partial_embedding.recipes.texts import PADDING_ID, WIDTHS, prepare_texts
 from partial_embedding.schedule import Schedule
 from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
-from partial_embedding.text import (
-    LabelledTexts,
-    count_tokens,
-    encode,
-    pad,
-    read_labelled,
-    split,
-    stdlib_docstrings,
-    tokenize,
-)
-from partial_embedding.vectors import build_table, read_vectors, train_vectors
+from partial_embedding.text import LabelledTexts, encode, pad, tokenize
 from partial_embedding.vocabulary import Vocabulary
-
-PADDING_ID = 0
-_WIDTHS = (3, 4, 5)
-_TRAINED_DIMENSION = 50
 
 # The keys of the Lightning recipe's configuration that this one reads, with their defaults.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -92,35 +79,17 @@ def read_texts(settings: Mapping[str, Any]) -> TextData:
     Raises:
         InputError: Files are missing, malformed or do not fit.
     """
-    examples = (
-        read_labelled(settings["path"], settings["text_column"], settings["label_column"])
-        if settings["path"]
-        else stdlib_docstrings()
-    )
-    training, validation = split(examples, settings["validation_share"], settings["seed"])
-    documents = [tokenize(text, settings["lowercase"]) for text in training.texts]
-    vocabulary = count_tokens(documents, settings["min_count"])
-    cache = _user_cache() if settings["cache"] is None else settings["cache"]
-    vectors = (
-        read_vectors(settings["vectors"], settings["dimension"])
-        if settings["vectors"]
-        else train_vectors(
-            documents,
-            settings["dimension"] or _TRAINED_DIMENSION,
-            seed=settings["seed"],
-            cache=cache or None,
-        )
-    )
-    table, vocabulary = build_table(
-        vocabulary, vectors, settings["seed"], scale=settings["missing_scale"]
-    )
+    own = ("max_length", "batch_size")  # not read but made of the texts
+    texts = prepare_texts(**{key: value for key, value in settings.items() if key not in own})
+    vocabulary = texts.vocabulary
 
     def encoded(texts: LabelledTexts) -> tuple[list[list[int]], NDArray[np.int64]]:
         tokens = (tokenize(text, settings["lowercase"]) for text in texts.texts)
         rows = [encode(t, vocabulary, settings["max_length"]) for t in tokens]
         return rows, texts.labels
 
-    return TextData(vocabulary, table, examples.names, encoded(training), encoded(validation))
+    sides = encoded(texts.training), encoded(texts.validation)
+    return TextData(vocabulary, texts.table, texts.training.names, *sides)
 
 
 class TextBatches(keras.utils.PyDataset):
@@ -161,7 +130,7 @@ class TextBatches(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        ids = pad([self.rows[i] for i in chosen], PADDING_ID, min_length=max(_WIDTHS))
+        ids = pad([self.rows[i] for i in chosen], PADDING_ID, min_length=max(WIDTHS))
         return ids, self.labels[chosen]
 
 
@@ -288,7 +257,7 @@ def text_classifier(
                 MaxOverText(width)(
                     keras.layers.Conv1D(channels, width, activation="relu")(words), ids
                 )
-                for width in _WIDTHS
+                for width in WIDTHS
             ]
         )
     else:
@@ -396,11 +365,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FrozenRowsMoved) else 2
     return 0
-
-
-def _user_cache() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(base) / "partial_embedding")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,26 +16,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from partial_embedding.errors import InputError
 from partial_embedding.recipes.resume import ReplayableLoader
-from partial_embedding.text import (
-    LabelledTexts,
-    count_tokens,
-    encode,
-    pad,
-    read_labelled,
-    split,
-    stdlib_docstrings,
-    tokenize,
-)
+from partial_embedding.recipes.texts import PADDING_ID, WIDTHS, prepare_texts
+from partial_embedding.text import LabelledTexts, encode, pad, read_labelled, tokenize
 from partial_embedding.torch import PartialEmbedding
-from partial_embedding.vectors import build_table, read_vectors, train_vectors
 from partial_embedding.vocabulary import Vocabulary
 
 # Token ids, shape (B, L), and labels, shape (B,), both int64.
 TextBatch = tuple[Tensor, Tensor]
-
-PADDING_ID = 0
-_WIDTHS = (3, 4, 5)
-_TRAINED_DIMENSION = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +33,7 @@ class _Encoded:
     rows: list[list[int]]
 
     def batch(self, chosen: NDArray[np.int64]) -> TextBatch:
-        ids = pad([self.rows[i] for i in chosen], PADDING_ID, min_length=max(_WIDTHS))
+        ids = pad([self.rows[i] for i in chosen], PADDING_ID, min_length=max(WIDTHS))
         return torch.from_numpy(ids), torch.from_numpy(self.source.labels[chosen])
 
 
@@ -133,7 +118,7 @@ class TextData(LightningDataModule):
         self.validation_share = validation_share
         self.batch_size = batch_size
         self.seed = seed
-        self.cache = _user_cache() if cache is None else cache
+        self.cache = cache
         self._training: _Encoded | None = None
 
     def prepare_data(self) -> None:
@@ -151,33 +136,30 @@ class TextData(LightningDataModule):
     def _prepare(self) -> None:
         if self._training is not None:
             return
-        examples = self._read(self.path) if self.path else stdlib_docstrings()
-        training, validation = split(examples, self.validation_share, self.seed)
-        documents = [tokenize(text, self.lowercase) for text in training.texts]
-        vocabulary = count_tokens(documents, self.min_count)
-        vectors = (
-            read_vectors(self.vectors, self.dimension)
-            if self.vectors
-            else train_vectors(
-                documents,
-                self.dimension or _TRAINED_DIMENSION,
-                seed=self.seed,
-                cache=self.cache or None,
-            )
+        texts = prepare_texts(
+            path=self.path,
+            text_column=self.text_column,
+            label_column=self.label_column,
+            vectors=self.vectors,
+            dimension=self.dimension,
+            lowercase=self.lowercase,
+            missing_scale=self.missing_scale,
+            min_count=self.min_count,
+            validation_share=self.validation_share,
+            seed=self.seed,
+            cache=self.cache,
         )
-        self.table, self.vocabulary = build_table(
-            vocabulary, vectors, self.seed, scale=self.missing_scale
+        self.vocabulary, self.table, self.names = (
+            texts.vocabulary,
+            texts.table,
+            texts.training.names,
         )
-        self.names = examples.names
-        self._validation = self._encode(validation)
+        self._validation = self._encode(texts.validation)
         self._test = self._encode(self._test_texts()) if self.test_path else self._validation
-        self._training = self._encode(training)
-
-    def _read(self, path: str) -> LabelledTexts:
-        return read_labelled(path, self.text_column, self.label_column)
+        self._training = self._encode(texts.training)
 
     def _test_texts(self) -> LabelledTexts:
-        texts = self._read(str(self.test_path))
+        texts = read_labelled(str(self.test_path), self.text_column, self.label_column)
         if unknown := sorted(set(texts.names) - set(self.names)):
             raise InputError(
                 f"texts to test are of the classes {list(self.names)}. Received: {unknown[0]!r} "
@@ -288,7 +270,7 @@ class TextClassifier(LightningModule):
         self.embedding = PartialEmbedding.from_pretrained(table, padding_idx=PADDING_ID)
         cnn = self.encoder_kind == "cnn"
         self.encoder = _Convolutions(dimension, self.channels) if cnn else _Mean()
-        features = len(_WIDTHS) * self.channels if cnn else dimension
+        features = len(WIDTHS) * self.channels if cnn else dimension
         self.head = nn.Linear(features, len(names))
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             MulticlassAccuracy(len(names), average="micro") for _ in range(3)
@@ -373,13 +355,13 @@ class _Convolutions(nn.Module):
 
     def __init__(self, dimension: int, channels: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Conv1d(dimension, channels, width) for width in _WIDTHS)
+        self.layers = nn.ModuleList(nn.Conv1d(dimension, channels, width) for width in WIDTHS)
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
         """From (B, L, D) and the number of words of each text, (B,), to (B, features)."""
         words = words.transpose(1, 2)
         pooled = []
-        for layer, width in zip(self.layers, _WIDTHS, strict=True):
+        for layer, width in zip(self.layers, WIDTHS, strict=True):
             activations = F.relu(layer(words))
             # Windows that begin behind a text would make it depend on the longest of its batch.
             last = (lengths - width).clamp(min=0).unsqueeze(1)
@@ -408,8 +390,3 @@ def _refuse_another(what: str, units: str, saved: list[str], given: tuple[str, .
         f"data with {len(given):,}, the first other one at {differ}. Pass the data and the seed "
         "that it was trained with; texts of your own to test go to data.test_path."
     )
-
-
-def _user_cache() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(base) / "partial_embedding")

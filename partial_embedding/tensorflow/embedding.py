@@ -122,7 +122,8 @@ class PartialEmbedding(keras.layers.Embedding):
         """Make a layer with the settings and the table of an existing one.
 
         Args:
-            layer: A `keras.layers.Embedding`, built or not, without LoRA and not quantized.
+            layer: A `keras.layers.Embedding`, built or not, without LoRA and not quantized, and not
+                a `ReversibleEmbedding`.
             trainable_rows: As in the constructor.
             reserve_rows: As in the constructor.
 
@@ -136,12 +137,14 @@ class PartialEmbedding(keras.layers.Embedding):
         """  # noqa: E501  # a call that is copied stays on one line
         if (
             not isinstance(layer, keras.layers.Embedding)
+            or isinstance(layer, keras.layers.ReversibleEmbedding)
             or layer.lora_enabled
             or layer.quantization_mode
         ):
             raise InputError(
-                "a table comes from a keras.layers.Embedding without LoRA and not quantized. "
-                f"Received: {layer!r}. Take its matrix to PartialEmbedding.from_matrix."
+                "a table comes from a keras.layers.Embedding without LoRA, not quantized and "
+                f"not reversible. Received: {layer!r}. Take its matrix to "
+                "PartialEmbedding.from_matrix, and tie a head to that layer's embeddings."
             )
         rows = {"trainable_rows": trainable_rows, "reserve_rows": reserve_rows}
         made: PartialEmbedding = cls.from_config({**layer.get_config(), **rows})
@@ -248,27 +251,19 @@ class PartialEmbedding(keras.layers.Embedding):
         if self.built or self.quantization_mode or is_plain:
             super().build(input_shape)
             return
-        self._embeddings = self.add_weight(
-            shape=(self.input_dim, self.output_dim),
-            initializer=self.embeddings_initializer,
-            name="frozen_embeddings",
-            trainable=False,
-            # Under an outer layer's autocast, reading the variable would convert all of it.
-            autocast=False,
-        )
-        if self._reserved.size:
-            self._trained = self._add_reserved_weight()
-            self._split = Split(self._embeddings, self._trained, self._reserved, self._live)
-            self._split.constrained = self.embeddings_constraint is not None
-            # Where `rowwise` finds them.
-            self._trained.partial_rows = self._split
+        # A model without a fixed input is built while its first step is traced, and XLA cannot
+        # lift the second variable, which begins with rows of the first, out of that.
+        with tf.init_scope():
+            self._build_split()
         self.built = True
 
     @property
     def embeddings(self) -> Any:
         """The table of shape (V, D): the variable of a plain table, a tensor of a split one.
 
-        A head tied to the tensor, `x @ transpose(layer.embeddings)`, trains the trainable rows.
+        A head tied to the tensor, `x @ transpose(layer.embeddings)`, trains the trainable rows. It
+        reads the tensor in the `call` of a layer or model: the one that it got at another time is
+        of that time.
         """
         return self._split.merged() if self._split is not None else super().embeddings
 
@@ -366,6 +361,22 @@ class PartialEmbedding(keras.layers.Embedding):
         super().quantize(mode, type_check=False, config=config)
         self._live = self._reserved = np.zeros(0, np.int64)
         self._reserves = False
+
+    def _build_split(self) -> None:
+        self._embeddings = self.add_weight(
+            shape=(self.input_dim, self.output_dim),
+            initializer=self.embeddings_initializer,
+            name="frozen_embeddings",
+            trainable=False,
+            # Under an outer layer's autocast, reading the variable would convert all of it.
+            autocast=False,
+        )
+        if self._reserved.size:
+            self._trained = self._add_reserved_weight()
+            self._split = Split(self._embeddings, self._trained, self._reserved, self._live)
+            self._split.constrained = self.embeddings_constraint is not None
+            # Where `rowwise` finds them.
+            self._trained.partial_rows = self._split
 
     def _add_reserved_weight(self) -> Any:
         return self.add_weight(

@@ -34,6 +34,8 @@ _SERVED = (
     "SGD",
     "ScheduleFreeAdamW",
 )
+# The most float32 that a processor's vectors hold, AVX-512's.
+_LANES = 16
 _PIPELINE = (
     "name",
     "weight_decay",
@@ -182,6 +184,14 @@ class Rowwise(keras.optimizers.Optimizer):
         """Step, as every Keras optimizer does."""
         if not self.built and trainable_variables is not None:
             self.build(list(trainable_variables))
+        variables = (
+            self._trainable_variables if trainable_variables is None else trainable_variables
+        )
+        # With one entry for each row, the norm of the entries is that of the gradient.
+        grads = [
+            summed(g, v.shape[0]) if self._is_lazy(v) and isinstance(g, tf.IndexedSlices) else g
+            for g, v in zip(grads, variables, strict=True)
+        ]
         with self._unpinned():
             super().apply(grads, trainable_variables)
 
@@ -202,10 +212,6 @@ class Rowwise(keras.optimizers.Optimizer):
                 table.weights.constraint = constraint
 
     def _clip_gradients(self, grads: list[Any]) -> list[Any]:
-        if not (self.clipnorm or self.global_clipnorm or self.clipvalue):
-            return grads
-        # With one entry for each row, the norm of the entries is that of the gradient.
-        grads = [_once(summed(g)) if isinstance(g, tf.IndexedSlices) else g for g in grads]
         values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads]
         return [
             tf.IndexedSlices(v, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else v
@@ -231,16 +237,14 @@ class Rowwise(keras.optimizers.Optimizer):
             helper = worker(self._built.rest, self.iterations)
             helper.update_step(gradient, variable, learning_rate)
         elif isinstance(gradient, tf.IndexedSlices):
-            gradient = summed(gradient)
-            # A batch that touches no live row has zeros for the first one, and for no other; so
-            # zeros of the first row alone are taken for such a batch.
-            is_touched = tf.fill(tf.shape(gradient.indices), tf.reduce_max(gradient.indices) > 0)
-            self._step_some(table, gradient, is_touched, variable, learning_rate)
+            # Again, as replicas have put theirs side by side.
+            gradient = summed(gradient, variable.shape[0])
+            self._step_some(table, gradient, variable, learning_rate)
         elif self.lazy:
-            # Of a head tied to the table, or of a step that was taken before this was built.
-            rows = tf.range(tf.shape(gradient)[0])
-            gradient = tf.IndexedSlices(gradient, rows)
-            self._step_some(table, gradient, tf.zeros_like(rows) > 0, variable, learning_rate)
+            # Of a head tied to the table, or of a step that was traced before this was built.
+            number = variable.shape[0]
+            rows = tf.where(tf.reduce_any(gradient != 0, axis=1), tf.range(number), number)
+            self._step_some(table, tf.IndexedSlices(gradient, rows), variable, learning_rate)
         else:
             ages = self._ages(table.joined_at)[:, tf.newaxis]
             worker(table.optimizer, ages).update_step(gradient, variable, learning_rate)
@@ -306,11 +310,20 @@ class Rowwise(keras.optimizers.Optimizer):
 
         tf.cond(tf.equal(table.seen, table.split.signature), lambda: None, begin)
 
-    def _step_some(
-        self, table: _Table, gradient: Any, is_touched: Any, variable: Any, rate: Any
-    ) -> None:
-        """Step rows of a table that are touched, or have a gradient other than zero."""
-        slots, states = gradient.indices, state_of(table.optimizer)
+    def _step_some(self, table: _Table, gradient: Any, variable: Any, rate: Any) -> None:
+        """Step the rows of a table that a gradient has an entry for.
+
+        Void entries repeat the first one, so that writing them all writes each row's one value. If
+        the first is void too, no entry is for row 0, which is written as it was.
+        """
+        states, is_void = state_of(table.optimizer), gradient.indices == variable.shape[0]
+        entries = tf.where(is_void, 0, tf.range(tf.size(is_void)))
+        # TensorFlow's float32 `pow` rounds otherwise behind the last full vector of the processor.
+        entries = tf.pad(entries, [[0, -tf.size(entries) % _LANES]])
+        is_void, indices, values = (
+            tf.gather(x, entries) for x in (is_void, gradient.indices, gradient.values)
+        )
+        slots = tf.where(is_void, tf.zeros_like(indices), indices)
         before = [tf.gather(v, slots) for v in (variable, *(s.value for s in states))]
         key = self._var_key(variable)
         weights, *held = (HeldRows(rows, key) for rows in before)
@@ -319,11 +332,10 @@ class Rowwise(keras.optimizers.Optimizer):
             weights.assign_sub(weights * decay * tf.cast(rate, weights.dtype))
         ages = self._ages(tf.gather(table.joined_at.value, slots))[:, tf.newaxis]
         pairs = list(zip(states, held, strict=True))
-        worker(table.optimizer, ages, pairs).update_step(gradient.values, weights, rate)
-        touched = is_touched | tf.reduce_any(gradient.values != 0, axis=1)
+        worker(table.optimizer, ages, pairs).update_step(values, weights, rate)
         targets = (variable, *(s.value for s in states))
         for target, old, new in zip(targets, before, (weights, *held), strict=True):
-            rows = tf.where(touched[:, tf.newaxis], new.value, old)
+            rows = tf.where(is_void[:, tf.newaxis], old, new.value)
             target.scatter_update(tf.IndexedSlices(rows, slots))
 
     def get_config(self) -> dict[str, Any]:
@@ -370,11 +382,3 @@ def _check(optimizer: Any, lazy: bool) -> None:
             f"lazy=True steps touched rows only. Received {given[0]}, which needs every row. Leave "
             "it out; for half precision, put a LossScaleOptimizer around."
         )
-
-
-def _once(gradient: Any) -> Any:
-    """A summed gradient with zeros for the entries that repeat the first."""
-    entries = tf.range(tf.size(gradient.indices))
-    repeats = (entries > 0) & (gradient.indices == gradient.indices[:1])
-    values = tf.where(repeats[:, tf.newaxis], tf.zeros_like(gradient.values), gradient.values)
-    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)

@@ -143,11 +143,20 @@ def _live_rows(weights: Any, slots: Any) -> Any:
 def _touched_rows(weights: Any, slots: Any) -> Any:
     """The same with a gradient of IndexedSlices, of valid slots and static shape.
 
-    XLA needs the shape and Keras the slots, so frozen tokens stay in the gradient: as zeros for a
-    row that the batch touches anyway, or for the first row where it touches none.
+    XLA needs the shape and Keras the slots, so frozen tokens stay in the gradient, as void entries
+    for the first row. They are -0.0, which no other entry is: that adds nothing to a sum or a norm,
+    and stays what it is when a gradient is scaled.
     """
-    touched = tf.maximum(tf.reduce_max(slots), 0)
-    return tf.gather(weights, tf.where(slots >= 0, slots, touched))
+
+    @tf.custom_gradient
+    def mark(rows: Any) -> tuple[Any, Callable[[Any], Any]]:
+        def gradient(upstream: Any) -> Any:
+            unsigned = tf.where(upstream == 0, tf.zeros_like(upstream), upstream)
+            return tf.where((slots >= 0)[..., tf.newaxis], unsigned, -tf.zeros_like(upstream))
+
+        return tf.identity(rows), gradient
+
+    return mark(tf.gather(weights, tf.maximum(slots, 0)))
 
 
 def _signature(live: Ids) -> Any:

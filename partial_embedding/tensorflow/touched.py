@@ -8,27 +8,29 @@ import keras
 import tensorflow as tf
 
 
-def summed(slices: Any) -> Any:
-    """`tf.IndexedSlices` with one entry for each row, as far as static shapes allow.
+def summed(slices: Any, num_rows: int) -> Any:
+    """`tf.IndexedSlices` with one entry for each row, and void entries behind them.
 
-    XLA needs static shapes, so the number of entries stays. Entries that became superfluous repeat
-    the first one, slot and value, so that writing them all writes each row's one value.
+    XLA needs static shapes, so the number of entries stays. Void entries come in as -0.0 for any
+    row, and go out as zeros for the row `num_rows`, which there is not.
 
     Args:
-        slices: Entries of shape (N, D) for rows that may occur several times.
+        slices: Entries of shape (N, D) for rows that may occur several times, and void ones.
+        num_rows: The number of rows.
     """
-    order = tf.argsort(slices.indices, stable=True)
-    indices = tf.gather(slices.indices, order)
+    # Comparisons take -0.0 for 0.
+    is_void = tf.reduce_all((slices.values == 0) & (1 / slices.values < 0), axis=1)
+    beyond = tf.cast(num_rows, slices.indices.dtype)
+    indices = tf.where(is_void, beyond, slices.indices)
+    order = tf.argsort(indices, stable=True)
+    indices = tf.gather(indices, order)
     is_first = tf.concat([tf.ones_like(indices[:1]), indices[1:] - indices[:-1]], 0) > 0
     segments = tf.cumsum(tf.cast(is_first, tf.int32)) - 1
     number = tf.size(indices)
     values = tf.math.unsorted_segment_sum(tf.gather(slices.values, order), segments, number)
     rows = tf.math.unsorted_segment_max(indices, segments, number)
-    entries = tf.range(number)
-    entries = tf.where(entries < tf.reduce_max(segments) + 1, entries, 0)
-    return tf.IndexedSlices(
-        tf.gather(values, entries), tf.gather(rows, entries), slices.dense_shape
-    )
+    # The largest of no entries is the least number that there is.
+    return tf.IndexedSlices(values, tf.where(rows < 0, beyond, rows), slices.dense_shape)
 
 
 class HeldRows:

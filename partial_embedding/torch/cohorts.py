@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
+from partial_embedding.schedule import Pace
 from partial_embedding.torch.probe import Anatomy, first_state, untouched_row_state
 from partial_embedding.torch.rowcopy import (
     distinct,
@@ -35,12 +37,16 @@ class Cohort:
         ids: The rows, sorted, int64, shape (k,).
         state: The optimizer's state; tensors that are per row have k rows.
         group_state: What the optimizer keeps in its parameter group, if anything.
+        pace: How fast the rows learn.
+        steps: The steps that they made; counted only where the pace is not plain.
     """
 
     ids: Tensor
     state: State = field(default_factory=dict)
     group_state: State = field(default_factory=dict)
-    _values: Tensor | None = None
+    pace: Pace = field(default_factory=Pace)
+    steps: int = 0
+    _values: Tensor | None = field(default=None, init=False)
 
     @property
     def is_new(self) -> bool:
@@ -88,16 +94,46 @@ class TableState:
         table: The table.
         anatomy: How the optimizer keeps its state.
         lazy: Step only rows that the batch touched.
+        unpaced: Why rows cannot have a learning rate of their own, or None where they can.
+
+    Raises:
+        InputError: Rows of the table have one already.
     """
 
-    def __init__(self, name: str, table: PartialTable, anatomy: Anatomy, lazy: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        table: PartialTable,
+        anatomy: Anatomy,
+        lazy: bool,
+        unpaced: str | None = None,
+    ) -> None:
         self.name = name
         self.table = table
         self.anatomy = anatomy
         self.lazy = lazy
+        self.unpaced = unpaced
         self.cohorts: dict[int, Cohort] = {}
         self._rows: RowSet | None = None
         self._summed: Tensor | None = None  # the last compact gradient, for its memory
+        for pace in table.row_set.paces.values():
+            self.check_pace(pace)
+        table._pace_check = weakref.WeakMethod(self.check_pace)
+
+    def check_pace(self, pace: Pace) -> None:
+        """Refuse a pace that the optimizer cannot keep.
+
+        Args:
+            pace: How fast rows would learn.
+
+        Raises:
+            InputError: It is not the optimizer's own rate, and the optimizer has one rate for all.
+        """
+        if self.unpaced is not None and not pace.is_plain:
+            raise InputError(
+                f"rows of {self.name!r} learn at the rate of their optimizer. Received {pace} for "
+                f"{self.unpaced}. Leave out lr and warmup, or take another optimizer."
+            )
 
     def follow_rows(self) -> bool:
         """Take over the table's row set: new cohorts begin, rows that left lose their state.
@@ -110,7 +146,8 @@ class TableState:
             return False
         before, self.cohorts = self.cohorts, {}
         for number, ids in rows.cohorts.items():
-            self.cohorts[number] = self._restricted(before.get(number), ids)
+            pace = rows.paces.get(number, Pace())
+            self.cohorts[number] = self._restricted(before.get(number), ids, pace)
         changed = self._rows is not None and not (
             before.keys() == self.cohorts.keys()
             and all(len(before[n].ids) == len(cohort.ids) for n, cohort in self.cohorts.items())
@@ -118,16 +155,16 @@ class TableState:
         self._rows = rows
         return changed
 
-    def _restricted(self, old: Cohort | None, ids: Tensor) -> Cohort:
+    def _restricted(self, old: Cohort | None, ids: Tensor, pace: Pace) -> Cohort:
         if old is None:
-            return Cohort(ids)
+            return Cohort(ids, pace=pace)
         if len(old.ids) == len(ids):
-            return Cohort(ids, self._moved(old.state, ids), old.group_state)
+            return replace(old, ids=ids, state=self._moved(old.state, ids))
         # Rows only ever leave a cohort, so each id is found among the old ones.
         stayed = torch.searchsorted(old.ids.to(ids.device), ids)
         state = self._moved(old.state, ids)
         state.update({k: state[k].index_select(0, stayed) for k in self._per_row(state)})
-        return Cohort(ids, state, old.group_state)
+        return replace(old, ids=ids, state=state)
 
     def _moved(self, state: State, like: Tensor) -> State:
         return {k: v.to(like.device) if k in self.anatomy.per_row else v for k, v in state.items()}
@@ -226,7 +263,7 @@ class TableState:
             block: A block that `blocks` made.
             state: The optimizer's state of it.
             optimizer: The optimizer.
-            group: Its parameter group that holds the table.
+            group: Its parameter group that holds the table, with the block's learning rate.
         """
         if self._summed is not None and _keeps(state, self._summed):
             self._summed = None
@@ -253,6 +290,7 @@ class TableState:
                 "rows": cohort.ids,
                 "state": dict(cohort.state),
                 "group_state": dict(cohort.group_state),
+                **_saved_pace(cohort),
             }
             for number, cohort in self.cohorts.items()
         ]
@@ -265,7 +303,8 @@ class TableState:
             saved: What `dump` gave.
 
         Raises:
-            InputError: The table has another size, or other rows train.
+            InputError: The table has another size, other rows train, or the optimizer cannot keep
+                their pace.
         """
         if saved["num_rows"] != self.table.weight.shape[0]:
             raise InputError(
@@ -282,6 +321,8 @@ class TableState:
                 f"{len(saved_ids)} rows {_shown(saved_ids)}, while in {self.name!r} {len(rows)} "
                 f"train {_shown(rows)}. Call set_trainable_rows with the former first."
             )
+        for cohort in saved["cohorts"]:
+            self.check_pace(_pace_and_steps(cohort)[0])
 
     def restore(self, saved: dict[str, Any], group: Group) -> None:
         """Take over the cohorts of a checkpoint that `check` has passed.
@@ -294,11 +335,13 @@ class TableState:
         self.cohorts = {}
         for entry in saved["cohorts"]:
             state = {k: _on_device(k, v, device, group) for k, v in entry["state"].items()}
-            cohort = Cohort(entry["rows"].to(device), state, dict(entry["group_state"]))
+            ids, group_state = entry["rows"].to(device), dict(entry["group_state"])
+            cohort = Cohort(ids, state, group_state, *_pace_and_steps(entry))
             self.cohorts[int(entry["number"])] = cohort
         numbers = {number: cohort.ids for number, cohort in self.cohorts.items()}
+        paces = {n: cohort.pace for n, cohort in self.cohorts.items() if not cohort.pace.is_plain}
         after = max([*numbers, self.table.row_set.next_number - 1]) + 1
-        self._rows = RowSet(self.table.weight.shape[0], numbers, after, device)
+        self._rows = RowSet(self.table.weight.shape[0], numbers, after, device, paces)
         self.table.row_set = self._rows
 
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
@@ -362,6 +405,19 @@ def _parameter(values: Tensor, grad: Tensor | None) -> nn.Parameter:
     parameter = nn.Parameter(values)
     parameter.grad = grad
     return parameter
+
+
+def _saved_pace(cohort: Cohort) -> dict[str, Any]:
+    # Absent where plain, so that a checkpoint is then what it is without paces.
+    if cohort.pace.is_plain:
+        return {}
+    return {"pace": {**cohort.pace.to_config(), "steps": cohort.steps}}
+
+
+def _pace_and_steps(entry: dict[str, Any]) -> tuple[Pace, int]:
+    saved = dict(entry.get("pace", {}))
+    steps = saved.pop("steps", 0)
+    return Pace(**saved), steps
 
 
 def _on_device(key: str, value: Any, device: torch.device, group: Group) -> Any:

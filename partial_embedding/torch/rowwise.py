@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.cohorts import Block, TableState, clear_history
-from partial_embedding.torch.probe import examine, first_state
+from partial_embedding.torch.probe import Anatomy, examine, first_state
 from partial_embedding.torch.saving import (
     KEY,
     check_state_dict,
@@ -147,7 +147,8 @@ class Rowwise:
                 "lazy=True is for optimizers that move each row by itself. Received "
                 f"{type(self.optimizer).__name__}, which looks across rows. Leave lazy=False."
             )
-        self.tables[weight_id] = TableState(name, table, anatomy, lazy)
+        unpaced = _why_unpaced(self.optimizer, anatomy, group)
+        self.tables[weight_id] = TableState(name, table, anatomy, lazy, unpaced)
 
     # Around the optimizer's maths
 
@@ -184,9 +185,12 @@ class Rowwise:
             if not table.anatomy.flat:
                 self.optimizer.state[block.parameter] = table.lend_state(block)
             stepped_in = group
-            if table.anatomy.in_group or (group.get("fused") and block.cohort.is_new):
-                # A count kept in the group would be one for all cohorts, and fused kernels cannot
-                # mix first steps with later ones: such a cohort steps in a group of its own.
+            cohort = block.cohort
+            alone = table.anatomy.in_group or not cohort.pace.is_plain
+            if alone or (group.get("fused") and cohort.is_new):
+                # A count or a rate kept in the group would be one for all cohorts, and fused
+                # kernels cannot mix first steps with later ones: such a cohort steps in a group of
+                # its own, which no learning-rate scheduler sees.
                 stepped_in = self._group_for(block, table, group)
                 self.optimizer.param_groups.append(stepped_in)
             else:
@@ -199,7 +203,21 @@ class Rowwise:
         begun = copy.deepcopy(table.anatomy.begun)  # some optimizers count in place
         if "param_names" in own:
             own["param_names"] = [table.name]
+        if not (pace := block.cohort.pace).is_plain:
+            own["lr"] = own["lr"] * pace.factor(block.cohort.steps)
         return {**own, **begun, **block.cohort.group_state, "params": [block.parameter]}
+
+    def _count_steps(self) -> None:
+        """Count a step for each cohort that warms up; called when one was really made."""
+        paced = [block for _, block, _, _ in self._blocks if not block.cohort.pace.is_plain]
+        if not paced:
+            return
+        # A fused optimizer is called by the scaler also where it then skips the step by itself.
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and found_inf:
+            return
+        for block in paced:
+            block.cohort.steps += block.parameter.grad is not None
 
     def _follow_history(self) -> None:
         """Clear LBFGS's one flat history for all parameters when its length no longer fits."""
@@ -227,7 +245,7 @@ class Rowwise:
         for (table, _, _, _), state in zip(blocks, states, strict=True):
             table.check_state(state, self.optimizer)
         for (table, block, group, stepped_in), state in zip(blocks, states, strict=True):
-            table.take_back(block, state, self.optimizer, group)
+            table.take_back(block, state, self.optimizer, _options(block, group, stepped_in))
             if block.parameter.grad is None:
                 table.table.weight.grad = None  # zeroed by whoever saw the block
             if stepped_in is not group:
@@ -265,12 +283,17 @@ class Rowwise:
         return evaluate
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._count_steps()
         self.leave()
 
     # Around the optimizer's state_dict
 
     def _before_saving(self, optimizer: Optimizer) -> None:
         self.leave()
+        # Rows may have changed since the last step, and what is saved belongs to those of now.
+        self._follow_history()
+        for table in self.tables.values():
+            table.follow_rows()
 
     def _save(self, optimizer: Optimizer, state_dict: State) -> State:
         return into_state_dict(optimizer, self.tables, state_dict)
@@ -288,6 +311,8 @@ class Rowwise:
         for hook in self._hooks:
             hook.remove()
         del vars(self.optimizer)["_rowwise"]
+        for served in self.tables.values():
+            served.table._pace_check = None
         if any(table.anatomy.flat for table in self.tables.values()):
             clear_history(self.optimizer)
         for group in self.optimizer.param_groups:
@@ -295,3 +320,18 @@ class Rowwise:
                 table = self.tables.get(id(param))
                 if table is not None and table.anatomy.eager:
                     self.optimizer.state[param] = first_state(self.optimizer, group, param)
+
+
+def _options(block: Block, group: Group, stepped_in: Group) -> Group:
+    """The user's group with the learning rate that the block was stepped at."""
+    return group if block.cohort.pace.is_plain else {**group, "lr": stepped_in["lr"]}
+
+
+def _why_unpaced(optimizer: Optimizer, anatomy: Anatomy, group: Group) -> str | None:
+    """Why rows cannot have a learning rate of their own, or None where they can."""
+    name = type(optimizer).__name__
+    if anatomy.flat:
+        return f"{name}, which has one rate for all parameters"
+    if "lr" in anatomy.in_group or not isinstance(group.get("lr"), int | float | Tensor):
+        return f"{name}, whose parameter groups have no lr of the user's"
+    return None

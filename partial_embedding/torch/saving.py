@@ -58,6 +58,8 @@ def check_state_dict(optimizer: Optimizer, tables: Tables, state_dict: State) ->
     # The number and length of groups are torch's to compare, which it does next.
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         for entry in saved.get(KEY, ()):
+            if _is_stale(entry, saved, state_dict["state"]):
+                continue
             position, params = entry["position"], group["params"]
             if position >= len(params) or id(params[position]) not in tables:
                 raise InputError(
@@ -75,16 +77,24 @@ def from_state_dict(optimizer: Optimizer, tables: Tables) -> None:
         tables: Its tables, by the id of the weight.
     """
     for group in optimizer.param_groups:
-        entries: dict[int, Any] = {entry["position"]: entry for entry in group.pop(KEY, ())}
+        fresh = (e for e in group.pop(KEY, ()) if not _is_stale(e, group, optimizer.state))
+        entries: dict[int, Any] = {entry["position"]: entry for entry in fresh}
         for position, param in enumerate(group["params"]):
             if (table := tables.get(id(param))) is None:
                 continue
             if (entry := entries.get(position)) is None:
-                table.adopt_from(optimizer, group)  # saved without rowwise
+                table.adopt_from(optimizer, group)  # saved without rowwise, or after that
                 continue
             table.restore(entry, group)
             if "history" in entry:
                 _restore_history(optimizer, group, entry["history"])
+
+
+def _is_stale(entry: State, group: Group, state: Mapping[Any, Any]) -> bool:
+    """Whether a plain optimizer, which carries our key along, has stepped the table since."""
+    if "history" in entry:
+        return bool(state)
+    return bool(state.get(group["params"][entry["position"]]))
 
 
 def _restore_history(optimizer: Optimizer, group: Group, saved: State) -> None:

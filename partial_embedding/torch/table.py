@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
+from partial_embedding.schedule import Pace
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.vocabulary import Ids
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
-_WIRING = ("_hooked",)
+_WIRING = ("_hooked", "_pace_check")
 
 
 class PartialTable(nn.Module):
@@ -34,6 +36,8 @@ class PartialTable(nn.Module):
     _row_set: RowSet | None = None
     _hooked: nn.Parameter | None = None
     _warned: bool = False
+    # What the optimizer says to a pace; it may be gone.
+    _pace_check: weakref.WeakMethod[Callable[[Pace], None]] | None = None
 
     # Which rows train
 
@@ -42,31 +46,48 @@ class PartialTable(nn.Module):
         """The ids of the rows that train, rising, int64, shape (K,)."""
         return self.row_set.ids.clone()
 
-    def set_trainable_rows(self, rows: object) -> None:
+    def set_trainable_rows(self, rows: object, *, pace: Pace | None = None) -> None:
         """Train exactly these rows from the next step on.
 
-        Rows that trained before and still do keep their optimizer state; rows that join begin as if
-        training had just started; rows that leave keep their values from here on.
+        Rows that trained before and still do keep their optimizer state and their pace; rows that
+        join begin as if training had just started; rows that leave keep their values from here on.
 
         Args:
             rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
                 `Rows`. The padding row never trains, also when it is among them.
+            pace: How fast the rows learn that join, for as long as they train; None is the
+                optimizer's own rate. A table that is made with `trainable_rows="none"` has no rows
+                that trained before.
 
         Raises:
-            InputError: The rows do not fit the table.
-        """
-        self.set_trainable_ids(self._resolve(rows))
+            InputError: The rows do not fit the table, or its optimizer cannot keep a pace.
 
-    def unfreeze_rows(self, rows: object) -> None:
+        Example:
+            >>> from partial_embedding import Position, Schedule
+            >>> from partial_embedding.torch import PartialEmbedding
+            >>> stages = [{"step": 0, "rows": [7]}, {"step": 2, "rows": [2, 7], "lr": 0.5}]
+            >>> schedule, table = Schedule(stages), PartialEmbedding(10, 4, trainable_rows="none")
+            >>> for step in range(3):
+            ...     now = schedule.moment(Position(step=step))
+            ...     table.set_trainable_rows(schedule.rows_at(now), pace=schedule.pace_at(now))
+            ...     # … and the step of an optimizer that `rowwise` prepared
+            >>> table.trainable_rows, list(table.paces.values())
+            (tensor([2, 7]), [Pace(lr=0.5, warmup=0)])
+        """
+        self.set_trainable_ids(self._resolve(rows), pace)
+
+    def unfreeze_rows(self, rows: object, *, pace: Pace | None = None) -> None:
         """Train these rows too, as a cohort of their own.
 
         Args:
             rows: As for `set_trainable_rows`.
+            pace: Likewise.
 
         Raises:
-            InputError: The rows do not fit the table.
+            InputError: As for `set_trainable_rows`.
         """
-        self.set_trainable_ids(np.union1d(self.row_set.ids.cpu().numpy(), self._resolve(rows)))
+        ids = np.union1d(self.row_set.ids.cpu().numpy(), self._resolve(rows))
+        self.set_trainable_ids(ids, pace)
 
     def freeze_rows(self, rows: object) -> None:
         """Stop training these rows; they lose their optimizer state.
@@ -106,6 +127,11 @@ class PartialTable(nn.Module):
         return rows.changed_to(self._all_ids().to(rows.device)) if nothing_frozen else rows
 
     @property
+    def paces(self) -> Mapping[int, Pace]:
+        """How fast cohorts learn, by number, where that is not the optimizer's own rate."""
+        return {} if self._row_set is None else self.row_set.paces
+
+    @property
     def has_frozen_rows(self) -> bool:
         """Whether some row other than padding does not train."""
         if self._row_set is None:
@@ -128,17 +154,40 @@ class PartialTable(nn.Module):
             rows = rows.detach().cpu().numpy()
         return Rows.parse(rows).resolve(self.weight.shape[0])
 
-    def set_trainable_ids(self, ids: Ids) -> None:
+    def set_trainable_ids(self, ids: Ids, pace: Pace | None = None) -> None:
         """Train exactly these rows, given as `Rows.resolve` gives them; there may be none.
 
         Args:
             ids: Sorted ids without duplicates, int64, shape (K,).
+            pace: How fast the rows learn that join.
+
+        Raises:
+            InputError: The table's optimizer cannot keep the pace.
         """
+        self.check_pace(pace)
         ids = ids[ids != self._padding_row()]
         if self._row_set is None and len(ids) == self._most_trainable(self.weight.shape[0]):
             return  # every row trains already, with no bookkeeping to keep
         before = self.row_set
-        self.row_set = before.changed_to(torch.tensor(ids, device=before.device))
+        self.row_set = before.changed_to(torch.tensor(ids, device=before.device), pace)
+
+    def check_pace(self, pace: Pace | None) -> None:
+        """Refuse a pace that the table's optimizer cannot keep.
+
+        Args:
+            pace: How fast rows would learn.
+
+        Raises:
+            InputError: It is none, or the optimizer cannot keep it.
+        """
+        if pace is not None and not isinstance(pace, Pace):
+            raise InputError(
+                f"a pace is a partial_embedding.schedule.Pace. Received: {pace!r}. Write "
+                "Pace(lr=0.5), for example."
+            )
+        check = None if self._pace_check is None else self._pace_check()
+        if pace is not None and check is not None:
+            check(pace)
 
     # The gradient hook, and all that can make a hook disappear
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 from torch import distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from partial_embedding.choices import shown
 from partial_embedding.errors import InputError
-from partial_embedding.report import StageReport, audit_line, stage_line, table_line
-from partial_embedding.schedule import Position, Schedule
+from partial_embedding.report import StageReport, audit_line, place_text, stage_line, table_line
+from partial_embedding.rows import Rows
+from partial_embedding.schedule import Moment, Position, Schedule, Seen, changes
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.rowwise import prepared, rowwise
 from partial_embedding.torch.table import PartialTable, tables_in
@@ -24,7 +30,8 @@ class ScheduledTables:
     """The tables of a model that follow schedules.
 
     Every stage is resolved when this is made, so that a schedule that does not fit is refused
-    before the first step.
+    before the first step. Where several processes train the model, they compare their rows whenever
+    rows change, and their metrics whenever one is observed; all of them stop where these differ.
 
     Args:
         model: The module that holds the tables.
@@ -33,18 +40,21 @@ class ScheduledTables:
         audit: Compare the bits of frozen rows at the end of each stage; a number n compares them
             every n optimizer steps too.
         say: What takes the lines that tell of stages.
+        total_steps: Finds out the optimizer steps of the whole run; called if a schedule asks.
 
     Raises:
-        InputError: The model has no such table, or a stage does not fit its table.
+        InputError: The model has no such table, a stage does not fit its table, or the length of
+            the run is asked for and not known.
 
     Example:
         >>> from partial_embedding.torch import PartialEmbedding
         >>> model = nn.Sequential(PartialEmbedding(10, 4))
         >>> schedule = Schedule([{"epoch": 0, "rows": [2]}, {"epoch": 3, "rows": "all"}])
         >>> tables = ScheduledTables(model, {None: schedule}, say=print)
-        >>> tables.move_to(Position(epoch=0))
+        >>> begun = tables.move_to(Position(epoch=0))
         0: stage 0 from epoch 0: 1 rows train, 10.0 % of the table
         >>> tables.move_to(Position(epoch=1))
+        False
         >>> model[0].trainable_rows
         tensor([2])
     """
@@ -56,6 +66,7 @@ class ScheduledTables:
         vocabulary: Vocabulary | None = None,
         audit: bool | int = False,
         say: Say = lambda line: None,
+        total_steps: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self.model = model
         self.schedules = schedules
@@ -64,12 +75,20 @@ class ScheduledTables:
         self.say = say
         self.reports: list[StageReport] = []
         self.tables = self._find()
-        self._stages: dict[str, int] = {}
+        followed = [self._schedule(name) for name in self.tables]
+        self.metrics = tuple(dict.fromkeys(metric for one in followed for metric in one.metrics))
+        asks = any("share" in schedule.units for schedule in followed)
+        self.total_steps = _length(total_steps) if asks else None
+        self._within_epochs = any(schedule.moves_within_epochs for schedule in followed)
+        self.position = Position()
+        self.seen: tuple[Seen, ...] = ()
+        self._advanced: tuple[int, ...] | None = None
+        self._moments: dict[str, Moment] = {}
         self._audits: dict[str, FrozenRowAudit] = {}
+        self._frozen: dict[str, int] = {}
         self._audited_step = 0
         for name in self.tables:
-            for stage in range(len(self._schedule(name).stages)):
-                self._resolve(name, stage)
+            self._check_stages(name)
 
     def _find(self) -> dict[str, PartialTable]:
         tables = dict(tables_in(self.model))
@@ -90,12 +109,20 @@ class ScheduledTables:
     def _schedule(self, name: str) -> Schedule:
         return self.schedules[name if name in self.schedules else None]
 
-    def _resolve(self, name: str, stage: int) -> Ids:
-        rows = self._schedule(name).stages[stage].rows
-        try:
-            return rows.resolve(self.tables[name].weight.shape[0], self.vocabulary)
-        except InputError as error:
-            raise InputError(f"{name}: stages[{stage}].rows: {error}") from None
+    def _check_stages(self, name: str) -> None:
+        schedule = self._schedule(name)
+        for i, stage in enumerate(schedule.stages):
+            moment = Moment(i - 1, part=1, parts=2) if stage.growth is not None else Moment(i)
+            try:
+                self._ids_at(name, moment)
+            except InputError as error:
+                raise InputError(f"{name}: stages[{i}].rows: {error}") from None
+
+    def _ids_at(self, name: str, moment: Moment) -> Ids:
+        return self._resolve(name, self._schedule(name).rows_at(moment))
+
+    def _resolve(self, name: str, rows: Rows) -> Ids:
+        return rows.resolve(self.tables[name].weight.shape[0], self.vocabulary)
 
     # Optimizers
 
@@ -107,7 +134,8 @@ class ScheduledTables:
             lazy: Step only rows that a batch touched.
 
         Raises:
-            InputError: A table belongs to none of them, or one cannot keep frozen rows exact.
+            InputError: A table belongs to none of them, or one cannot keep frozen rows exact or a
+                stage's learning rate.
         """
         left = {id(table.weight): name for name, table in self.tables.items()}
         for optimizer in optimizers:
@@ -120,6 +148,12 @@ class ScheduledTables:
                 f"each scheduled table belongs to an optimizer. Received none with {name!r}. "
                 "Build the optimizer from the model's parameters()."
             )
+        for name, table in self.tables.items():
+            for i, stage in enumerate(self._schedule(name).stages):
+                try:
+                    table.check_pace(stage.pace)
+                except InputError as error:
+                    raise InputError(f"{name}: stages[{i}]: {error}") from None
 
     def check_backend(self) -> None:
         """Refuse a process group that cannot reduce the tables' gradients.
@@ -136,38 +170,219 @@ class ScheduledTables:
                     f"{name!r}. Make it with sparse=False."
                 )
 
-    # Stages
+    # Moving with the schedules
 
-    def place(self, position: Position) -> None:
-        """Set the rows of a position without beginning a stage there.
+    def place(self, position: Position | None = None) -> None:
+        """Set the rows of a position without beginning a stage there; all of them join there.
 
         Args:
-            position: Where training stands, or stood when a checkpoint was made.
-        """
-        for name, table in self.tables.items():
-            stage = self._schedule(name).stage_at(position)
-            table.set_trainable_ids(self._resolve(name, stage))
+            position: Where training stands, or stood when a checkpoint was made; by default, where
+                it begins.
 
-    def move_to(self, position: Position) -> None:
-        """Set the rows of a position, and tell and audit where a stage begins.
+        Raises:
+            InputError: Processes disagree about the rows.
+        """
+        position = position or Position(total_steps=self.total_steps)
+        self.position, self.seen = position, position.seen
+        self._advanced, self._moments = None, {}
+        for name, table in self.tables.items():
+            moment = self._schedule(name).moment(position)
+            pace, ids = self._schedule(name).pace_at(moment), self._ids_at(name, moment)
+            if table.paces or not pace.is_plain:
+                table.set_trainable_ids(ids[:0])  # rows that train already would keep their pace
+            table.set_trainable_ids(ids, pace)
+        self._agree(position, None)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether rows have moved to where training stands."""
+        return bool(self._moments)
+
+    def advance(self, epoch: int, step: int) -> bool:
+        """Move to where training stands; costs next to nothing where rows cannot have changed.
+
+        Args:
+            epoch: Epochs completed before the current one.
+            step: Optimizer steps completed.
+
+        Returns:
+            Whether anything began.
+
+        Raises:
+            FrozenRowsMoved: As for `move_to`.
+            InputError: Likewise.
+        """
+        place = (epoch, step if self._within_epochs else 0, len(self.seen))
+        if place == self._advanced:
+            return False
+        self._advanced = place
+        return self.move_to(Position(epoch, step, self.total_steps, self.seen))
+
+    def move_to(self, position: Position) -> bool:
+        """Set the rows of a position, and tell and audit where a stage or a part of one begins.
 
         Args:
             position: Where training stands.
 
+        Returns:
+            Whether anything began.
+
         Raises:
-            FrozenRowsMoved: A row that was frozen in the stage that ends changed a bit.
+            FrozenRowsMoved: A row that was frozen until now changed a bit.
+            InputError: Processes disagree about the rows.
         """
-        for name, table in self.tables.items():
-            stage = self._schedule(name).stage_at(position)
-            if self._stages.get(name) == stage:
-                continue
+        self.position = position
+        moments = {name: self._schedule(name).moment(position) for name in self.tables}
+        begun = [name for name, moment in moments.items() if moment != self._moments.get(name)]
+        for name in begun:
+            self._begin(name, moments[name], position)
+        if begun:
+            self._agree(position, None)
+        return bool(begun)
+
+    def _begin(self, name: str, moment: Moment, position: Position) -> None:
+        table, schedule = self.tables[name], self._schedule(name)
+        before = self._moments.get(name)
+        goes_on = before is not None and before._replace(part=0) == moment._replace(part=0)
+        if goes_on and (audit := self._audits.get(name)) is not None:
+            audit.check(position.step)
+        elif not goes_on:
             self._close(name, position.step)
-            table.set_trainable_ids(self._resolve(name, stage))
-            self._stages[name] = stage
-            if self.audit:
-                self._audits[name] = FrozenRowAudit(table, name)
-            ids, num_rows = table.row_set.ids.cpu().numpy(), table.weight.shape[0]
-            self.say(stage_line(name, stage, position.epoch, ids, num_rows, self.vocabulary))
+        table.set_trainable_ids(self._ids_at(name, moment), schedule.pace_at(moment))
+        self._moments[name] = moment
+        if self.audit:
+            self._audits[name] = FrozenRowAudit(table, name)
+            frozen = len(self._audits[name].frozen)
+            self._frozen[name] = self._frozen.get(name, frozen) if goes_on else frozen
+        ids, num_rows = table.row_set.ids.cpu().numpy(), table.weight.shape[0]
+        place = place_text(schedule, position)
+        self.say(stage_line(name, place, ids, num_rows, self.vocabulary))
+
+    def observe(self, epoch: int, step: int, logged: Mapping[str, Any]) -> None:
+        """Take what a validation measured, for stages that wait for a metric.
+
+        What is measured again after the same step takes the place of what was measured first.
+
+        Args:
+            epoch: The epoch that the validation belongs to.
+            step: Optimizer steps completed.
+            logged: All numbers that are known, by name.
+
+        Raises:
+            InputError: A metric is lacking, or processes saw different values of it.
+        """
+        if not self.metrics:
+            return
+        metrics = {name: float(logged[name]) for name in self.metrics if name in logged}
+        earlier = tuple(one for one in self.seen if one.step != step)
+        seen = (*earlier, Seen(epoch, step, metrics))
+        self._agree(Position(epoch, step, self.total_steps, seen), metrics)
+        for name in self.metrics:
+            if name not in metrics:
+                raise InputError(
+                    f"a stage waits for a metric that validation logs, {name!r}. Received: "
+                    f"{sorted(logged)}. Log it in validation, or name another one."
+                )
+        self.seen = seen
+
+    def _agree(self, position: Position, metrics: Mapping[str, float] | None) -> None:
+        """Stop all processes where they differ; called where all of them come by."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        own: dict[str, Any] = {
+            "metrics": metrics,
+            "moments": [tuple(self._schedule(name).moment(position)) for name in self.tables],
+            "rows": {name: _digest(table) for name, table in self.tables.items()},
+        }
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        first = everyone[0]
+        for rank, other in enumerate(everyone):
+            if not _are_close(first["metrics"], other["metrics"]) or (
+                metrics is not None and first["moments"] != other["moments"]
+            ):
+                raise InputError(
+                    "all processes see the same metrics. Received: "
+                    f"{first['metrics']} in process 0 and {other['metrics']} in process {rank}. "
+                    "Log them with sync_dist=True."
+                )
+            for name in self.tables:
+                if first["rows"][name] != other["rows"][name]:
+                    raise InputError(
+                        f"all processes train the same rows of {name!r}. Received: "
+                        f"{first['rows'][name]} in process 0 and {other['rows'][name]} in process "
+                        f"{rank}. Build the same vocabulary and schedule in each."
+                    )
+            if first["moments"] != other["moments"]:
+                raise InputError(
+                    "all processes are at the same place of a schedule. Received: "
+                    f"{first['moments']} in process 0 and {other['moments']} in process {rank}. "
+                    "Give each process as many steps."
+                )
+
+    @property
+    def bar(self) -> dict[str, str]:
+        """What a progress bar shows of each table: the stage, and the rows awake."""
+        rows = {name: len(self.tables[name].row_set) for name in self._moments}
+        return {n: f"stage {m.stage}: {rows[n]:,} rows" for n, m in self._moments.items()}
+
+    # Checkpoints
+
+    def to_state(self) -> dict[str, Any]:
+        """Where the schedules stand and what they are, as plain values."""
+        return {
+            "position": replace(self.position, seen=self.seen).to_state(),
+            # What was measured since then has not moved any row yet.
+            "acted_on": len(self.position.seen),
+            "schedules": [
+                {"table": name, "schedule": schedule.to_config()}
+                for name, schedule in self.schedules.items()
+            ],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Place the rows of a checkpoint, and tell how the schedules were changed since.
+
+        A schedule may be changed between two runs wherever the rows that train at the checkpoint's
+        position stay the same. Rows that train already keep the pace that they joined with.
+
+        Args:
+            state: What `to_state` gave.
+
+        Raises:
+            InputError: Other rows train there now.
+        """
+        position = Position.from_state(state["position"])
+        acted_on = position.seen[: state.get("acted_on")]
+        before = replace(position, seen=acted_on)
+        now = replace(before, total_steps=self.total_steps)
+        saved = {one["table"]: Schedule.parse(one["schedule"]) for one in state["schedules"]}
+        for name in self.tables:
+            then = saved.get(name if name in saved else None)
+            if then is not None:
+                self._check_changes(name, then, before, now)
+        self.place(now)
+        self.seen = position.seen
+
+    def _check_changes(self, name: str, then: Schedule, before: Position, now: Position) -> None:
+        schedule = self._schedule(name)
+        changed = changes(then, schedule)
+        if "share" in schedule.units and before.total_steps != now.total_steps:
+            changed.append(f"total_steps: {before.total_steps} became {now.total_steps}")
+        if not changed:
+            return
+        old, new = then.trainable_rows(before), schedule.trainable_rows(now)
+        if not np.array_equal(self._resolve(name, old), self._resolve(name, new)):
+            raise InputError(
+                f"{name}: a resumed run trains the rows that the checkpoint trained in "
+                f"{place_text(then, before)}, {shown(old.to_config())}. Received: "
+                f"{shown(new.to_config())}, since "
+                f"{'; '.join(changed)}. Change only what lies ahead."
+            )
+        for change in changed:
+            self.say(f"{name}: the schedule is not the checkpoint's: {change}")
+
+    # Audit
 
     def after_step(self, step: int) -> None:
         """Audit, if one is due.
@@ -203,7 +418,7 @@ class ScheduledTables:
         audit = self._audits.pop(name, None)
         if audit is not None:
             audit.check(step)
-            self.reports.append(StageReport(name, self._stages[name], len(audit.frozen), 0))
+            self.reports.append(StageReport(name, self._moments[name].stage, self._frozen[name], 0))
 
     def tell_sizes(self) -> None:
         """Tell how many parameters really train, which a model summary cannot know."""
@@ -214,3 +429,25 @@ class ScheduledTables:
         for name, table in self.tables.items():
             rows, width = table.weight.shape
             self.say(table_line(name, len(table.row_set), rows, width, elsewhere))
+
+
+def _length(total_steps: Callable[[], float]) -> int:
+    length = total_steps()
+    if not 0 < length < math.inf:
+        raise InputError(
+            "a stage that starts at a share of the run needs its length. Received a run without "
+            "end. Set the trainer's max_epochs or max_steps, or use epoch or step."
+        )
+    return int(length)
+
+
+def _digest(table: PartialTable) -> str:
+    ids = table.row_set.ids.cpu().numpy()
+    return f"{len(ids):,} rows ({blake2b(ids.tobytes(), digest_size=4).hexdigest()})"
+
+
+def _are_close(a: Mapping[str, float] | None, b: Mapping[str, float] | None) -> bool:
+    if a is None or b is None or a.keys() != b.keys():
+        return a == b
+    # Reductions may differ in their last bits.
+    return all(np.isclose(a[key], b[key], rtol=1e-6, atol=0, equal_nan=True) for key in a)

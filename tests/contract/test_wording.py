@@ -41,8 +41,10 @@ REFUSED: dict[str, tuple[object, str]] = {
     ),
     "unknown_word": (
         "some",
-        "rows are chosen by one of ['all', 'ids', 'intersection', 'mask', 'missing', "
-        "'most_frequent', 'none', 'not', 'range', 'union']. Received: 'some'.",
+        "rows are chosen by one of ['all', 'covering', 'difference', 'grown', 'ids', 'ids_file', "
+        "'intersection', 'least_frequent', 'mask', 'matching', 'min_count', 'missing', "
+        "'most_frequent', 'nearest', 'none', 'not', 'random', 'range', 'token_file', 'tokens', "
+        "'union']. Received: 'some'.",
     ),
     "without_vocabulary": (
         "missing",

@@ -1,10 +1,10 @@
 """Two processes: ranks hold the same bits after every batch, and frozen rows keep theirs."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 
 import torch
 from ddp_worker import CASES
+from once import once, run_script
 from small_runs import (
     BATCHES,
     STAGES,
@@ -42,7 +43,7 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
-def run_both_ranks(folder: Path) -> None:
+def run_both_ranks(folder: Path) -> str:
     """Run all cases in one pair of processes, whose files and logs go to a folder."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     common = {
@@ -72,28 +73,15 @@ def run_both_ranks(folder: Path) -> None:
         for process in processes:
             process.kill()
         codes = [process.wait() for process in processes]
-        (folder / "codes").write_text(str(codes))
+    said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
+    return "" if codes == [0, 0] else said
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of the two ranks saw, for each case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    first = True
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        # Workers share the folder above their own: the first one runs, the others wait for it.
-        folder = tmp_path_factory.getbasetemp().parent / "ranks"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            first = False
-    if first:
-        run_both_ranks(folder)
-    patience = time.monotonic() + 300
-    while not (folder / "codes").exists() and time.monotonic() < patience:
-        time.sleep(0.2)
+    folder = once(tmp_path_factory, "ranks", run_both_ranks)
     said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
-    assert (folder / "codes").read_text() == "[0, 0]", said
     # Lines are printed once, and not by each rank.
     assert said.count("audit: words") == len(CASES)
     return {
@@ -160,3 +148,28 @@ def test_two_processes_train_rows_as_one_with_both_batches(
         # Ranks sum what each of them summed: the order differs.
         for name, wanted in reference.weights().items():
             torch.testing.assert_close(seen[name], wanted, rtol=1e-4, atol=1e-5)
+
+
+# Processes that would part
+
+
+DISAGREE = {
+    "metrics": r"same metrics\. Received: \{'val_loss': 1\.0\} .*\{'val_loss': 1\.5\}.*sync_dist",
+    "a_metric_of_one": r"same metrics\. Received: \{\} in process 0 and \{'also': 10\.0\}",
+    "metrics_in_sync": "nothing",
+    "first_rows": r"same rows of 'words'\. Received: 2 rows \(\w+\) .* 2 rows \(\w+\).*vocabulary",
+    "rows_of_a_later_part": r"same rows of 'words'\. Received: 6 rows .* 6 rows",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked from one")
+@pytest.mark.parametrize("case", DISAGREE)
+def test_processes_that_would_train_different_rows_stop_together(
+    case: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = once(
+        tmp_path_factory, "disagree", lambda made: run_script("disagree.py", made, *DISAGREE)
+    )
+    zero, one = ((folder / f"{case}-{rank}").read_text() for rank in range(2))
+    assert zero == one
+    assert re.fullmatch(f".*{DISAGREE[case]}.*", zero)

@@ -397,7 +397,7 @@ CHANGED = {
     "later_stages_changed": (stages(epoch_0=[1, 4, 6], epoch_1=STAGES[1], epoch_2="all"), True),
     "later_stages_dropped": (stages(epoch_0=[1, 4, 6], epoch_1=STAGES[1]), True),
     "past_stages_changed": (stages(epoch_0="none", epoch_1=STAGES[1]), True),
-    "given_by_a_mask": (stages(epoch_0=np.isin(np.arange(12), STAGES[1])), False),
+    "given_by_a_mask": (stages(epoch_0=np.isin(np.arange(12), STAGES[1])), True),
     "other_rows_now": (stages(epoch_0=[1, 4, 6], epoch_1=[1, 4]), False),
     "stage_not_begun_yet": (stages(epoch_0=[1, 4, 6], epoch_2=STAGES[1]), False),
 }

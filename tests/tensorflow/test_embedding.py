@@ -266,6 +266,15 @@ def test_a_subclassed_model_builds_the_layer_while_fitting() -> None:
     assert np.flatnonzero(changed).tolist() == [1, 4]
 
 
+def test_a_model_that_was_not_built_compiles_with_xla() -> None:
+    # `fit` builds it while it traces the first step, and XLA takes no variable from there.
+    model = keras.Sequential([PartialEmbedding(6, 2, trainable_rows=[1], reserve_rows=[1, 2])])
+    model.compile("adam", "mse", jit_compile=True)
+    model.fit(np.array([[1, 2, 3]]), np.ones((1, 3, 2)), verbose=0)
+    assert model.layers[0].built
+    assert model.count_params() == 6 * 2 + 2 * 2
+
+
 def test_unfreezing_and_freezing_reserved_rows_traces_nothing_again() -> None:
     traces = []
 
@@ -339,8 +348,9 @@ def test_a_model_of_weights_that_do_not_fit_is_refused() -> None:
         _layer().set_weights([MATRIX[:4]])
     with pytest.raises(InputError, match="a table is a matrix"):
         PartialEmbedding.from_matrix(MATRIX[0])
-    with pytest.raises(InputError, match="comes from a keras"):
-        PartialEmbedding.from_layer(keras.layers.Dense(2))
+    for layer in (keras.layers.Dense(2), keras.layers.ReversibleEmbedding(6, 3)):
+        with pytest.raises(InputError, match=r"comes from a keras.*from_matrix, and tie a head"):
+            PartialEmbedding.from_layer(layer)
 
 
 def test_an_outer_layer_in_half_precision_changes_no_value_of_the_table() -> None:

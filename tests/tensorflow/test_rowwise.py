@@ -196,13 +196,64 @@ def test_lazy_clips_as_the_dense_gradient_would_be(clip: str) -> None:
     np.testing.assert_allclose(ends[0], ends[1], rtol=1e-5, atol=1e-7)
 
 
-def test_a_batch_without_a_live_row_moves_nothing_lazily() -> None:
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "plain": ({}, {}, False),
+    "jit": ({}, {"jit_compile": True}, False),
+    "eager": ({}, {"run_eagerly": True}, False),
+    "clipnorm": ({"clipnorm": 0.5}, {}, False),
+    "global_clipnorm": ({"global_clipnorm": 0.5}, {}, False),
+    "clipvalue": ({"clipvalue": 0.25}, {}, False),
+    "loss_scale": ({}, {}, True),
+    "loss_scale-jit": ({}, {"jit_compile": True}, True),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_lazy_step_moves_rows_that_were_looked_up_whatever_their_gradient(variant: str) -> None:
+    settings, compiled, scaled = VARIANTS[variant]
+    optimizer = rowwise(keras.optimizers.Adam(0.05, **settings), lazy=True)
+    model = _model(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer)
+    model.compile(model.optimizer, model.loss, **compiled)
+    layer, (first, second, *_, last) = model.layers[0], RESERVED
+    layer.set_trainable_rows(RESERVED)
+    for row in RESERVED:
+        model.train_on_batch(np.array([[row, 0]]), np.ones((1, 2, WIDTH)))
+    for ids, gradient, moves in [
+        ([0, 3], 1.0, []),
+        ([0, first], 0.0, [first]),
+        ([first, first], -0.0, [first]),
+        ([0, last], -0.0, [last]),
+        ([second, first], 0.0, [first, second]),
+    ]:
+        before = layer.get_weights()[0]
+        model.train_on_batch(np.array([ids]), np.full((1, 2, WIDTH), gradient, np.float32))
+        moved = np.flatnonzero((layer.get_weights()[0] != before).any(axis=1)).tolist()
+        assert moved == moves, (ids, gradient)
+
+
+def test_a_lazy_step_on_an_empty_batch_moves_nothing() -> None:
     model = _model(rowwise(keras.optimizers.Adam(0.05), lazy=True))
-    model.layers[0].set_trainable_rows(RESERVED)
-    model.train_on_batch(np.full((1, 2), RESERVED[0]), np.ones((1, 2, WIDTH)))
-    before = model.layers[0].get_weights()[0]
-    model.train_on_batch(np.zeros((1, 2), int), np.ones((1, 2, WIDTH)))
-    assert model.layers[0].get_weights()[0].tobytes() == before.tobytes()
+    model.train_on_batch(np.zeros((1, 0), int), np.ones((1, 0, WIDTH)))
+    assert model.layers[0].get_weights()[0].tobytes() == MATRIX.tobytes()
+
+
+def test_a_lazy_step_counts_a_row_of_two_look_ups_and_of_a_tied_head() -> None:
+    layer = PartialEmbedding.from_matrix(MATRIX, trainable_rows=RESERVED)
+    optimizer = rowwise(keras.optimizers.Adam(0.05), lazy=True)
+    layer.build()
+    optimizer.build(weights := layer.trainable_variables)
+
+    def moved(*parts: Any) -> list[int]:
+        before = layer.get_weights()[0]
+        with tf.GradientTape() as tape:
+            loss = sum(tf.reduce_sum(part()) for part in parts)
+        optimizer.apply(tape.gradient(loss, [v.value for v in weights]), weights)
+        return np.flatnonzero((layer.get_weights()[0] != before).any(axis=1)).tolist()
+
+    rows = lambda *ids: lambda: layer(np.array(ids))  # noqa: E731
+    assert moved(rows(0, 1, 2), rows(2, 11)) == [1, 2, 11]
+    assert moved(rows(0), lambda: 0 * layer(np.array([1]))) == [1]
+    assert moved(rows(5), lambda: layer.embeddings[7:9]) == [5, 7, 8]
 
 
 def test_a_plain_optimizer_after_a_lazy_one_is_refused_and_a_wrapped_one_is_not() -> None:

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+# What the learning rate is multiplied by, from the number of steps that were made.
+Factor = Callable[[int], float]
 LossOf = Callable[[nn.ModuleList, Tensor | None], Tensor]
 
 # State of optimizers that factor a matrix: which of it has one entry per row. All other state is
@@ -63,6 +65,8 @@ class Cohort:
         self.rows = rows
         self.alive = torch.ones(len(rows), dtype=torch.bool)
         self.optimizer: torch.optim.Optimizer | None = None
+        self.factor: Factor | None = None
+        self.steps = 0
         self.options = options
         self._hold(values)
 
@@ -89,6 +93,9 @@ class Cohort:
                 return
             self.optimizer = make([self.weight])
         self.optimizer.param_groups[0].update(copy.deepcopy(group))
+        if self.factor is not None:
+            self.optimizer.param_groups[0]["lr"] = group["lr"] * self.factor(self.steps)
+        self.steps += self.weight.grad is not None
         self.optimizer.step()
 
     def keep(self, alive: Tensor, make: Factory, *, slicing: bool) -> None:
@@ -164,7 +171,7 @@ class Oracle:
         if one_history:
             self._begin_history()
 
-    def set_rows(self, rows: Iterable[int]) -> None:
+    def set_rows(self, rows: Iterable[int], factor: Factor | None = None) -> None:
         """Make these rows the trainable ones: those that are new are one more cohort."""
         rows = set(rows)
         joining = torch.tensor(sorted(rows - self.trainable), dtype=torch.int64)
@@ -178,6 +185,7 @@ class Oracle:
         self.cohorts = [cohort for cohort in self.cohorts if cohort.alive.any()]
         if len(joining):
             self.cohorts.append(Cohort(joining, self.table[joining], **self.options))
+            self.cohorts[-1].factor = factor
         if changed and self.one_history:
             self._begin_history()
 

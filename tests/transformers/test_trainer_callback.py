@@ -1,5 +1,6 @@
 """RowUnfreezing in Hugging Face's Trainer, on a tiny random GPT-2."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ def train(
     resume: Path | None = None,
     sparse: bool = False,
     callbacks: tuple[Any, ...] = (),
+    schedule: Any = SCHEDULE,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Train four epochs; the table before and after."""
+    """Train four epochs of four steps; the table before and after."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False
@@ -37,24 +39,25 @@ def train(
     model.set_input_embeddings(table)
     before = table.weight.detach().clone()
     ids = [torch.arange(i, i + 8) % 50 for i in range(32)]
-    arguments = transformers.TrainingArguments(
-        str(folder),
-        num_train_epochs=4,
-        per_device_train_batch_size=8,
-        weight_decay=0.1,
-        learning_rate=1e-2,
-        save_strategy="epoch",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_strategy="no",
-        **options,
-    )
+    given = {
+        "num_train_epochs": 4,
+        "per_device_train_batch_size": 8,
+        "weight_decay": 0.1,
+        "learning_rate": 1e-2,
+        "save_strategy": "epoch",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    arguments = transformers.TrainingArguments(str(folder), **{**given, **options})
+    examples = [{"input_ids": i, "labels": i} for i in ids]
     transformers.Trainer(
         model,
         arguments,
-        train_dataset=[{"input_ids": i, "labels": i} for i in ids],
-        callbacks=[RowUnfreezing(SCHEDULE, audit=2), *callbacks],
+        train_dataset=examples,
+        eval_dataset=examples[:8],
+        callbacks=[*([RowUnfreezing(schedule, audit=2)] if schedule else []), *callbacks],
     ).train(resume_from_checkpoint=str(resume) if resume else None)
     return before, table.weight.detach().clone()
 
@@ -93,3 +96,99 @@ def test_a_write_into_a_frozen_row_is_found(tmp_path: Path) -> None:
 
     with pytest.raises(FrozenRowsMoved, match=r"transformer.wte: 1 frozen row changed.*: 20\."):
         train(tmp_path, callbacks=(Vandal(),))
+
+
+# Schedules that move within epochs and wait for metrics
+
+MIXED = {
+    "stages": [
+        {"step": 0, "rows": [3]},
+        {"step": 3, "rows": [3, 4, 5, 6], "grow": {"order": "ids", "parts": 3}, "lr": 0.5},
+        {"plateau": {"metric": "eval_loss", "max_wait": 1}, "rows": [4, 5, 9], "warmup": 4},
+        {"share": 0.75, "rows": {"range": [0, 12]}},
+    ]
+}
+EVERY_STEP = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "eval_on_start": True,
+}
+
+
+class Witness(transformers.TrainerCallback):
+    """Keeps how many rows train in each step."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.append(len(kwargs["model"].get_input_embeddings().trainable_rows))
+
+
+def test_rows_move_within_epochs_and_on_metrics(tmp_path: Path) -> None:
+    seen = Witness()
+    train(tmp_path, schedule=MIXED, callbacks=(seen,), **EVERY_STEP)
+    # The evaluation after the fourth step is the first one of the stage, and the one before the
+    # first step is none.
+    assert seen.rows == [1, 2, 3, 4] + 8 * [3] + 4 * [12]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 8, 12, 13])
+def test_a_run_resumed_at_any_step_ends_where_the_uninterrupted_one_does(
+    tmp_path: Path, step: int
+) -> None:
+    _, after = train(tmp_path, schedule=MIXED, **EVERY_STEP)
+    resumed = train(
+        tmp_path / "again", tmp_path / f"checkpoint-{step}", schedule=MIXED, **EVERY_STEP
+    )
+    assert not changed(after, resumed[1])
+
+
+def test_where_the_schedule_stands_is_in_the_trainers_state(tmp_path: Path) -> None:
+    train(tmp_path, schedule=MIXED, **EVERY_STEP)
+    read = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    saved = read["stateful_callbacks"]["RowUnfreezing"]["attributes"]["saved"]
+    ((epoch, step, metrics),) = saved["position"]["seen"]
+    assert (epoch, step, list(metrics)) == (0, 4, ["eval_loss"])
+    assert saved["position"]["total_steps"] == 16
+
+
+def test_a_changed_schedule_is_refused_or_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, num_train_epochs=1)
+    later = {"stages": [SCHEDULE["stages"][0], {"epoch": 3, "rows": [1]}]}
+    train(tmp_path / "a", tmp_path / "checkpoint-4", schedule=later)
+    assert "not the checkpoint's: stages[1].epoch: 2 became 3" in capsys.readouterr().out
+    other = {"stages": [{"epoch": 0, "rows": [3]}]}
+    with pytest.raises(InputError, match=r"\[3, 4\]}\. Received: .*\[3\]"):
+        train(tmp_path / "b", tmp_path / "checkpoint-4", schedule=other)
+
+
+def test_a_checkpoint_without_the_callback_resumes_with_it_and_back(tmp_path: Path) -> None:
+    train(tmp_path / "a", schedule=None, num_train_epochs=1)
+    train(tmp_path / "b", tmp_path / "a" / "checkpoint-4", num_train_epochs=2)
+    train(tmp_path / "c", tmp_path / "b" / "checkpoint-8", schedule=None, num_train_epochs=3)
+    seen = Witness()
+    train(tmp_path / "d", tmp_path / "c" / "checkpoint-12", callbacks=(seen,))
+    assert seen.rows == 4 * [10]
+
+
+def test_the_trainer_may_restore_the_schedule_itself(tmp_path: Path) -> None:
+    _, after = train(tmp_path, schedule=MIXED, **EVERY_STEP)
+    resumed = train(
+        tmp_path / "again",
+        tmp_path / "checkpoint-6",
+        schedule=SCHEDULE,
+        restore_callback_states_from_checkpoint=True,
+        **EVERY_STEP,
+    )
+    assert not changed(after, resumed[1])
+
+
+def test_a_metric_that_is_not_evaluated_is_one_error(tmp_path: Path) -> None:
+    waits = {"stages": [{"epoch": 0, "rows": [3]}, {"plateau": "eval_f1", "rows": [4]}]}
+    with pytest.raises(InputError, match=r"'eval_f1'. Received: .*'eval_loss'"):
+        train(tmp_path, schedule=waits, eval_strategy="epoch")

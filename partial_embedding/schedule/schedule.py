@@ -1,0 +1,322 @@
+"""Stages of training, and the rows that train in each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from partial_embedding.errors import InputError
+from partial_embedding.rows import Rows
+from partial_embedding.schedule.pace import Pace
+from partial_embedding.schedule.position import Position, Seen
+from partial_embedding.schedule.presets import from_preset
+from partial_embedding.schedule.stages import Stage, only_keys, parsed
+from partial_embedding.schedule.starts import Plateau, Start, Wait, place_in
+
+# In how many parts rows grow between two stages that do not start at epochs.
+_PARTS = 10
+# Shares are quotients, and their rounding must not make a stage or a part begin a step late.
+_HAIR = 1e-9
+
+
+class Moment(NamedTuple):
+    """What a position is to a schedule; the rows that train are the same wherever it is.
+
+    Args:
+        stage: The index of the stage.
+        part: The parts that have begun of growing into the next stage.
+        parts: In how many parts it grows; 0 where it does not.
+        turn: The cycles that were completed.
+    """
+
+    stage: int
+    part: int = 0
+    parts: int = 0
+    turn: int = 0
+
+
+@dataclass(frozen=True, repr=False)
+class Schedule:
+    """Stages of training, each with its rows, which last until the next one starts.
+
+    A stage replaces the rows of the one before, so freezing again is a stage like any other. It
+    starts at an `epoch`, at an optimizer `step`, at a `share` of the run, or at a `plateau`, when a
+    metric stopped improving in the stage before. Of several that have started the last one counts:
+    a stage that waits for a plateau is left out when a later one starts first.
+
+    With `grow`, rows wake bit by bit from the start of the stage before, and all are awake when the
+    stage starts. `lr` and `warmup` say how fast the rows learn that join by this stage, for as long
+    as they train; see `Pace`.
+
+    Args:
+        stages: `Stage`s, or mappings with one of the keys `epoch`, `step`, `share` and `plateau`,
+            with `rows`, and perhaps `grow`, `lr` and `warmup`. Starts of one unit rise, and the
+            first is 0.
+        cycle: Begin again with the first stage whenever this much has passed, in the one unit of
+            all starts.
+
+    Raises:
+        InputError: There is no stage, the first does not start at 0, the starts do not rise, or a
+            stage is malformed; the message names the place.
+
+    Example:
+        >>> schedule = Schedule([{"epoch": 0, "rows": [4, 5]}, {"epoch": 2, "rows": "all"}])
+        >>> schedule.trainable_rows(Position(epoch=1))
+        Rows({'ids': [4, 5]})
+        >>> schedule.trainable_rows(2), schedule.stage_at(7)
+        (Rows('all'), 1)
+    """
+
+    stages: tuple[Stage, ...]
+    cycle: float | None
+
+    def __init__(
+        self, stages: Sequence[Stage | Mapping[str, Any]], cycle: float | None = None
+    ) -> None:
+        object.__setattr__(self, "stages", parsed(stages, cycle))
+        if cycle is not None and "share" in self.units:
+            cycle = float(cycle)
+        object.__setattr__(self, "cycle", cycle)
+
+    def __repr__(self) -> str:
+        cycle = "" if self.cycle is None else f", cycle={self.cycle}"
+        return f"Schedule({[stage.to_config() for stage in self.stages]!r}{cycle})"
+
+    # Where a position is
+
+    def moment(self, position: Position | int) -> Moment:
+        """What a position is to this schedule; depends on nothing else.
+
+        Args:
+            position: A `Position`, or an epoch.
+
+        Raises:
+            InputError: The epoch or step is negative, or a share is asked for and the length of the
+                run is not known.
+
+        Example:
+            >>> grown = {"epoch": 4, "rows": "all", "grow": "linear"}
+            >>> Schedule([{"epoch": 0, "rows": "none"}, grown]).moment(3)
+            Moment(stage=0, part=3, parts=4, turn=0)
+        """
+        position = _position(position)
+        stage = self._stage_at(position)
+        turn = _whole(place_in(self.units[0], position) / self.cycle) if self.cycle else 0
+        if stage + 1 == len(self.stages) or (growth := self.stages[stage + 1].growth) is None:
+            return Moment(stage, turn=turn)
+        first, last = self.stages[stage].start, self.stages[stage + 1].start
+        assert isinstance(first, Start), "checked when the schedule was made"
+        assert isinstance(last, Start), "likewise"
+        length = last.at - first.at
+        usual = {"epoch": length, "step": min(length, _PARTS), "share": _PARTS}[last.unit]
+        parts = growth.parts or int(usual)
+        part = _whole((self._place(first.unit, position) - first.at) * parts / length)
+        return Moment(stage, part, parts, turn)
+
+    def _stage_at(self, position: Position) -> int:
+        return self._latest(position, self._reached(position.seen, position.total_steps))
+
+    def _reached(self, history: tuple[Seen, ...], total_steps: int | None) -> int:
+        """The stage that had started when the last measurement was made, or started by it."""
+        if not history or not self.metrics:
+            return 0
+        # The last answer is kept, since a run asks at every step and measures only now and then.
+        known = vars(self).get("_known")
+        if known is not None and known[0] is history and known[1] == total_steps:
+            return int(known[2])
+        stage, wait = 0, self._wait_in(0)
+        for seen in history:
+            # What is measured after a step belongs to the stage that the step was made in.
+            there = Position(seen.epoch, seen.step - 1, total_steps)
+            if (later := self._latest(there, stage)) != stage:
+                stage, wait = later, self._wait_in(later)
+            if wait is not None and wait.is_over(seen):
+                stage, wait = stage + 1, self._wait_in(stage + 1)
+        object.__setattr__(self, "_known", (history, total_steps, stage))
+        return stage
+
+    def _wait_in(self, stage: int) -> Wait | None:
+        """The wait that begins with a stage, where a plateau starts the next one."""
+        following = self.stages[stage + 1].start if stage + 1 < len(self.stages) else None
+        return Wait(following) if isinstance(following, Plateau) else None
+
+    def _latest(self, position: Position, stage: int) -> int:
+        """The last stage from `stage` on that has started."""
+        for i in range(len(self.stages) - 1, stage, -1):
+            if isinstance(start := self.stages[i].start, Plateau):
+                continue
+            if self._place(start.unit, position) > start.at - _HAIR:
+                return i
+        return stage
+
+    def _place(self, unit: str, position: Position) -> float:
+        place = place_in(unit, position)
+        if self.cycle:
+            place -= _whole(place / self.cycle) * self.cycle
+        return place
+
+    def stage_at(self, position: Position | int) -> int:
+        """The index of the stage at a position in training.
+
+        Args:
+            position: A `Position`, or an epoch.
+
+        Raises:
+            InputError: As for `moment`.
+        """
+        return self.moment(position).stage
+
+    # What happens there
+
+    def trainable_rows(self, position: Position | int) -> Rows:
+        """The rows that train at a position in training; depends on nothing else.
+
+        Args:
+            position: A `Position`, or an epoch.
+
+        Raises:
+            InputError: As for `moment`.
+        """
+        return self.rows_at(self.moment(position))
+
+    def rows_at(self, moment: Moment) -> Rows:
+        """The rows that train at a moment.
+
+        Args:
+            moment: One that `moment` gave.
+        """
+        rows = self.stages[moment.stage].rows
+        if not moment.part:
+            return rows
+        following = self.stages[moment.stage + 1]
+        assert following.growth is not None
+        return Rows.grown(rows, following.rows, following.growth, moment.part, moment.parts)
+
+    def pace_at(self, moment: Moment) -> Pace:
+        """How fast the rows learn that join at a moment.
+
+        Args:
+            moment: One that `moment` gave.
+        """
+        return self.stages[moment.stage + bool(moment.part)].pace
+
+    # What it needs
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The units in which stages start, each once: `"epoch"`, `"step"`, `"share"`."""
+        starts = [stage.start for stage in self.stages if isinstance(stage.start, Start)]
+        return tuple(dict.fromkeys(start.unit for start in starts))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that stages wait for, each once."""
+        starts = [s.start for s in self.stages if isinstance(s.start, Plateau)]
+        return tuple(dict.fromkeys(start.metric for start in starts))
+
+    @property
+    def moves_within_epochs(self) -> bool:
+        """Whether rows may change at any step, and not at the beginning of an epoch alone."""
+        return self.units != ("epoch",)
+
+    def to_config(self) -> dict[str, Any]:
+        """Write the schedule as plain YAML values; the inverse of `parse`.
+
+        Example:
+            >>> Schedule.parse({"stages": [{"epoch": 0, "rows": "all"}]}).to_config()
+            {'stages': [{'epoch': 0, 'rows': 'all'}]}
+        """
+        config: dict[str, Any] = {"stages": [stage.to_config() for stage in self.stages]}
+        if self.cycle is not None:
+            config["cycle"] = self.cycle
+        return config
+
+    @staticmethod
+    def parse(value: Schedule | Mapping[str, Any] | str | PathLike[str]) -> Schedule:
+        """Read a schedule.
+
+        Args:
+            value: A `Schedule`; a mapping with the key `stages` and perhaps `cycle`, or with the
+                one key `preset`, as `partial_embedding.schedule.presets` lists them; or the path of
+                a YAML file that holds such a mapping.
+
+        Raises:
+            InputError: The file cannot be read, or what it holds is no schedule; the message names
+                the file and the key.
+        """
+        if isinstance(value, Schedule):
+            return value
+        if isinstance(value, Mapping):
+            if "preset" in value:
+                only_keys(value, ["preset"], [], "schedule")
+                return Schedule(from_preset(value["preset"]))
+            only_keys(value, ["stages"], ["cycle"], "schedule")
+            return Schedule(value["stages"], value.get("cycle"))
+        if not isinstance(value, str | PathLike):
+            raise InputError(
+                "a schedule is a mapping with the key 'stages' or 'preset', or a YAML file. "
+                f"Received: {value!r}."
+            )
+        try:
+            loaded = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            if not isinstance(loaded, Mapping):
+                raise InputError(
+                    f"a schedule is a mapping with the key 'stages'. Received: {loaded!r}."
+                )
+            return Schedule.parse(loaded)
+        except OSError as error:
+            raise InputError(
+                f"{value}: the schedule cannot be read: {error.strerror}. Check the path."
+            ) from None
+        except InputError as error:
+            raise InputError(f"{value}: {error}") from None
+        except (yaml.YAMLError, ValueError) as error:  # a day that no month has is a ValueError
+            reason = " ".join(str(error).split())
+            raise InputError(f"{value}: a schedule is YAML in UTF-8. Received: {reason}.") from None
+
+
+def schedules_by_table(value: Any) -> dict[str | None, Schedule]:
+    """Read one schedule for all tables, or one for each of several.
+
+    Args:
+        value: What `Schedule.parse` takes, or a mapping from the names of tables to such.
+
+    Returns:
+        The schedules by table; the key None stands for every table that is not named.
+
+    Raises:
+        InputError: A schedule is malformed.
+
+    Example:
+        >>> sorted(schedules_by_table({"items": {"stages": [{"epoch": 0, "rows": "all"}]}}))
+        ['items']
+    """
+    if isinstance(value, Mapping) and value and not {"stages", "preset"} & value.keys():
+        return {str(name): _of_table(str(name), schedule) for name, schedule in value.items()}
+    return {None: Schedule.parse(value)}
+
+
+def _of_table(name: str, value: Any) -> Schedule:
+    try:
+        return Schedule.parse(value)
+    except InputError as error:
+        raise InputError(f"schedule of the table {name!r}: {error}") from None
+
+
+def _whole(number: float) -> int:
+    """The whole part of a number from 0 up, also where rounding left it a hair too small."""
+    return int(number + _HAIR)
+
+
+def _position(value: Position | int) -> Position:
+    position = value if isinstance(value, Position) else Position(epoch=value)
+    for unit, number in (("an epoch", position.epoch), ("a step", position.step)):
+        if not isinstance(number, int | np.integer) or number < 0:
+            raise InputError(f"{unit} is a whole number from 0 up. Received: {number!r}.")
+    return position

@@ -1,0 +1,217 @@
+"""One stage of training, read and checked, alone and among the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from partial_embedding.choices import is_whole
+from partial_embedding.errors import InputError
+from partial_embedding.growth import Growth
+from partial_embedding.rows import Rows
+from partial_embedding.schedule.pace import Pace
+from partial_embedding.schedule.starts import UNITS, Plateau, Start
+
+T = TypeVar("T")
+
+_KEYS = [*UNITS, "plateau", "rows", "grow", "lr", "warmup"]
+
+
+@dataclass(frozen=True, init=False)
+class Stage:
+    """The rows that train from a start on, until the next stage.
+
+    Args:
+        start: Where in training it starts; a whole number is an epoch.
+        rows: The rows that train during it.
+        growth: How these rows wake between the start of the stage before and this one's; None
+            wakes them together when it starts.
+        pace: How fast the rows learn that join by this stage, for as long as they train.
+
+    Raises:
+        InputError: The start is no place in training.
+
+    Example:
+        >>> Stage(2, Rows.all(), pace=Pace(lr=0.5)).to_config()
+        {'epoch': 2, 'rows': 'all', 'lr': 0.5}
+    """
+
+    start: Start | Plateau
+    rows: Rows
+    growth: Growth | None
+    pace: Pace
+
+    def __init__(
+        self,
+        start: Start | Plateau | int,
+        rows: Rows,
+        growth: Growth | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        set_ = object.__setattr__
+        placed = isinstance(start, Start | Plateau)
+        set_(self, "start", start if placed else Start("epoch", start))  # type: ignore[arg-type]
+        set_(self, "rows", Rows.parse(rows))
+        set_(self, "growth", None if growth is None else Growth.parse(growth))
+        set_(self, "pace", pace or Pace())
+
+    def to_config(self) -> dict[str, Any]:
+        """Write the stage as plain YAML values."""
+        config = {**self.start.to_config(), "rows": self.rows.to_config()}
+        if self.growth is not None:
+            config["grow"] = self.growth.to_config()
+        return {**config, **self.pace.to_config()}
+
+
+def parsed(stages: object, cycle: object) -> tuple[Stage, ...]:
+    """Read the stages of a schedule.
+
+    Args:
+        stages: `Stage`s, or mappings as `Schedule` takes them.
+        cycle: The length of a cycle, or None.
+
+    Raises:
+        InputError: As for `Schedule`.
+    """
+    if isinstance(stages, str | Mapping) or not isinstance(stages, Sequence) or not stages:
+        raise InputError(
+            "stages are a list of {epoch: …, rows: …} with at least one entry. "
+            f"Received: {stages!r}."
+        )
+    made = tuple(_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
+    _check_first(made[0])
+    _check_order(made)
+    _check_growth(made)
+    if cycle is not None:
+        _check_cycle(cycle, made)
+    return made
+
+
+def _stage(value: Stage | Mapping[str, Any], place: str) -> Stage:
+    if isinstance(value, Stage):
+        return value
+    if not isinstance(value, Mapping):
+        raise InputError(f"{place}: a stage is {{epoch: …, rows: …}}. Received: {value!r}.")
+    starts = [key for key in (*UNITS, "plateau") if key in value]
+    if len(starts) > 1:
+        raise InputError(
+            f"{place}: a stage has one start, epoch, step, share or plateau. Received: {starts}."
+        )
+    needed = [*(starts or ["epoch"]), "rows"]
+    only_keys(value, needed, [key for key in _KEYS if key not in needed], place)
+    (start,) = starts
+    grow = value.get("grow")
+    lr = _at(f"{place}.lr", lambda: Pace(value.get("lr", 1.0)).lr)
+    return Stage(
+        _at(f"{place}.{start}", lambda: _start(start, value[start])),
+        _at(f"{place}.rows", lambda: Rows.parse(value["rows"])),
+        None if grow is None else _at(f"{place}.grow", lambda: Growth.parse(grow)),
+        _at(f"{place}.warmup", lambda: Pace(lr, value.get("warmup", 0))),
+    )
+
+
+def _start(key: str, value: Any) -> Start | Plateau:
+    return Plateau.parse(value) if key == "plateau" else Start(key, value)
+
+
+def _at(place: str, make: Callable[[], T]) -> T:
+    """Make something, and name the place where it is refused."""
+    try:
+        return make()
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+
+
+def _check_first(stage: Stage) -> None:
+    if isinstance(stage.start, Plateau):
+        raise InputError(
+            "stages[0].plateau: the first stage starts at epoch 0. Received a plateau. Put "
+            "{epoch: 0, rows: none} first."
+        )
+    if stage.start.at != 0:
+        raise InputError(
+            f"stages[0].{stage.start.unit}: the first stage starts at {stage.start.unit} 0. "
+            f"Received: {stage.start.at}. To train no row until then, put {{epoch: 0, rows: none}} "
+            "first."
+        )
+    if stage.growth is not None:
+        raise InputError(
+            "stages[0].grow: rows grow from the stage before. Received the first stage. Put "
+            "{epoch: 0, rows: none} first."
+        )
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    latest: dict[str, float] = {}
+    for i, stage in enumerate(stages):
+        if isinstance(start := stage.start, Plateau):
+            continue
+        if (before := latest.get(start.unit, -1)) >= start.at:
+            raise InputError(
+                f"stages[{i}].{start.unit}: stages come in rising order of {start.unit}s. "
+                f"Received: {start.at} after {before}. Sort them, or merge the two."
+            )
+        latest[start.unit] = start.at
+
+
+def _check_growth(stages: Sequence[Stage]) -> None:
+    for i, (before, after) in enumerate(pairwise(stages), start=1):
+        if after.growth is None:
+            continue
+        first, last = before.start, after.start
+        if isinstance(first, Plateau) or isinstance(last, Plateau) or first.unit != last.unit:
+            raise InputError(
+                f"stages[{i}].grow: rows grow between two stages that both start at an epoch, a "
+                f"step or a share of the run. Received {first} and {last}. Give both the same unit."
+            )
+        length, parts = last.at - first.at, after.growth.parts
+        if parts is not None and last.unit != "share" and parts > length:
+            raise InputError(
+                f"stages[{i}].grow.parts: a part is at least one {last.unit} long. Received "
+                f"{parts} parts for {length} {last.unit}s. "
+                "Make fewer parts, or place both stages in a finer unit."
+            )
+
+
+def _check_cycle(cycle: Any, stages: Sequence[Stage]) -> None:
+    starts = [stage.start for stage in stages]
+    placed = [start for start in starts if isinstance(start, Start)]
+    if len(placed) < len(starts) or len({start.unit for start in placed}) > 1:
+        raise InputError(
+            "cycle: the stages of a cycle start in one unit, epoch, step or share. Received: "
+            f"{[str(start) for start in starts]}."
+        )
+    unit, last = placed[-1].unit, placed[-1].at
+    whole = is_whole(cycle) or (unit == "share" and isinstance(cycle, float))
+    if not whole or not last < cycle or (unit == "share" and cycle > 1):
+        raise InputError(
+            f"cycle: a cycle is a number of {unit}s beyond the last stage's start, {last}. "
+            f"Received: {cycle!r}."
+        )
+
+
+def only_keys(
+    value: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str], place: str
+) -> None:
+    """Refuse a mapping with other keys, or without one that is needed.
+
+    Args:
+        value: The mapping.
+        needed: Keys that it has.
+        optional: Keys that it may have.
+        place: What it is, for the message.
+
+    Raises:
+        InputError: A key is unknown or lacking.
+    """
+    if unknown := [key for key in value if key not in (*needed, *optional)]:
+        raise InputError(
+            f"{place}: the keys are {sorted([*needed, *optional])}. Received: {unknown[0]!r}."
+        )
+    if lacking := [key for key in needed if key not in value]:
+        raise InputError(
+            f"{place}: the keys are {sorted([*needed, *optional])}. Received none named "
+            f"{lacking[0]!r}."
+        )

@@ -1,0 +1,200 @@
+"""What a stage waits for: a place in training, or a metric that stopped improving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from partial_embedding.choices import is_whole
+from partial_embedding.errors import InputError
+from partial_embedding.schedule.position import Position, Seen
+
+UNITS = ("epoch", "step", "share")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A place in training.
+
+    Args:
+        unit: `"epoch"`, `"step"` (optimizer steps) or `"share"` (of the run).
+        at: A whole number from 0 up; for a share, a number in [0, 1).
+
+    Raises:
+        InputError: There is no such unit, or the number is out of range.
+
+    Example:
+        >>> str(Start("step", 1000))
+        'step 1,000'
+    """
+
+    unit: str
+    at: float
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise InputError(f"a stage starts at one of {list(UNITS)}. Received: {self.unit!r}.")
+        if self.unit == "share":
+            number = isinstance(self.at, int | float) and not isinstance(self.at, bool)
+            if not number or not 0 <= self.at < 1:
+                raise InputError(
+                    f"a share of the run is a number in [0, 1). Received: {self.at!r}."
+                )
+            object.__setattr__(self, "at", float(self.at))
+        elif not is_whole(self.at) or self.at < 0:
+            article = "an" if self.unit == "epoch" else "a"
+            raise InputError(
+                f"{article} {self.unit} is a whole number from 0 up. Received: {self.at!r}."
+            )
+
+    def to_config(self) -> dict[str, Any]:
+        """Write the start as plain YAML values."""
+        return {self.unit: self.at}
+
+    def __str__(self) -> str:
+        return f"{self.unit} {self.at:,}"
+
+
+def place_in(unit: str, position: Position) -> float:
+    """Where training stands, in one of `UNITS`.
+
+    Args:
+        unit: The unit.
+        position: Where training stands.
+
+    Raises:
+        InputError: The length of the run is asked for and not known.
+    """
+    if unit != "share":
+        return position.epoch if unit == "epoch" else position.step
+    if position.share is None:
+        raise InputError(
+            "a stage that starts at a share of the run needs its length. Received a position "
+            "without total_steps. Set the trainer's max_epochs or max_steps, or use epoch or step."
+        )
+    return position.share
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """A metric that stopped improving since the stage before began.
+
+    The count begins with the stage: its first value is the first best one.
+
+    Args:
+        metric: The name of a number that validation logs.
+        mode: `"min"` where lower is better, `"max"` where higher is.
+        patience: The stage starts when this many values in a row were no improvement.
+        min_change: A change of no more than this is no improvement; from 0 up, in the metric's
+            unit.
+        max_wait: The stage starts after this many values at the latest; None waits for ever.
+
+    Raises:
+        InputError: A number is out of range, or there is no such mode.
+
+    Example:
+        >>> plateau = Plateau("loss", patience=2)
+        >>> values = [Seen(epoch, epoch, {"loss": v}) for epoch, v in enumerate([3, 2, 2, 2])]
+        >>> plateau.is_reached(values[:3]), plateau.is_reached(values)
+        (False, True)
+    """
+
+    metric: str
+    mode: str = "min"
+    patience: int = 1
+    min_change: float = 0.0
+    max_wait: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise InputError(
+                f"a plateau is of a metric, such as val_loss. Received: {self.metric!r}."
+            )
+        if self.mode not in ("min", "max"):
+            raise InputError(f"mode is 'min' or 'max'. Received: {self.mode!r}.")
+        numbers: dict[str, Any] = {"patience": self.patience, "max_wait": self.max_wait}
+        for name, value in numbers.items():
+            if value is None and name == "max_wait":
+                continue
+            if not is_whole(value) or value < 1:
+                raise InputError(
+                    f"{name} is a whole number of validations from 1 up. Received: {value!r}."
+                )
+        number = isinstance(self.min_change, int | float) and not isinstance(self.min_change, bool)
+        if not number or not 0 <= self.min_change < math.inf:
+            raise InputError(f"min_change is a number from 0 up. Received: {self.min_change!r}.")
+        object.__setattr__(self, "min_change", float(self.min_change))
+
+    @staticmethod
+    def parse(value: object) -> Plateau:
+        """Read the name of a metric, or a mapping of the arguments.
+
+        Args:
+            value: A string, a mapping or a `Plateau`.
+
+        Raises:
+            InputError: It is none of these, or malformed.
+        """
+        if isinstance(value, Plateau):
+            return value
+        given = {"metric": value} if isinstance(value, str) else value
+        keys = list(Plateau.__dataclass_fields__)
+        if not isinstance(given, Mapping) or not set(given) <= set(keys) or "metric" not in given:
+            raise InputError(
+                f"a plateau is the name of a metric, or a mapping with metric and others of {keys}."
+                f" Received: {value!r}."
+            )
+        return Plateau(**given)
+
+    def is_reached(self, seen: Sequence[Seen]) -> bool:
+        """Whether the metric has stopped improving.
+
+        Args:
+            seen: What was seen since the stage before began.
+        """
+        wait = Wait(self)
+        return any([wait.is_over(one) for one in seen][-1:])
+
+    def to_config(self) -> dict[str, Any]:
+        """Write the plateau as plain YAML values."""
+        fields = Plateau.__dataclass_fields__
+        given = {name: getattr(self, name) for name in fields}
+        changed = {n: v for n, v in given.items() if n == "metric" or v != fields[n].default}
+        return {"plateau": changed}
+
+    def __str__(self) -> str:
+        return f"a plateau of {self.metric}"
+
+
+class Wait:
+    """The wait of one stage for a plateau, one validation after the other.
+
+    Args:
+        plateau: What is waited for.
+    """
+
+    def __init__(self, plateau: Plateau) -> None:
+        self.plateau = plateau
+        self.values = 0
+        self.without = 0
+        self.best: float | None = None
+
+    def is_over(self, seen: Seen) -> bool:
+        """Take in what a validation measured, and say whether the metric has stopped improving.
+
+        Args:
+            seen: The next validation of the stage.
+        """
+        plateau = self.plateau
+        if (value := seen.metrics.get(plateau.metric)) is not None:
+            value = -value if plateau.mode == "max" else value
+            # A value that is not a number is no improvement.
+            first = self.best is None and not math.isnan(value)
+            improved = first or (self.best is not None and value < self.best - plateau.min_change)
+            self.best, self.without = (value, 0) if improved else (self.best, self.without + 1)
+            self.values += 1
+        return self.without >= plateau.patience or (
+            plateau.max_wait is not None and self.values >= plateau.max_wait
+        )

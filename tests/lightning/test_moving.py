@@ -1,0 +1,449 @@
+"""`RowUnfreezing` along every kind of schedule: steps, shares, plateaus, growth and paces."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from small_runs import (
+    BATCHES,
+    EPOCHS,
+    Net,
+    Parts,
+    assert_same_run,
+    data,
+    fit,
+    loader,
+    same_bits,
+    starting_table,
+    trainer,
+)
+
+from partial_embedding import InputError, Position, Schedule
+from partial_embedding.callbacks.lightning import RowUnfreezing
+from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.recipes.resume import ReplayableLoader
+from partial_embedding.torch import PartialEmbedding, rowwise
+
+STEPS = EPOCHS * BATCHES
+
+
+class RowWitness(pl.Callback):
+    """Keeps the rows that trained in each batch, and the optimizer step that it was for."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self.steps: list[int] = []
+        self.bar: list[dict[str, Any]] = []
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        assert len(optimizer.param_groups) == 1
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.rows.append(pl_module.words.trainable_rows.tolist())
+        self.steps.append(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.bar.append(dict(trainer.progress_bar_metrics))
+
+
+class Validated(Net):
+    """Logs a metric that follows a script, epoch by epoch; the sanity check sees the first one."""
+
+    script: tuple[float, ...] = ()
+    name = "val_loss"
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log(self.name, self.script[min(self.current_epoch, len(self.script) - 1)])
+
+
+def watch(net: Any, schedule: Any, *more: pl.Callback, **options: Any) -> RowWitness:
+    """A run along a schedule, with an audit at the end of each stage."""
+    witness = RowWitness()
+    made = trainer(RowUnfreezing(schedule, audit=True), witness, *more, **options)
+    validation = loader(data(1)) if isinstance(net, Validated) else None
+    made.fit(net, loader(data()), validation, ckpt_path=options.pop("ckpt_path", None))
+    return witness
+
+
+# Where rows move
+
+BY_STEP = {
+    "stages": [
+        {"epoch": 0, "rows": [1]},
+        {"step": 4, "rows": [1, 2]},
+        {"epoch": 2, "rows": [3]},
+        {"step": 8, "rows": "all"},
+    ]
+}
+
+
+def test_a_stage_may_begin_at_any_step() -> None:
+    seen = watch(Net().build(), BY_STEP)
+    assert seen.rows == 4 * [[1]] + 2 * [[1, 2]] + 2 * [[3]] + 4 * [list(range(12))]
+
+
+def test_steps_are_those_of_the_optimizer() -> None:
+    seen = watch(Net().build(), BY_STEP, accumulate_grad_batches=2)
+    by_step = dict(zip(seen.steps, seen.rows, strict=True))
+    assert sorted(by_step) == list(range(8))  # two batches, then the odd one, in each epoch
+    assert by_step[3] == [1]
+    assert by_step[4] == [3]  # epoch 2 begins with step 4, and is the later stage
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": EPOCHS}, {"max_steps": STEPS, "max_epochs": -1}])
+def test_a_stage_may_begin_at_a_share_of_the_run(limits: dict[str, int]) -> None:
+    schedule = {"stages": [{"share": 0, "rows": [1]}, {"share": 0.75, "rows": [2]}]}
+    seen = watch(Net().build(), schedule, **limits)
+    assert seen.rows == 9 * [[1]] + 3 * [[2]]
+
+
+def test_a_share_of_an_endless_run_is_refused_before_any_step() -> None:
+    net = Net().build()
+    schedule = {"stages": [{"share": 0, "rows": [1]}, {"share": 0.75, "rows": [2]}]}
+    with pytest.raises(InputError, match=r"run without end.*max_steps"):
+        watch(net, schedule, max_epochs=-1, max_time={"seconds": 20})
+    assert net.steps_begun == 0
+
+
+def test_rows_grow_step_by_step_and_audits_watch_each_part(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    grow = {"shape": "linear", "order": "ids", "parts": 4}
+    schedule = {
+        "stages": [
+            {"step": 0, "rows": [11]},
+            {"step": 8, "rows": [2, 3, 4, 5, 11], "grow": grow},
+        ]
+    }
+    seen = watch(Net().build(), schedule)
+    assert seen.rows[::2] == [
+        [11],
+        [2, 11],
+        [2, 3, 11],
+        [2, 3, 4, 11],
+        *2 * [[2, 3, 4, 5, 11]],
+    ]
+    said = capsys.readouterr().out
+    assert "words: stage 0 from step 4, part 2 of 4 towards stage 1: 3 rows train" in said
+    assert "audit: words: frozen rows by stage: 11, 7; changed a bit: 0" in said
+
+
+class Writes(pl.Callback):
+    """Writes into a frozen row before a step."""
+
+    def __init__(self, step: int, row: int) -> None:
+        self.step, self.row = step, row
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            pl_module.words.weight.data[self.row] += 1
+
+
+def test_a_row_that_moved_before_its_part_began_is_found() -> None:
+    schedule = {
+        "stages": [
+            {"step": 0, "rows": "none"},
+            {"step": 8, "rows": [2, 3], "grow": {"order": "ids", "parts": 2}},
+        ]
+    }
+    with pytest.raises(FrozenRowsMoved, match=r"by step 4: 2\b"):
+        watch(Net().build(), schedule, Writes(step=1, row=2))
+
+
+def test_cycles_begin_again() -> None:
+    schedule = {
+        "stages": [{"step": 0, "rows": [1]}, {"step": 2, "rows": [2]}],
+        "cycle": 3,
+    }
+    assert watch(Net().build(), schedule).rows == 4 * [[1], [1], [2]]
+
+
+# Metrics
+
+
+PLATEAU = {"stages": [{"epoch": 0, "rows": [1]}, {"plateau": "val_loss", "rows": [2]}]}
+
+
+def validated(*script: float) -> Any:
+    net = Validated().build()
+    net.script = script
+    return net
+
+
+@pytest.mark.parametrize(
+    ("script", "epochs_before"),
+    [((3.0, 2.0, 2.0, 1.0), 3), ((3.0, 3.0, 2.0), 2), ((4.0, 3.0, 2.0, 1.0), 4)],
+)
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_a_plateau_starts_a_stage_with_the_next_batch(
+    script: tuple[float, ...], epochs_before: int, sanity: int
+) -> None:
+    seen = watch(validated(*script), PLATEAU, num_sanity_val_steps=sanity)
+    before = epochs_before * BATCHES
+    assert seen.rows == before * [[1]] + (STEPS - before) * [[2]]
+
+
+def test_a_plateau_within_an_epoch_starts_a_stage_within_it() -> None:
+    seen = watch(validated(1.0), PLATEAU, val_check_interval=1, num_sanity_val_steps=0)
+    assert seen.rows == 2 * [[1]] + (STEPS - 2) * [[2]]
+
+
+def test_a_metric_that_is_not_logged_is_one_error_that_lists_what_was() -> None:
+    net = validated(1.0)
+    net.name = "val_accuracy"
+    with pytest.raises(InputError, match=r"'val_loss'. Received: \['val_accuracy'\]") as refused:
+        watch(net, PLATEAU)
+    assert "\n" not in str(refused.value)
+    assert net.steps_begun == BATCHES
+
+
+def test_a_validation_outside_fit_counts_for_nothing() -> None:
+    net, unfreezing = validated(1.0), RowUnfreezing(PLATEAU)
+    made = trainer(unfreezing, max_epochs=1)
+    made.validate(net, loader(data(1)))
+    made.fit(net, loader(data()), loader(data(1)))
+    seen = unfreezing.state_dict()["position"]["seen"]
+    made.validate(net, loader(data(1)))
+    assert unfreezing.state_dict()["position"]["seen"] == seen == [[0, 3, {"val_loss": 1.0}]]
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_no_validation_is_left_out_or_counted_twice_on_resume(
+    interval: int, step: int, tmp_path: Path
+) -> None:
+    class ByStep(Validated):
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.log("val_loss", float(self.trainer.global_step % 5))
+
+    schedule = {
+        "stages": [
+            {"epoch": 0, "rows": [1]},
+            {"plateau": "val_loss", "rows": [2]},
+            {"plateau": "val_loss", "rows": [3]},
+        ]
+    }
+
+    def run(*more: pl.Callback, **options: Any) -> tuple[list[Any], list[list[int]]]:
+        callback, witness = RowUnfreezing(schedule), RowWitness()
+        checkpoint = options.pop("ckpt_path", None)
+        made = trainer(callback, witness, *more, val_check_interval=interval, **options)
+        ids, labels = data().tensors
+        batches = ReplayableLoader(
+            lambda chosen: (ids[torch.from_numpy(chosen)], labels[torch.from_numpy(chosen)]),
+            size=len(ids),
+            batch_size=4,
+        )
+        made.fit(ByStep().build(), batches, loader(data(1)), ckpt_path=checkpoint)
+        return callback.state_dict()["position"]["seen"], witness.rows
+
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step)
+    run(saving, max_steps=step, enable_checkpointing=True)
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    seen, rows = run()
+    assert run(ckpt_path=checkpoint) == (seen, rows[step:])
+    assert [1] in rows
+    assert [2] in rows
+
+
+# Paces
+
+
+def test_rows_learn_at_their_stages_rate_under_a_scheduler() -> None:
+    def scheduled(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.8**epoch)
+
+    class Slowed(Net):
+        def configure_optimizers(self) -> Any:
+            (optimizer,) = self.make(self.parts())
+            return [optimizer], [scheduled(optimizer)]
+
+    def two_groups(parts: Parts) -> list[torch.optim.Optimizer]:
+        groups = [{"params": parts["words"], "lr": 0.1 * 0.25}, {"params": parts["head"]}]
+        return [torch.optim.AdamW(groups, lr=0.1, weight_decay=0.3)]
+
+    paced, plain = Slowed().build(), Slowed().build(make=two_groups)
+    rows = {"epoch": 0, "rows": [1, 4, 6]}
+    one = fit(paced, schedule={"stages": [{**rows, "lr": 0.25}]})
+    other = fit(plain, schedule={"stages": [rows]})
+    assert_same_run(one, other.seen)
+    # And the same rate for all would be another run.
+    same_rate = fit(Slowed().build(), schedule={"stages": [rows]})
+    assert not same_bits(same_rate.seen[-1]["words.weight"], one.seen[-1]["words.weight"])
+
+
+def test_an_optimizer_that_has_one_rate_is_refused_before_any_step() -> None:
+    net = Net().build(make=lambda p: [torch.optim.LBFGS([x for part in p.values() for x in part])])
+    schedule = {"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 9, "rows": [2], "lr": 0.5}]}
+    with pytest.raises(InputError, match=r"words: stages\[1\].*LBFGS"):
+        fit(net, schedule=schedule)
+    assert net.steps_begun == 0
+
+
+# What is shown
+
+
+def test_progress_bars_show_stage_and_rows() -> None:
+    seen = watch(Net().build(), BY_STEP)
+    shown = [bar["words"] for bar in seen.bar]
+    assert shown[:5] == 4 * ["stage 0: 1 rows"] + ["stage 1: 2 rows"]
+    assert shown[-1] == "stage 3: 12 rows"
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_the_bars_of_lightning_print_it(bar: type, capsys: pytest.CaptureFixture[str]) -> None:
+    watch(Net().build(), BY_STEP, bar(), enable_progress_bar=True)
+    captured = capsys.readouterr()
+    printed = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", captured.out + captured.err).split())
+    assert "stage 3: 12 rows" in printed
+
+
+# Resuming with another schedule
+
+SAVED = {
+    "stages": [
+        {"epoch": 0, "rows": [1]},
+        {"step": 4, "rows": [1, 2]},
+        {"step": 10, "rows": [1, 2, 3], "grow": {"order": "ids", "parts": 2}},
+    ]
+}
+
+
+def changed(*stages: dict[str, Any]) -> dict[str, Any]:
+    return {"stages": list(stages)}
+
+
+FIRST, SECOND, THIRD = SAVED["stages"]
+# The checkpoint stands at step 5, where 1 and 2 train.
+CHANGES: dict[str, tuple[Any, list[str] | str]] = {
+    "nothing": (SAVED, []),
+    "a_later_start": (
+        changed(FIRST, SECOND, {**THIRD, "step": 11}),
+        ["stages[2].step: 10 became 11"],
+    ),
+    "a_stage_more": (
+        changed(FIRST, SECOND, THIRD, {"epoch": 3, "rows": "all"}),
+        ["stages[3]: {'epoch': 3, 'rows': 'all'} was added"],
+    ),
+    "another_rate": (
+        changed(FIRST, {**SECOND, "lr": 0.5}, THIRD),
+        ["stages[1].lr: 0.5 was added"],
+    ),
+    "a_start_that_is_past": (
+        changed(FIRST, {**SECOND, "step": 3}, THIRD),
+        ["stages[1].step: 4 became 3"],
+    ),
+    "the_same_rows_by_another_name": (
+        changed(FIRST, {**SECOND, "rows": {"range": [1, 3]}}, THIRD),
+        [
+            "stages[1].rows.ids: [1, 2] was removed",
+            "stages[1].rows.range: [1, 3, None] was added",
+        ],
+    ),
+    "other_rows": (changed(FIRST, {**SECOND, "rows": [1, 5]}), r"\[1, 2\]}\. Received: .*\[1, 5\]"),
+    "a_start_that_has_not_come": (changed(FIRST, {**SECOND, "step": 6}), r"4 became 6"),
+    "a_plateau_instead": (
+        changed(FIRST, {"plateau": "val_loss", "rows": [1, 2]}),
+        r"stages\[1\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_changed_schedule_says_what_changed_and_goes_on_or_stops(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule, told = CHANGES[case]
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5)
+    watch(Net().build(), SAVED, saving, max_steps=5, enable_checkpointing=True)
+    capsys.readouterr()
+    net = validated(1.0) if "plateau" in case else Net().build()
+    witness = RowWitness()
+    made = trainer(RowUnfreezing(schedule), witness)
+    loaders = (loader(data()), loader(data(1))) if "plateau" in case else (loader(data()),)
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    if isinstance(told, str):
+        with pytest.raises(InputError, match=told) as refused:
+            made.fit(net, *loaders, ckpt_path=checkpoint)
+        assert "the checkpoint trained in stage 1 from step 4" in str(refused.value)
+        assert net.steps_begun == 0
+        return
+    made.fit(net, *loaders, ckpt_path=checkpoint)
+    lines = [f"words: the schedule is not the checkpoint's: {line}" for line in told]
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "the checkpoint's" in line] == lines
+    assert witness.rows[0] == [1, 2]
+    if case == "another_rate":
+        saved = made.optimizers[0].state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
+        assert not any("pace" in cohort for cohort in saved)  # rows keep what they joined with
+
+
+def test_a_run_of_another_length_is_a_change_where_shares_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = changed({"share": 0, "rows": [1]}, {"share": 0.5, "rows": [2]})
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+    watch(Net().build(), schedule, saving, enable_checkpointing=True)
+    witness = RowWitness()
+    longer = trainer(RowUnfreezing(schedule), witness, max_epochs=2 * EPOCHS)
+    longer.fit(Net().build(), loader(data()), ckpt_path=tmp_path / "step=3.ckpt")
+    assert "total_steps: 12 became 24" in capsys.readouterr().out
+    assert witness.rows == 9 * [[1]] + 12 * [[2]]
+    longer = trainer(RowUnfreezing(schedule), max_epochs=2 * EPOCHS)
+    with pytest.raises(InputError, match=r"total_steps: 12 became 24"):
+        longer.fit(Net().build(), loader(data()), ckpt_path=tmp_path / "step=9.ckpt")
+
+
+def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: Path) -> None:
+    class Keep(pl.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "made.ckpt")
+
+    schedule = changed({"epoch": 0, "rows": [1, 2], "lr": 0.5, "warmup": 5})
+    watch(Net().build(), schedule, Keep(), max_epochs=1)
+    saved = torch.load(tmp_path / "made.ckpt", weights_only=True)
+    (cohort,) = saved["optimizer_states"][0]["param_groups"][0]["rowwise"][0]["cohorts"]
+    assert cohort["pace"] == {"lr": 0.5, "warmup": 5, "steps": 3}
+    plain = Net().build(plain=True)
+    trainer(Keep(), max_epochs=2).fit(plain, loader(data()), ckpt_path=tmp_path / "made.ckpt")
+    witness = RowWitness()
+    made = trainer(RowUnfreezing(schedule), witness, max_epochs=3)
+    made.fit(Net().build(), loader(data()), ckpt_path=tmp_path / "made.ckpt")
+    assert witness.rows == BATCHES * [[1, 2]]
+    cohorts = made.optimizers[0].state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
+    assert [cohort["pace"]["steps"] for cohort in cohorts] == [3]  # they joined with this run
+
+
+# The same YAML without Lightning
+
+
+def test_a_plain_loop_follows_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.yaml"
+    paced = {"stages": [*SAVED["stages"][:2], {**THIRD, "lr": 0.5, "warmup": 3}]}
+    path.write_text(yaml.safe_dump(paced))
+    expected = fit(Net().build(), schedule=path)
+
+    net, schedule = Net().build(), Schedule.parse(path)
+    net.words = PartialEmbedding.from_pretrained(starting_table(), trainable_rows="none")
+    (optimizer,) = net.configure_optimizers()
+    rowwise(optimizer, net)
+    step = 0
+    for epoch in range(EPOCHS):
+        for batch in loader(data()):
+            position = Position(epoch, step)
+            net.words.set_trainable_rows(
+                schedule.trainable_rows(position), pace=schedule.pace_at(schedule.moment(position))
+            )
+            optimizer.zero_grad()
+            net.loss(batch).backward()
+            optimizer.step()
+            assert same_bits(net.words.weight, expected.seen[step]["words.weight"])
+            step += 1

@@ -1,0 +1,67 @@
+"""Killed at any place of a schedule and resumed, a run ends as the uninterrupted one does."""
+
+import os
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
+
+import torch
+from once import once, run_script
+from scripts.kill_and_resume import KINDS, PLACES
+from small_runs import same_bits
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="the runs that are killed are forked from one process"
+)
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """The places at which two nested states differ in a bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and same_bits(a, b) else [place]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in differences(a[key], b[key], f"{place}/{key}")]
+    return [] if type(a) is type(b) and a == b else [f"{place}: {a!r}, {b!r}"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_killed_run_resumes_exactly(
+    precision: str,
+    processes: int,
+    place: str,
+    kind: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    name = f"killed-{precision}-{processes}"
+    folder = once(
+        tmp_path_factory,
+        name,
+        lambda made: run_script("kill_and_resume.py", made, precision, processes),
+    )
+    for rank in range(processes):
+        whole, resumed = (
+            torch.load(folder / f"{which}-{rank}.pt", weights_only=True)
+            for which in ("whole", f"{place}-{kind}")
+        )
+        for part in ("weights", "optimizer", "schedule"):
+            assert differences(whole[part], resumed[part]) == []
+        # What was compared is a schedule that went through all of its stages and paces.
+        assert [stage for stage, _ in whole["reports"]] == [0, 1, 2, 3, 4]
+        assert [stage for stage, _ in resumed["reports"]][-1] == 4
+        cohorts = whole["optimizer"]["param_groups"][0]["rowwise"][0]["cohorts"]
+        assert [cohort["pace"] for cohort in cohorts] == [
+            {"lr": 2.0, "warmup": 3, "steps": 26},
+            {"lr": 0.5, "warmup": 6, "steps": 23},
+            {"lr": 0.5, "warmup": 6, "steps": 20},
+            {"lr": 0.5, "warmup": 6, "steps": 18},
+            {"lr": 0.3, "steps": 15},
+            {"warmup": 4, "steps": 5},
+        ]
+        assert len(whole["schedule"]["position"]["seen"]) == 6

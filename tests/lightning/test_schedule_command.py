@@ -1,0 +1,85 @@
+"""`partial-embedding schedule` shows what a schedule will do, before any training."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from partial_embedding import Vocabulary
+from partial_embedding.cli import main
+from partial_embedding.vocabulary_file import write_vocabulary
+
+
+@pytest.fixture
+def files(small_run: list[str]) -> None:
+    vocabulary = Vocabulary([f"w{i}" for i in range(10)], counts=range(10), missing=[0, 1])
+    write_vocabulary("vocabulary.tsv", vocabulary)
+    stages = yaml.safe_load(Path("schedule.yaml").read_text())
+    by_step = {"stages": [{"step": 0, "rows": [3]}, {"step": 10, "rows": "all"}]}
+    Path("by_step.yaml").write_text(yaml.safe_dump(by_step))
+    Path("tables.yaml").write_text(yaml.safe_dump({"users": stages, "items": by_step}))
+
+
+def test_a_schedule_is_printed_and_drawn_for_a_vocabulary(
+    files: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["schedule", "schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "10 rows, 5 epochs"
+    assert lines[1].startswith("stage 0 from epoch 0  █████·")
+    assert lines[1].endswith("2 rows (20.0 %), 2.2 % of training tokens, 2 join")
+    assert lines[3].endswith("10 rows (100.0 %), 100.0 % of training tokens, 5 join")
+    assert lines[4] == "picture: p.png"
+    assert Path("p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_and_tables_are_chosen(files: None, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["schedule", "tables.yaml", "--rows=50", "--epochs=3", "--steps-per-epoch=8"]
+    assert main([*command, "--table=items"]) == 0
+    out = capsys.readouterr().out
+    assert "stage 0 from step 0 " in out
+    assert "stage 1 from step 10" in out
+
+
+def test_a_configuration_brings_its_own_texts(
+    small_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"path": "texts.csv", "vectors": "vectors.txt", "batch_size": 8}
+    config = {"data": data, "rows": {"schedule": "schedule.yaml"}, "trainer": {"max_epochs": 6}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["schedule", "config.yaml"]) == 0
+    planned = capsys.readouterr().out
+    assert main(["fit", *small_run]) == 0
+    trained = capsys.readouterr().out
+    stages = [line.split(": ", 1)[1] for line in trained.splitlines() if ": stage " in line]
+    assert planned.startswith("30 rows, 6 epochs")
+    for stage in stages:
+        place, _, rest = stage.partition(": ")
+        assert f"{place}  " in planned
+        assert f"  {rest.split(' ')[0]} rows (" in planned
+
+
+REFUSED = {
+    "no_file": (["absent.yaml", "--rows=3"], "absent.yaml: the schedule cannot be read"),
+    "no_table": (["by_step.yaml"], "neither --vocab nor --rows"),
+    "no_steps": (["by_step.yaml", "--rows=50"], "--steps-per-epoch"),
+    "no_such_table": (["tables.yaml", "--rows=5", "--table=x"], "one of ['items', 'users']"),
+    "one_table": (["schedule.yaml", "--rows=5", "--table=x"], "one schedule for all tables"),
+    "no_vocabulary": (["schedule.yaml", "--rows=5"], "schedule.yaml: stages[0]: these rows"),
+    "no_such_option": (["schedule.yaml", "--colour=red"], "--colour=red"),
+    "no_number": (["schedule.yaml", "--rows=many"], "'many'"),
+    "nothing": ([], "file"),
+    "no_folder": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=a/p.png"], "a/"),
+    "no_format": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.xyz"], "xyz"),
+}
+
+
+@pytest.mark.parametrize(("args", "named"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    args: list[str], named: str, files: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["schedule", *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert named in captured.err

@@ -1,0 +1,228 @@
+"""What stages wait for, places and plateaus, and the pace of the rows that then join."""
+
+import copy
+import math
+import pickle
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partial_embedding import InputError, Position
+from partial_embedding.schedule import Pace, Plateau, Seen, Start
+
+VALUES = st.lists(
+    st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.25, 2.0, 3.0, math.nan, math.inf, -math.inf]),
+    max_size=14,
+)
+PLATEAUS = st.builds(
+    Plateau,
+    st.just("loss"),
+    st.sampled_from(["min", "max"]),
+    st.integers(1, 4),
+    st.sampled_from([0.0, 0.25, 1.0]),
+    st.none() | st.integers(1, 9),
+)
+
+
+def seen(values: list[Any], name: str = "loss") -> list[Seen]:
+    return [Seen(i, 10 * i + 10, {name: value}) for i, value in enumerate(values)]
+
+
+def has_ended(plateau: Plateau, values: list[float]) -> bool:
+    """The docstring in other words: how long ago was the last improvement?"""
+    sign = 1 if plateau.mode == "min" else -1
+    improvements = [-1]
+    for i, value in enumerate(values):
+        best = values[improvements[-1]] if len(improvements) > 1 else None
+        better = best is None or sign * value < sign * best - plateau.min_change
+        if not math.isnan(value) and better:
+            improvements.append(i)
+    waited = len(values) - 1 - improvements[-1]
+    return waited >= plateau.patience or len(values) >= (plateau.max_wait or math.inf)
+
+
+@settings(max_examples=500, deadline=None)
+@given(PLATEAUS, VALUES)
+def test_a_plateau_is_so_many_values_without_improvement(
+    plateau: Plateau, values: list[float]
+) -> None:
+    for number in range(len(values) + 1):
+        expected = has_ended(plateau, values[:number])
+        assert plateau.is_reached(seen(values[:number])) == expected
+
+
+REACHED: dict[str, tuple[dict[str, Any], list[float], int | None]] = {
+    "first_value_is_the_best": ({}, [5, 6], 2),
+    "equal_is_no_improvement": ({}, [5, 5], 2),
+    "improving": ({}, [5, 4, 3, 2], None),
+    "patience": ({"patience": 3}, [5, 5, 6, 4, 4, 5, 4], 7),
+    "best_is_remembered": ({"patience": 2}, [5, 9, 6], 3),
+    "higher_is_better": ({"mode": "max"}, [5, 6, 7, 6], 4),
+    "small_changes": ({"min_change": 1.0, "patience": 2}, [5, 4, 4.5], 3),
+    "small_changes_that_add_up": ({"min_change": 1.0, "patience": 2}, [5, 4.5, 3.9, 3.5], None),
+    "waited_long_enough": ({"max_wait": 3}, [5, 4, 3, 2], 3),
+    "waited_for_one": ({"max_wait": 1}, [5], 1),
+    "plateau_before_the_longest_wait": ({"max_wait": 9}, [5, 5], 2),
+    "not_a_number": ({"patience": 2}, [math.nan, math.nan], 2),
+    "not_a_number_is_never_best": ({"patience": 2}, [5, math.nan, 4, 4, 5], 5),
+    "not_a_number_at_first": ({"patience": 2}, [math.nan, 5, 4, 4, 4], 5),
+    "infinite_at_first": ({}, [math.inf, 5, 5], 3),
+}
+
+
+@pytest.mark.parametrize(("arguments", "values", "number"), REACHED.values(), ids=REACHED)
+def test_a_plateau_is_reached_with_a_certain_value(
+    arguments: dict[str, Any], values: list[float], number: int | None
+) -> None:
+    plateau = Plateau("loss", **arguments)
+    reached = [n for n in range(len(values) + 1) if plateau.is_reached(seen(values[:n]))]
+    assert reached[:1] == ([] if number is None else [number])
+
+
+def test_validations_without_the_metric_do_not_count() -> None:
+    mixed = [*seen([5]), *seen([1, 1, 1], "accuracy"), *seen([4, 4])]
+    plateau = Plateau("loss", max_wait=9)
+    assert [plateau.is_reached(mixed[:n]) for n in range(7)] == [False] * 6 + [True]
+
+
+# Values
+
+
+@settings(max_examples=60, deadline=None)
+@given(PLATEAUS)
+def test_plateaus_are_values_and_round_trip_through_yaml(plateau: Plateau) -> None:
+    config = yaml.safe_load(yaml.safe_dump(plateau.to_config()))
+    again = Plateau.parse(config["plateau"])
+    assert again == plateau
+    assert len({plateau, again, copy.deepcopy(plateau), pickle.loads(pickle.dumps(plateau))}) == 1
+    assert Plateau.parse(plateau) is plateau
+    with pytest.raises(AttributeError):
+        plateau.patience = 7  # type: ignore[misc]
+
+
+def test_a_plateau_may_be_named_by_its_metric_alone() -> None:
+    assert Plateau.parse("loss") == Plateau.parse({"metric": "loss"}) == Plateau("loss")
+
+
+NUMPY_VALUES: dict[str, dict[str, Any]] = {
+    "share": Start("share", np.float64(0.25)).to_config(),
+    "lr": Pace(np.float64(0.25)).to_config(),
+    "min_change": Plateau("loss", min_change=np.float64(0.5)).to_config(),
+}
+
+
+@pytest.mark.parametrize("config", NUMPY_VALUES.values(), ids=NUMPY_VALUES)
+def test_numbers_of_numpy_are_written_as_plain_ones(config: dict[str, Any]) -> None:
+    assert yaml.safe_load(yaml.safe_dump(config)) == config
+
+
+MALFORMED: dict[str, tuple[Any, str]] = {
+    "unit": (lambda: Start("batch", 3), "'batch'"),
+    "negative_epoch": (lambda: Start("epoch", -1), "-1"),
+    "negative_step": (lambda: Start("step", -10), "-10"),
+    "fractional_step": (lambda: Start("step", 10.0), "10.0"),
+    "step_in_words": (lambda: Start("step", "1k"), "'1k'"),
+    "step_true": (lambda: Start("step", True), "True"),
+    "step_null": (lambda: Start("step", None), "None"),
+    "negative_share": (lambda: Start("share", -0.1), "-0.1"),
+    "share_of_the_whole_run": (lambda: Start("share", 1.0), "1.0"),
+    "share_in_percent": (lambda: Start("share", 50), "50"),
+    "share_that_is_no_number": (lambda: Start("share", math.nan), "nan"),
+    "share_true": (lambda: Start("share", False), "False"),
+    "share_in_words": (lambda: Start("share", "half"), "'half'"),
+    "plateau_of_nothing": (lambda: Plateau.parse(None), "None"),
+    "plateau_of_a_number": (lambda: Plateau.parse(3), "3"),
+    "plateau_of_a_list": (lambda: Plateau.parse(["loss"]), "['loss']"),
+    "plateau_without_metric": (lambda: Plateau.parse({"patience": 2}), "{'patience': 2}"),
+    "plateau_unknown_key": (lambda: Plateau.parse({"metric": "a", "delta": 2}), "'delta': 2"),
+    "metric_empty": (lambda: Plateau.parse(""), "''"),
+    "metric_of_a_number": (lambda: Plateau.parse({"metric": 3}), "3"),
+    "mode": (lambda: Plateau("loss", mode="auto"), "'auto'"),
+    "mode_in_a_list": (lambda: Plateau("loss", mode=["min"]), "['min']"),  # type: ignore[arg-type]
+    "no_patience": (lambda: Plateau("loss", patience=0), "0"),
+    "fractional_patience": (lambda: Plateau("loss", patience=1.5), "1.5"),  # type: ignore[arg-type]
+    "patience_null": (lambda: Plateau("loss", patience=None), "None"),  # type: ignore[arg-type]
+    "no_wait": (lambda: Plateau("loss", max_wait=0), "0"),
+    "wait_true": (lambda: Plateau("loss", max_wait=True), "True"),
+    "negative_change": (lambda: Plateau("loss", min_change=-0.1), "-0.1"),
+    "endless_change": (lambda: Plateau("loss", min_change=math.inf), "inf"),
+    "change_true": (lambda: Plateau("loss", min_change=True), "True"),
+    "change_in_words": (lambda: Plateau("loss", min_change="1e-3"), "'1e-3'"),  # type: ignore[arg-type]
+    "no_rate": (lambda: Pace(lr=0), "0"),
+    "negative_rate": (lambda: Pace(lr=-1.0), "-1.0"),
+    "endless_rate": (lambda: Pace(lr=math.inf), "inf"),
+    "rate_that_is_no_number": (lambda: Pace(lr=math.nan), "nan"),
+    "rate_true": (lambda: Pace(lr=True), "True"),
+    "rate_in_words": (lambda: Pace(lr="1e-3"), "'1e-3'"),  # type: ignore[arg-type]
+    "negative_warmup": (lambda: Pace(warmup=-1), "-1"),
+    "fractional_warmup": (lambda: Pace(warmup=0.1), "0.1"),  # type: ignore[arg-type]
+    "warmup_true": (lambda: Pace(warmup=True), "True"),
+}
+
+
+@pytest.mark.parametrize(("make", "received"), MALFORMED.values(), ids=MALFORMED)
+def test_what_is_no_start_or_pace_is_refused_with_what_was_received(
+    make: Any, received: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        make()
+    assert f"Received: {received}" in str(refused.value) or received in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# Pace
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(1e-6, 1e3), st.integers(0, 50))
+def test_warmup_rises_in_equal_parts_to_the_full_rate(lr: float, warmup: int) -> None:
+    pace = Pace(lr, warmup)
+    factors = [pace.factor(step) for step in range(warmup + 20)]
+    assert factors[max(warmup - 1, 0) :] == [lr] * (len(factors) - max(warmup - 1, 0))
+    for step, factor in enumerate(factors[:warmup]):
+        assert factor == pytest.approx(float(Fraction(lr) * Fraction(step + 1, warmup)))
+    assert factors == sorted(factors)
+
+
+def test_only_the_pace_that_changes_nothing_is_plain() -> None:
+    assert Pace().is_plain
+    assert Pace(lr=1, warmup=0).is_plain
+    assert Pace(lr=1).to_config() == {}
+    for pace in (Pace(lr=0.5), Pace(warmup=1), Pace(2.0, 3)):
+        assert not pace.is_plain
+        assert Pace(**pace.to_config()) == pace
+    assert {Pace(lr=2), Pace(lr=2.0)} == {Pace(lr=2)}
+
+
+# Positions
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.integers(0, 10**9),
+    st.none() | st.integers(1, 10**9),
+    st.lists(
+        st.tuples(
+            st.integers(0, 9),
+            st.integers(0, 99),
+            st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False)),
+        ),
+        max_size=5,
+    ),
+)
+def test_positions_survive_a_checkpoint(epoch: int, step: int, total: Any, values: Any) -> None:
+    position = Position(epoch, step, total, tuple(Seen(*one) for one in values))
+    state = position.to_state()
+    plain = yaml.safe_load(yaml.safe_dump(state))  # nothing but what every format can hold
+    assert Position.from_state(plain) == position
+    assert Position.from_state({"epoch": epoch, "step": step}) == Position(epoch, step)
+    assert position.share == (None if total is None else step / total)
+    for _, _, metrics in values:
+        metrics["later"] = 1.0
+    assert all("later" not in metrics for _, _, metrics in state["seen"])

@@ -1,0 +1,343 @@
+"""Rows with a learning rate of their own, bit for bit, for every optimizer of torch."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, DEFAULTS, Case, case_of
+from models import (
+    NEVER_TRAINED,
+    Model,
+    assert_same_model,
+    batches,
+    oracle_of,
+    starting_table,
+    train,
+)
+from oracle import assert_same_bits, same_bits
+from torch import Tensor, nn
+
+from partial_embedding import InputError
+from partial_embedding.schedule import Pace
+from partial_embedding.torch import PartialEmbedding, detach_rowwise, rowwise
+
+# A cohort that warms up, a plain one that joins it, and one that is faster than both. Some rows of
+# the first leave in the middle of its warm-up, and come back with the third.
+STAGES: dict[int, tuple[tuple[int, ...], Pace | None]] = {
+    0: ((1, 4, 6, 9), Pace(lr=0.5, warmup=4)),
+    2: ((1, 2, 4, 9), None),
+    4: ((1, 2, 4, 6, 7, 8, 9), Pace(lr=3.0)),
+}
+PACED = [case for case in CASES if not case.one_history]
+CONFIGURATIONS = [
+    pytest.param(case, sparse, id=f"{case.id}-{'sparse' if sparse else 'dense'}")
+    for case in PACED
+    for sparse in (True, False)
+    if sparse or not case.sparse_only
+]
+
+
+def factor_of(pace: Pace | None) -> Callable[[int], float] | None:
+    """What a pace promises, written a second time."""
+    if pace is None:
+        return None
+    return lambda steps: pace.lr * min(1.0, (steps + 1) / pace.warmup) if pace.warmup else pace.lr
+
+
+def build(case: Case, sparse: bool = True, **options: Any) -> tuple[Model, torch.optim.Optimizer]:
+    table = PartialEmbedding.from_pretrained(
+        starting_table(), freeze=False, sparse=sparse, trainable_rows="none"
+    )
+    model = Model(table, bias=not case.matrices_only, sparse=case.sparse_only)
+    return model, rowwise(case.make(model.parameters()), model, **options)
+
+
+def halving(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.7**step)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
+
+
+def follow_paces(
+    case: Case,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    stages: dict[int, tuple[tuple[int, ...], Pace | None]] = STAGES,
+) -> None:
+    """Train along the stages beside cohorts that are parameters of their own."""
+    oracle = oracle_of(case, model, ())
+    for step, batch in enumerate(batches()):
+        if step in stages:
+            rows, pace = stages[step]
+            model.table.set_trainable_rows(rows, pace=pace)
+            oracle.set_rows(rows, factor_of(pace))
+        (group,) = optimizer.param_groups
+        oracle.group = {k: v for k, v in group.items() if k in ("lr", "betas", "momentum")}
+        train(case, model, optimizer, batch, with_closure=step in (1, 6))
+        oracle.step(batch.ids, batch.loss_of)
+        assert_same_model(model, oracle, f"after step {step}")
+        assert len(optimizer.param_groups) == 1
+        scheduler.step()
+
+
+@pytest.mark.parametrize(("case", "sparse"), CONFIGURATIONS)
+def test_rows_with_a_pace_train_as_a_parameter_at_that_rate(case: Case, sparse: bool) -> None:
+    model, optimizer = build(case, sparse)
+    start = model.table.weight.detach().clone()
+    follow_paces(case, model, optimizer, halving(optimizer))
+    moved = (model.table.weight != start).any(dim=1) & ~start.isnan().any(dim=1)
+    assert moved.nonzero().flatten().tolist() == [1, 2, 4, 6, 7, 8, 9]
+    frozen = list(NEVER_TRAINED)
+    assert_same_bits(model.table.weight[frozen], start[frozen], "rows never trained")
+
+
+@pytest.mark.parametrize("name", ["SGD-momentum=0.9", "Adam", "AdamW", "AdamW-fused"])
+def test_every_learning_rate_scheduler_sees_the_users_groups_alone(name: str) -> None:
+    case = Case(torch.optim.SGD, {"momentum": 0.9}) if "SGD" in name else case_of(name)
+    model, optimizer = build(case)
+    follow_paces(case, model, optimizer, one_cycle(optimizer))
+
+
+@pytest.mark.parametrize("case", DEFAULTS, ids=lambda case: case.id)
+def test_a_table_alone_in_its_group_may_have_a_pace(case: Case) -> None:
+    if case.one_history:
+        return
+    table = PartialEmbedding.from_pretrained(starting_table(), freeze=False, trainable_rows="none")
+    other = nn.Parameter(torch.ones(3, 3))
+    optimizer = rowwise(
+        case.make([{"params": [other]}, {"params": [table.weight], "lr": 0.02}]), table
+    )
+    table.set_trainable_rows([1, 4], pace=Pace(lr=0.5))
+    alone = nn.Parameter(starting_table()[[1, 4]])
+    reference = case.make([{"params": [alone], "lr": 0.02 * 0.5}])
+    for step in range(4):
+        upstream = torch.randn(3, 5, generator=torch.Generator().manual_seed(step))
+        for param in (other, table.weight, alone):
+            param.grad = None
+        table(torch.tensor([4, 1, 4])).backward(upstream)
+        compact = torch.zeros(2, 5).index_add_(0, torch.tensor([1, 0, 1]), upstream)
+        alone.grad = compact.to_sparse(1) if case.sparse_only else compact
+        optimizer.step()
+        reference.step()
+        assert_same_bits(table.weight[[1, 4]], alone.detach(), f"step {step}")
+
+
+def test_the_plain_pace_changes_no_bit_and_no_key() -> None:
+    def run(**pace: Any) -> tuple[Tensor, dict[str, Any]]:
+        model, optimizer = build(case_of("AdamW"))
+        for step, batch in enumerate(batches()):
+            if step in STAGES:
+                model.table.set_trainable_rows(STAGES[step][0], **pace)
+            train(case_of("AdamW"), model, optimizer, batch)
+        return model.table.weight.detach(), optimizer.state_dict()
+
+    without, state = run()
+    with_plain, other_state = run(pace=Pace())
+    assert same_bits(without, with_plain)
+    assert str(other_state) == str(state)
+    assert "pace" not in str(state)
+    assert "pace" in str(run(pace=Pace(lr=2.0))[1])
+
+
+def test_steps_are_counted_only_where_rows_warm_up_and_only_when_made() -> None:
+    model, optimizer = build(case_of("AdamW"))
+    model.table.set_trainable_rows([1], pace=Pace(warmup=5))
+    model.table.unfreeze_rows([2])
+    made = batches()
+
+    def steps() -> list[int]:
+        saved = optimizer.state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
+        return [cohort.get("pace", {}).get("steps", -1) for cohort in saved]
+
+    train(case_of("AdamW"), model, optimizer, made[0])
+    assert steps() == [1, -1]
+    train(case_of("AdamW"), model, optimizer, made[5])  # does not look up the table
+    assert steps() == [1, -1]
+    optimizer._rowwise.enter()  # and a step that is then skipped
+    optimizer._rowwise.leave()
+    assert steps() == [1, -1]
+    with pytest.raises(RuntimeError, match="no loss"):
+        optimizer.step(lambda: (_ for _ in ()).throw(RuntimeError("no loss")))
+    assert steps() == [1, -1]
+
+
+class CountsInGroup(torch.optim.Optimizer):
+    """Counts its steps in the group, also those in which a parameter has no gradient."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.add_(param.grad, alpha=-group["lr"] / (1 + group["k"]))
+            group["k"] += 1
+        return loss
+
+
+def test_a_count_in_the_group_goes_on_without_a_gradient_and_the_warm_up_does_not() -> None:
+    table = PartialEmbedding.from_pretrained(starting_table(), trainable_rows="none")
+    optimizer = rowwise(CountsInGroup(table.parameters()), table)
+    table.set_trainable_rows([1], pace=Pace(lr=0.5, warmup=4))
+    expected = starting_table()[1]
+    for step, factor in enumerate((0.125, None, 0.25)):
+        optimizer.zero_grad()
+        if factor is not None:
+            table(torch.tensor([1])).sum().backward()
+            expected -= 0.1 * factor / (1 + step)
+        optimizer.step()
+    torch.testing.assert_close(table.weight[1].detach(), expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_not_counted(fused: bool) -> None:
+    table = PartialEmbedding(6, 4, trainable_rows="none")
+    optimizer = rowwise(torch.optim.AdamW(table.parameters(), lr=0.1, fused=fused), table)
+    table.set_trainable_rows([1, 2], pace=Pace(warmup=3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    counted = []
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(table(torch.tensor([1, 2])).sum() * factor).backward()
+        if not fused:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        saved = optimizer.state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
+        counted.append(saved[0]["pace"]["steps"])
+    assert counted == [1, 1, 2]
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["all_rows", "lazy"])
+@pytest.mark.parametrize("cut", range(1, 8))
+@pytest.mark.parametrize("name", ["AdamW", "SGD-momentum=0.9-weight_decay=0.1", "Rprop"])
+def test_a_restored_warm_up_goes_on_where_it_stood(name: str, cut: int, lazy: bool) -> None:
+    case = (
+        Case(torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1})
+        if name.startswith("SGD")
+        else case_of(name)
+    )
+
+    def go(model: Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            if step in STAGES:
+                model.table.set_trainable_rows(STAGES[step][0], pace=STAGES[step][1])
+            train(case, model, optimizer, batches()[step])
+
+    whole, optimizer = build(case, lazy=lazy)
+    go(whole, optimizer, range(cut))
+    saved = copy.deepcopy([whole.state_dict(), optimizer.state_dict()])
+    rows = whole.table.trainable_rows
+    go(whole, optimizer, range(cut, 8))
+
+    again, other = build(case, lazy=lazy)
+    again.table.set_trainable_rows(rows)  # the paces come with the optimizer's state
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    go(again, other, range(cut, 8))
+    assert_same_bits(again.table.weight, whole.table.weight, "the table")
+    assert str(other.state_dict()) == str(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop", "Rprop"])
+def test_lazy_rows_have_a_pace_too(name: str) -> None:
+    """When every batch holds all rows, lazy steps are those of all rows."""
+    case = case_of(name)
+    made = [batch for i, batch in enumerate(batches()) if i not in (3, 5)]
+    tables = []
+    for lazy in (False, True):
+        model, optimizer = build(case, lazy=lazy)
+        for step, batch in enumerate(made):
+            if step in STAGES:
+                model.table.set_trainable_rows(STAGES[step][0], pace=STAGES[step][1])
+            train(case, model, optimizer, batch)
+        tables.append(model.table.weight.detach())
+    assert_same_bits(*tables, "the table")
+
+
+def test_a_lazy_row_that_is_touched_late_begins_as_its_cohort_did() -> None:
+    table = PartialEmbedding.from_pretrained(starting_table(), trainable_rows="none")
+    optimizer = rowwise(torch.optim.Rprop(table.parameters(), lr=0.1), table, lazy=True)
+    table.set_trainable_rows([1, 2], pace=Pace(lr=0.5, warmup=2))
+    for touched in (1, 2):
+        optimizer.zero_grad()
+        table(torch.tensor([touched])).sum().backward()
+        optimizer.step()
+    # The length of Rprop's first step is the learning rate at which the cohort began.
+    moved = starting_table() - table.weight.detach()
+    torch.testing.assert_close(moved[[1, 2]], torch.full((2, 5), 0.1 * 0.5 / 2))
+
+
+# What is refused
+
+
+def lbfgs(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(params)
+
+
+class NoRate(torch.optim.Optimizer):
+    """Has no learning rate in its groups."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"speed": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.add_(param.grad, alpha=-group["speed"])
+
+
+@pytest.mark.parametrize("make", [lbfgs, NoRate], ids=["LBFGS", "NoRate"])
+def test_an_optimizer_without_a_rate_for_each_group_refuses_a_pace(
+    make: Callable[[Any], torch.optim.Optimizer],
+) -> None:
+    name = make([nn.Parameter(torch.ones(1))]).__class__.__name__
+    paced = PartialEmbedding(6, 4, trainable_rows="none")
+    paced.set_trainable_rows([1], pace=Pace(lr=0.5))
+    with pytest.raises(InputError, match=rf"lr=0\.5.*{name}"):
+        rowwise(make(paced.parameters()), paced)
+
+    table = PartialEmbedding(6, 4, trainable_rows="none")
+    optimizer = rowwise(make(table.parameters()), table)
+    for change in (table.set_trainable_rows, table.unfreeze_rows):
+        with pytest.raises(InputError, match=rf"warmup=3.*{name}"):
+            change([2], pace=Pace(warmup=3))
+    assert not len(table.trainable_rows)
+    table.set_trainable_rows([1], pace=Pace())
+    # Another optimizer may follow, and a copy has none yet.
+    copy.deepcopy(table).unfreeze_rows([2], pace=Pace(lr=0.5))
+    detach_rowwise(optimizer)
+    table.unfreeze_rows([2], pace=Pace(lr=0.5))
+
+
+def test_a_pace_that_is_none_is_refused() -> None:
+    table = PartialEmbedding(6, 4)
+    with pytest.raises(InputError, match=r"Received: 0\.5"):
+        table.set_trainable_rows([1], pace=0.5)  # type: ignore[arg-type]
+    assert len(table.trainable_rows) == 6
+
+
+def test_a_pace_of_rows_that_stay_is_kept() -> None:
+    table = PartialEmbedding(6, 4, trainable_rows=[1])
+    table.set_trainable_rows([1, 2], pace=Pace(lr=0.5))
+    table.set_trainable_rows([1, 2, 3], pace=Pace(lr=4.0))
+    table.freeze_rows([1])
+    assert [pace.lr for pace in table.row_set.paces.values()] == [0.5, 4.0]
+    table.weight.data = torch.zeros(3, 4)  # a smaller vocabulary: row 3 is gone
+    assert [pace.lr for pace in table.row_set.paces.values()] == [0.5]

@@ -1,0 +1,95 @@
+"""What an optimizer saves of a table, at awkward moments and after a plain run in between."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import D, V, starting_table
+from oracle import assert_same_bits
+from torch import nn
+
+from partial_embedding import InputError
+from partial_embedding.schedule import Pace
+from partial_embedding.torch import PartialEmbedding, rowwise
+
+OPTIMIZERS = {
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),
+    "LBFGS": lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=2),
+}
+
+
+def made(name: str, rows: Any) -> tuple[PartialEmbedding, torch.optim.Optimizer]:
+    table = PartialEmbedding.from_pretrained(starting_table(), trainable_rows=rows)
+    return table, rowwise(OPTIMIZERS[name](table.parameters()), table)
+
+
+def steps(table: nn.Embedding, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for step in range(count):
+
+        def closure(step: int = step) -> torch.Tensor:
+            optimizer.zero_grad()
+            upstream = torch.randn(4, D, generator=torch.Generator().manual_seed(step))
+            loss = (table(torch.tensor([1, 2, 3, 4])) * upstream).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_that_changed_since_the_last_step_are_saved_as_they_are_now(name: str) -> None:
+    table, optimizer = made(name, [1, 2])
+    steps(table, optimizer, 2)
+    table.set_trainable_rows([2, 3])
+    saved = copy.deepcopy([table.state_dict(), optimizer.state_dict()])
+    steps(table, optimizer, 2)
+
+    again, other = made(name, [2, 3])
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    steps(again, other, 2)
+    assert_same_bits(again.weight, table.weight, "the table")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_plain_run_in_between_makes_the_rows_state_stale(name: str) -> None:
+    table, optimizer = made(name, "none")
+    if name != "LBFGS":
+        table.set_trainable_rows([1, 2], pace=Pace(warmup=9))
+    else:
+        table.set_trainable_rows([1, 2])
+    steps(table, optimizer, 2)
+    plain = nn.Embedding.from_pretrained(table.weight.detach().clone(), freeze=False)
+    plain_optimizer = OPTIMIZERS[name](plain.parameters())
+    plain_optimizer.load_state_dict(optimizer.state_dict())
+    if name == "Adagrad":
+        # torch makes this state in the constructor alone, and loading has thrown it away.
+        state = OPTIMIZERS[name]([nn.Parameter(torch.zeros(V, D))]).state
+        plain_optimizer.state[plain.weight] = next(iter(state.values()))
+    steps(plain, plain_optimizer, 2)
+    carried = plain_optimizer.state_dict()
+    assert "rowwise" in carried["param_groups"][0]
+
+    # Neither are other rows refused, nor is anything of the old entry restored.
+    _, other = made(name, [3, 4])
+    other.load_state_dict(copy.deepcopy(carried))
+    (entry,) = other.state_dict()["param_groups"][0]["rowwise"]
+    (cohort,) = entry["cohorts"]
+    assert cohort["rows"].tolist() == [3, 4]
+    assert "pace" not in cohort
+    for key, value in cohort["state"].items():
+        if value.dim():
+            assert_same_bits(value, carried["state"][0][key][[3, 4]], key)
+
+
+def test_a_saved_pace_is_refused_by_an_optimizer_that_cannot_keep_it() -> None:
+    table, optimizer = made("AdamW", "none")
+    table.set_trainable_rows([1], pace=Pace(lr=0.5))
+    steps(table, optimizer, 1)
+    saved = optimizer.state_dict()
+    _, other = made("LBFGS", [1])
+    saved["state"] = {}
+    with pytest.raises(InputError, match=r"lr=0\.5.*LBFGS"):
+        other.load_state_dict(saved)
