@@ -46,7 +46,7 @@ types: $(LIGHTNING)/.ready-for-tests
 # A few minutes on two cores, or half an hour; the machine should have nothing else to do.
 BENCH ?= runs/bench
 bench: bench-torch
-	$(MAKE) bench-keras LARGEST=100000
+	$(MAKE) bench-keras KERAS_STEP="--vocabulary 100000"
 
 bench-full:
 	$(MAKE) bench-torch FULL=--full
@@ -55,9 +55,8 @@ bench-full:
 bench-torch: $(LIGHTNING)/.ready-for-bench
 	$(LIGHTNING)/bin/python benchmarks/run.py $(FULL) --out $(BENCH)
 
-LARGEST ?= 1000000
 bench-keras: $(KERAS)/.installed
-	$(KERAS)/bin/python benchmarks/keras_step.py --largest $(LARGEST)
+	$(KERAS)/bin/python benchmarks/keras_step.py $(KERAS_STEP)
 
 bench-readme: $(LIGHTNING)/.installed
 	$(LIGHTNING)/bin/python benchmarks/report.py benchmarks/results.json --readme README.md
