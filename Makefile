@@ -9,7 +9,8 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constr
 SELECT ?= -m "not full"
 WORKERS ?= 2
 
-.PHONY: quickstart quickstart-keras test test-full test-lightning test-keras lint types clean
+.PHONY: quickstart quickstart-keras test test-full test-lightning test-keras lint types clean \
+  bench bench-full bench-torch bench-keras bench-readme
 
 # One thread: the tensors are small, and threads would wait for each other.
 quickstart: $(LIGHTNING)/.installed
@@ -42,6 +43,24 @@ lint: $(LIGHTNING)/.ready-for-tests
 types: $(LIGHTNING)/.ready-for-tests
 	$(LIGHTNING)/bin/mypy
 
+# A few minutes on two cores, or half an hour; the machine should have nothing else to do.
+BENCH ?= runs/bench
+bench: bench-torch
+	$(MAKE) bench-keras KERAS_STEP="--vocabulary 100000"
+
+bench-full:
+	$(MAKE) bench-torch FULL=--full
+	$(MAKE) bench-keras
+
+bench-torch: $(LIGHTNING)/.ready-for-bench
+	$(LIGHTNING)/bin/python benchmarks/run.py $(FULL) --out $(BENCH)
+
+bench-keras: $(KERAS)/.installed
+	$(KERAS)/bin/python benchmarks/keras_step.py $(KERAS_STEP)
+
+bench-readme: $(LIGHTNING)/.installed
+	$(LIGHTNING)/bin/python benchmarks/report.py benchmarks/results.json --readme README.md
+
 define make-venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed. Received: $$($(PYTHON) --version). Pass PYTHON=python3.11."; exit 2; }
@@ -56,6 +75,12 @@ $(LIGHTNING)/.installed: pyproject.toml constraints.txt
 
 $(LIGHTNING)/.ready-for-tests: $(LIGHTNING)/.installed
 	$(LIGHTNING)/bin/python $(INSTALL) --editable '.[lightning,text,transformers,dev,dev-torch]'
+	@touch $@
+
+# A contender that cannot be installed is named as missing in the report.
+$(LIGHTNING)/.ready-for-bench: $(LIGHTNING)/.installed
+	-$(LIGHTNING)/bin/python $(INSTALL) peft
+	-$(LIGHTNING)/bin/python $(INSTALL) fbgemm-gpu-cpu
 	@touch $@
 
 $(KERAS)/.installed: pyproject.toml constraints.txt

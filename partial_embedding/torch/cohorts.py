@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from partial_embedding.errors import InputError
 from partial_embedding.schedule import Pace
 from partial_embedding.torch.probe import Anatomy, first_state, untouched_row_state
 from partial_embedding.torch.row_parameters import RowParameter
+from partial_embedding.torch.rowcopy import (
+    distinct,
+    read_rows,
+    run_of,
+    share_memory,
+    sum_rows,
+    write_rows,
+)
 from partial_embedding.torch.rowset import RowSet, shown
 from partial_embedding.torch.trial import Group, State
 
@@ -36,11 +45,27 @@ class Cohort:
     group_state: State = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
     steps: int = 0
+    _values: Tensor | None = field(default=None, init=False)
 
     @property
     def is_new(self) -> bool:
         """Whether the cohort has not been stepped yet."""
         return not self.state and not self.group_state
+
+    @cached_property
+    def run(self) -> slice | None:
+        """The rows as a slice, if they lie side by side: their block is then a view."""
+        return run_of(self.ids)
+
+    def values_of(self, weight: Tensor) -> Tensor:
+        """The rows' values, shape (k, D), in memory that is kept for the next step.
+
+        Args:
+            weight: The table, shape (V, D).
+        """
+        values = read_rows(weight, self.ids, self.run, self._values)
+        self._values = None if share_memory(values, weight) else values
+        return values
 
 
 @dataclass(eq=False)
@@ -89,6 +114,7 @@ class TableState:
         self.unpaced = unpaced
         self.cohorts: dict[int, Cohort] = {}
         self._rows: RowSet | None = None
+        self._summed: Tensor | None = None  # the last compact gradient, for its memory
         for pace in table.row_set.paces.values():
             self.check_pace(pace)
         table.ask_about_paces(self.check_pace)
@@ -170,27 +196,34 @@ class TableState:
 
     def _whole_blocks(self, grad: Tensor | None) -> Iterator[Block]:
         rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
-        values = self.table.weight.detach().index_select(0, rows.order)
-        compact: list[Tensor | None] = [None] * len(sizes)
+        cohorts, weight = self.cohorts.values(), self.table.weight.detach()
+        compact: Iterable[Tensor | None] = [None] * len(sizes)
         if grad is not None and self.anatomy.sparse:
-            compact = list(_split_sparse(rows.slots, grad, sizes))
+            compact = _split_sparse(rows.slots, grad, sizes)
+        elif grad is not None and grad.layout == torch.sparse_coo:
+            compact = self._compact(rows, grad).split(sizes)
         elif grad is not None:
-            compact = list(_compact(rows, grad).split(sizes))
-        for cohort, part, part_grad in zip(
-            self.cohorts.values(), values.split(sizes), compact, strict=True
-        ):
-            yield Block(cohort, _parameter(part, part_grad), cohort.ids)
+            compact = [read_rows(grad, cohort.ids, cohort.run) for cohort in cohorts]
+        for cohort, part_grad in zip(cohorts, compact, strict=True):
+            values = cohort.values_of(weight)
+            yield Block(cohort, _parameter(values, part_grad), cohort.ids)
+
+    def _compact(self, rows: RowSet, grad: Tensor) -> Tensor:
+        """A sparse gradient of the trainable rows, dense, by slot, shape (K, D)."""
+        slots = rows.slots.index_select(0, grad._indices()[0])
+        self._summed = sum_rows(slots, grad._values(), len(rows) + 1, self._summed)
+        return self._summed[: len(rows)]
 
     def _touched_blocks(self, grad: Tensor) -> Iterator[Block]:
         rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
-        slots = rows.slots.index_select(0, grad._indices()[0])
-        touched, position = torch.unique(slots, return_inverse=True)
-        summed = _summed(position, grad._values(), len(touched))
+        slots = rows.slots.index_select(0, grad._indices()[0]).long()
+        touched, position = distinct(slots, len(rows) + 1)
+        summed = sum_rows(position, grad._values(), len(touched))
         ends = torch.tensor([0, *sizes], device=touched.device).cumsum(0)
-        bounds = torch.searchsorted(touched, ends.to(touched.dtype)).tolist()
+        bounds = torch.searchsorted(touched, ends).tolist()
         starts = ends.tolist()
         for i, cohort in enumerate(self.cohorts.values()):
-            local = touched[bounds[i] : bounds[i + 1]].long() - starts[i]
+            local = touched[bounds[i] : bounds[i + 1]] - starts[i]
             ids = cohort.ids.index_select(0, local)
             part_grad = summed[bounds[i] : bounds[i + 1]]
             if self.anatomy.sparse:
@@ -231,7 +264,10 @@ class TableState:
             optimizer: The optimizer.
             group: Its parameter group that holds the table, with the block's learning rate.
         """
-        self.table.weight.detach().index_copy_(0, block.ids, block.parameter.detach())
+        if self._summed is not None and _keeps(state, self._summed):
+            self._summed = None
+        run = block.cohort.run if block.local is None else None
+        write_rows(self.table.weight.detach(), block.ids, run, block.parameter.detach())
         if block.local is not None and state:
             whole = block.cohort.state
             if not whole:
@@ -239,7 +275,8 @@ class TableState:
                 rows = len(block.cohort.ids)
                 whole = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in row.items()}
             for key in self._per_row(state):
-                state[key] = whole[key].index_copy_(0, block.local, state[key])
+                write_rows(whole[key], block.local, None, state[key])
+                state[key] = whole[key]
         block.cohort.state = state
 
     # Saving and restoring
@@ -338,19 +375,6 @@ def clear_history(optimizer: Optimizer) -> None:
     vars(optimizer)["_numel_cache"] = None
 
 
-def _compact(rows: RowSet, grad: Tensor) -> Tensor:
-    """The gradient of the trainable rows, dense, by slot, shape (K, D)."""
-    if grad.layout != torch.sparse_coo:
-        return grad.index_select(0, rows.order)
-    slots = rows.slots.index_select(0, grad._indices()[0])
-    return _summed(slots, grad._values(), len(rows) + 1)[: len(rows)]
-
-
-def _summed(slots: Tensor, values: Tensor, height: int) -> Tensor:
-    # In the order of the ids, as a dense embedding's own backward pass sums them.
-    return values.new_zeros(height, *values.shape[1:]).index_add_(0, slots, values)
-
-
 def _split_sparse(slots: Tensor, grad: Tensor, sizes: list[int]) -> Iterator[Tensor]:
     """A sparse gradient for each cohort, as `SparseAdam` wants."""
     if grad.layout != torch.sparse_coo:
@@ -369,6 +393,11 @@ def _sparse(ids: Tensor, values: Tensor, height: int) -> Tensor:
     return torch.sparse_coo_tensor(
         ids.unsqueeze(0), values, (height, *values.shape[1:]), check_invariants=False
     )
+
+
+def _keeps(state: State, tensor: Tensor) -> bool:
+    """Whether an optimizer remembers a tensor itself, and not a copy of it."""
+    return any(isinstance(v, Tensor) and share_memory(v, tensor) for v in state.values())
 
 
 def _parameter(values: Tensor, grad: Tensor | None) -> nn.Parameter:

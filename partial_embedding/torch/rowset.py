@@ -65,10 +65,12 @@ class RowSet:
         slots[self.order] = torch.arange(len(self), dtype=torch.int32, device=self.device)
         return slots
 
-    @property
+    @cached_property
     def mask(self) -> Tensor:
         """Whether each row of the table trains, booleans, shape (V,)."""
-        return self.slots < len(self)
+        mask = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
+        mask[self.order] = True
+        return mask
 
     def is_trainable(self, ids: Tensor) -> Tensor:
         """Whether each row trains.
@@ -79,7 +81,8 @@ class RowSet:
         Returns:
             Booleans of the same shape.
         """
-        return self.slots[ids] < len(self)
+        # The mask and not the slots: a quarter of the memory, so that more of it is in the cache.
+        return self.mask.index_select(0, ids.flatten().long()).view(ids.shape)
 
     def changed_to(self, ids: Tensor, pace: Pace | None = None) -> RowSet:
         """The row set in which exactly `ids` train: rows that stay keep their cohort.

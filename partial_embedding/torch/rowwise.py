@@ -147,7 +147,8 @@ class Rowwise:
     @torch.no_grad()
     def enter(self) -> None:
         """Put compact parameters in the place of the tables."""
-        self.leave()
+        if self._entered:
+            self.leave()
         for group in list(self.optimizer.param_groups):
             params: list[nn.Parameter] = group["params"]
             if not any(id(p) in self.tables for p in params):

@@ -124,24 +124,28 @@ class PartialTable(nn.Module):
     @property
     def row_set(self) -> RowSet:
         """The rows that train, by cohort, on the device of the weight."""
-        num_rows = self.weight.shape[0]
-        rows = self._row_set
-        if rows is None:
-            rows = RowSet(num_rows, {0: self._all_ids()}, 1)
-        elif rows.num_rows != num_rows:
-            # Whoever resized the vocabulary did so on the weight alone (transformers does).
-            nothing_frozen = len(rows) == self._most_trainable(rows.num_rows)
-            rows = rows.resized_to(num_rows)
-            if nothing_frozen:
-                rows = rows.changed_to(self._all_ids().to(rows.device))
+        weight, rows = self.weight, self._row_set
         # A meta device would forget the ids; they wait on the CPU until there is a real weight.
-        device = torch.device("cpu") if self.weight.is_meta else self.weight.device
-        self._row_set = rows.to(device)
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        if rows is not None and rows.num_rows == weight.shape[0] and rows.device == device:
+            return rows
+        self._row_set = self._row_set_for(weight.shape[0]).to(device)
         return self._row_set
 
     @row_set.setter
     def row_set(self, row_set: RowSet) -> None:
         self._row_set = row_set
+
+    def _row_set_for(self, num_rows: int) -> RowSet:
+        rows = self._row_set
+        if rows is None:
+            return RowSet(num_rows, {0: self._all_ids()}, 1)
+        if rows.num_rows == num_rows:
+            return rows
+        # Whoever resized the vocabulary did so on the weight alone (transformers does).
+        nothing_frozen = len(rows) == self._most_trainable(rows.num_rows)
+        rows = rows.resized_to(num_rows)
+        return rows.changed_to(self._all_ids().to(rows.device)) if nothing_frozen else rows
 
     @property
     def paces(self) -> Mapping[int, Pace]:
@@ -372,6 +376,8 @@ class _DropFrozenRows:
             # Not coalesced: that would sort all ids, and change the order of the sums.
             ids, values = grad._indices(), grad._values()
             kept = rows.is_trainable(ids[0]).nonzero().flatten()
+            if len(kept) == ids.shape[1]:
+                return grad
             return torch.sparse_coo_tensor(
                 ids.index_select(1, kept),
                 values.index_select(0, kept),

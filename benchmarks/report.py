@@ -1,0 +1,351 @@
+"""From measured figures to a report: targets, tables, pictures, and the section of the README.
+
+python benchmarks/report.py benchmarks/results.json --readme README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from contenders import CONTENDERS, Work
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Results = dict[str, Any]
+Measured = dict[str, Any]
+
+BEGIN, END = "<!-- benchmarks: make bench-readme -->", "<!-- /benchmarks -->"
+COUNTED = (1000, 10_000, 100_000)
+OPTIMIZERS = ("AdamW", "SGD", "Adagrad")
+_INK, _FAINT = "#22313f", "#8a97a3"
+
+
+# Targets
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was aimed at, and what came out.
+
+    Args:
+        what: The figure, in words.
+        figure: Its value.
+        limit: What it may be at most, or must be at least.
+        at_least: Which of the two.
+    """
+
+    what: str
+    figure: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure is on the right side."""
+        return self.figure >= self.limit if self.at_least else self.figure <= self.limit
+
+    def row(self) -> str:
+        """A row of a Markdown table."""
+        sign = "≥" if self.at_least else "≤"
+        verdict = "met" if self.met else "**missed**"
+        return f"| {self.what} | {self.figure:.3g} | {sign} {self.limit:.3g} | {verdict} |"
+
+
+def one(results: Results, race: str, contender: str, **work: Any) -> Measured:
+    """What was measured of one contender in a race."""
+    found = [
+        entry
+        for entry in results["races"].get(race, [])
+        if entry["contender"] == contender
+        and all(entry["work"][key] == value for key, value in work.items())
+    ]
+    return found[0]
+
+
+def _has(results: Results, race: str, *contenders: str) -> bool:
+    there = {entry["contender"] for entry in results["races"].get(race, [])}
+    return there >= set(contenders)
+
+
+def targets(results: Results) -> Iterator[Target]:
+    """All targets of which the figures were measured."""
+    for optimizer in OPTIMIZERS:
+        for trainable in COUNTED:
+            race = f"floor-{optimizer}-{trainable}"
+            if not _has(results, race, "ours", "lazy"):
+                continue
+            for name, copying in (("ours", "copying"), ("lazy", "copying_lazy")):
+                bound = one(results, race, "floor")["ms"] + one(results, race, copying)["ms"]
+                ratio = one(results, race, name, together=False)["ms"] / bound
+                how = "lazy, " if name == "lazy" else ""
+                what = f"step over floor + gather + scatter: {how}{optimizer}, K = {trainable:,}"
+                yield Target(what, ratio, 1.3)
+    if _has(results, "vocabulary", "ours"):
+        small, large = (
+            one(results, "vocabulary", "ours", rows=rows)["ms"] for rows in (10**4, 10**7)
+        )
+        yield Target("step at V = 10,000,000 over V = 10,000", large / small, 1.3)
+    for name, ours, limit in (
+        ("dense", "ours", 100),
+        ("peft", "ours", 30),
+        ("sparse_adam", "lazy", 2),
+    ):
+        if _has(results, "peers", name):
+            ratio = one(results, "peers", name)["ms"] / one(results, "peers", ours)["ms"]
+            yield Target(
+                f"{CONTENDERS[name].name} over {CONTENDERS[ours].name}", ratio, limit, True
+            )
+    for optimizer in ("Adagrad", "SGD"):
+        race = f"fbgemm-{optimizer}"
+        if _has(results, race, "fbgemm"):
+            ratio = one(results, race, "fbgemm")["ms"] / one(results, race, "lazy")["ms"]
+            yield Target(f"FBGEMM over ours, lazy: {optimizer}", ratio, 1.0, True)
+    for entry in results.get("memory", []):
+        if entry["contender"] in ("ours", "lazy"):
+            same = [e for e in results["memory"] if e["work"] == entry["work"]]
+            floor = next(e for e in same if e["contender"] == "floor")
+            bound = 1.2 * floor["peak"] + 9 * entry["work"]["rows"]
+            trainable = entry["work"]["trainable"]
+            what = (
+                f"peak memory over 1.2 × floor + 9 B a row: {entry['contender']}, K = {trainable:,}"
+            )
+            yield Target(what, entry["peak"] / bound, 1.0)
+    if fit := results.get("fit"):
+        added = 100 * (fit["callback"] - fit["fit"]) / fit["fit"]
+        yield Target("what the callback adds to a step of `fit`, %", added, 5.0)
+
+
+# Tables
+
+
+def _task(work: Measured) -> list[str]:
+    parts = [f"V = {work['rows']:,}", f"K = {work['trainable']:,}", work["optimizer"]]
+    default = asdict(Work())
+    spelled = {"ids": "{:,} ids", "width": "D = {}", "share": "{:.0%} of the ids trainable"}
+    spelled |= {"law": "{}", "dtype": "{}", "together": "rows side by side"}
+    parts += [text.format(work[key]) for key, text in spelled.items() if work[key] != default[key]]
+    return parts
+
+
+def race_table(entries: list[Measured], ours: Measured) -> list[str]:
+    """Ratios first, then times, in Markdown."""
+    lines = [
+        "| | times ours | ms (middle half) | forward | backward | update |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    tasks = [_task(entry["work"]) for entry in entries]
+    for e, task in zip(entries, tasks, strict=True):
+        own = [part for part in task if not all(part in other for other in tasks)]
+        named = "; ".join([CONTENDERS[e["contender"]].name, *own])
+        lines.append(
+            f"| {named} | {e['ms'] / ours['ms']:.2f} | {e['ms']:.2f} ({e['low']:.2f} to "
+            f"{e['high']:.2f}) | {e['forward']:.2f} | {e['backward']:.2f} | {e['update']:.2f} |"
+        )
+    return lines
+
+
+def memory_table(entries: list[Measured]) -> list[str]:
+    """MiB beyond the table, in Markdown."""
+    lines = [
+        "| | K | MiB of tensors after a step | MiB of the process at its peak |",
+        "|---|---:|---:|---:|",
+    ]
+    for e in entries:
+        alive, peak = (f"{e[key] / 2**20:.1f}" for key in ("alive", "peak"))
+        named = CONTENDERS[e["contender"]].name
+        lines.append(f"| {named} | {e['work']['trainable']:,} | {alive} | {peak} |")
+    return lines
+
+
+def _where(results: Results) -> str:
+    here = results["machine"]
+    device = here["processor"] if here["device"] == "CPU" else here["device"]
+    one_thread = "1 CPU thread (the time that it computed)"
+    threads = one_thread if here["threads"] == 1 else f"{here['threads']} CPU threads"
+    return f"{device}, {threads}, torch {here['torch']}"
+
+
+def _report(results: Results) -> list[str]:
+    lines = [
+        "# The step of a large table, side by side",
+        "",
+        "Made by `make bench`. Contenders take turns within one process; medians, and in",
+        "brackets the middle half. Unless said otherwise: 4,096 ids a step (65,536 on a GPU),",
+        "drawn uniformly, half of them trainable; D = 64, float32; the rows that train lie",
+        "scattered over the table. A step is the lookup, the backward pass of a given gradient,",
+        "and the update.",
+        "",
+        f"Measured on {_where(results)}.",
+        *(f"Not installed: {name}." for name in results["missing"]),
+        "",
+        "| target | figure | aim | |",
+        "|---|---:|---:|---|",
+        *(target.row() for target in targets(results)),
+        "",
+    ]
+    for name, entries in results["races"].items():
+        ours = next((e for e in entries if e["contender"] == "ours"), entries[0])
+        lines += [
+            f"## {name}",
+            "",
+            ", ".join(_task(ours["work"])),
+            "",
+            *race_table(entries, ours),
+            "",
+        ]
+    if memory := results.get("memory"):
+        lines += ["## memory beyond the table", ""]
+        lines += [*memory_table(memory), ""]
+    if fit := results.get("fit"):
+        lines += [
+            "## Lightning",
+            "",
+            f"AdamW, K = 10,000: {fit['loop']:.2f} ms in a bare loop, {fit['fit']:.2f} ms in `fit` "
+            f"with `rowwise`, {fit['callback']:.2f} ms in `fit` with `RowUnfreezing`.",
+            "",
+        ]
+    return lines
+
+
+# Pictures
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.4), dpi=160, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", color=_INK, fontsize=11)
+    axes.set_xlabel(x, color=_INK)
+    axes.set_ylabel(y, color=_INK)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
+    axes.tick_params(colors=_INK, labelsize=9)
+    return figure, axes
+
+
+def _curves(axes: Axes, entries: list[Measured], key: str) -> None:
+    for name in dict.fromkeys(entry["contender"] for entry in entries):
+        mine = [e for e in entries if e["contender"] == name]
+        mine.sort(key=lambda entry: entry["work"][key])
+        places = [e["work"][key] for e in mine]
+        line, *_ = axes.plot(
+            places, [e["ms"] for e in mine], marker="o", label=CONTENDERS[name].name
+        )
+        low, high = ([e[side] for e in mine] for side in ("low", "high"))
+        axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.legend(fontsize=9, labelcolor=_INK, frameon=False)
+
+
+def pictures(results: Results) -> Iterator[tuple[str, Figure]]:
+    """Time against V, time against K, and memory."""
+    if entries := results["races"].get("vocabulary"):
+        title = f"A step against the size of the table, K = {entries[0]['work']['trainable']:,}"
+        figure, axes = _axes(title, "rows of the table, V", "ms a step")
+        _curves(axes, entries, "rows")
+        yield "time-v.png", figure
+    entries = [
+        entry
+        for trainable in COUNTED
+        for entry in results["races"].get(f"floor-AdamW-{trainable}", [])
+        if not entry["work"]["together"] and not entry["contender"].startswith("copying")
+    ]
+    if entries:
+        title = f"A step against the rows that train, AdamW, V = {entries[0]['work']['rows']:,}"
+        figure, axes = _axes(title, "rows that train, K", "ms a step")
+        _curves(axes, entries, "trainable")
+        yield "time-k.png", figure
+    if memory := results.get("memory"):
+        first = [entry for entry in memory if entry["work"] == memory[0]["work"]]
+        rows, trainable = (first[0]["work"][key] for key in ("rows", "trainable"))
+        title = f"Memory beyond the table, V = {rows:,}, K = {trainable:,}"
+        figure, axes = _axes("", "MiB at the peak of the process", "")
+        axes.set_yscale("linear")
+        names = [CONTENDERS[entry["contender"]].name for entry in first]
+        bars = axes.barh(names, [entry["peak"] / 2**20 for entry in first], color="#4c78a8")
+        axes.bar_label(bars, fmt="%.0f", padding=3, color=_INK, fontsize=9)
+        axes.set_xlim(1, 4 * max(entry["peak"] / 2**20 for entry in first))
+        axes.set_title(title, loc="right", color=_INK, fontsize=11)
+        axes.invert_yaxis()
+        yield "memory.png", figure
+
+
+def write_report(results: Results, folder: Path) -> str:
+    """Write report.md and the pictures, and give the report back.
+
+    Args:
+        results: What `run.py` measured.
+        folder: Where to.
+    """
+    lines = _report(results)
+    if (folder / "limits.md").exists():
+        lines += ["Where a target is missed, and why: [limits.md](limits.md).", ""]
+    for name, figure in pictures(results):
+        figure.savefig(folder / name)
+        lines += [f"![{name.removesuffix('.png')}]({name})", ""]
+    text = "\n".join(lines)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+# The README
+
+
+def readme_section(results: Results) -> str:
+    """What the README says of performance."""
+    entries = results["races"]["peers"]
+    ours = one(results, "peers", "ours")
+    shown = [e for e in entries if e["contender"] != "copying"]
+    rows = [
+        f"| {CONTENDERS[e['contender']].name} | {e['ms'] / ours['ms']:.1f} | {e['ms']:.2f} |"
+        for e in sorted(shown, key=lambda e: -e["ms"])
+    ]
+    reached = list(targets(results))
+    return "\n".join(
+        [
+            f"One step of AdamW, {ours['work']['ids']:,} ids, D = {ours['work']['width']}, "
+            f"{ours['work']['rows']:,} rows of which {ours['work']['trainable']:,} train, on",
+            f"{_where(results)}:",
+            "",
+            "| | times ours | ms |",
+            "|---|---:|---:|",
+            *rows,
+            "",
+            f"{sum(t.met for t in reached)} of {len(reached)} targets are met; "
+            "[benchmarks/report.md](benchmarks/report.md) has all of them,",
+            "with memory, other sizes and other optimizers. `make bench` measures again.",
+        ]
+    )
+
+
+def write_readme(results: Results, readme: Path) -> None:
+    """Put the section between its two marks.
+
+    Args:
+        results: What `run.py` measured.
+        readme: The file with the marks.
+    """
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    section = f"{BEGIN}\n{readme_section(results)}\n{END}"
+    readme.write_text(before + section + after, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--readme", type=Path, help="also write the section of this file")
+    args = parser.parse_args()
+    results = json.loads(args.results.read_text(encoding="utf-8"))
+    write_report(results, args.results.parent)
+    if args.readme:
+        write_readme(results, args.readme)
+
+
+if __name__ == "__main__":
+    main()

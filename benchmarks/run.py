@@ -1,0 +1,307 @@
+"""Measure the step of a large table side by side with what people use today.
+
+    python benchmarks/run.py [--full] [--out runs/bench] [--only peers floor memory]
+
+Contenders of one race take turns within one process, so that ratios hold although the machine's
+speed drifts; memory is measured in a process for each. Writes results.json, report.md and pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import CONTENDERS, Contender, Step, Work, batches_of
+from fit import measure_fits
+from report import write_report
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Enough to fill the device.
+IDS = 65_536 if DEVICE == "cuda" else 4096
+PEERS = (
+    "dense",
+    "masked",
+    "copied_back",
+    "sparse_adam",
+    "peft",
+    "two_tables",
+    "ours",
+    "lazy",
+    "floor",
+    "copying",
+)
+PARTS = ("forward", "backward", "update")
+TURN = 0.03  # seconds of one turn, in which a fast step is timed several times
+MOST_ROUNDS = 25
+
+_STATUS = Path("/proc/self/status")  # where Linux says what a process holds
+
+Entry = tuple[str, Work]
+
+
+@dataclass(frozen=True)
+class Race:
+    """Contenders that take turns.
+
+    Args:
+        name: In the results.
+        entries: Keys of `CONTENDERS`, each with its task.
+        full: Only in the long run.
+    """
+
+    name: str
+    entries: list[Entry]
+    full: bool = False
+
+
+def races() -> Iterator[Race]:
+    """What is measured, as data."""
+    base = Work(device=DEVICE, ids=IDS)
+    yield Race("peers", [(name, base) for name in PEERS])
+    for optimizer in ("Adagrad", "SGD"):
+        work = replace(base, optimizer=optimizer)
+        names = ("fbgemm", "ours", "lazy", "floor")
+        yield Race(f"fbgemm-{optimizer}", [(name, work) for name in names])
+    for optimizer in ("AdamW", "SGD", "Adagrad", "Adam"):
+        for trainable in (1000, 10_000, 100_000):
+            work = replace(base, optimizer=optimizer, trainable=trainable)
+            entries = [(n, work) for n in ("ours", "lazy", "floor", "copying", "copying_lazy")]
+            entries.append(("ours", replace(work, together=True)))
+            yield Race(f"floor-{optimizer}-{trainable}", entries, full=optimizer == "Adam")
+    sizes = [replace(base, rows=rows, trainable=1000) for rows in (10**4, 10**5, 10**6, 10**7)]
+    entries = [(name, work) for work in sizes for name in ("ours", "lookup")]
+    entries += [("dense", work) for work in sizes if work.rows <= base.rows]
+    yield Race("vocabulary", entries)
+    work = replace(base, trainable=base.rows)
+    yield Race("all-rows", [(n, work) for n in ("dense", "ours", "stages", "lazy", "copying")])
+
+    few = ("floor", "ours", "lazy", "copying")
+    others = {
+        "alone": replace(base, share=1.0),
+        "alone-1000": replace(base, share=1.0, trainable=1000),
+        "zipf": replace(base, law="zipf"),
+        "ids-512": replace(base, ids=512),
+        "ids-65536": replace(base, ids=65_536),
+        "wide": replace(base, rows=100_000, width=768),
+        "bfloat16": replace(base, dtype="bfloat16"),
+        "million": replace(base, rows=5_000_000, trainable=1_000_000),
+        "hundred": replace(base, trainable=100),
+    }
+    for name, work in others.items():
+        yield Race(name, [(contender, work) for contender in few], full=not name.startswith("al"))
+
+
+def memory_entries(full: bool) -> list[Entry]:
+    """What is measured in a process of its own."""
+    base = Work(device=DEVICE, ids=IDS)
+    entries = [(name, base) for name in PEERS if name != "copying"]
+    for trainable in (100_000, *((1000, 1_000_000) if full else ())):
+        work = replace(base, trainable=trainable)
+        entries += [(name, work) for name in ("ours", "lazy", "floor")]
+    return entries
+
+
+# Time
+
+
+def marks() -> tuple[Callable[[], None], Callable[[], list[float]]]:
+    """A function that takes the time, and one that gives the milliseconds between its calls."""
+    taken: list[Any] = []
+    if DEVICE == "cuda":
+
+        def mark() -> None:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            taken.append(event)
+
+        def spans() -> list[float]:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in itertools.pairwise(taken)]
+
+        return mark, spans
+    # With one thread, the time that it computed: other programs then matter less.
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    return (
+        lambda: taken.append(now()),
+        lambda: [1e3 * (b - a) for a, b in itertools.pairwise(taken)],
+    )
+
+
+def timed(step: Step) -> list[float]:
+    """Milliseconds of each part of one step."""
+    mark, spans = marks()
+    step(mark)
+    return spans()
+
+
+def run_race(race: Race, seconds: float) -> list[dict[str, Any]]:
+    """Let the contenders take turns, in another order each round, for about this time."""
+    entries = [entry for entry in race.entries if CONTENDERS[entry[0]].installed]
+    steps = [CONTENDERS[name].build(work) for name, work in entries]
+    for step in steps:
+        step()
+        step()
+    found: list[list[list[float]]] = [[] for _ in steps]
+    start, rounds = time.perf_counter(), 0
+    while rounds < 5 or (time.perf_counter() - start < seconds and rounds < MOST_ROUNDS):
+        rounds += 1
+        for i in random.Random(rounds).sample(range(len(steps)), len(steps)):
+            turn = sum(timed(steps[i]))  # warms the caches, and is not counted
+            for _ in range(max(1, min(5, int(1e3 * TURN / turn)))):
+                found[i].append(timed(steps[i]))
+    return [
+        {"contender": name, "work": asdict(work), "rounds": rounds, **_summary(times)}
+        for (name, work), times in zip(entries, found, strict=True)
+    ]
+
+
+def _summary(times: list[list[float]]) -> dict[str, float]:
+    whole = [sum(parts) for parts in times]
+    low, middle, high = statistics.quantiles(whole, n=4)
+    parts = map(statistics.median, zip(*times, strict=True))
+    return {"ms": middle, "low": low, "high": high, **dict(zip(PARTS, parts, strict=True))}
+
+
+# Memory
+
+
+def held_bytes(most: bool = False) -> int:
+    """Bytes that this process holds, or has held at most since `forget_peak`."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
+    # Not `getrusage`, in which a new process begins with the peak of the one that started it.
+    fields = (line.split() for line in _STATUS.read_text(encoding="utf-8").splitlines())
+    return next(int(f[1]) * 1024 for f in fields if f[0] == ("VmHWM:" if most else "VmRSS:"))
+
+
+def forget_peak() -> None:
+    """Let the peak begin at what is held now."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors alive that Python knows, each storage counted once."""
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.layout == torch.strided:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measure_memory(name: str, work: Work) -> dict[str, Any]:
+    """Bytes beyond the table: of tensors alive after a step, and of the process at its peak."""
+    build = CONTENDERS[name].build
+    # Code that is loaded at its first use is no memory of the step, and batches are the task's.
+    build(replace(work, rows=2000, trainable=1000, ids=64))()
+    kept = batches_of(work, "all"), batches_of(work, "trainable")
+    gc.collect()
+    forget_peak()
+    held, alive = held_bytes(), tensor_bytes()
+    step = build(work)
+    for _ in range(3):
+        step()
+    gc.collect()
+    table = 0 if name == "floor" else work.table_bytes
+    del kept
+    return {
+        "contender": name,
+        "work": asdict(work),
+        "alive": tensor_bytes() - alive - table,
+        "peak": held_bytes(most=True) - held - table,
+    }
+
+
+def memory_in_a_process(name: str, work: Work) -> dict[str, Any]:
+    """What `measure_memory` gives in a fresh process."""
+    command = [sys.executable, __file__, "--one", name, json.dumps(asdict(work))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# All of it
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    named = [line for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "processor": named[0].partition(":")[2].strip() if named else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def missing() -> list[str]:
+    """Contenders that can't run here, by name."""
+    return [_named(one) for one in CONTENDERS.values() if not one.installed]
+
+
+def _named(one: Contender) -> str:
+    return f"{one.name} (no module {one.needs})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="more tasks and more rounds")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names of races")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure_memory(args.one[0], Work(**json.loads(args.one[1])))))
+        return
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "results.json"
+    # A run of a part replaces that part of what was measured before.
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"races": {}}
+    results |= {"machine": machine(), "missing": missing()}
+
+    def wanted(name: str) -> bool:
+        return any(name.startswith(only) for only in args.only)
+
+    for race in races():
+        if wanted(race.name) and (args.full or not race.full):
+            print(race.name, flush=True)
+            results["races"][race.name] = run_race(race, seconds=40 if args.full else 8)
+            gc.collect()
+    if wanted("memory") and (DEVICE == "cuda" or _STATUS.exists()):
+        print("memory", flush=True)
+        entries = [e for e in memory_entries(args.full) if CONTENDERS[e[0]].installed]
+        results["memory"] = [memory_in_a_process(*entry) for entry in entries]
+    if wanted("fit"):
+        print("fit", flush=True)
+        results["fit"] = measure_fits(Work(device=DEVICE, ids=IDS), rounds=6)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(write_report(results, args.out))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,140 @@
+"""Rows of a tensor brought together, summed and written back, at the speed of memory.
+
+Memory is used again where it can be: the system takes longer to hand out a large block than torch
+does to fill it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+# The widest elements first.
+_WORDS = (torch.complex128, torch.float64)
+# With more slots than this for each id, going through all slots takes longer than sorting the ids.
+_SPARSE = 6
+
+
+def run_of(ids: Tensor) -> slice | None:
+    """The slice that names the same rows, if they lie side by side.
+
+    Args:
+        ids: Sorted ids without duplicates, int64, shape (k,).
+
+    Example:
+        >>> run_of(torch.tensor([4, 5, 6]))
+        slice(4, 7, None)
+        >>> run_of(torch.tensor([4, 6])) is None
+        True
+    """
+    if not len(ids):
+        return None
+    first, last = int(ids[0]), int(ids[-1])
+    return slice(first, last + 1) if last - first + 1 == len(ids) else None
+
+
+def read_rows(source: Tensor, ids: Tensor, run: slice | None, into: Tensor | None = None) -> Tensor:
+    """Rows of a matrix as a contiguous one, which shares its memory where they lie side by side.
+
+    Args:
+        source: Shape (V, D).
+        ids: The rows, int64, shape (k,).
+        run: What `run_of` gave for them.
+        into: A tensor whose memory is used again if it fits.
+
+    Returns:
+        Shape (k, D).
+    """
+    if run is not None and source.is_contiguous():
+        return source[run]
+    if _fits(into, source, len(ids)):
+        return torch.index_select(source, 0, ids, out=into)
+    return source.index_select(0, ids)
+
+
+def write_rows(target: Tensor, ids: Tensor, run: slice | None, values: Tensor) -> None:
+    """Put rows where `read_rows` took them; nothing is copied where the memory is shared.
+
+    Args:
+        target: Shape (V, D).
+        ids: The rows, int64, shape (k,).
+        run: What `run_of` gave for them.
+        values: Shape (k, D).
+    """
+    if run is not None:
+        target[run].copy_(values)  # does nothing where both are the same memory
+        return
+    # torch copies element by element, so that the same bytes in fewer elements take half the time.
+    if word := _word(target, values):
+        target, values = target.view(word), values.view(word)
+    target.index_copy_(0, ids, values)
+
+
+def sum_rows(slots: Tensor, values: Tensor, height: int, into: Tensor | None = None) -> Tensor:
+    """Sum rows by slot, in the order in which a dense embedding's own backward pass sums them.
+
+    Args:
+        slots: Where each row goes, any integers, shape (n,).
+        values: Shape (n, D).
+        height: The number of slots.
+        into: A tensor whose memory is used again if it fits.
+
+    Returns:
+        Shape (height, D).
+    """
+    total = (
+        into.zero_() if _fits(into, values, height) else values.new_zeros(height, *values.shape[1:])
+    )
+    # torch has a path of its own for int64, about twice as fast.
+    return total.index_add_(0, slots.long(), values)
+
+
+def distinct(slots: Tensor, height: int) -> tuple[Tensor, Tensor]:
+    """What `torch.unique` gives with `return_inverse`, without sorting where there is much to sort.
+
+    Args:
+        slots: Any of 0 … height - 1, int64, shape (n,).
+        height: The number of slots.
+
+    Returns:
+        The slots that occur, rising, shape (m,), and the place of each given one among them, (n,).
+
+    Example:
+        >>> distinct(torch.tensor([5, 2, 5]), 6)
+        (tensor([2, 5]), tensor([1, 0, 1]))
+    """
+    if height > _SPARSE * len(slots):
+        found, places = torch.unique(slots, return_inverse=True)
+        return found, places
+    marks = torch.zeros(height, dtype=torch.int64, device=slots.device).index_fill_(0, slots, 1)
+    found = marks.nonzero().flatten()
+    marks.index_copy_(0, found, torch.arange(len(found), device=slots.device))
+    return found, marks.index_select(0, slots)
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one block of memory."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _fits(into: Tensor | None, like: Tensor, height: int) -> TypeGuard[Tensor]:
+    return (
+        into is not None
+        and into.shape == (height, *like.shape[1:])
+        and (into.dtype, into.device) == (like.dtype, like.device)
+    )
+
+
+def _word(*tensors: Tensor) -> torch.dtype | None:
+    """The widest dtype of which each row of all tensors is a whole number, if any."""
+    alike = len({tensor.dtype for tensor in tensors}) == 1
+    return next((word for word in _WORDS if alike and all(_holds(t, word) for t in tensors)), None)
+
+
+def _holds(tensor: Tensor, word: torch.dtype) -> bool:
+    if tensor.dim() < 2 or not tensor.is_contiguous() or tensor.element_size() >= word.itemsize:
+        return False
+    sizes = tensor.shape[-1], tensor.storage_offset()
+    return all(size * tensor.element_size() % word.itemsize == 0 for size in sizes)

@@ -1,0 +1,102 @@
+"""The contenders of `make bench` do the same work, and the report says what was measured."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+# These step all trainable rows, and so end where the K rows alone end.
+ALIKE = ("ours", "dense", "masked", "copied_back", "peft", "two_tables")
+FREEZING = ("ours", "lazy", "copied_back", "peft", "two_tables")
+
+
+def of_benchmarks(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def contenders(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return of_benchmarks("contenders", monkeypatch)
+
+
+def trained(
+    contenders: ModuleType, name: str, optimizer: str, **task: Any
+) -> tuple[Tensor, Tensor]:
+    """The trainable rows and the others after five steps."""
+    contender = contenders.CONTENDERS[name]
+    if not contender.installed:
+        pytest.skip(f"no module {contender.needs}; `make bench` installs it")
+    work = contenders.Work(rows=50, trainable=7, ids=20, width=4, optimizer=optimizer, **task)
+    step = contender.build(work)
+    for _ in range(5):
+        step()
+    rows = contenders.drawn(work).rows
+    others = torch.tensor([row for row in range(50) if row not in rows])
+    if name == "floor" or name.startswith("copying"):
+        return step.look_up(torch.arange(7)), torch.empty(0)
+    return step.look_up(rows).detach().clone(), step.look_up(others).detach().clone()
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adagrad"])
+@pytest.mark.parametrize("name", ALIKE)
+def test_contenders_train_the_same_rows_to_the_same_values(
+    name: str, optimizer: str, together: bool, contenders: ModuleType
+) -> None:
+    floor, _ = trained(contenders, "floor", optimizer, together=together)
+    rows, others = trained(contenders, name, optimizer, together=together)
+    torch.testing.assert_close(rows, floor, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(rows, torch.full_like(rows, 0.01), atol=1e-6)
+    if name in FREEZING:
+        assert (others == torch.tensor(0.01)).all()
+
+
+@pytest.mark.parametrize("name", ["lazy", "sparse_adam", "stages", "copying", "copying_lazy"])
+def test_the_other_contenders_run(name: str, contenders: ModuleType) -> None:
+    trained(contenders, name, "AdamW", law="zipf")
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad"])
+def test_fbgemm_trains(optimizer: str, contenders: ModuleType) -> None:
+    rows, _ = trained(contenders, "fbgemm", optimizer)
+    assert (rows != 0.01).any()
+
+
+def test_a_race_is_reported_with_its_targets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, report = of_benchmarks("run", monkeypatch), of_benchmarks("report", monkeypatch)
+    work = run.Work(rows=50, trainable=7, ids=20, width=4)
+    names = [name for name in run.PEERS if run.CONTENDERS[name].installed]
+    measured = run.run_race(run.Race("peers", [(name, work) for name in names]), seconds=0)
+    results = {
+        "machine": run.machine(),
+        "missing": run.missing(),
+        "races": {"peers": measured},
+        "memory": [
+            {"contender": name, "work": measured[0]["work"], "alive": 1000, "peak": peak}
+            for name, peak in (("ours", 2000), ("floor", 1000))
+        ],
+    }
+    text = report.write_report(json.loads(json.dumps(results)), tmp_path)
+    assert (
+        "| peak memory over 1.2 × floor + 9 B a row: ours, K = 7 | 1.21 | ≤ 1 | **missed** |"
+        in text
+    )
+    assert (tmp_path / "memory.png").exists()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        report.write_readme(results, readme)
+    section = readme.read_text(encoding="utf-8")
+    assert section.startswith("before\n")
+    assert section.endswith("\nafter\n")
+    assert "old" not in section
+    assert section.count("| ours | 1.0 |") == 1
