@@ -13,6 +13,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.pictures import awake_picture
 from partial_embedding.plan import plan, plan_text
+from partial_embedding.recipes.command import CommandParser
 from partial_embedding.recipes.text import TextData
 from partial_embedding.recipes.texts import PADDING_ID
 from partial_embedding.schedule import Schedule, Start, schedules_by_table
@@ -69,7 +70,7 @@ def schedule_command(args: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="partial-embedding schedule",
         description="Print which rows a schedule trains when, before any training.",
         allow_abbrev=False,
@@ -85,13 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--padding", type=int, help="a row that never trains")
     parser.add_argument("--picture", type=_picture, help="draw to this file: png, svg or pdf")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises what it refuses, so that every command says it in the same way."""
-
-    def error(self, message: str) -> Any:
-        raise InputError(f"{message}. See {self.prog} --help.")
 
 
 def _positive(text: str) -> int:

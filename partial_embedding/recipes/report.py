@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.page import page
+from partial_embedding.recipes.command import CommandParser
 from partial_embedding.record import RECORD, read_record
 
 PAGE = "report.html"
@@ -60,7 +60,7 @@ def find_run(folder: Path) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="partial-embedding report",
         description="Write one HTML page of what a run did to its rows.",
         allow_abbrev=False,
@@ -68,13 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="the folder of a run, or of several: the newest")
     parser.add_argument("--title", help="the title of the page, by default the folder")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises what it refuses, so that every command says it in the same way."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}. See {self.prog} --help.")
 
 
 if __name__ == "__main__":

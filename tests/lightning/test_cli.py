@@ -151,7 +151,8 @@ CASES: dict[str, Case] = {
     "schedule_unknown_key_in_stage": (
         schedule({"epoch": 0, "rowz": "all"}),
         BAD_SCHEDULE,
-        "stages[0]: the keys are ['epoch', 'rows']. Received: 'rowz'",
+        "stages[0]: the keys are ['epoch', 'grow', 'lr', 'plateau', 'rows', 'share', 'step', "
+        "'warmup']. Received: 'rowz'",
     ),
     "schedule_empty": (schedule(), BAD_SCHEDULE, "at least one entry. Received: []"),
     "schedule_out_of_order": (
