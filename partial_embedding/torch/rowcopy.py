@@ -136,5 +136,8 @@ def _word(*tensors: Tensor) -> torch.dtype | None:
 def _holds(tensor: Tensor, word: torch.dtype) -> bool:
     if tensor.dim() < 2 or not tensor.is_contiguous() or tensor.element_size() >= word.itemsize:
         return False
-    sizes = tensor.shape[-1], tensor.storage_offset()
-    return all(size * tensor.element_size() % word.itemsize == 0 for size in sizes)
+    offset, width = tensor.storage_offset(), tensor.shape[-1]
+    sizes = offset * tensor.element_size(), width * tensor.element_size()
+    # A weight that was loaded from a file may begin anywhere, and processors fault on a wide
+    # element that does not begin at a multiple of its size.
+    return all(size % word.itemsize == 0 for size in (tensor.data_ptr(), *sizes))

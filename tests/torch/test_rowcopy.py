@@ -55,6 +55,18 @@ def test_tables_of_odd_layout_are_read_and_written(odd: str, ids: Tensor) -> Non
     assert_same_bits(table.contiguous(), expected.contiguous(), "written")
 
 
+def test_a_table_that_begins_anywhere_in_memory_is_written() -> None:
+    # As weights do that are mapped from a file: wide elements there would end the process.
+    memory = bytearray(2 * (1 + 10 * 8) + 16)
+    begin = 2 + (-torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 16)
+    table = torch.frombuffer(memory, dtype=torch.bfloat16, offset=begin, count=80).view(10, 8)
+    assert table.data_ptr() % 16 == 2
+    ids, values = torch.tensor([1, 4, 8]), torch.ones(3, 8, dtype=torch.bfloat16)
+    write_rows(table, ids, None, values)
+    assert_same_bits(table[ids], values, "rows written")
+    assert not table[[0, 2, 3, 5, 6, 7, 9]].any()
+
+
 def test_rows_of_one_number_are_written_one_by_one() -> None:
     target, values = torch.zeros(8), torch.arange(1.0, 5.0)
     write_rows(target, SCATTERED[:3], None, values[:3])
