@@ -55,6 +55,7 @@ class RowUnfreezing(keras.callbacks.Callback):
             optimizer or the backup. When an epoch ends: a metric that it waits for was not logged.
 
     Example:
+        >>> import numpy as np
         >>> from partial_embedding.tensorflow import PartialEmbedding
         >>> layer = PartialEmbedding(4, 2, trainable_rows=[1], reserve_rows="all")
         >>> model = keras.Sequential([layer])
