@@ -2,11 +2,15 @@
 
 import importlib
 import inspect
+import json
+import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
+from typing import cast
 
 from partial_embedding.errors import InputError
 from partial_embedding.text.labelled import LabelledTexts, labelled, share_of
@@ -66,7 +70,7 @@ def stdlib_docstrings() -> LabelledTexts:
             "the texts are docstrings. Received: Python's option -OO, which strips them. Run "
             "without it, or name a file."
         )
-    pieces = {name: _pieces_of(name) for name in _DOCUMENTED_MODULES}
+    pieces = _pieces_in_a_fresh_process()
     modules_with = Counter(piece for found in pieces.values() for piece in found)
     pairs = []
     for name, found in pieces.items():
@@ -75,6 +79,27 @@ def stdlib_docstrings() -> LabelledTexts:
         own.sort(key=lambda piece: share_of(0, f"a docstring: {piece}"))
         pairs += [(piece, name) for piece in own[:_MOST_PER_MODULE]]
     return labelled(pairs)
+
+
+def _pieces_in_a_fresh_process() -> dict[str, list[str]]:
+    """The sentences of each module, before anybody changed it.
+
+    Frameworks put functions of their own into modules such as `inspect` and `logging`, so that the
+    same code would find other sentences beside torch than beside TensorFlow.
+    """
+    code = f"from {__name__} import print_pieces; print_pieces()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    return cast(dict[str, list[str]], json.loads(done.stdout))
+
+
+def print_pieces() -> None:
+    """Print the sentences of each documented module, as JSON."""
+    json.dump({name: sorted(_pieces_of(name)) for name in _DOCUMENTED_MODULES}, sys.stdout)
 
 
 def _pieces_of(module_name: str) -> set[str]:
