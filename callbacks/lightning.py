@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
@@ -162,6 +163,15 @@ class RowUnfreezing(Callback):
         self._scheduled.finish(trainer.global_step)
 
     # Around each optimizer step
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Leave a step that a gradient scaler skipped; the module may make another in this batch.
+
+        Gradients are the tables' until the step, and the scaler looks for them there.
+        """
+        self._leave(trainer)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

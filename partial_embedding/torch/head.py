@@ -44,8 +44,6 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
 
     row_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
-    # That of an embedding to which the head is tied; it has none of its own.
-    padding_idx: int | None = None
     sparse: bool = True
 
     def __init__(
@@ -96,10 +94,6 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         if self.bias is None or not self.has_frozen_rows:
             return self.bias
         return torch.where(self.row_set.mask, self.bias, self.bias.detach())
-
-    def _share_rows_with(self, other: PartialTable) -> None:
-        self.padding_idx = getattr(other, "padding_idx", None)
-        super()._share_rows_with(other)
 
 
 class _RowGradients(torch.autograd.Function):

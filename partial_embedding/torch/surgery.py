@@ -301,7 +301,6 @@ def _make_plain(table: Any, plain: type[nn.Module]) -> None:
     table.leave_weight()
     if isinstance(table, PartialLinear):
         vars(table).pop("sparse", None)
-        vars(table).pop("padding_idx", None)
     else:
         table.sparse = vars(table).pop("_sparse_before", False)
     table.__class__ = plain

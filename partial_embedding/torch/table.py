@@ -31,6 +31,7 @@ class _Shared:
     """
 
     row_set: RowSet | None = None
+    padding_row: int | None = None
 
 
 class PartialTable(nn.Module):
@@ -43,7 +44,6 @@ class PartialTable(nn.Module):
     """
 
     weight: nn.Parameter
-    padding_idx: int | None
 
     # The parameters whose rows the row set is about.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
@@ -168,7 +168,9 @@ class PartialTable(nn.Module):
         return ids[ids != self._padding_row()] if self._padding_row() is not None else ids
 
     def _padding_row(self) -> int | None:
-        return getattr(self, "padding_idx", None)
+        # A head has none of its own, and may be tied to a table that has one.
+        own: int | None = getattr(self, "padding_idx", None)
+        return self._shared.padding_row if own is None else own
 
     def _resolve(self, rows: object) -> Ids:
         if isinstance(rows, Tensor):
@@ -223,7 +225,9 @@ class PartialTable(nn.Module):
         rows = self.__dict__.setdefault("_shared", _Shared())
         if self._hooked is not None and self._hooked is not weight:
             self._unhook()
-            self.__dict__["_shared"] = replace(rows)  # no longer tied to whoever has the old weight
+            # No longer tied to whoever has the old weight.
+            rows = self.__dict__["_shared"] = replace(rows, padding_row=None)
+        rows.padding_row = self._padding_row()
         for other in _tables_with(weight):
             if other is not self:
                 self._share_rows_with(other)
@@ -242,7 +246,11 @@ class PartialTable(nn.Module):
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:
             other.row_set = self.row_set
-        self.__dict__["_shared"] = other._shared
+        padding, self.__dict__["_shared"] = self._padding_row(), other._shared
+        if padding is not None:
+            other._shared.padding_row = padding
+        if (rows := other._row_set) is not None:
+            other.row_set = rows.changed_to(rows.ids[rows.ids != other._padding_row()])
 
     def _check_tie(self, weight: nn.Parameter | None) -> None:
         own = self._parameters.get("weight")

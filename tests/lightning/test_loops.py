@@ -45,7 +45,7 @@ from small_runs import (
 from torch import nn
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.torch import clip_grad_norm_
+from partial_embedding.torch import PartialEmbedding, clip_grad_norm_
 
 
 def check_run(net: Any, witness: Witness, expected: list[dict[str, torch.Tensor]]) -> None:
@@ -110,6 +110,37 @@ def test_a_scaler_skips_steps_and_rows_train_as_small_tables_would(
     assert quiet.index(False) <= 2 * skipped
     assert given.get_scale() == own.get_scale()
     check_run(net, witness, expected)
+
+
+class ThreeSteps(pl.LightningModule):
+    """Makes three steps in each batch by hand, the first of which a scaler has to skip."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.words = PartialEmbedding(8, 4, sparse=sparse)
+        self.moved: list[list[int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for scale in (float("inf"), 1.0, 1.0):
+            before = self.words.weight.detach().clone()
+            optimizer.zero_grad()
+            self.manual_backward(self.words(torch.tensor([1, 2, 5])).sum() * scale)
+            optimizer.step()
+            self.moved.append(rows_that_differ(self.words.weight, before))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_steps_by_hand_go_on_in_the_batch_in_which_a_scaler_skipped_one(sparse: bool) -> None:
+    net = ThreeSteps(sparse)
+    mixed = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
+    schedule = {"stages": [{"epoch": 0, "rows": [1, 2, 3]}]}
+    trainer(RowUnfreezing(schedule), max_epochs=1, plugins=[mixed]).fit(net, [0])
+    assert net.moved == [[], [1, 2], [1, 2]]
 
 
 # Clipping, accumulation and what else changes gradients

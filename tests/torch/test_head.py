@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -241,6 +242,22 @@ def test_a_tied_head_does_not_train_the_padding_row() -> None:
     head.weight = table.weight
     head.unfreeze_rows([0, 4])
     assert head.trainable_rows.tolist() == table.trainable_rows.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("rows", ["all", [0, 3]])
+@pytest.mark.parametrize("to_the_head", [True, False], ids=["to_the_head", "to_the_table"])
+def test_the_padding_row_never_trains_whichever_was_tied(rows: Any, to_the_head: bool) -> None:
+    table = PartialEmbedding(V, D, padding_idx=0)
+    head = PartialLinear(D, V, trainable_rows=rows)
+    if to_the_head:
+        table.weight = head.weight
+    else:
+        head.weight = table.weight
+    assert 0 not in head.trainable_rows
+    head.unfreeze_rows([0, 4])
+    assert 0 not in head.trainable_rows
+    head.set_trainable_rows("all")
+    assert head.trainable_rows.tolist() == table.trainable_rows.tolist() == list(range(1, V))
 
 
 def test_with_nothing_frozen_it_is_a_plain_head() -> None:
