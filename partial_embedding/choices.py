@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     """One kind of choice.
 
     Args:
-        check: Takes the argument as written, and returns it normalised.
+        check: Takes the argument as written, and returns it normalized.
         select: Takes a checked argument, the number of rows V and the vocabulary, and returns
             sorted ids without duplicates.
     """

@@ -21,11 +21,11 @@ class Look:
     """How a picture looks.
 
     Args:
-        ink: The colour of text.
-        faint: The colour of axes.
-        accent: The colour of what is drawn once.
-        second: The colour of what is drawn beside it.
-        ramp: The part of the colour map that is legible on the background.
+        ink: The color of text.
+        faint: The color of axes.
+        accent: The color of what is drawn once.
+        second: The color of what is drawn beside it.
+        ramp: The part of the color map that is legible on the background.
         narrow: Whether the picture is for a phone.
     """
 

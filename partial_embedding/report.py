@@ -172,5 +172,24 @@ def audit_line(reports: Sequence[StageReport]) -> str:
     return "audit: " + "; ".join(parts)
 
 
+def moved_text(table: str, ids: Sequence[int], step: int | None, suspect: str) -> str:
+    """What the audit says of frozen rows that moved.
+
+    Args:
+        table: The table's name.
+        ids: The rows that moved.
+        step: The optimizer step, or None where it is not known.
+        suspect: What most likely moved them.
+
+    Example:
+        >>> moved_text("words", [3], 12, "a cast of the model")
+        'words: 1 frozen row changed by step 12: 3. Most likely: a cast of the model.'
+    """
+    count = "1 frozen row" if len(ids) == 1 else f"{len(ids)} frozen rows"
+    when = "" if step is None else f" by step {step}"
+    listed = ", ".join(map(str, ids[:10])) + (", …" if len(ids) > 10 else "")
+    return f"{table}: {count} changed{when}: {listed}. Most likely: {suspect}."
+
+
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole if whole else 0:.1f} %"

@@ -137,7 +137,7 @@ class NewTokens(LightningModule):
 
     Args:
         name: A model of the Hugging Face hub or a local folder. By default a small one, randomly
-            initialised and trained here, in less than a minute, on the texts.
+            initialized and trained here, in less than a minute, on the texts.
         init: What new rows begin from, as for `add_tokens`.
         lr: The learning rate of AdamW.
         weight_decay: The weight decay of AdamW.

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.report import moved_text
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.vocabulary import Ids
 
@@ -35,7 +36,7 @@ class FrozenRowAudit:
         array([0, 1, 2])
     """
 
-    def __init__(self, layer: PartialEmbedding, name: str) -> None:
+    def __init__(self, layer: PartialEmbedding, name: str = "table") -> None:
         self.layer = layer
         self.name = name
         self.frozen: Ids = np.setdiff1d(np.arange(layer.input_dim), layer.trainable_rows)
@@ -61,12 +62,10 @@ class FrozenRowAudit:
         changed = self.changed()
         if not changed.size:
             return
-        listed = ", ".join(map(str, changed[:10].tolist())) + (", …" if changed.size > 10 else "")
-        when = "" if step is None else f" by step {step}"
-        raise FrozenRowsMoved(
-            f"{self.name}: {changed.size} frozen rows changed{when}: {listed}. Most likely: a "
-            "write into the table from outside (set_weights, load_weights, code of your own)."
+        suspect = (
+            "a write into the table from outside (set_weights, load_weights, code of your own)"
         )
+        raise FrozenRowsMoved(moved_text(self.name, changed.tolist(), step, suspect))
 
 
 def fingerprints(layer: PartialEmbedding, ids: Ids) -> Ids:

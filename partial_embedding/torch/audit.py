@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.report import moved_text
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable
 
@@ -74,12 +75,7 @@ class FrozenRowAudit:
         changed = self.changed()
         if not len(changed):
             return
-        listed = ", ".join(map(str, changed[:10].tolist())) + (", …" if len(changed) > 10 else "")
-        when = "" if step is None else f" by step {step}"
-        count = "1 frozen row" if len(changed) == 1 else f"{len(changed)} frozen rows"
-        raise FrozenRowsMoved(
-            f"{self.name}: {count} changed{when}: {listed}. Most likely: {self._suspect()}."
-        )
+        raise FrozenRowsMoved(moved_text(self.name, changed.tolist(), step, self._suspect()))
 
     def _suspect(self) -> str:
         if self.table.weight.dtype != self._dtype:

@@ -336,7 +336,7 @@ def test_the_audit_names_rows_that_were_written_from_outside() -> None:
             matrix[[1, 6]] += 1
             self.model.layers[0].set_weights([matrix])
 
-    with pytest.raises(FrozenRowsMoved, match=r"words: 1 frozen rows changed by step 1: 1\. Most"):
+    with pytest.raises(FrozenRowsMoved, match=r"words: 1 frozen row changed by step 1: 1\. Most"):
         _fit(_model(), RowUnfreezing(SCHEDULE, VOCABULARY, audit=1), Vandal())
 
 
