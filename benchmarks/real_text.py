@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from partial_embedding.cli import TextCLI
+from partial_embedding.recipes.text_cli import TextCLI
 
 CONFIG = Path(__file__).parents[1] / "configs" / "text_classification.yaml"
 VECTORS = "glove.twitter.27B.25d.12k.txt"

@@ -6,9 +6,9 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser
 
-from partial_embedding.cli import TextCLI, row_unfreezing, short
 from partial_embedding.recipes.language_model import NewTokens, TokenTexts
 from partial_embedding.recipes.resume import RandomState
+from partial_embedding.recipes.text_cli import TextCLI, row_unfreezing, short
 
 _DEFAULTS = {
     "rows.schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},

@@ -50,6 +50,23 @@ def test_fit_leaves_log_checkpoints_vectors_and_picture_and_says_where(
     assert not any(name.startswith(".") for name in files_below(RUN))
 
 
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "schedule", "report"):
+        assert re.search(rf"^  {command} ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("args", [[], ["train"]], ids=["none", "unknown"])
+def test_a_command_that_is_none_is_refused_with_the_list(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "fit, validate, test, predict, report, schedule" in error
+
+
 def test_the_exported_vectors_are_the_table_of_the_checkpoint(fitted_run: list[str]) -> None:
     vectors = KeyedVectors.load_word2vec_format(str(RUN / "vectors.vec"))
     checkpoint = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)

@@ -39,7 +39,7 @@ def test_a_schedule_of_words_runs_as_planned(
             "--data.dimension=8",
             "--model.encoder=mean",
             "--model.lr=0.01",
-            f"--trainer.max_epochs={EPOCHS}",
+            f"--trainer.max_epochs={_epochs(name)}",
             "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
         ]
@@ -48,17 +48,21 @@ def test_a_schedule_of_words_runs_as_planned(
     out = capfd.readouterr().out
     assert re.search(r"audit: embedding: frozen rows by stage: .*; changed a bit: 0\n", out)
     said = re.findall(r"embedding: (stage .+?): ([\d,]+) rows train", out)
-    steps = _steps_per_epoch(tmp_path)
     schedule = Schedule.parse(path)
+    steps = _steps_per_epoch(tmp_path)
     planned = plan(schedule, len(vocabulary), vocabulary, EPOCHS, steps, padding=0)
     if name == "plateau":
         # When validation stops improving is not for a plan to know; what comes then is.
         rows = [stage.rows.resolve(len(vocabulary), vocabulary) for stage in schedule.stages]
         expected = [f"{np.count_nonzero(ids):,}" for ids in rows]
-        assert 1 < len(said) <= 3, "accuracy on this text reaches a plateau in time"
+        assert 1 < len(said) <= 3
         assert [awake for _, awake in said] == expected[: len(said)]
     else:
         assert said == [(step.place, f"{step.awake:,}") for step in planned]
+
+
+def _epochs(name: str) -> int:
+    return 12 if name == "plateau" else EPOCHS  # it waits for ten validations at most
 
 
 def _steps_per_epoch(folder: Path) -> int:
