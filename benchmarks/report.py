@@ -318,7 +318,8 @@ def readme_section(results: Results) -> str:
             "",
             f"{sum(t.met for t in reached)} of {len(reached)} targets are met; "
             "[benchmarks/report.md](benchmarks/report.md) has all of them,",
-            "with memory, other sizes and other optimizers. `make bench` measures again.",
+            "what holds the others back, memory, other sizes and other optimizers. `make bench`",
+            "measures again.",
         ]
     )
 

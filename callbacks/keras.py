@@ -14,13 +14,11 @@ from partial_embedding.callbacks.keras_monitor import RowMonitor
 from partial_embedding.callbacks.keras_record import Epoch, RunRecord
 from partial_embedding.errors import InputError
 from partial_embedding.report import StageReport
-from partial_embedding.schedule import Position, Schedule, Seen, schedules_by_table
+from partial_embedding.schedule import AnySchedule, Position, Seen, schedules_by_table
 from partial_embedding.tensorflow.unfreezing import ScheduledTables, innermost
 from partial_embedding.vocabulary import Vocabulary
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
-
-AnySchedule = Schedule | Mapping[str, Any] | str | PathLike[str]
 
 
 class RowUnfreezing(keras.callbacks.Callback):

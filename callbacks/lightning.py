@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from os import PathLike
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -13,14 +12,13 @@ from torch.optim import Optimizer
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.report import StageReport
-from partial_embedding.schedule import Schedule, schedules_by_table
+from partial_embedding.schedule import AnySchedule, schedules_by_table
 from partial_embedding.torch.rowwise import prepared
 from partial_embedding.torch.unfreezing import ScheduledTables
 from partial_embedding.vocabulary import Vocabulary
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
 
-AnySchedule = Schedule | Mapping[str, Any] | str | PathLike[str]
 
 # Strategies that shard or move weights, by name, for both of Lightning's packages.
 _REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from os import PathLike
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from partial_embedding.errors import InputError
-from partial_embedding.schedule import Position, Schedule, schedules_by_table
+from partial_embedding.schedule import AnySchedule, Position, schedules_by_table
 from partial_embedding.torch.unfreezing import ScheduledTables
 from partial_embedding.vocabulary import Vocabulary
-
-AnySchedule = Schedule | Mapping[str, Any] | str | PathLike[str]
 
 
 class RowUnfreezing(TrainerCallback, ExportableState):

@@ -126,8 +126,9 @@ def _cli_of(recipe: str) -> type[TextCLI]:
 
 def _quieten() -> None:
     """Leave out what tells a user of this command nothing."""
-    # Advertisements of other packages.
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_tip)
+    # Advertisements of other packages, and the seed, which stands in the configuration.
+    for logger in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed"):
+        logging.getLogger(logger).addFilter(_tells_something)
     for message in (
         # Lightning's own use of what its dependencies deprecate.
         r"\s*``instantiate_classes`` was deprecated",
@@ -141,8 +142,8 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return not re.match("💡", record.getMessage())
+def _tells_something(record: logging.LogRecord) -> bool:
+    return not re.match("💡|Seed set to", record.getMessage())
 
 
 if __name__ == "__main__":

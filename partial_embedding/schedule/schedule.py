@@ -281,6 +281,10 @@ class Schedule:
             raise InputError(f"{value}: a schedule is YAML in UTF-8. Received: {reason}.") from None
 
 
+# What `Schedule.parse` reads.
+AnySchedule = Schedule | Mapping[str, Any] | str | PathLike[str]
+
+
 def schedules_by_table(value: Any) -> dict[str | None, Schedule]:
     """Read one schedule for all tables, or one for each of several.
 

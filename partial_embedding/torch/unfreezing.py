@@ -81,7 +81,7 @@ class ScheduledTables:
         self.say = say
         self.reports: list[StageReport] = []
         self.tables = self._find()
-        followed = [self._schedule(name) for name in self.tables]
+        followed = [self.schedule_of(name) for name in self.tables]
         self.metrics = tuple(dict.fromkeys(metric for one in followed for metric in one.metrics))
         asks = any("share" in schedule.units for schedule in followed)
         self.total_steps = _length(total_steps) if asks else None
@@ -112,20 +112,28 @@ class ScheduledTables:
             return tables
         return {name: table for name, table in tables.items() if name in self.schedules}
 
-    def _schedule(self, name: str) -> Schedule:
+    def schedule_of(self, name: str) -> Schedule:
+        """The schedule of a table.
+
+        Args:
+            name: The table's name.
+        """
         return self.schedules[name if name in self.schedules else None]
 
     def _check_stages(self, name: str) -> None:
-        schedule = self._schedule(name)
+        schedule = self.schedule_of(name)
         for i, stage in enumerate(schedule.stages):
-            moment = Moment(i - 1, part=1, parts=2) if stage.growth is not None else Moment(i)
-            try:
-                self._ids_at(name, moment)
-            except InputError as error:
-                raise InputError(f"{name}: stages[{i}].rows: {error}") from None
+            moments = [Moment(i)]
+            if stage.growth is not None:
+                moments.append(Moment(i - 1, part=1, parts=2))
+            for moment in moments:
+                try:
+                    self._ids_at(name, moment)
+                except InputError as error:
+                    raise InputError(f"{name}: stages[{i}].rows: {error}") from None
 
     def _ids_at(self, name: str, moment: Moment) -> Ids:
-        return self._resolve(name, self._schedule(name).rows_at(moment))
+        return self._resolve(name, self.schedule_of(name).rows_at(moment))
 
     def _resolve(self, name: str, rows: Rows) -> Ids:
         return rows.resolve(self.tables[name].weight.shape[0], self.vocabulary)
@@ -155,7 +163,7 @@ class ScheduledTables:
                 "Build the optimizer from the model's parameters()."
             )
         for name, table in self.tables.items():
-            for i, stage in enumerate(self._schedule(name).stages):
+            for i, stage in enumerate(self.schedule_of(name).stages):
                 try:
                     table.check_pace(stage.pace)
                 except InputError as error:
@@ -187,7 +195,7 @@ class ScheduledTables:
         moments = self._moments_at(position)
         for name, table in self.tables.items():
             moment = moments[name]
-            pace, ids = self._schedule(name).pace_at(moment), self._ids_at(name, moment)
+            pace, ids = self.schedule_of(name).pace_at(moment), self._ids_at(name, moment)
             if table.paces or not pace.is_plain:
                 table.set_trainable_ids(ids[:0])  # rows that train already would keep their pace
             table.set_trainable_ids(ids, pace)
@@ -241,7 +249,7 @@ class ScheduledTables:
         return bool(begun)
 
     def _begin(self, name: str, moment: Moment, position: Position) -> None:
-        table, schedule = self.tables[name], self._schedule(name)
+        table, schedule = self.tables[name], self.schedule_of(name)
         before = self._moments.get(name)
         goes_on = before is not None and before._replace(part=0) == moment._replace(part=0)
         if goes_on and (audit := self._audits.get(name)) is not None:
@@ -287,7 +295,7 @@ class ScheduledTables:
         self.seen = seen
 
     def _moments_at(self, position: Position) -> dict[str, Moment]:
-        return {name: self._schedule(name).moment(position) for name in self.tables}
+        return {name: self.schedule_of(name).moment(position) for name in self.tables}
 
     @property
     def bar(self) -> dict[str, str]:
@@ -327,7 +335,7 @@ class ScheduledTables:
             then = saved.get(name if name in saved else None)
             if then is not None:
                 resolve = partial(self._resolve, name)
-                schedule = self._schedule(name)
+                schedule = self.schedule_of(name)
                 for line in resumed_lines(name, then, schedule, before, now, resolve):
                     self.say(line)
         self.place(now)
