@@ -318,7 +318,7 @@ def readme_section(results: Results) -> str:
             "",
             f"{sum(t.met for t in reached)} of {len(reached)} targets are met; "
             "[benchmarks/report.md](benchmarks/report.md) has all of them,",
-            "what holds the others back, memory, other sizes and other optimizers. `make bench`",
+            "what keeps the others from it, memory, other sizes and other optimizers. `make bench`",
             "measures again.",
         ]
     )
