@@ -37,7 +37,9 @@ def fit(folder: Path, **options: Any) -> tuple[RowMonitor, Any]:
     unfreezing = RowUnfreezing(SCHEDULE, VOCABULARY, audit=True)
     monitor = RowMonitor(folder, vocabulary=VOCABULARY, unfreezing=unfreezing, **options)
     callbacks = [unfreezing, monitor]
-    model.fit(IDS, np.zeros((4, 1)), epochs=4, batch_size=2, verbose=0, callbacks=callbacks)
+    model.fit(
+        IDS, np.zeros((4, 1)), epochs=4, batch_size=2, verbose=0, shuffle=False, callbacks=callbacks
+    )
     return monitor, model
 
 
