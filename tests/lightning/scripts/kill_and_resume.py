@@ -179,7 +179,7 @@ def in_processes(processes: int, run: Callable[[int], None]) -> list[int]:
                 run(rank)
             except DeathError:
                 os.kill(os.getpid(), signal.SIGKILL)
-            except BaseException:
+            except BaseException:  # a forked child must end here, and not go on as its parent
                 import traceback
 
                 traceback.print_exc()
