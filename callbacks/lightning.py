@@ -13,7 +13,9 @@ from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.report import StageReport
 from partial_embedding.schedule import AnySchedule, schedules_by_table
+from partial_embedding.torch.ddp import IgnoredWhenWrapped, ignore_in_ddp
 from partial_embedding.torch.rowwise import prepared
+from partial_embedding.torch.table import PartialTable, tables_in
 from partial_embedding.torch.unfreezing import ScheduledTables
 from partial_embedding.vocabulary import Vocabulary
 
@@ -83,13 +85,19 @@ class RowUnfreezing(Callback):
     # Before the first step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be kept exact, before anything is moved or wrapped."""
+        """Refuse what cannot be kept exact, and tell DDP to leave the tables to `rowwise`."""
         strategy = type(trainer.strategy)
         if stage == "fit" and _REFUSED_STRATEGIES & {base.__name__ for base in strategy.__mro__}:
             raise InputError(
                 "RowUnfreezing needs whole weights on each device. Received "
                 f"{strategy.__name__}, which shards them. Use one device or DDP."
             )
+        if stage == "fit" and hasattr(trainer.strategy, "configure_ddp"):
+            IgnoredWhenWrapped(pl_module, lambda: self._tables_of(pl_module))
+
+    def _tables_of(self, pl_module: LightningModule) -> list[PartialTable]:
+        followed, schedules = dict(tables_in(pl_module)), self.schedules
+        return [t for name, t in followed.items() if name in schedules or None in schedules]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check every stage against the tables, set the first rows, and prepare the optimizers."""
@@ -160,6 +168,10 @@ class RowUnfreezing(Callback):
         # Not in `on_train_end`, where callbacks that average weights put them into the model.
         self._scheduled.finish(trainer.global_step)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the tables to DDP again, for runs without this callback."""
+        ignore_in_ddp(pl_module, ignore=False)
+
     # Around each optimizer step
 
     def on_before_backward(
@@ -170,6 +182,13 @@ class RowUnfreezing(Callback):
         Gradients are the tables' until the step, and the scaler looks for them there.
         """
         self._leave(trainer)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Average the gradients of the tables over all processes, where DDP averages the others."""
+        # Its own flag, which is down while gradients are accumulated.
+        if getattr(trainer.model, "require_backward_grad_sync", False):
+            for handle in filter(None, map(prepared, trainer.optimizers)):
+                handle.average()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -196,11 +215,11 @@ class RowUnfreezing(Callback):
     ) -> None:
         """Leave a step that was cut short."""
         self._leave(trainer)
+        ignore_in_ddp(pl_module, ignore=False)
 
     def _leave(self, trainer: Trainer) -> None:
-        for optimizer in trainer.optimizers:
-            if (handle := prepared(optimizer)) is not None:
-                handle.leave()
+        for handle in filter(None, map(prepared, trainer.optimizers)):
+            handle.leave()
 
     # Checkpoints
 

@@ -3,9 +3,10 @@
 from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.clipping import clip_grad_norm_, clip_grad_value_
+from partial_embedding.torch.ddp import ignore_in_ddp
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
 from partial_embedding.torch.head import PartialLinear
-from partial_embedding.torch.rowwise import detach_rowwise, rowwise
+from partial_embedding.torch.rowwise import average_gradients, detach_rowwise, rowwise
 from partial_embedding.torch.surgery import replace_embedding, restore_embedding
 from partial_embedding.torch.tokens import add_tokens
 
@@ -16,9 +17,11 @@ __all__ = [
     "PartialEmbeddingBag",
     "PartialLinear",
     "add_tokens",
+    "average_gradients",
     "clip_grad_norm_",
     "clip_grad_value_",
     "detach_rowwise",
+    "ignore_in_ddp",
     "replace_embedding",
     "restore_embedding",
     "rowwise",

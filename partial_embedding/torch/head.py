@@ -26,7 +26,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         device: The device of the parameters.
         dtype: The dtype of the parameters.
         sparse: Give `weight` a sparse gradient. False makes a dense one, V×D, as
-            `DistributedDataParallel` expects from a head that is not tied.
+            `DistributedDataParallel` expects from a head that is not tied and not ignored.
         trainable_rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
             `Rows`. With nothing frozen the gradient is that of `nn.Linear`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -71,6 +72,12 @@ class RowSet:
         mask = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
         mask[self.order] = True
         return mask
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """A number that tells row sets apart, by their rows and the order of their slots."""
+        digest = blake2b(self.order.cpu().numpy().tobytes(), digest_size=7).digest()
+        return int.from_bytes(digest) ^ self.num_rows
 
     def is_trainable(self, ids: Tensor) -> Tensor:
         """Whether each row trains.

@@ -12,6 +12,12 @@ from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.cohorts import Block, TableState, clear_history
+from partial_embedding.torch.ddp import (
+    average_gradient,
+    begin_alike,
+    is_among_others,
+    is_ignored,
+)
 from partial_embedding.torch.probe import Anatomy, examine, first_state
 from partial_embedding.torch.row_parameters import RowParameter, row_parameters_in
 from partial_embedding.torch.saving import (
@@ -78,6 +84,27 @@ def detach_rowwise(optimizer: Optimizer) -> None:
     handle.detach()
 
 
+def average_gradients(optimizer: Optimizer) -> None:
+    """Average the gradients of tables that `ignore_in_ddp` named over all processes.
+
+    Call it in every process after each backward pass that a step follows, and before gradients are
+    unscaled or clipped. The Lightning callback does so by itself.
+
+    Args:
+        optimizer: An optimizer that `rowwise` prepared.
+
+    Raises:
+        InputError: It was not prepared, or processes train different rows.
+    """
+    handle = prepared(optimizer)
+    if handle is None:
+        raise InputError(
+            "gradients of tables are averaged for an optimizer that rowwise prepared. Received a "
+            f"plain {type(optimizer).__name__}. Call rowwise(optimizer, model) first."
+        )
+    handle.average()
+
+
 def prepared(optimizer: Optimizer) -> Rowwise | None:
     """What `rowwise` attached to an optimizer, or None.
 
@@ -118,6 +145,9 @@ class Rowwise:
         # Whatever the optimizer remembers already, of its own or from a checkpoint of ours.
         check_state_dict(optimizer, self.tables, vars(optimizer))
         from_state_dict(optimizer, self.tables)
+        for state in self.tables.values():
+            begin_alike(state.table.weight)
+        self._averaged = False
         self._entered: list[tuple[Group, list[nn.Parameter], list[str] | None]] = []
         self._blocks: list[tuple[TableState, Block, Group, Group]] = []
         self._stepping = False
@@ -142,13 +172,39 @@ class Rowwise:
         unpaced = _why_unpaced(self.optimizer, anatomy, group)
         self.tables[id(table.weight)] = TableState(name, table, anatomy, lazy, unpaced)
 
+    # Among several processes
+
+    def average(self) -> None:
+        """Average the gradients of tables that DDP ignores; all processes call this."""
+        if not is_among_others():
+            return
+        for table in self.tables.values():
+            if is_ignored(weight := table.table.weight):
+                average_gradient(table.name, weight, table.table.row_set)
+        self._averaged = True
+
+    def _check_averaged(self) -> None:
+        if self._averaged or not is_among_others():
+            return
+        for table in self.tables.values():
+            if is_ignored(weight := table.table.weight) and weight.grad is not None:
+                raise InputError(
+                    "the gradient of a table that DDP ignores is averaged before the step. "
+                    f"Received {table.name!r} with this process's own. Call "
+                    "average_gradients(optimizer) after backward, in every process."
+                )
+
     # Around the optimizer's maths
 
     @torch.no_grad()
     def enter(self) -> None:
-        """Put compact parameters in the place of the tables."""
-        if self._entered:
-            self.leave()
+        """Put compact parameters in the place of the tables.
+
+        Raises:
+            InputError: A gradient that the processes should share was not averaged.
+        """
+        self.leave()
+        self._check_averaged()
         for group in list(self.optimizer.param_groups):
             params: list[nn.Parameter] = group["params"]
             if not any(id(p) in self.tables for p in params):
@@ -220,9 +276,11 @@ class Rowwise:
     @torch.no_grad()
     def leave(self) -> None:
         """Write the rows back and put the tables into their place again; idle when not entered."""
+        self._stepping = False
+        if not self._entered:
+            return
         blocks, self._blocks = self._blocks, []
         entered, self._entered = self._entered, []
-        self._stepping = False
         # The groups first, so that an error below leaves an optimizer that holds its tables.
         temporary = {
             id(stepped_in) for _, _, group, stepped_in in blocks if stepped_in is not group
@@ -277,6 +335,7 @@ class Rowwise:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._count_steps()
         self.leave()
+        self._averaged = False
 
     # Around the optimizer's state_dict
 

@@ -24,7 +24,7 @@ from partial_embedding.rows import Rows
 from partial_embedding.schedule import Moment, Position, Schedule, Seen
 from partial_embedding.torch.agreement import check_agreement
 from partial_embedding.torch.audit import FrozenRowAudit
-from partial_embedding.torch.backends import check_backend
+from partial_embedding.torch.ddp import check_backend
 from partial_embedding.torch.rowwise import prepared, rowwise
 from partial_embedding.torch.table import PartialTable, tables_in
 from partial_embedding.vocabulary import Ids, Vocabulary
@@ -173,7 +173,7 @@ class ScheduledTables:
         """Refuse a process group that cannot reduce the tables' gradients.
 
         Raises:
-            InputError: As for `backends.check_backend`.
+            InputError: As for `ddp.check_backend`.
         """
         check_backend(self.tables)
 

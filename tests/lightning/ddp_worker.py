@@ -12,12 +12,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
-from small_runs import SCHEDULE, Net, Witness, data, loader, trainer
+from small_runs import SCHEDULE, D, Net, V, Witness, data, loader, trainer
 from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.torch import PartialLinear
+from partial_embedding.torch import PartialLinear, clip_grad_norm_
 
 
 class Tied(Net):
@@ -45,16 +46,90 @@ class TiedHead(Net):
         return F.cross_entropy(self.scores(hidden), labels) + self.head(hidden).square().mean()
 
 
+class Untied(TiedHead):
+    """A head of rows that is tied to none, with rows and a bias of its own."""
+
+    def build(self, **options: Any) -> "Untied":
+        super().build(**options)
+        self.scores = PartialLinear(D, V)
+        return self
+
+    def parts(self) -> Any:
+        return {**super().parts(), "scores": list(self.scores.parameters())}
+
+
+class BuiltInSetup(Net):
+    """A table that is made in the hook that follows those of the callbacks."""
+
+    def setup(self, stage: str) -> None:
+        self.build()
+
+
+class Alone(Net):
+    """A module of which nothing but its table trains."""
+
+    def build(self, **options: Any) -> "Alone":
+        super().build(**options)
+        self.head.requires_grad_(False)
+        return self
+
+
+class WithoutWords(Net):
+    """A rank whose loss does not know the table at every other step."""
+
+    def loss(self, batch: Any) -> Tensor:
+        ids, labels = batch
+        if (self.steps_begun + self.global_rank) % 2:
+            return F.cross_entropy(self.head(torch.ones(len(ids), D)), labels)
+        return super().loss(batch)
+
+
+class Manual(Net):
+    """Steps, clips and accumulates by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        ids, labels = batch
+        with self.trainer.strategy.block_backward_sync():
+            self.manual_backward(self.loss((ids[:2], labels[:2])))
+        self.manual_backward(self.loss((ids[2:], labels[2:])))
+        clip_grad_norm_(self.parameters(), 0.2)
+        optimizer.step()
+
+
+class Overflowing(Net):
+    """A gradient of one rank's table is not finite in one step."""
+
+    def loss(self, batch: Any) -> Tensor:
+        loss = super().loss(batch)
+        if self.global_rank == 1 and self.global_step == 4 and not self.overflowed:
+            self.overflowed = True
+            loss = loss + self.words(torch.tensor([1])).sum() * float("inf")
+        return loss
+
+    overflowed = False
+
+
 class Batches(pl.Callback):
-    """Keeps the batches of this rank."""
+    """Keeps the batches of this rank, and what DDP ignores meanwhile."""
 
     def __init__(self) -> None:
         self.seen: list[list[Tensor]] = []
+        self.ignored: list[str] = []
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self.seen.append(batch)
+        self.ignored = sorted(trainer.model.parameters_to_ignore)
+
+
+def lbfgs(parts: Any) -> list[torch.optim.Optimizer]:
+    parameters = [p for part in parts.values() for p in part]
+    return [torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)]
 
 
 # All rows frozen at first, then a step of a rank whose batch holds none that train.
@@ -74,15 +149,29 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "tied_head": {"kind": TiedHead},
     "none_first": {"schedule": NONE_FIRST},
+    "sparse_tied_to_dense": {"kind": Tied},
+    "untied": {"kind": Untied, "schedule": {"words": SCHEDULE, "scores": SCHEDULE}},
+    "built_in_setup": {"kind": BuiltInSetup},
+    "alone": {"kind": Alone},
+    "without_words": {"kind": WithoutWords},
+    "without_words_dense": {"kind": WithoutWords, "build": {"sparse": False}},
+    "manual": {"kind": Manual},
+    "lbfgs": {"build": {"make": lbfgs}},
+    "overflowing": {"kind": Overflowing, "scaled": True},
 }
 
 
 def run(name: str, folder: Path) -> None:
     case = CASES[name]
-    net = case.get("kind", Net)().build(**case.get("build", {}))
+    net = case.get("kind", Net)()
+    if not isinstance(net, BuiltInSetup):
+        net.build(**case.get("build", {}))
     callback = RowUnfreezing(case.get("schedule", SCHEDULE), audit=1, **case.get("callback", {}))
     witness, batches = Witness(), Batches()
     options = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}
+    if case.get("scaled"):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        options["plugins"] = MixedPrecision("16-mixed", "cpu", scaler)
     made = trainer(callback, witness, batches, **options, **case.get("trainer", {}))
     made.fit(net, loader(data(6)))
     (optimizer,) = made.optimizers
@@ -90,8 +179,10 @@ def run(name: str, folder: Path) -> None:
         "weights": witness.seen,
         "epochs": witness.epochs,
         "batches": batches.seen,
+        "ignored": batches.ignored,
+        "ignored_later": list(getattr(net, "_ddp_params_and_buffers_to_ignore", [])),
         "optimizer": optimizer.state_dict(),
-        "reports": [(report.frozen, report.changed) for report in callback.reports],
+        "reports": [(r.frozen, r.changed) for r in callback.reports if r.table == "words"],
     }
     torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
 

@@ -30,7 +30,7 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 ROOT = Path(__file__).resolve().parents[2]
 STAGES_OF = {name: {0: (), 1: (5,)} if name == "none_first" else STAGES for name in CASES}
 # The reference has an untied head, steps all rows, and begins with some.
-AS_ONE = ["sparse", "dense", "accumulate", "clipped"]
+AS_ONE = ["sparse", "dense", "accumulate", "clipped", "built_in_setup"]
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
@@ -118,13 +118,37 @@ def test_frozen_rows_keep_their_bits_on_every_rank(
         assert rank["reports"] == frozen
 
 
-@pytest.mark.parametrize("case", CASES)
+# LBFGS remembers the loss of its own process.
+@pytest.mark.parametrize("case", [case for case in CASES if case != "lbfgs"])
 def test_ranks_hold_the_same_optimizer_state(
     case: str, ranks: dict[str, list[dict[str, Any]]]
 ) -> None:
     zero, one = (str(rank["optimizer"]) for rank in ranks[case])
     assert zero == one
     assert "exp_avg" in zero
+
+
+def test_a_gradient_that_overflows_on_one_rank_is_skipped_by_both(
+    ranks: dict[str, list[dict[str, Any]]],
+) -> None:
+    for rank in ranks["overflowing"]:
+        seen = [weights["words.weight"] for weights in rank["weights"]]
+        skipped = [i for i in range(1, len(seen)) if torch.equal(seen[i - 1], seen[i])]
+        assert skipped == [4]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp_leaves_the_tables_to_the_callback_until_the_run_ends(
+    case: str, ranks: dict[str, list[dict[str, Any]]]
+) -> None:
+    ignored = {
+        "tied_head": ["scores.weight", "words.weight"],
+        "untied": ["scores.weight", "words.weight"],
+        "alone": [],  # a module of which nothing is left to it, DDP refuses
+    }
+    for rank in ranks[case]:
+        assert rank["ignored"] == ignored.get(case, ["words.weight"])
+        assert rank["ignored_later"] == []
 
 
 @pytest.mark.parametrize("case", AS_ONE)

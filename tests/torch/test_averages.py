@@ -1,0 +1,187 @@
+"""Two processes, plain loops: tables that DDP ignores learn the same in each, as under DDP."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from two_processes import CASES, FIRST, LATER, STEPS, D, V
+
+from partial_embedding import InputError
+from partial_embedding.torch import average_gradients
+
+ROOT = Path(__file__).resolve().parents[2]
+BESIDE_DDP = [
+    "dense",
+    "sparse",
+    "sparse_lazy",
+    "dense_accumulated",
+    "dense_clipped",
+    "sparse_accumulated",
+    "sparse_clipped",
+    "dense_tied",
+    "tied_head_of_rows",
+]
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each of the two processes returned, for each case."""
+    folder = tmp_path_factory.mktemp("processes")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    script = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [*script, str(rank)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[1].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    return {
+        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for case in CASES
+    }
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("case", [*BESIDE_DDP, "sparse_tied_to_dense", "untied_sparse_head"])
+def test_processes_hold_the_same_bits_after_each_step(
+    case: str, seen: dict[str, list[Any]]
+) -> None:
+    zero, one = (kept["ours"] if case in BESIDE_DDP else kept for kept in seen[case])
+    assert len(zero) == len(one) == STEPS
+    assert all(same(a, b) for a, b in zip(zero, one, strict=True))
+
+
+@pytest.mark.parametrize("case", [*BESIDE_DDP, "sparse_tied_to_dense", "untied_sparse_head"])
+def test_frozen_rows_keep_their_bits_and_the_others_move(
+    case: str, seen: dict[str, list[Any]]
+) -> None:
+    steps = seen[case][0]["ours"] if case in BESIDE_DDP else seen[case][0]
+    for step in range(1, STEPS):
+        rows = FIRST if step < STEPS // 2 else LATER
+        moved = (steps[step]["table.weight"] != steps[step - 1]["table.weight"]).any(1)
+        assert set(moved.nonzero().flatten().tolist()) <= set(rows)
+    begun, ended = steps[0]["table.weight"], steps[-1]["table.weight"]
+    assert (begun != ended).any(1)[LATER].all()
+
+
+@pytest.mark.parametrize("case", BESIDE_DDP)
+def test_weights_are_those_of_a_run_in_which_ddp_reduces_the_table(
+    case: str, seen: dict[str, list[Any]]
+) -> None:
+    for step, (ours, ddp) in enumerate(zip(*seen[case][0].values(), strict=True)):
+        if case in ("dense", "dense_accumulated", "dense_tied"):
+            assert same(ours, ddp), step
+        for name, wanted in ddp.items():
+            # DDP sums the entries of a sparse gradient in another order.
+            torch.testing.assert_close(ours[name], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_a_process_without_a_gradient_counts_as_zero(
+    sparse: bool, seen: dict[str, list[Any]]
+) -> None:
+    zero, one = seen[f"one_without_{'sparse' if sparse else 'dense'}"]
+    assert zero["own"] is None
+    assert one["own"].any()
+    for process in (zero, one):
+        assert torch.equal(process["mean"], one["own"] / 2)
+        assert process["sparse"] == sparse
+        assert process["moved"]
+
+
+def test_no_gradient_anywhere_is_none(seen: dict[str, list[Any]]) -> None:
+    for process in seen["none_sparse"]:
+        assert process["mean"] is None
+        assert not process["moved"]
+
+
+def test_a_sparse_gradient_and_a_dense_one_have_a_dense_mean(seen: dict[str, list[Any]]) -> None:
+    zero, one = seen["of_both_kinds"]
+    mean = zero["own"] / 2 + one["own"] / 2
+    assert not torch.equal(zero["own"], one["own"])
+    for process in (zero, one):
+        assert torch.equal(process["mean"], mean)
+        assert torch.equal(process["twice"], mean)
+
+
+def test_all_processes_begin_with_the_rows_of_the_first(seen: dict[str, list[Any]]) -> None:
+    zero, one = seen["begun_apart"]
+    assert not same(zero["own"], one["own"])
+    assert same(zero["after"], zero["own"])
+    assert same(one["after"], zero["own"])
+
+
+@pytest.mark.parametrize("case", ["scaled_sparse", "scaled_dense"])
+def test_a_gradient_that_overflows_in_one_process_is_skipped_by_all(
+    case: str, seen: dict[str, list[Any]]
+) -> None:
+    zero, one = seen[case]
+    assert all(same(a, b) for a, b in zip(zero, one, strict=True))
+    begun, skipped, stepped, _ = zero
+    assert same(begun, skipped)
+    assert not same(skipped, stepped)
+    assert stepped["table.weight"].isfinite().all()
+
+
+def test_bytes_follow_the_rows_and_not_the_table(seen: dict[str, list[Any]]) -> None:
+    for process in seen["traffic"]:
+        for key, sent in process.items():
+            kind, rows, trainable, ids = key.split()
+            assert sent == process[f"{kind} 1000 {trainable} {ids}"], rows
+            # A header of 24 bytes; where sparse the touched slots, as int32, and their rows.
+            row = 4 * D
+            per_row = {"sparse": int(ids) * (row + 4), "dense": int(trainable) * row}
+            assert sent == 24 + per_row[kind]
+
+
+def test_ddp_has_no_bucket_for_an_ignored_table(seen: dict[str, list[Any]]) -> None:
+    for process in seen["buckets"]:
+        assert process["ours"] == 4 * (D * D + D)
+        assert process["ddp"] == process["ours"] + 4 * 1_000 * D
+
+
+def test_a_table_can_be_given_back_to_ddp(seen: dict[str, list[Any]]) -> None:
+    for process in seen["wrapped_again"]:
+        assert process == {"ignored": ["table.weight"], "after": []}
+
+
+# Refused
+
+
+@pytest.mark.parametrize("case", ["other_rows", "other_order"])
+def test_processes_that_train_different_rows_stop_together(
+    case: str, seen: dict[str, list[Any]]
+) -> None:
+    zero, one = seen[case]
+    assert zero == one
+    assert "all processes train the same rows of ''" in zero
+    assert "in process 1 than in process 0" in zero
+
+
+def test_a_step_without_the_average_is_refused(seen: dict[str, list[Any]]) -> None:
+    for process in seen["not_averaged"]:
+        assert "Call average_gradients(optimizer) after backward" in process
+
+
+def test_gradients_of_a_plain_optimizer_are_refused() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(V, D))], lr=0.1)
+    with pytest.raises(InputError, match=r"plain SGD\. Call rowwise"):
+        average_gradients(optimizer)
