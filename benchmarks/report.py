@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import CONTENDERS, Work
+from ddp import WAYS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -118,6 +119,28 @@ def targets(results: Results) -> Iterator[Target]:
     if fit := results.get("fit"):
         added = 100 * (fit["callback"] - fit["fit"]) / fit["fit"]
         yield Target("what the callback adds to a step of `fit`, %", added, 5.0)
+    yield from _traffic_targets(results.get("ddp", []))
+
+
+def _traffic_targets(entries: list[Measured]) -> Iterator[Target]:
+    """That what processes send follows the rows."""
+    smallest = min((e["work"]["rows"] for e in entries), default=0)
+    for e in entries:
+        if e["way"] not in ("dense_by_row", "sparse_by_row") or e["work"]["rows"] == smallest:
+            continue
+        work = e["work"]
+        small = next(
+            one["bytes"]
+            for one in entries
+            if one["way"] == e["way"] and one["work"] == {**work, "rows": smallest}
+        )
+        dense = e["way"] == "dense_by_row"
+        own = (work["trainable"] if dense else e["touched"]) * Work(**work).row_bytes
+        named = f"{WAYS[e['way']]}, K = {work['trainable']:,}"
+        rows = "the K rows" if dense else "the rows touched"
+        yield Target(f"bytes sent over those of {rows}: {named}", e["bytes"] / own, 1.1)
+        sizes = f"V = {work['rows']:,} over V = {smallest:,}"
+        yield Target(f"bytes sent, {sizes}: {named}", e["bytes"] / small, 1.1)
 
 
 # Tables
@@ -159,6 +182,18 @@ def memory_table(entries: list[Measured]) -> list[str]:
         alive, peak = (f"{e[key] / 2**20:.1f}" for key in ("alive", "peak"))
         named = CONTENDERS[e["contender"]].name
         lines.append(f"| {named} | {e['work']['trainable']:,} | {alive} | {peak} |")
+    return lines
+
+
+def traffic_table(entries: list[Measured]) -> list[str]:
+    """What processes send, in Markdown."""
+    lines = ["| | V | K | KiB sent | ms |", "|---|---:|---:|---:|---:|"]
+    for e in entries:
+        work = e["work"]
+        lines.append(
+            f"| {WAYS[e['way']]} | {work['rows']:,} | {work['trainable']:,} "
+            f"| {e['bytes'] / 1024:,.0f} | {e['ms']:.1f} |"
+        )
     return lines
 
 
@@ -207,6 +242,17 @@ def _report(results: Results) -> list[str]:
             "",
             f"AdamW, K = 10,000: {fit['loop']:.2f} ms in a bare loop, {fit['fit']:.2f} ms in `fit` "
             f"with `rowwise`, {fit['callback']:.2f} ms in `fit` with `RowUnfreezing`.",
+            "",
+        ]
+    if ddp := results.get("ddp"):
+        lines += [
+            "## two processes",
+            "",
+            "What each of two processes under DDP sends in a step, as the network interface counts",
+            "it, and how long the step takes, by the clock; AdamW, gloo. A head that is tied to the",
+            "table makes its gradient dense, for one.",
+            "",
+            *traffic_table(ddp),
             "",
         ]
     return lines

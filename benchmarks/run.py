@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, Contender, Step, Work, batches_of
+from ddp import COUNTS, measure_all
 from fit import measure_fits
 from report import write_report
 
@@ -298,6 +299,9 @@ def main() -> None:
     if wanted("fit"):
         print("fit", flush=True)
         results["fit"] = measure_fits(Work(device=DEVICE, ids=IDS), rounds=6)
+    if wanted("ddp") and COUNTS.exists():
+        print("ddp", flush=True)
+        results["ddp"] = measure_all(Work())
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(write_report(results, args.out))
 

@@ -139,7 +139,7 @@ def begin_alike(weight: nn.Parameter) -> None:
         weight: A table, shape (V, …); nothing is done for one that is not ignored.
     """
     if is_ignored(weight) and is_among_others():
-        dist.broadcast(torch.view_as_real(weight) if weight.is_complex() else weight.detach(), 0)
+        dist.broadcast(weight.detach(), 0)
 
 
 @torch.no_grad()
@@ -161,21 +161,15 @@ def average_gradient(name: str, weight: nn.Parameter, rows: RowSet) -> None:
     grad, size = weight.grad, dist.get_world_size()
     touched, values = _own_rows(weight, grad, rows)
     kinds, counts = _tell_each_other(name, weight, rows, _kind(grad), len(touched))
-    if max(kinds) == _NONE:
-        return
     if max(kinds) == _DENSE:
-        mean = _summed_over_processes(_by_slot(weight, grad, rows).div_(size))
+        mean = _reduced(_by_slot(weight, grad, rows).div_(size))
         if _kind(grad) != _DENSE:
             weight.grad = torch.zeros_like(weight)
         weight.grad.index_copy_(0, rows.order, mean)  # type: ignore[union-attr]
-        return
-    union = _union(touched, counts, len(rows))
-    mean = weight.new_zeros(len(union), *weight.shape[1:])
-    mean.index_copy_(0, torch.searchsorted(union, touched), values.div_(size))
-    mean, ids = _summed_over_processes(mean), rows.order.index_select(0, union)
-    weight.grad = torch.sparse_coo_tensor(
-        ids.unsqueeze(0), mean, weight.shape, check_invariants=False
-    )
+    elif max(kinds) == _SPARSE:
+        slots, mean = _mean_of_touched(touched, values.div_(size), counts, len(rows))
+        ids = rows.order.index_select(0, slots).unsqueeze(0)
+        weight.grad = torch.sparse_coo_tensor(ids, mean, weight.shape, check_invariants=False)
 
 
 def _kind(grad: Tensor | None) -> int:
@@ -222,19 +216,35 @@ def _tell_each_other(
     return kinds, counts
 
 
-def _union(touched: Tensor, counts: list[int], height: int) -> Tensor:
-    """The slots that any process touched, rising."""
-    if not max(counts):
-        return touched
-    padded = touched.new_full((max(counts),), height, dtype=torch.int32)
-    padded[: len(touched)] = touched
+def _mean_of_touched(
+    touched: Tensor, values: Tensor, counts: list[int], height: int
+) -> tuple[Tensor, Tensor]:
+    """The slots that any process touched, rising, and the sums of their values."""
+    everyone = _gathered(touched.int(), counts)
+    union, places = distinct(torch.cat(everyone).long(), height)
+    total = values.new_zeros(len(union), *values.shape[1:])
+    # A ring that gathers sends about N times the most rows of one process, one that reduces twice
+    # the union, which is less where many processes touch the same rows.
+    if len(counts) * max(counts) <= 2 * len(union):
+        total.index_add_(0, places, torch.cat(_gathered(values, counts)))
+    else:
+        total.index_copy_(0, places.split(counts)[dist.get_rank()], values)
+        _reduced(total)
+    return union, total
+
+
+def _gathered(own: Tensor, counts: list[int]) -> list[Tensor]:
+    """The rows that each process gives, of which there are so many."""
+    padded = own.new_zeros(max(counts), *own.shape[1:])
+    padded[: len(own)] = own
     everyone = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(everyone, padded)
-    union, _ = distinct(torch.cat(everyone).long(), height + 1)
-    return union[: int(torch.searchsorted(union, height))]
+    if max(counts):
+        dist.all_gather(everyone, padded)
+    return [theirs[:count] for theirs, count in zip(everyone, counts, strict=True)]
 
 
-def _summed_over_processes(values: Tensor) -> Tensor:
+def _reduced(values: Tensor) -> Tensor:
+    """The sums over all processes, in the same memory."""
     if len(values):
-        dist.all_reduce(torch.view_as_real(values) if values.is_complex() else values)
+        dist.all_reduce(values)
     return values

@@ -1,4 +1,4 @@
-"""Two processes, plain loops: tables that DDP ignores learn the same in each, as under DDP."""
+"""Several processes, plain loops: tables that DDP ignores learn the same in each, as under DDP."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from two_processes import CASES, FIRST, LATER, STEPS, D, V
+from processes import CASES, FIRST, LATER, STEPS, D, V
 
 from partial_embedding import InputError
 from partial_embedding.torch import average_gradients
@@ -31,29 +31,44 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What each of the two processes returned, for each case."""
-    folder = tmp_path_factory.mktemp("processes")
+def run_processes(number: int, folder: Path) -> dict[str, list[Any]]:
+    """What each of so many processes returned, for each case."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    script = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)]
+    script = [sys.executable, str(Path(__file__).with_name("processes.py")), str(folder)]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [*script, str(rank)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+            [*script, str(rank), str(number)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
-        for rank in range(2)
+        for rank in range(number)
     ]
     try:
         said = [process.communicate(timeout=240)[1].decode() for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert not any(process.returncode for process in processes), "\n".join(said)
     return {
-        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for case in CASES
+        case: [
+            torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(number)
+        ]
+        for case in CASES[number]
     }
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each of two processes returned, for each case."""
+    return run_processes(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def seen_by_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each of three processes returned, for each case."""
+    return run_processes(3, tmp_path_factory.mktemp("three"))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -120,6 +135,18 @@ def test_a_sparse_gradient_and_a_dense_one_have_a_dense_mean(seen: dict[str, lis
     for process in (zero, one):
         assert torch.equal(process["mean"], mean)
         assert torch.equal(process["twice"], mean)
+
+
+@pytest.mark.parametrize("case", CASES[3])
+def test_three_processes_gather_rows_or_reduce_them_whichever_sends_less(
+    case: str, seen_by_three: dict[str, list[Any]]
+) -> None:
+    processes = seen_by_three[case]
+    mean = sum(process["own"] / 3 for process in processes)
+    for process in processes:
+        assert torch.equal(process["mean"], processes[0]["mean"])
+        torch.testing.assert_close(process["mean"], mean)
+        assert process["last"] == ("all_reduce" if case.endswith("same_ids") else "all_gather")
 
 
 def test_all_processes_begin_with_the_rows_of_the_first(seen: dict[str, list[Any]]) -> None:

@@ -85,11 +85,21 @@ def test_a_race_is_reported_with_its_targets(
             for name, peak in (("ours", 2000), ("floor", 1000))
         ],
     }
+    ddp = of_benchmarks("ddp", monkeypatch)
+    sizes = [run.Work(rows=rows, trainable=100) for rows in (1000, 2000)]
+    results["ddp"] = [
+        {"way": way, "work": run.asdict(size), "bytes": 26_000, "touched": 80, "ms": 1.0}
+        for size in sizes
+        for way in ddp.WAYS
+    ]
     text = report.write_report(json.loads(json.dumps(results)), tmp_path)
     assert (
         "| peak memory over 1.2 × floor + 9 B a row: ours, K = 7 | 1.21 | ≤ 1 | **missed** |"
         in text
     )
+    assert "| bytes sent over those of the K rows: ours, dense gradient, K = 100 | 1.02 |" in text
+    assert "| bytes sent over those of the rows touched: ours, K = 100 | 1.27 |" in text
+    assert "| bytes sent, V = 2,000 over V = 1,000: ours, K = 100 | 1 | ≤ 1.1 | met |" in text
     assert (tmp_path / "memory.png").exists()
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
@@ -100,3 +110,15 @@ def test_a_race_is_reported_with_its_targets(
     assert section.endswith("\nafter\n")
     assert "old" not in section
     assert section.count("| ours | 1.0 |") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="only Linux counts bytes there")
+def test_two_processes_send_the_rows_and_not_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    ddp = of_benchmarks("ddp", monkeypatch)
+    work = ddp.Work(rows=20_000, trainable=1000, ids=200)
+    sent = {way: ddp.measure(way, work) for way in ("dense", "dense_by_row", "sparse_by_row")}
+    # Others may send there too.
+    assert sent["dense"]["bytes"] > work.table_bytes
+    assert sent["dense_by_row"]["bytes"] < 0.5 * work.table_bytes
+    assert sent["sparse_by_row"]["bytes"] < sent["dense_by_row"]["bytes"]
+    assert 80 < sent["sparse_by_row"]["touched"] < 120

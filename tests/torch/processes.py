@@ -1,8 +1,9 @@
-"""Plain loops on two processes; a script, started by `test_averages.py`.
+"""Plain loops on two processes or more; a script, started by `test_averages.py`.
 
-Usage: two_processes.py FOLDER RANK
+Usage: processes.py FOLDER RANK PROCESSES
 
-It runs each case and writes what it returned to `{folder}/{case}-{rank}.pt`.
+It runs the cases for so many processes and writes what they returned to
+`{folder}/{case}-{rank}.pt`.
 """
 
 import copy
@@ -163,21 +164,21 @@ def scaled(sparse: bool) -> Any:
 
 
 @contextmanager
-def counting() -> Iterator[list[int]]:
-    """The bytes that each call gives to the process group."""
-    sizes: list[int] = []
+def counting() -> Iterator[list[tuple[str, int]]]:
+    """The calls to the process group, and the bytes that each one gives it."""
+    calls: list[tuple[str, int]] = []
 
     def counted(call: Any, which: int) -> Any:
-        def wrapper(*arguments: Any, **options: Any) -> Any:
-            sizes.append(arguments[which].nbytes)
-            return call(*arguments, **options)
+        def wrapper(*arguments: Any) -> Any:
+            calls.append((call.__name__, arguments[which].nbytes))
+            return call(*arguments)
 
         return wrapper
 
     before = dist.all_reduce, dist.all_gather
     dist.all_reduce, dist.all_gather = counted(before[0], 0), counted(before[1], 1)
     try:
-        yield sizes
+        yield calls
     finally:
         dist.all_reduce, dist.all_gather = before
 
@@ -187,9 +188,22 @@ def traffic(sparse: bool, rows: int, trainable: int, ids: int) -> int:
     ignore_in_ddp(table)
     optimizer = adamw(table)
     table(torch.arange(ids)).square().sum().backward()
-    with counting() as sizes:
+    with counting() as calls:
         average_gradients(optimizer)
-    return sum(sizes)
+    return sum(size for _, size in calls)
+
+
+def of_many(ids: Callable[[int], list[int]]) -> Any:
+    """The gradient of each process, their mean, and how it was made."""
+    table = PartialEmbedding(V, D, trainable_rows=range(20))
+    ignore_in_ddp(table)
+    optimizer = rowwise(torch.optim.SGD(table.parameters(), lr=0.1), table)
+    rank = dist.get_rank()
+    ((2 + rank) * table(torch.tensor(ids(rank))).square()).sum().backward()
+    own = table.weight.grad.to_dense().clone()
+    with counting() as calls:
+        average_gradients(optimizer)
+    return {"own": own, "mean": table.weight.grad.to_dense(), "last": calls[-1][0]}
 
 
 def all_traffic() -> Any:
@@ -243,7 +257,7 @@ def wrapped_again() -> Any:
     }
 
 
-CASES: dict[str, Callable[[], Any]] = {
+OF_TWO: dict[str, Callable[[], Any]] = {
     "dense": beside_ddp(sparse=False),
     "sparse": beside_ddp(),
     "sparse_lazy": beside_ddp(lazy=True),
@@ -271,11 +285,18 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
+OF_THREE: dict[str, Callable[[], Any]] = {
+    "same_ids": lambda: of_many(lambda rank: [3, 1, 3, 19, 25]),
+    "other_ids": lambda: of_many(lambda rank: [3, *range(7 * rank, 5 * rank + 5)]),
+}
+CASES = {2: OF_TWO, 3: OF_THREE}
+
+
 if __name__ == "__main__":
-    folder, own_rank = Path(sys.argv[1]), int(sys.argv[2])
+    folder, own_rank, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=own_rank, world_size=2)
-    for name, case in CASES.items():
+    store = dist.FileStore(str(folder / "store"), number)
+    dist.init_process_group("gloo", store=store, rank=own_rank, world_size=number)
+    for name, case in CASES[number].items():
         torch.save(case(), folder / f"{name}-{own_rank}.pt")
     dist.destroy_process_group()
