@@ -33,7 +33,10 @@ class RowUnfreezing(Callback):
     it is, with a plain optimizer over `self.parameters()`. Rows may change at the start of an epoch
     and, where a schedule moves within epochs, with any optimizer step; a stage that waits for a
     metric sees what each validation logged, and starts with the next batch. The progress bar shows
-    the stage and the rows awake.
+    the stage and the rows awake. Steps are counted as Lightning counts them, in manual optimization
+    those of every optimizer.
+
+    Under DDP, processes send each other the rows that trained, and not the table.
 
     A run that is stopped and resumed from a checkpoint goes on where the schedule stood. A schedule
     that was changed in between is told of line by line, and refused if other rows would train
