@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from partial_embedding.errors import InputError
-from partial_embedding.report import (
-    StageReport,
-    audit_line,
-    place_text,
-    resumed_lines,
-    stage_line,
-    table_line,
-)
-from partial_embedding.rows import Rows
-from partial_embedding.schedule import Moment, Position, Schedule
+from partial_embedding.schedule import Moment, Pace, Position, Schedule
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.rowwise import Rowwise
 from partial_embedding.tensorflow.tables import tables_in
+from partial_embedding.unfreezing import BaseScheduledTables, Say
 from partial_embedding.vocabulary import Ids, Vocabulary
-
-Say = Callable[[str], Any]
 
 # More steps than a run has, where the length of an epoch is not known.
 _NEVER = 1 << 40
 
 
-class ScheduledTables:
+class ScheduledTables(BaseScheduledTables[PartialEmbedding]):
     """The tables of a model that follow schedules.
 
     Every stage is resolved when this is made, so that a schedule that does not fit is refused
@@ -53,10 +42,11 @@ class ScheduledTables:
         >>> model = keras.Sequential([PartialEmbedding(10, 4, reserve_rows="all", name="words")])
         >>> schedule = Schedule([{"epoch": 0, "rows": [2]}, {"epoch": 3, "rows": "all"}])
         >>> tables = ScheduledTables(model, {None: schedule}, say=print)
-        >>> tables.move_to(Position(epoch=0))
+        >>> begun = tables.move_to(Position(epoch=0))
         words: 1 of 10 rows train (4 of 40 parameters), 0 parameters elsewhere
         words: stage 0 from epoch 0: 1 rows train, 10.0 % of the table
         >>> tables.move_to(Position(epoch=1))
+        False
         >>> model.layers[0].trainable_rows
         array([2])
     """
@@ -70,65 +60,8 @@ class ScheduledTables:
         say: Say = lambda line: None,
     ) -> None:
         self.model = model
-        self.schedules = schedules
-        self.vocabulary = vocabulary
-        self.audit = audit
-        self.say = say
-        self.reports: list[StageReport] = []
-        self.tables = self._find()
-        self._moments: dict[str, Moment] = {}
-        self._audits: dict[str, FrozenRowAudit] = {}
-        # How many rows were frozen when the stage began.
-        self._frozen: dict[str, int] = {}
-        for name in self.tables:
-            self._check(name)
+        super().__init__(_all_tables(model), schedules, vocabulary, audit, say, FrozenRowAudit)
         self._check_paces()
-
-    def _find(self) -> dict[str, PartialEmbedding]:
-        tables = tables_in(self.model)
-        if not tables:
-            raise InputError(
-                "RowUnfreezing needs a PartialEmbedding in the model. Received a "
-                f"{type(self.model).__name__} without one. Replace its Embedding, for example by "
-                "PartialEmbedding.from_layer."
-            )
-        if unknown := [name for name in self.schedules if name not in (None, *tables)]:
-            raise InputError(
-                f"schedules are named after the model's tables, {sorted(tables)}. "
-                f"Received: {unknown[0]!r}."
-            )
-        if None in self.schedules:
-            return tables
-        return {name: table for name, table in tables.items() if name in self.schedules}
-
-    def schedule_of(self, name: str) -> Schedule:
-        """The schedule of a table.
-
-        Args:
-            name: The name of its layer.
-        """
-        return self.schedules[name if name in self.schedules else None]
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The metrics that stages of these tables wait for, each once."""
-        schedules = [self.schedule_of(name) for name in self.tables]
-        return tuple(dict.fromkeys(metric for one in schedules for metric in one.metrics))
-
-    # Before the first step
-
-    def _check(self, name: str) -> None:
-        """Refuse rows that the table does not have or did not reserve."""
-        schedule, layer = self.schedule_of(name), self.tables[name]
-        for i, stage in enumerate(schedule.stages):
-            moments = [Moment(i)]
-            if stage.growth is not None:
-                moments.append(Moment(i - 1, part=1, parts=2))
-            for moment in moments:
-                try:
-                    layer.check_trainable_rows(self._resolve(name, schedule.rows_at(moment)))
-                except InputError as error:
-                    raise InputError(f"{name}: stages[{i}].rows: {error}") from None
 
     def _check_paces(self) -> None:
         paced = [
@@ -156,68 +89,6 @@ class ScheduledTables:
             # Keras builds an optimizer only while it traces the first step.
             self.model.optimizer.build(self.model.trainable_variables)
 
-    # Moving with the schedule
-
-    def go_on(
-        self, saved: Mapping[str | None, Schedule], before: Position, total_steps: int | None
-    ) -> None:
-        """Tell how the schedules were changed since a backup.
-
-        Args:
-            saved: The schedules of the backup, by table.
-            before: Where its rows were set last.
-            total_steps: Optimizer steps of the run as it is now, where they are known.
-
-        Raises:
-            InputError: Other rows train there now.
-        """
-        now = replace(before, total_steps=total_steps)
-        for name in self.tables:
-            then = saved.get(name if name in saved else None)
-            if then is not None:
-                resolve = partial(self._resolve, name)
-                schedule = self.schedule_of(name)
-                for line in resumed_lines(name, then, schedule, before, now, resolve):
-                    self.say(line)
-
-    def _resolve(self, name: str, rows: Rows) -> Ids:
-        return rows.resolve(self.tables[name].input_dim, self.vocabulary)
-
-    def move_to(self, position: Position) -> None:
-        """Set the rows of a position, and tell and audit where others than before train.
-
-        Args:
-            position: Where training stands.
-
-        Raises:
-            FrozenRowsMoved: A row that was frozen changed a bit.
-        """
-        is_first = not self._moments
-        for name in self.tables:
-            moment = self.schedule_of(name).moment(position)
-            if self._moments.get(name) != moment:
-                self._begin(name, moment, position, is_first)
-
-    def _begin(self, name: str, moment: Moment, position: Position, is_first: bool) -> None:
-        layer, schedule = self.tables[name], self.schedule_of(name)
-        before = self._moments.get(name)
-        goes_on = before is not None and before._replace(part=0) == moment._replace(part=0)
-        if goes_on and (audit := self._audits.get(name)) is not None:
-            audit.check(position.step)
-        elif not goes_on:
-            self._close(name, position.step)
-        ids = self._resolve(name, schedule.rows_at(moment))
-        layer.set_trainable_rows(ids, pace=schedule.pace_at(moment))
-        self._moments[name] = moment
-        if self.audit:
-            self._audits[name] = FrozenRowAudit(layer, name)
-            frozen = int(self._audits[name].frozen.size)
-            self._frozen[name] = self._frozen.get(name, frozen) if goes_on else frozen
-        if is_first:
-            self._tell_size(name, layer)
-        place, live = place_text(schedule, position), layer.trainable_rows
-        self.say(stage_line(name, place, live, layer.input_dim, self.vocabulary))
-
     def next_change(self, position: Position, steps: int | None) -> int:
         """The step at which rows may change next, while neither the epoch nor what was seen does.
 
@@ -228,53 +99,45 @@ class ScheduledTables:
         Returns:
             A step beyond the position's; one that is out of reach if no rows change.
         """
-        schedules = [self.schedule_of(name) for name in self.tables]
         end = position.step + steps if steps is not None else _NEVER
         changes = [
             _next_change(schedule, position, end)
-            for schedule in schedules
+            for schedule in self._followed
             if schedule.moves_within_epochs
         ]
         return min(changes, default=_NEVER)
 
-    def audit_now(self, step: int) -> None:
-        """Compare the bits of frozen rows.
+    # What Keras does in its own way
 
-        Args:
-            step: Optimizer steps completed, for the message.
+    def _shape(self, table: PartialEmbedding) -> tuple[int, int]:
+        return table.input_dim, table.output_dim
 
-        Raises:
-            FrozenRowsMoved: A frozen row changed a bit.
-        """
-        for audit in self._audits.values():
-            audit.check(step)
+    def _trainable(self, table: PartialEmbedding) -> Ids:
+        return table.trainable_rows
 
-    def finish(self, step: int) -> None:
-        """Close the last stage, and tell what the audit found.
+    def _ids_at(self, name: str, moment: Moment) -> Ids:
+        return self.tables[name].check_trainable_rows(super()._ids_at(name, moment))
 
-        Args:
-            step: Optimizer steps completed.
+    def _train(self, table: PartialEmbedding, ids: Ids, pace: Pace) -> None:
+        table.set_trainable_rows(ids, pace=pace)
+        if table.name not in self._moments:
+            self._tell_size(table.name)
 
-        Raises:
-            FrozenRowsMoved: A frozen row changed a bit.
-        """
-        for name in self.tables:
-            self._close(name, step)
-        if self.reports:
-            self.say(audit_line(self.reports))
-
-    def _close(self, name: str, step: int) -> None:
-        if (audit := self._audits.pop(name, None)) is not None:
-            audit.check(step)
-            self.reports.append(StageReport(name, self._moments[name].stage, self._frozen[name], 0))
-
-    def _tell_size(self, name: str, layer: PartialEmbedding) -> None:
+    def _parameters_elsewhere(self) -> int:
         own = {id(v) for table in self.tables.values() for v in table.trainable_variables}
-        elsewhere = sum(
-            int(np.prod(v.shape)) for v in self.model.trainable_variables if id(v) not in own
+        others = (v for v in self.model.trainable_variables if id(v) not in own)
+        return sum(int(np.prod(v.shape)) for v in others)
+
+
+def _all_tables(model: Any) -> dict[str, PartialEmbedding]:
+    tables = tables_in(model)
+    if not tables:
+        raise InputError(
+            "RowUnfreezing needs a PartialEmbedding in the model. Received a "
+            f"{type(model).__name__} without one. Replace its Embedding, for example by "
+            "PartialEmbedding.from_layer."
         )
-        trainable = layer.trainable_rows.size
-        self.say(table_line(name, trainable, layer.input_dim, layer.output_dim, elsewhere))
+    return tables
 
 
 def _next_change(schedule: Schedule, position: Position, end: int) -> int:

@@ -5,34 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
-from partial_embedding.report import (
-    StageReport,
-    audit_line,
-    place_text,
-    resumed_lines,
-    stage_line,
-    table_line,
-)
-from partial_embedding.rows import Rows
-from partial_embedding.schedule import Moment, Position, Schedule, Seen
+from partial_embedding.schedule import Pace, Position, Schedule, Seen
 from partial_embedding.torch.agreement import check_agreement
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.ddp import check_backend
 from partial_embedding.torch.rowwise import prepared, rowwise
 from partial_embedding.torch.table import PartialTable, tables_in
+from partial_embedding.unfreezing import BaseScheduledTables, Say
 from partial_embedding.vocabulary import Ids, Vocabulary
 
-Say = Callable[[str], Any]
 
-
-class ScheduledTables:
+class ScheduledTables(BaseScheduledTables[PartialTable]):
     """The tables of a model that follow schedules.
 
     Every stage is resolved when this is made, so that a schedule that does not fit is refused
@@ -75,68 +64,14 @@ class ScheduledTables:
         total_steps: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self.model = model
-        self.schedules = schedules
-        self.vocabulary = vocabulary
-        self.audit = audit
-        self.say = say
-        self.reports: list[StageReport] = []
-        self.tables = self._find()
-        followed = [self.schedule_of(name) for name in self.tables]
-        self.metrics = tuple(dict.fromkeys(metric for one in followed for metric in one.metrics))
-        asks = any("share" in schedule.units for schedule in followed)
+        super().__init__(_all_tables(model), schedules, vocabulary, audit, say, FrozenRowAudit)
+        asks = any("share" in schedule.units for schedule in self._followed)
         self.total_steps = _length(total_steps) if asks else None
-        self._within_epochs = any(schedule.moves_within_epochs for schedule in followed)
+        self._within_epochs = any(schedule.moves_within_epochs for schedule in self._followed)
         self.position = Position()
         self.seen: tuple[Seen, ...] = ()
         self._advanced: tuple[int, ...] | None = None
-        self._moments: dict[str, Moment] = {}
-        self._audits: dict[str, FrozenRowAudit] = {}
-        self._frozen: dict[str, int] = {}
         self._audited_step = 0
-        for name in self.tables:
-            self._check_stages(name)
-
-    def _find(self) -> dict[str, PartialTable]:
-        tables = dict(tables_in(self.model))
-        if not tables:
-            raise InputError(
-                "unfreezing rows needs a PartialEmbedding in the model. Received a "
-                f"{type(self.model).__name__} without one. Replace its nn.Embedding."
-            )
-        if unknown := [name for name in self.schedules if name not in (None, *tables)]:
-            raise InputError(
-                f"schedules are named after the model's tables, {sorted(tables)}. "
-                f"Received: {unknown[0]!r}."
-            )
-        if None in self.schedules:
-            return tables
-        return {name: table for name, table in tables.items() if name in self.schedules}
-
-    def schedule_of(self, name: str) -> Schedule:
-        """The schedule of a table.
-
-        Args:
-            name: The table's name.
-        """
-        return self.schedules[name if name in self.schedules else None]
-
-    def _check_stages(self, name: str) -> None:
-        schedule = self.schedule_of(name)
-        for i, stage in enumerate(schedule.stages):
-            moments = [Moment(i)]
-            if stage.growth is not None:
-                moments.append(Moment(i - 1, part=1, parts=2))
-            for moment in moments:
-                try:
-                    self._ids_at(name, moment)
-                except InputError as error:
-                    raise InputError(f"{name}: stages[{i}].rows: {error}") from None
-
-    def _ids_at(self, name: str, moment: Moment) -> Ids:
-        return self._resolve(name, self.schedule_of(name).rows_at(moment))
-
-    def _resolve(self, name: str, rows: Rows) -> Ids:
-        return rows.resolve(self.tables[name].weight.shape[0], self.vocabulary)
 
     # Optimizers
 
@@ -240,31 +175,10 @@ class ScheduledTables:
             InputError: Processes disagree about the rows.
         """
         self.position = position
-        moments = self._moments_at(position)
-        begun = [name for name, moment in moments.items() if moment != self._moments.get(name)]
-        for name in begun:
-            self._begin(name, moments[name], position)
+        begun = super().move_to(position)
         if begun:
-            check_agreement(self.tables, moments)
-        return bool(begun)
-
-    def _begin(self, name: str, moment: Moment, position: Position) -> None:
-        table, schedule = self.tables[name], self.schedule_of(name)
-        before = self._moments.get(name)
-        goes_on = before is not None and before._replace(part=0) == moment._replace(part=0)
-        if goes_on and (audit := self._audits.get(name)) is not None:
-            audit.check(position.step)
-        elif not goes_on:
-            self._close(name, position.step)
-        table.set_trainable_ids(self._ids_at(name, moment), schedule.pace_at(moment))
-        self._moments[name] = moment
-        if self.audit:
-            self._audits[name] = FrozenRowAudit(table, name)
-            frozen = len(self._audits[name].frozen)
-            self._frozen[name] = self._frozen.get(name, frozen) if goes_on else frozen
-        ids, num_rows = table.row_set.ids.cpu().numpy(), table.weight.shape[0]
-        place = place_text(schedule, position)
-        self.say(stage_line(name, place, ids, num_rows, self.vocabulary))
+            check_agreement(self.tables, self._moments)
+        return begun
 
     def observe(self, epoch: int, step: int, logged: Mapping[str, Any]) -> None:
         """Take what a validation measured, for stages that wait for a metric.
@@ -293,9 +207,6 @@ class ScheduledTables:
                     f"{sorted(logged)}. Log it in validation, or name another one."
                 )
         self.seen = seen
-
-    def _moments_at(self, position: Position) -> dict[str, Moment]:
-        return {name: self.schedule_of(name).moment(position) for name in self.tables}
 
     @property
     def bar(self) -> dict[str, str]:
@@ -329,16 +240,9 @@ class ScheduledTables:
         position = Position.from_state(state["position"])
         acted_on = position.seen[: state.get("acted_on")]
         before = replace(position, seen=acted_on)
-        now = replace(before, total_steps=self.total_steps)
         saved = {one["table"]: Schedule.parse(one["schedule"]) for one in state["schedules"]}
-        for name in self.tables:
-            then = saved.get(name if name in saved else None)
-            if then is not None:
-                resolve = partial(self._resolve, name)
-                schedule = self.schedule_of(name)
-                for line in resumed_lines(name, then, schedule, before, now, resolve):
-                    self.say(line)
-        self.place(now)
+        self.go_on(saved, before, self.total_steps)
+        self.place(replace(before, total_steps=self.total_steps))
         self.seen = position.seen
 
     # Audit
@@ -356,38 +260,40 @@ class ScheduledTables:
         if self.audit is True or not self.audit or step - self._audited_step < self.audit:
             return
         self._audited_step = step
-        for audit in self._audits.values():
-            audit.check(step)
-
-    def finish(self, step: int) -> None:
-        """Close the last stage, and tell what the audit found.
-
-        Args:
-            step: Optimizer steps completed.
-
-        Raises:
-            FrozenRowsMoved: A frozen row changed a bit.
-        """
-        for name in self.tables:
-            self._close(name, step)
-        if self.reports:
-            self.say(audit_line(self.reports))
-
-    def _close(self, name: str, step: int) -> None:
-        audit = self._audits.pop(name, None)
-        if audit is not None:
-            audit.check(step)
-            self.reports.append(StageReport(name, self._moments[name].stage, self._frozen[name], 0))
+        self.audit_now(step)
 
     def tell_sizes(self) -> None:
         """Tell how many parameters really train, which a model summary cannot know."""
+        for name in self.tables:
+            self._tell_size(name)
+
+    # What torch does in its own way
+
+    def _shape(self, table: PartialTable) -> tuple[int, int]:
+        num_rows, width = table.weight.shape
+        return num_rows, width
+
+    def _trainable(self, table: PartialTable) -> Ids:
+        ids: Ids = table.row_set.ids.cpu().numpy()
+        return ids
+
+    def _train(self, table: PartialTable, ids: Ids, pace: Pace) -> None:
+        table.set_trainable_ids(ids, pace)
+
+    def _parameters_elsewhere(self) -> int:
         own = {id(table.weight) for table in self.tables.values()}
-        elsewhere = sum(
-            p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in own
+        others = (p for p in self.model.parameters() if p.requires_grad and id(p) not in own)
+        return sum(p.numel() for p in others)
+
+
+def _all_tables(model: nn.Module) -> dict[str, PartialTable]:
+    tables = dict(tables_in(model))
+    if not tables:
+        raise InputError(
+            "unfreezing rows needs a PartialEmbedding in the model. Received a "
+            f"{type(model).__name__} without one. Replace its nn.Embedding."
         )
-        for name, table in self.tables.items():
-            rows, width = table.weight.shape
-            self.say(table_line(name, len(table.row_set), rows, width, elsewhere))
+    return tables
 
 
 def _length(total_steps: Callable[[], float]) -> int:
