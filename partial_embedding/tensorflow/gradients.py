@@ -178,7 +178,7 @@ def subtract_from_rows(variable: Any, rows: object, values: Any) -> None:
 def _write(variable: Any, rows: object, values: Any, method: str) -> None:
     native = variable.value if isinstance(variable, keras.Variable) else variable
     num_rows, width = native.shape
-    ids = Rows.parse(rows).resolve(num_rows)
+    ids = _ids(rows, num_rows)
     values = tf.broadcast_to(tf.cast(values, native.dtype), (ids.size, width))
     getattr(native, method)(tf.IndexedSlices(values, tf.constant(ids)))
 

@@ -46,14 +46,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
+def rows_that_differ(a: Tensor, b: Tensor) -> list[int]:
+    """The rows that are not the same bit for bit; of a vector, its entries."""
+    return (bits(a) != bits(b)).reshape(len(a), -1).any(1).nonzero().flatten().tolist()
+
+
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
     """Fail with the rows that differ and by how much."""
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, what
     if same_bits(actual, expected):
         return
-    differs = (bits(actual) != bits(expected)).reshape(len(actual), -1).any(1)
-    rows = differs.nonzero().flatten().tolist()
+    rows = rows_that_differ(actual, expected)
     gap = (actual.detach().double() - expected.detach().double()).abs()[rows].max()
     raise AssertionError(f"{what}: rows {rows} differ, by {gap.item():.3g} at most")
 

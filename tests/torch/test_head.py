@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_same_bits, same_bits
+from oracle import assert_same_bits, rows_that_differ, same_bits
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
@@ -61,10 +61,6 @@ def pair(bias: bool = True, sparse: bool = True) -> tuple[nn.Linear, PartialLine
 
 def features(*shape: int, seed: int = 2) -> Tensor:
     return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed))
-
-
-def moved_rows(before: Tensor, after: Tensor) -> list[int]:
-    return (before != after).view(len(before), -1).any(1).nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
@@ -146,7 +142,7 @@ def test_only_trainable_rows_of_head_and_bias_move(optimizer: str, bias: bool) -
     for _ in range(3):
         made.step(closure)
     for name, value in head.state_dict().items():
-        assert moved_rows(before[name], value) == ROWS, name
+        assert rows_that_differ(before[name], value) == ROWS, name
         assert_same_bits(value[FROZEN], before[name][FROZEN], name)
 
 
@@ -306,7 +302,7 @@ def test_a_compiled_head_has_no_graph_break_and_follows_its_rows(sparse: bool) -
         head.zero_grad()
         assert_same_bits(compiled(features(3, 4)), head(features(3, 4)), "scores")
         compiled(features(3, 4)).square().sum().backward()
-        assert moved_rows(torch.zeros(V, D), head.weight.grad.to_dense()) == rows
+        assert rows_that_differ(torch.zeros(V, D), head.weight.grad.to_dense()) == rows
         assert head.bias.grad.nonzero().flatten().tolist() == rows
 
 
@@ -325,7 +321,7 @@ def test_functional_calls_give_frozen_rows_no_gradient() -> None:
         return torch.func.functional_call(head, parameters, (features(3),)).square().sum()
 
     for name, grad in torch.func.grad(loss)(parameters).items():
-        assert moved_rows(torch.zeros_like(grad), grad) == ROWS, name
+        assert rows_that_differ(torch.zeros_like(grad), grad) == ROWS, name
 
 
 def test_second_derivatives_are_those_of_a_plain_head() -> None:

@@ -10,7 +10,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_same_bits, bits, same_bits  # noqa: E402
+from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
 from tiny_language_models import (  # noqa: E402
     FAMILIES,
     NEW,
@@ -23,6 +23,7 @@ from tiny_language_models import (  # noqa: E402
     inputs,
     language_model,
     tokenizer,
+    training_arguments,
 )
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
@@ -52,11 +53,6 @@ MODELS = pytest.mark.parametrize(
 )
 
 
-def changed(before: Tensor, after: Tensor) -> list[int]:
-    differs = bits(before).view(len(before), -1) != bits(after).view(len(after), -1)
-    return differs.any(1).nonzero().flatten().tolist()
-
-
 def only_tables_learn(model: nn.Module) -> None:
     of_tables = {
         id(p) for m in model.modules() if isinstance(m, PartialTable) for p in m.parameters()
@@ -80,15 +76,8 @@ def plain_loop(model: Any, words: Any, folder: Path) -> None:
 def hf_trainer(model: Any, words: Any, folder: Path) -> None:
     pytest.importorskip("accelerate")
     batch = {name: value[0] for name, value in inputs(words, NEW_TEXT).items()}
-    arguments = transformers.TrainingArguments(
-        str(folder / "trainer"),
-        max_steps=STEPS,
-        per_device_train_batch_size=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
+    arguments = training_arguments(
+        folder / "trainer", max_steps=STEPS, per_device_train_batch_size=1
     )
     optimizer = rowwise(torch.optim.AdamW(model.parameters(), **ADAMW), model)
     transformers.Trainer(
@@ -115,6 +104,7 @@ def lightning(model: Any, words: Any, folder: Path) -> None:
     schedule = {"stages": [{"epoch": 0, "rows": NEW_ROWS}]}
     pl.Trainer(
         max_steps=STEPS,
+        default_root_dir=folder,  # where the monitor writes its record
         accelerator="cpu",
         gradient_clip_val=1.0,
         callbacks=[RowUnfreezing(schedule, audit=True), RowMonitor(picture=None)],
@@ -147,7 +137,7 @@ def test_only_the_new_rows_learn(family: str, tied: bool, loop: str, tmp_path: P
     model.eval()
     tables = {id(p) for _, table in _tables(model) for p in table.parameters()}
     for name, parameter in model.named_parameters():
-        moved = changed(before[name], parameter)
+        moved = rows_that_differ(before[name], parameter)
         assert moved == (NEW_ROWS if id(parameter) in tables else []), name
     assert model(**inputs(words, NEW_TEXT)).loss < loss
     after = model(**inputs(words, OLD_TEXT)).logits
@@ -179,17 +169,12 @@ def test_the_callback_follows_a_schedule_in_the_trainers_own_optimizer(
     head = model.get_output_embeddings()
     before = copy.deepcopy(head.state_dict())
     batch = {name: value[0] for name, value in inputs(words, NEW_TEXT).items()}
-    arguments = transformers.TrainingArguments(
-        str(tmp_path),
+    arguments = training_arguments(
+        tmp_path,
         num_train_epochs=2,
         per_device_train_batch_size=1,
         learning_rate=0.05,
         weight_decay=0.1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
     )
     stages = [{"epoch": 0, "rows": NEW_ROWS}, {"epoch": 1, "rows": [3, *NEW_ROWS]}]
     transformers.Trainer(
@@ -199,7 +184,7 @@ def test_the_callback_follows_a_schedule_in_the_trainers_own_optimizer(
         callbacks=[RowUnfreezing({"stages": stages}, audit=True)],
     ).train()
     for name, value in head.state_dict().items():
-        assert changed(before[name], value) == [3, *NEW_ROWS], name
+        assert rows_that_differ(before[name], value) == [3, *NEW_ROWS], name
     tables = 1 if tied else 2
     assert capsys.readouterr().out.count("stage 1 from epoch 1: 3 rows train") == tables
 
@@ -321,7 +306,7 @@ def test_lora_on_other_layers_learns_in_the_same_optimizer(family: str) -> None:
         adapted(**inputs(words, NEW_TEXT)).loss.backward()
         optimizer.step()
     for name, parameter in adapted.named_parameters():
-        moved = changed(before[name], parameter)
+        moved = rows_that_differ(before[name], parameter)
         if parameter is model.get_input_embeddings().weight:
             assert moved == NEW_ROWS
         else:
@@ -340,7 +325,7 @@ def test_accelerate_trains_the_new_rows_alone() -> None:
         optimizer.zero_grad()
         accelerator.backward(prepared(**inputs(words, NEW_TEXT)).loss)
         optimizer.step()
-    assert changed(before, model.lm_head.weight) == NEW_ROWS
+    assert rows_that_differ(before, model.lm_head.weight) == NEW_ROWS
 
 
 # What is refused leaves model and tokenizer as they were

@@ -1,5 +1,6 @@
 """Tiny random language models of `transformers`, and a tokenizer, without a download."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,20 +27,25 @@ def tokenizer() -> Any:
     )
 
 
+SPECIAL_TOKENS = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    **SPECIAL_TOKENS,
+}
+
+
 def bert(tied: bool) -> Config:
     return transformers.BertConfig(
-        vocab_size=V,
-        hidden_size=D,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
+        **SIZES,
         is_decoder=True,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         tie_word_embeddings=tied,
-        bos_token_id=2,
-        eos_token_id=2,
     )
 
 
@@ -54,25 +60,12 @@ def gpt2(tied: bool) -> Config:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         tie_word_embeddings=tied,
-        bos_token_id=2,
-        eos_token_id=2,
-        pad_token_id=0,
+        **SPECIAL_TOKENS,
     )
 
 
 def llama(tied: bool) -> Config:
-    return transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=D,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-        bos_token_id=2,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    return transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied)
 
 
 def t5(tied: bool) -> Config:
@@ -93,18 +86,7 @@ def t5(tied: bool) -> Config:
 
 def gemma3(tied: bool) -> Config:
     return transformers.Gemma3TextConfig(
-        vocab_size=V,
-        hidden_size=D,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-        bos_token_id=2,
-        eos_token_id=2,
-        pad_token_id=0,
+        **SIZES, num_key_value_heads=1, head_dim=4, tie_word_embeddings=tied
     )
 
 
@@ -130,3 +112,15 @@ def language_model(family: str, tied: bool = True) -> Any:
 def inputs(tokenizer: Any, text: str) -> dict[str, Tensor]:
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     return {"input_ids": ids, "labels": ids}
+
+
+def training_arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
+    """Arguments of a Trainer that only trains: on the CPU, without saving and logging."""
+    quiet: dict[str, Any] = {
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
+    return transformers.TrainingArguments(str(folder), **{**quiet, **options})

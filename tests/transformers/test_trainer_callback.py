@@ -10,6 +10,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch  # noqa: E402  # after the packages that may be missing
+from oracle import rows_that_differ  # noqa: E402
+from tiny_language_models import training_arguments  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from partial_embedding import InputError  # noqa: E402
@@ -45,12 +47,8 @@ def train(
         "weight_decay": 0.1,
         "learning_rate": 1e-2,
         "save_strategy": "epoch",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_strategy": "no",
     }
-    arguments = transformers.TrainingArguments(str(folder), **{**given, **options})
+    arguments = training_arguments(folder, **{**given, **options})
     examples = [{"input_ids": i, "labels": i} for i in ids]
     transformers.Trainer(
         model,
@@ -62,14 +60,9 @@ def train(
     return before, table.weight.detach().clone()
 
 
-def changed(before: Tensor, after: Tensor) -> list[int]:
-    differs = before.view(torch.int32) != after.view(torch.int32)
-    return differs.any(1).nonzero().flatten().tolist()
-
-
 def test_only_scheduled_rows_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = train(tmp_path)
-    assert changed(before, after) == list(range(10))
+    assert rows_that_differ(before, after) == list(range(10))
     printed = capsys.readouterr().out
     assert "stage 0 from epoch 0: 2 rows train" in printed
     assert "stage 1 from epoch 2: 10 rows train" in printed
@@ -80,7 +73,7 @@ def test_only_scheduled_rows_move(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, epoch: int) -> None:
     _, after = train(tmp_path)
     _, resumed = train(tmp_path, resume=tmp_path / f"checkpoint-{4 * epoch}")
-    assert not changed(after, resumed)
+    assert not rows_that_differ(after, resumed)
 
 
 def test_a_sparse_table_is_refused(tmp_path: Path) -> None:
@@ -143,7 +136,7 @@ def test_a_run_resumed_at_any_step_ends_where_the_uninterrupted_one_does(
     resumed = train(
         tmp_path / "again", tmp_path / f"checkpoint-{step}", schedule=MIXED, **EVERY_STEP
     )
-    assert not changed(after, resumed[1])
+    assert not rows_that_differ(after, resumed[1])
 
 
 def test_where_the_schedule_stands_is_in_the_trainers_state(tmp_path: Path) -> None:
@@ -185,7 +178,7 @@ def test_the_trainer_may_restore_the_schedule_itself(tmp_path: Path) -> None:
         restore_callback_states_from_checkpoint=True,
         **EVERY_STEP,
     )
-    assert not changed(after, resumed[1])
+    assert not rows_that_differ(after, resumed[1])
 
 
 def test_a_metric_that_is_not_evaluated_is_one_error(tmp_path: Path) -> None:
