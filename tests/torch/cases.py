@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
@@ -155,6 +156,24 @@ def case_of(name: str) -> Case:
     """The one case with this id."""
     (found,) = [case for case in CASES if case.id == name]
     return found
+
+
+def by_id(case: Case) -> str:
+    return case.id
+
+
+# For tests that would take too long over every case.
+MANY = [case for case in CASES if case.implementation in ("", "fused")]
+FEW = [
+    case_of(name)
+    for name in (
+        "AdamW-weight_decay=0.1-amsgrad",
+        "AdamW-weight_decay=0.1-fused",
+        "SGD-momentum=0.9-weight_decay=0.1",
+        "Adagrad-initial_accumulator_value=0.1-weight_decay=0.1",
+    )
+]
+SPARSE_AND_DENSE = pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 
 
 def can_run(case: Case, extra: dict[str, bool]) -> bool:

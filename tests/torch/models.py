@@ -9,10 +9,15 @@ from cases import Case
 from oracle import Oracle, assert_same_bits
 from torch import Tensor, nn
 
+from partial_embedding.torch import PartialEmbedding, rowwise
+
 V, D, CLASSES = 12, 5, 3
 
 # Rows that no scenario trains. The first three are looked up, the last one is not: it holds NaN.
 NEVER_TRAINED = (0, 5, 10, 11)
+# Rows that train in tests of something else than which rows do.
+ROWS = (1, 4, 6, 9)
+FROZEN = [row for row in range(V) if row not in ROWS]
 
 
 def starting_table(rows: int = V, dim: int = D, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,6 +99,10 @@ def batches(count: int = 8, *, quiet: int = 5, frozen_only: int = 3) -> list[Bat
     return made
 
 
+def quiet_at(*steps: int) -> list[Batch]:
+    return [Batch(None if i in steps else b.ids, b.seed) for i, b in enumerate(batches(quiet=-1))]
+
+
 def train(
     case: Case,
     model: Model,
@@ -128,6 +137,30 @@ def oracle_of(case: Case, model: Model, rows: Iterable[int], **options: Any) -> 
         one_history=case.one_history,
         **{"slicing": case.fused or not case.element_wise, "sparse": case.sparse_only} | options,
     )
+
+
+def partial_table(
+    rows: Any = ROWS, start: Tensor | None = None, **options: Any
+) -> PartialEmbedding:
+    start = starting_table() if start is None else start
+    rows = "none" if isinstance(rows, tuple) and not rows else rows
+    table = PartialEmbedding(*start.shape, dtype=start.dtype, trainable_rows=rows, **options)
+    with torch.no_grad():
+        table.weight.copy_(start)
+    return table
+
+
+def model_of(case: Case, table: nn.Module) -> Model:
+    return Model(table, bias=not case.matrices_only, sparse=case.sparse_only)
+
+
+def prepared(
+    case: Case, table: PartialEmbedding, **options: Any
+) -> tuple[Model, torch.optim.Optimizer, Oracle]:
+    """A model, its optimizer and its oracle."""
+    model = model_of(case, table)
+    optimizer = rowwise(case.make(model.parameters()), model)
+    return model, optimizer, oracle_of(case, model, table.trainable_rows.tolist(), **options)
 
 
 def assert_same_model(model: Model, oracle: Oracle, when: str) -> None:

@@ -2,11 +2,11 @@
 
 import struct
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from oracle import assert_same_bits
+from small_tables import FROZEN, ROWS, D, V, table_of
 from torch import Tensor, nn
 
 from partial_embedding.errors import FrozenRowsMoved
@@ -14,16 +14,8 @@ from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, rowwi
 from partial_embedding.torch import audit as audit_module
 from partial_embedding.torch.audit import FrozenRowAudit, fingerprints
 
-V, D = 7, 3
-ROWS = [1, 4]
-FROZEN = [0, 2, 3, 5, 6]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OF_EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def table_of(rows: Any = ROWS, dtype: torch.dtype = torch.float32) -> PartialEmbedding:
-    start = torch.randn(V, D, generator=torch.Generator().manual_seed(5)).to(dtype)
-    return PartialEmbedding.from_pretrained(start, trainable_rows=rows)
 
 
 def bytes_of(table: nn.Module) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import SPARSE_AND_DENSE
 from oracle import assert_same_bits, same_bits
 from torch import Tensor, nn
 
@@ -149,7 +150,7 @@ def test_bags_with_frozen_rows_in_them_train_as_a_plain_bag_that_is_put_back(
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@SPARSE_AND_DENSE
 @pytest.mark.parametrize("padding", [2, -1])
 def test_padding_row_stays_out_of_bags_and_training(mode: str, sparse: bool, padding: int) -> None:
     bags = bags_of("all", mode=mode, sparse=sparse, padding_idx=padding)
@@ -174,7 +175,7 @@ def norms(weight: Tensor, norm_type: float) -> Tensor:
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0], ids=["norm_1", "norm_2"])
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@SPARSE_AND_DENSE
 def test_max_norm_scales_trainable_rows_alone(sparse: bool, norm_type: float) -> None:
     limit = 0.5
     assert norms(vectors(), norm_type).min() > limit

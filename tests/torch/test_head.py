@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import SPARSE_AND_DENSE
 from oracle import assert_same_bits, rows_that_differ, same_bits
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -64,7 +65,7 @@ def features(*shape: int, seed: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@SPARSE_AND_DENSE
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4), (0, 3)], ids=str)
 def test_scores_and_gradients_are_those_of_a_plain_head(
@@ -292,7 +293,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
         assert_same_bits(checkpointed, plain, "a gradient")
 
 
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@SPARSE_AND_DENSE
 def test_a_compiled_head_has_no_graph_break_and_follows_its_rows(sparse: bool) -> None:
     torch._dynamo.reset()
     _, head = pair(sparse=sparse)
@@ -349,7 +350,7 @@ def test_a_frozen_head_learns_nothing() -> None:
     assert same_bits(head.weight, before)
 
 
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@SPARSE_AND_DENSE
 def test_a_sparse_head_that_is_not_tied_is_refused_among_several_processes(sparse: bool) -> None:
     model = nn.ModuleDict({"head": pair(sparse=sparse)[1], "tied": Tied()})
     schedule = Schedule([{"epoch": 0, "rows": [1]}])

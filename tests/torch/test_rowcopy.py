@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import SPARSE_AND_DENSE
 from oracle import assert_same_bits, same_bits
 from torch import Tensor, nn
 
@@ -166,7 +167,7 @@ def trained(way: str, rows: Tensor, sparse: bool) -> tuple[Tensor, Tensor]:
     return table.weight, alone.weight
 
 
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@SPARSE_AND_DENSE
 @pytest.mark.parametrize("rows", [SCATTERED, TOGETHER], ids=["scattered", "together"])
 @pytest.mark.parametrize("way", ["plain", "keeps", "replaces"])
 def test_memory_that_is_shared_or_used_again_changes_no_bit(

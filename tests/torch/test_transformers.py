@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 import torch  # noqa: E402  # after the packages that may be missing
+from cases import SPARSE_AND_DENSE  # noqa: E402
 from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
 from tiny_language_models import V, language_model, training_arguments  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -417,7 +418,7 @@ def test_trainer_resumes_where_it_stopped(tmp_path: Path) -> None:
     assert_same_bits(table_of(resumed).weight, table_of(whole).weight, "the weight")
 
 
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@SPARSE_AND_DENSE
 def test_accelerate_prepares_a_rowwise_optimizer(sparse: bool) -> None:
     accelerate = pytest.importorskip("accelerate")
     _, partial = models("Llama", False)

@@ -1,0 +1,197 @@
+"""Rows that are malformed, or that fit no such table or vocabulary."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from partial_embedding import InputError, Rows, Vocabulary
+from partial_embedding.growth import Growth
+
+V = 12
+TOKENS = tuple(f"w{i}" for i in range(V))
+VOCABULARY = Vocabulary(TOKENS, [1] * V, [2], np.eye(V, dtype=np.float32))
+
+# What is malformed whatever the table, and what of it the message must show.
+MALFORMED: dict[str, tuple[Any, str]] = {
+    "unknown_word": ("everything", "'everything'"),
+    "empty_word": ("", "''"),
+    "word_that_needs_an_argument": ("ids", "None"),
+    "union_without_choices": ("union", "None"),
+    "unknown_kind": ({"rarest": 3}, "'rarest'"),
+    "two_kinds": ({"ids": [1], "range": [0, 2]}, "['ids', 'range']"),
+    "no_kind": ({}, "[]"),
+    "number": (7, "7"),
+    "nothing": (None, "None"),
+    "share_without_a_kind": (0.5, "0.5"),
+    "no_ids": ([], "[]"),
+    "no_numbers_in_an_array": (np.array([]), "[]"),
+    "id_twice": ([4, 9, 4], "4 twice"),
+    "id_twice_in_a_config": ({"ids": [9, 9]}, "9 twice"),
+    "negative_id": ([3, -1], "-1"),
+    "fractional_id": ([1.5, 2.5], "[1.5, 2.5]"),
+    "integral_floats": (np.array([1.0, 2.0]), "array([1., 2.])"),
+    "words_in_a_list": (["cat", "dog"], "['cat', 'dog']"),
+    "null_in_a_list": ([1, None], "[1, None]"),
+    "ragged_list": ([[1], [2, 3]], "[[1], [2, 3]]"),
+    "matrix_of_ids": ([[1, 2], [3, 4]], "[[1, 2], [3, 4]]"),
+    "bytes": (b"ab", "b'ab'"),
+    "scalar_array": (np.array(3), "array(3)"),
+    "matrix_mask": (np.ones((2, 3), np.bool_), "True"),
+    "ids_of_a_word": ({"ids": "all"}, "'all'"),
+    "ids_of_a_number": ({"ids": 5}, "5"),
+    "ids_that_are_a_mask": ({"ids": [True, False]}, "[True, False]"),
+    "mask_of_numbers": ({"mask": [1, 0, 1]}, "[1, 0, 1]"),
+    "empty_mask": ({"mask": []}, "[]"),
+    "range_of_one": ({"range": [3]}, "[3]"),
+    "range_of_four": ({"range": [0, 9, 1, 1]}, "[0, 9, 1, 1]"),
+    "range_of_fractions": ({"range": [0, 2.5]}, "[0, 2.5]"),
+    "range_of_truth": ({"range": [False, True]}, "[False, True]"),
+    "range_of_a_word": ({"range": "all"}, "'all'"),
+    "range_with_step_0": ({"range": [0, 9, 0]}, "[0, 9, 0]"),
+    "slice_of_words": (slice("a", "b"), "'a'"),
+    "argument_for_all": ({"all": 3}, "3"),
+    "argument_for_missing": ({"missing": ["a"]}, "['a']"),
+    "amount_zero": ({"most_frequent": 0}, "0"),
+    "amount_negative": ({"most_frequent": -2}, "-2"),
+    "share_zero": ({"most_frequent": 0.0}, "0.0"),
+    "share_above_one": ({"most_frequent": 1.5}, "1.5"),
+    "share_that_is_no_number": ({"most_frequent": float("nan")}, "nan"),
+    "amount_true": ({"most_frequent": True}, "True"),
+    "amount_in_words": ({"most_frequent": "half"}, "'half'"),
+    "amount_missing": ({"most_frequent": None}, "None"),
+    "min_count_zero": ({"min_count": 0}, "0"),
+    "min_count_as_share": ({"min_count": 0.5}, "0.5"),
+    "min_count_true": ({"min_count": True}, "True"),
+    "covering_in_percent": ({"covering": 90}, "90"),
+    "covering_nothing": ({"covering": 0.0}, "0.0"),
+    "covering_one_without_a_point": ({"covering": 1}, "Received: 1."),
+    "tokens_of_nothing": ({"tokens": []}, "[]"),
+    "tokens_that_are_numbers": ({"tokens": ["the", 7]}, "['the', 7]"),
+    "tokens_that_yaml_read_as_truth": ({"tokens": [True]}, "[True]"),
+    "tokens_in_a_mapping": ({"tokens": {"the": 1}}, "{'the': 1}"),
+    "tokens_of_a_number": ({"tokens": 7}, "7"),
+    "tokens_in_bytes": ({"tokens": b"the"}, "b'the'"),
+    "token_twice": ({"tokens": ["a", "b", "a"]}, "'a' twice"),
+    "pattern_unclosed": ({"matching": "(a"}, "'(a'"),
+    "pattern_of_a_number": ({"matching": 7}, "7"),
+    "pattern_of_bytes": ({"matching": b"a"}, "b'a'"),
+    "pattern_missing": ({"matching": None}, "None"),
+    "pattern_that_repeats_too_much": ({"matching": "a{99999999999}"}, "99999999999"),
+    # Its flags would be lost on the way through YAML.
+    "pattern_compiled": ({"matching": re.compile("a", re.IGNORECASE)}, "re.compile"),
+    "random_of_nothing": ({"random": None}, "None"),
+    "random_share_above_one": ({"random": 1.5}, "1.5"),
+    "random_negative_seed": ({"random": {"amount": 2, "seed": -1}}, "'seed': -1"),
+    "random_seed_in_words": ({"random": {"amount": 2, "seed": "x"}}, "'seed': 'x'"),
+    "random_unknown_key": ({"random": {"amount": 2, "sed": 1}}, "'sed': 1"),
+    "random_without_amount": ({"random": {"seed": 1}}, "None"),
+    "nearest_of_tokens": ({"nearest": ["a"]}, "['a']"),
+    "nearest_without_amount": ({"nearest": {"tokens": ["a"]}}, "{'tokens': ['a']}"),
+    "nearest_unknown_key": ({"nearest": {"tokens": "a", "amount": 1, "by": 2}}, "'by': 2"),
+    "nearest_malformed_amount": ({"nearest": {"tokens": "a", "amount": -3}}, "-3"),
+    "nearest_malformed_tokens": ({"nearest": {"tokens": [3], "amount": 3}}, "[3]"),
+    "ids_file_without_a_path": ({"ids_file": None}, "None"),
+    "ids_file_of_ids": ({"ids_file": [1, 2]}, "[1, 2]"),
+    "token_file_of_a_number": ({"token_file": 3}, "3"),
+    "grown_of_nothing": ({"grown": None}, "None"),
+    "grown_without_parts": ({"grown": {"from": "none", "to": "all"}}, "{'from': 'none'"),
+    "grown_beyond_all_parts": (
+        {"grown": {"from": "none", "to": "all", "growth": "linear", "part": 4, "parts": 3}},
+        "4 of 3",
+    ),
+    "grown_in_a_malformed_way": (
+        {"grown": {"from": "none", "to": "all", "growth": "fast", "part": 1, "parts": 3}},
+        "'fast'",
+    ),
+    "difference_of_nothing": ({"difference": []}, "[]"),
+    "union_of_nothing": ({"union": []}, "[]"),
+    "union_of_a_word": ({"union": "all"}, "'all'"),
+    "intersection_of_a_mapping": ({"intersection": {"ids": [1]}}, "{'ids': [1]}"),
+    "not_of_nothing": ({"not": None}, "None"),
+    "deep_inside": ({"not": {"union": ["all", {"intersection": [[4, 4]]}]}}, "4 twice"),
+}
+
+
+@pytest.mark.parametrize(("value", "received"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_rows_are_refused_with_what_was_received(value: Any, received: str) -> None:
+    with pytest.raises(InputError) as refused:
+        Rows.parse(value)
+    message = str(refused.value)
+    assert received in message
+    assert "\n" not in message
+
+
+# What is well formed but does not fit this table or this vocabulary.
+UNFITTING: dict[str, tuple[Any, Vocabulary | None, tuple[str, ...]]] = {
+    "id_beyond_the_table": ([3, V], None, ("[0, 12)", "Received: 12.")),
+    "id_far_beyond": ([10**12], None, ("[0, 12)", str(10**12))),
+    "short_mask": ([True] * (V - 1), None, ("12 rows", "Received: 11.")),
+    "long_mask": ([True] * (V + 1), None, ("12 rows", "Received: 13.")),
+    "range_beyond": ({"range": [0, V + 1]}, None, ("12 rows", "13")),
+    "range_too_far_back": (slice(-V - 1, None), None, ("12 rows", "-13")),
+    "missing_without_vocabulary": ("missing", None, ("missing", "no vocabulary")),
+    "frequent_without_vocabulary": ({"most_frequent": 2}, None, ("counts", "no vocabulary")),
+    "missing_unknown": ("missing", Vocabulary(VOCABULARY.tokens), ("missing", "without")),
+    "counts_unknown": (
+        {"most_frequent": 2},
+        Vocabulary(VOCABULARY.tokens, missing=[1]),
+        ("counts", "without"),
+    ),
+    "more_than_all": ({"most_frequent": V + 1}, VOCABULARY, ("12 rows", "13 of them")),
+    "less_frequent_than_all": ({"least_frequent": V + 1}, VOCABULARY, ("12 rows", "13 of them")),
+    "more_at_random_than_all": ({"random": V + 1}, None, ("12 rows", "13 of them")),
+    "more_near_than_all": (
+        {"nearest": {"tokens": "w1", "amount": V + 1}},
+        VOCABULARY,
+        ("12 rows", "13 of them"),
+    ),
+    "unknown_token": ({"tokens": ["w1", "the"]}, VOCABULARY, ("12", "'the'")),
+    "unknown_tokens": ({"tokens": ["a", "w1", "b", "c"]}, VOCABULARY, ("'a' and 2 more",)),
+    "near_to_an_unknown_token": (
+        {"nearest": {"tokens": "the", "amount": 1}},
+        VOCABULARY,
+        ("'the'",),
+    ),
+    "tokens_without_vocabulary": ({"tokens": ["w1"]}, None, ("tokens", "no vocabulary")),
+    "pattern_without_vocabulary": ({"matching": "w"}, None, ("tokens", "no vocabulary")),
+    "covering_without_counts": ({"covering": 0.5}, Vocabulary(TOKENS), ("counts", "without")),
+    "min_count_without_counts": ({"min_count": 5}, Vocabulary(TOKENS), ("counts", "without")),
+    "rare_without_counts": ({"least_frequent": 5}, Vocabulary(TOKENS), ("counts", "without")),
+    "near_without_vectors": (
+        {"nearest": {"tokens": "w1", "amount": 1}},
+        Vocabulary(TOKENS),
+        ("vectors", "without"),
+    ),
+    "covering_tokens_that_never_occur": (
+        {"covering": 0.5},
+        Vocabulary(TOKENS, counts=[0] * V),
+        ("counts that are all 0",),
+    ),
+    "grown_without_counts": (
+        {"grown": {"from": "none", "to": "all", "growth": "linear", "part": 1, "parts": 2}},
+        Vocabulary(TOKENS),
+        ("counts", "without"),
+    ),
+    "another_vocabulary": ("all", Vocabulary("abc"), ("3 tokens", "12 rows")),
+    "inside_a_union": ({"union": ["all", [V]]}, None, ("[0, 12)", "Received: 12.")),
+    "inside_a_complement": ({"not": [V]}, None, ("[0, 12)", "Received: 12.")),
+}
+
+
+@pytest.mark.parametrize(("value", "vocabulary", "named"), UNFITTING.values(), ids=UNFITTING)
+def test_rows_that_do_not_fit_are_refused_with_what_was_received(
+    value: Any, vocabulary: Vocabulary | None, named: tuple[str, ...]
+) -> None:
+    rows = Rows.parse(value)
+    with pytest.raises(InputError) as refused:
+        rows.resolve(V, vocabulary)
+    for part in named:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("part", [-1, 4, 1.5, True])
+def test_a_part_beyond_all_parts_is_refused(part: Any) -> None:
+    with pytest.raises(InputError, match=f"{part} of 3"):
+        Rows.grown(Rows.none(), Rows.all(), Growth(), part, 3)

@@ -1,0 +1,238 @@
+"""Schedules that are malformed, and what the refusal names."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from partial_embedding import InputError, Position, Rows, Schedule, Stage
+from partial_embedding.schedule import schedules_by_table
+
+STAGE_LIST = [{"epoch": 0, "rows": [4, 5]}, {"epoch": 2, "rows": "all"}]
+
+
+def after(**stage: Any) -> dict[str, Any]:
+    """A schedule whose second stage is this one."""
+    return {"stages": [STAGE_LIST[0], {"rows": "all", **stage}]}
+
+
+# What is malformed, and what the message must name: the place, and what was received.
+MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "no_mapping": (7, ("'stages'", "Received: 7")),
+    "nothing": (None, ("'stages'", "None")),
+    "list_of_stages": ([{"epoch": 0, "rows": "all"}], ("'stages'", "'epoch': 0")),
+    "unknown_key": ({"stages": STAGE_LIST, "metric": "loss"}, ("schedule:", "'metric'")),
+    "no_stages_key": ({}, ("schedule:", "'stages'")),
+    "misspelt_stages": ({"stage": STAGE_LIST}, ("schedule:", "'stage'")),
+    "empty_stages": ({"stages": []}, ("stages", "[]")),
+    "stages_as_text": ({"stages": "all"}, ("stages", "'all'")),
+    "stages_as_mapping": ({"stages": {"epoch": 0}}, ("stages", "{'epoch': 0}")),
+    "stage_as_text": ({"stages": ["all"]}, ("stages[0]", "'all'")),
+    "stage_as_number": ({"stages": [STAGE_LIST[0], 3]}, ("stages[1]", "3")),
+    "no_epoch": ({"stages": [{"rows": "all"}]}, ("stages[0]", "'epoch'")),
+    "no_rows": ({"stages": [STAGE_LIST[0], {"epoch": 2}]}, ("stages[1]", "'rows'")),
+    "unknown_key_in_a_stage": (
+        {"stages": [STAGE_LIST[0], {"epoch": 2, "rows": "all", "rate": 0.1}]},
+        ("stages[1]", "'rate'"),
+    ),
+    "negative_epoch": ({"stages": [{"epoch": -1, "rows": "all"}]}, ("stages[0].epoch", "-1")),
+    "fractional_epoch": ({"stages": [{"epoch": 0.5, "rows": "all"}]}, ("stages[0].epoch", "0.5")),
+    "epoch_true": ({"stages": [{"epoch": True, "rows": "all"}]}, ("stages[0].epoch", "True")),
+    "epoch_in_words": ({"stages": [{"epoch": "two", "rows": "all"}]}, ("stages[0].epoch", "'two'")),
+    "late_start": ({"stages": [{"epoch": 3, "rows": "all"}]}, ("stages[0].epoch", "3")),
+    "falling_epochs": (
+        {"stages": [*STAGE_LIST, {"epoch": 1, "rows": "none"}]},
+        ("stages[2].epoch", "1 after 2"),
+    ),
+    "epoch_twice": (
+        {"stages": [*STAGE_LIST, {"epoch": 2, "rows": "none"}]},
+        ("stages[2].epoch", "2 after 2"),
+    ),
+    "malformed_rows": (
+        {"stages": [STAGE_LIST[0], {"epoch": 2, "rows": [3, -4]}]},
+        ("stages[1].rows", "-4"),
+    ),
+    "unknown_rows": ({"stages": [{"epoch": 0, "rows": "some"}]}, ("stages[0].rows", "'some'")),
+    "two_starts": (
+        {"stages": [STAGE_LIST[0], {"epoch": 2, "step": 9, "rows": "all"}]},
+        ("stages[1]", "['epoch', 'step']"),
+    ),
+    "place_and_plateau": (
+        {"stages": [STAGE_LIST[0], {"share": 0.2, "plateau": "loss", "rows": "all"}]},
+        ("stages[1]", "['share', 'plateau']"),
+    ),
+    "fractional_step": (after(step=1.5), ("stages[1].step", "1.5")),
+    "negative_step": (after(step=-3), ("stages[1].step", "-3")),
+    "share_in_percent": (after(share=30), ("stages[1].share", "30")),
+    "share_of_the_whole_run": (after(share=1.0), ("stages[1].share", "1.0")),
+    "late_share": ({"stages": [{"share": 0.1, "rows": "all"}]}, ("stages[0].share", "0.1")),
+    "plateau_of_a_number": (after(plateau=3), ("stages[1].plateau", "3")),
+    "plateau_without_patience": (
+        after(plateau={"metric": "loss", "patience": 0}),
+        ("stages[1].plateau", "patience", "0"),
+    ),
+    "plateau_first": (
+        {"stages": [{"plateau": "loss", "rows": "all"}]},
+        ("stages[0].plateau", "plateau"),
+    ),
+    "falling_steps": (
+        {"stages": [STAGE_LIST[0], {"step": 9, "rows": "all"}, {"step": 4, "rows": "none"}]},
+        ("stages[2].step", "4 after 9"),
+    ),
+    "falling_shares_with_others_between": (
+        {
+            "stages": [
+                STAGE_LIST[0],
+                {"share": 0.5, "rows": "all"},
+                {"step": 4, "rows": "none"},
+                {"share": 0.25, "rows": "none"},
+            ]
+        },
+        ("stages[3].share", "0.25 after 0.5"),
+    ),
+    "rate_of_0": (after(epoch=2, lr=0), ("stages[1].lr", "0")),
+    "rate_in_words": (after(epoch=2, lr="1e-3"), ("stages[1].lr", "'1e-3'")),
+    "rate_null": (after(epoch=2, lr=None), ("stages[1].lr", "None")),
+    "fractional_warmup": (after(epoch=2, warmup=0.1), ("stages[1].warmup", "0.1")),
+    "negative_warmup": (after(epoch=2, lr=0.5, warmup=-1), ("stages[1].warmup", "-1")),
+    "growth_in_a_stage_alone": (
+        {"stages": [{"epoch": 0, "rows": "all", "grow": "linear"}]},
+        ("stages[0].grow",),
+    ),
+    "growth_unknown": (after(epoch=2, grow="fast"), ("stages[1].grow", "'fast'")),
+    "growth_of_a_list": (after(epoch=2, grow=["linear"]), ("stages[1].grow", "['linear']")),
+    "growth_across_units": (after(step=9, grow="linear"), ("stages[1].grow", "epoch 0", "step 9")),
+    "growth_to_a_plateau": (
+        after(plateau="loss", grow="linear"),
+        ("stages[1].grow", "plateau of loss"),
+    ),
+    "growth_from_a_plateau": (
+        {
+            "stages": [
+                STAGE_LIST[0],
+                {"plateau": "loss", "rows": "none"},
+                {"epoch": 5, "rows": "all", "grow": "linear"},
+            ]
+        },
+        ("stages[2].grow", "plateau of loss", "epoch 5"),
+    ),
+    "more_parts_than_epochs": (
+        after(epoch=2, grow={"parts": 3}),
+        ("stages[1].grow.parts", "3 parts for 2 epochs"),
+    ),
+    "cycle_of_nothing": ({"stages": STAGE_LIST, "cycle": 0}, ("cycle", "0")),
+    "cycle_within_the_stages": ({"stages": STAGE_LIST, "cycle": 2}, ("cycle", "2", "Received: 2")),
+    "fractional_cycle": ({"stages": STAGE_LIST, "cycle": 2.5}, ("cycle", "2.5")),
+    "cycle_true": ({"stages": STAGE_LIST[:1], "cycle": True}, ("cycle", "True")),
+    "cycle_in_words": ({"stages": STAGE_LIST, "cycle": "3"}, ("cycle", "'3'")),
+    "cycle_that_is_no_number": (
+        {"stages": [{"share": 0, "rows": "all"}], "cycle": math.nan},
+        ("cycle", "nan"),
+    ),
+    "cycle_of_more_than_the_run": (
+        {"stages": [{"share": 0, "rows": "all"}], "cycle": 1.5},
+        ("cycle", "1.5"),
+    ),
+    "cycle_of_two_units": ({**after(step=4), "cycle": 9}, ("cycle", "['epoch 0', 'step 4']")),
+    "cycle_of_a_plateau": ({**after(plateau="loss"), "cycle": 9}, ("cycle", "plateau of loss")),
+    "late_stage_object": ({"stages": [Stage(2, Rows.all())]}, ("stages[0].epoch", "2")),
+}
+
+
+@pytest.mark.parametrize(("value", "named"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_schedules_are_refused_with_the_place(value: Any, named: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as refused:
+        Schedule.parse(value)
+    for part in named:
+        assert part in str(refused.value)
+
+
+MALFORMED_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    "empty": (b"", ("'stages'", "None")),
+    "text": (b"all", ("'stages'", "'all'")),
+    "list": (b"- {epoch: 0, rows: all}", ("'stages'", "epoch")),
+    "broken_yaml": (b"stages: [{epoch: 0, rows: all", ("YAML", "line 1")),
+    "tab_indented": (b"stages:\n\t- {epoch: 0, rows: all}", ("YAML", "line 2")),
+    "not_utf8": (b"stages: # caf\xe9\n", ("UTF-8", "0xe9")),
+    "python_object": (b"!!python/object/apply:os.getcwd []", ("YAML", "python/object")),
+    "unknown_key": (b"stages: []\nepochs: 3\n", ("schedule:", "'epochs'")),
+    "bad_stage": (b"stages:\n- {epoch: 0, rows: {ids: []}}\n", ("stages[0].rows", "[]")),
+    "no_day": (b"stages:\n- {epoch: 0, rows: {tokens: [2020-13-45]}}\n", ("YAML", "month")),
+    "no_mapping_of_tables": (b"words: {stages: []}\n", ("schedule:", "'words'")),
+    "rate": (b"stages:\n- {epoch: 0, rows: all, lr: -1}\n", ("stages[0].lr", "-1")),
+    "preset": (b"preset: gentle\n", ("preset", "'gentle'")),
+    "cycle": (b"stages:\n- {epoch: 0, rows: all}\ncycle: x\n", ("cycle", "'x'")),
+    "rows_of_no_kind": (b"stages:\n- {epoch: 0, rows: }\n", ("stages[0].rows", "None")),
+}
+
+
+@pytest.mark.parametrize(("content", "named"), MALFORMED_FILES.values(), ids=MALFORMED_FILES)
+@pytest.mark.parametrize("of_type", [str, Path])
+def test_malformed_files_are_refused_in_one_line_with_their_name(
+    content: bytes, named: tuple[str, ...], of_type: type, tmp_path: Path
+) -> None:
+    path = tmp_path / "broken schedule.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        Schedule.parse(of_type(path))
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+
+
+def test_unreadable_files_are_refused_with_their_name(tmp_path: Path) -> None:
+    absent = tmp_path / "absent.yaml"
+    unnamed = tmp_path / "a\0b"
+    paths = ((absent, "No such file"), (tmp_path, "Is a directory"), (unnamed, "null"))
+    for path, reason in paths:
+        with pytest.raises(InputError) as refused:
+            Schedule.parse(path)
+        assert str(refused.value).startswith(f"{path}: ")
+        assert reason in str(refused.value)
+
+
+NO_STAGES: dict[str, tuple[Any, str]] = {
+    "start_in_words": (lambda: Stage("two", Rows.all()), "'two'"),  # type: ignore[arg-type]
+    "fractional_start": (lambda: Stage(1.5, Rows.all()), "1.5"),  # type: ignore[arg-type]
+    "start_true": (lambda: Stage(True, Rows.all()), "True"),
+    "no_start": (lambda: Stage(None, Rows.all()), "None"),  # type: ignore[arg-type]
+    "rows": (lambda: Stage(0, "some"), "'some'"),  # type: ignore[arg-type]
+    "growth": (lambda: Stage(0, Rows.all(), "fast"), "'fast'"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize(("make", "received"), NO_STAGES.values(), ids=NO_STAGES)
+def test_malformed_stages_are_refused_when_they_are_made(make: Any, received: str) -> None:
+    with pytest.raises(InputError, match=f"Received: {received}"):
+        make()
+
+
+@pytest.mark.parametrize("at", [-1, Position(-1), Position(0, -1), 0.5, "2", None, Position("1")])
+def test_a_position_before_the_beginning_is_refused(at: Any) -> None:
+    with pytest.raises(InputError, match=r"from 0 up\. Received: "):
+        Schedule(STAGE_LIST).moment(at)
+
+
+BY_TABLE: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "empty": ({}, ("schedule:", "'stages'")),
+    "misspelt_stages": ({"stage": STAGE_LIST}, ("'stage'", "'epoch': 0")),
+    "inside_a_table": (
+        {"items": {"stages": [{"epoch": 0, "rows": [3, -4]}]}},
+        ("'items'", "stages[0].rows", "-4"),
+    ),
+    "table_without_a_schedule": ({"items": None}, ("'items'", "None")),
+    "absent_file": ({"items": "absent.yaml"}, ("'items'", "absent.yaml", "No such file")),
+}
+
+
+@pytest.mark.parametrize(("value", "named"), BY_TABLE.values(), ids=BY_TABLE)
+def test_a_malformed_schedule_of_a_table_is_refused_with_its_name(
+    value: Any, named: tuple[str, ...]
+) -> None:
+    with pytest.raises(InputError) as refused:
+        schedules_by_table(value)
+    for part in named:
+        assert part in str(refused.value)

@@ -1,0 +1,227 @@
+"""Schedules against runs that are simulated step by step: all depends on the position alone."""
+
+import copy
+import math
+import pickle
+import random
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partial_embedding import Position, Rows, Schedule
+from partial_embedding.growth import Growth
+from partial_embedding.schedule import Moment, Pace, Plateau, Seen, changes
+
+CHOICES: tuple[Any, ...] = (
+    "all",
+    "none",
+    "missing",
+    [4, 2],
+    {"range": [0, 5]},
+    {"most_frequent": 0.5},
+    {"union": ["missing", {"not": [1]}]},
+)
+
+EPOCHS = st.sets(st.integers(1, 40), max_size=6).map(lambda later: [0, *sorted(later)])
+STAGES = EPOCHS.flatmap(
+    lambda epochs: st.lists(
+        st.sampled_from(CHOICES), min_size=len(epochs), max_size=len(epochs)
+    ).map(lambda rows: [{"epoch": e, "rows": r} for e, r in zip(epochs, rows, strict=True)])
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(STAGES, st.permutations(range(45)), st.integers(0, 10**6))
+def test_rows_depend_on_the_position_alone(
+    stages: list[dict[str, Any]], order: list[int], step: int
+) -> None:
+    schedule = Schedule(stages)
+    for epoch in order:  # in any order: nothing is remembered from one question to the next
+        begun = [i for i, stage in enumerate(stages) if stage["epoch"] <= epoch]
+        for position in (epoch, Position(epoch), Position(epoch, step)):
+            assert schedule.stage_at(position) == begun[-1]
+            assert schedule.trainable_rows(position) == Rows.parse(stages[begun[-1]]["rows"])
+
+
+@settings(max_examples=80, deadline=None)
+@given(STAGES)
+def test_schedules_round_trip_through_yaml(stages: list[dict[str, Any]]) -> None:
+    schedule = Schedule(stages)
+    config = schedule.to_config()
+    again = Schedule.parse(yaml.safe_load(yaml.safe_dump(config)))
+    assert again == schedule
+    assert hash(again) == hash(schedule)
+    assert again.to_config() == config
+    assert [stage.start.at for stage in schedule.stages] == [stage["epoch"] for stage in stages]
+
+
+# Every kind of start, growth and pace, against a run that is simulated step by step.
+
+
+@dataclass
+class Run:
+    """A schedule as it was drawn, and a run through it."""
+
+    stages: list[dict[str, Any]]
+    shares: dict[float, Fraction]  # what a share was before it was rounded
+    epochs: int
+    steps: int  # in an epoch
+    every: int  # how many steps from one validation to the next
+    values: list[float]
+
+    @property
+    def total(self) -> int:
+        return self.epochs * self.steps
+
+    def start(self, stage: int) -> tuple[str, Any]:
+        ((unit, at),) = ((k, v) for k, v in self.stages[stage].items() if k in UNITS)
+        return unit, self.shares[at] if unit == "share" else at
+
+    def place(self, unit: str, epoch: int, step: int) -> Fraction:
+        return {
+            "epoch": Fraction(epoch),
+            "step": Fraction(step),
+            "share": Fraction(step, self.total),
+        }[unit]
+
+    def part(self, stage: int, epoch: int, step: int) -> tuple[int, int]:
+        if stage + 1 == len(self.stages) or "grow" not in self.stages[stage + 1]:
+            return 0, 0
+        unit, first = self.start(stage)
+        length = self.start(stage + 1)[1] - first
+        parts = self.stages[stage + 1]["grow"].get("parts")
+        if parts is None:
+            parts = {"epoch": length, "step": min(length, 10), "share": 10}[unit]
+        return math.floor((self.place(unit, epoch, step) - first) * parts / length), parts
+
+    def simulated(self) -> list[tuple[Position, Moment]]:
+        """What the schedule should say before each step."""
+        answers: list[tuple[Position, Moment]] = []
+        stage, waited = 0, []
+        seen: tuple[Seen, ...] = ()
+        for step in range(self.total):
+            epoch = step // self.steps
+            for later in range(len(self.stages) - 1, stage, -1):
+                unit, at = self.start(later)
+                if unit != "plateau" and self.place(unit, epoch, step) >= at:
+                    stage, waited = later, []
+                    break
+            part, parts = self.part(stage, epoch, step)
+            answers.append((Position(epoch, step, self.total, seen), Moment(stage, part, parts)))
+            if (step + 1) % self.every:
+                continue
+            value = self.values[step % len(self.values)]
+            seen += (Seen(epoch, step + 1, {"loss": value}),)
+            waited.append(value)
+            if stage + 1 < len(self.stages) and "plateau" in self.stages[stage + 1]:
+                plateau = Plateau.parse(self.stages[stage + 1]["plateau"])
+                counted = [Seen(0, 0, {"loss": value}) for value in waited]
+                if plateau.is_reached(counted):  # tested by itself in test_starts.py
+                    stage, waited = stage + 1, []
+        return answers
+
+
+UNITS = ("epoch", "step", "share", "plateau")
+PLATEAUS = st.fixed_dictionaries(
+    {"metric": st.just("loss")},
+    optional={
+        "patience": st.integers(1, 3),
+        "max_wait": st.integers(1, 4),
+        "min_change": st.just(1.0),
+        "mode": st.just("max"),
+    },
+)
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> Run:
+    shares: dict[float, Fraction] = {0.0: Fraction(0)}
+    latest: dict[str, Any] = {}
+    stages: list[dict[str, Any]] = []
+    for i in range(draw(st.integers(1, 6))):
+        unit = draw(st.sampled_from(UNITS[:3] if i == 0 else UNITS))
+        if unit == "plateau":
+            at = draw(PLATEAUS)
+        elif i == 0:
+            at = 0
+        elif unit == "share":
+            below = draw(st.integers(2, 60))
+            exact = Fraction(draw(st.integers(1, below - 1)), below)
+            at = exact.numerator / exact.denominator
+            shares[at] = exact
+        else:
+            at = latest.get(unit, -1) + draw(st.integers(1, 12 if unit == "step" else 3))
+        if unit != "plateau" and not at > latest.get(unit, -1):
+            continue
+        stage = {unit: at, "rows": draw(st.sampled_from(CHOICES))}
+        before = next(iter(stages[-1])) if stages else "plateau"
+        if unit == before != "plateau" and draw(st.booleans()):
+            length = 99 if unit == "share" else at - stages[-1][unit]
+            stage["grow"] = {"order": "ids"}
+            if draw(st.booleans()):
+                stage["grow"]["parts"] = draw(st.integers(1, min(length, 12)))
+        if unit != "plateau":
+            latest[unit] = at
+        if draw(st.booleans()):
+            stage.update(lr=draw(st.sampled_from([0.5, 2.0])), warmup=draw(st.integers(0, 3)))
+        stages.append(stage)
+    values = st.lists(st.sampled_from([0.0, 1.0, 2.0, math.nan]), min_size=1, max_size=9)
+    counts = (draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    return Run(stages, shares, *counts, draw(values))
+
+
+@settings(max_examples=400, deadline=None)
+@given(runs(), st.randoms(use_true_random=False))
+def test_a_schedule_says_what_a_run_step_by_step_would_meet(run: Run, order: random.Random) -> None:
+    schedule = Schedule(run.stages)
+    answers = run.simulated()
+    order.shuffle(answers)  # nothing is remembered from one question to the next
+    moved = {epoch: set() for epoch in range(run.epochs)}
+    for position, moment in answers:
+        assert schedule.moment(position) == moment
+        assert schedule.stage_at(position) == moment.stage
+        rows = Rows.parse(run.stages[moment.stage]["rows"])
+        joined = moment.stage
+        if moment.part:
+            joined += 1
+            following = run.stages[joined]
+            growth, after = Growth.parse(following["grow"]), Rows.parse(following["rows"])
+            rows = Rows.grown(rows, after, growth, moment.part, moment.parts)
+        assert schedule.trainable_rows(position) == rows == schedule.rows_at(moment)
+        pace = Pace(run.stages[joined].get("lr", 1.0), run.stages[joined].get("warmup", 0))
+        assert schedule.pace_at(moment) == pace
+        assert schedule.moment(Position.from_state(position.to_state())) == moment
+        moved[position.epoch].add(moment)
+    if not schedule.moves_within_epochs and not schedule.metrics:
+        assert all(len(moments) == 1 for moments in moved.values())
+    assert schedule.metrics == (("loss",) if any("plateau" in s for s in run.stages) else ())
+    assert set(schedule.units) == {unit for s in run.stages for unit in UNITS[:3] if unit in s}
+
+
+@settings(max_examples=150, deadline=None)
+@given(runs(), st.integers(1, 5))
+def test_every_schedule_is_a_value_and_round_trips_through_yaml(run: Run, more: int) -> None:
+    units = {next(iter(stage)) for stage in run.stages}
+    cycle = None
+    if units in ({"epoch"}, {"step"}):
+        cycle = run.stages[-1][units.pop()] + more
+    schedule = Schedule(run.stages, cycle)
+    config = schedule.to_config()
+    again = Schedule.parse(yaml.safe_load(yaml.safe_dump(config)))
+    assert again.to_config() == config
+    assert {again, copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))} == {schedule}
+    assert changes(schedule, again) == []
+    assert "Schedule" in repr(schedule)
+
+
+@settings(max_examples=100, deadline=None)
+@given(runs(), runs())
+def test_schedules_without_changes_are_equal(a: Run, b: Run) -> None:
+    before, after = Schedule(a.stages), Schedule(b.stages)
+    assert (before == after) == (changes(before, after) == [])
+    if before == after:
+        assert hash(before) == hash(after)

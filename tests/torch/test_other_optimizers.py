@@ -1,0 +1,92 @@
+"""Optimizers that are not torch's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optimi
+import pytest
+import pytorch_optimizer
+import schedulefree
+import torch
+from cases import SPARSE_AND_DENSE, Case
+from models import batches, follow, partial_table, prepared, starting_table
+from oracle import assert_same_bits, same_bits
+from torch import Tensor
+from transformers.optimization import Adafactor as TransformersAdafactor
+
+from partial_embedding import InputError
+from partial_embedding.torch import rowwise
+
+FROM_ELSEWHERE = {
+    "transformers.Adafactor": Case(TransformersAdafactor),
+    "transformers.Adafactor-beta1": Case(TransformersAdafactor, {"beta1": 0.9}),
+    "optimi.AdamW": Case(optimi.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    "optimi.Lion": Case(optimi.Lion, {"lr": 0.01, "weight_decay": 0.1}),
+    "pytorch_optimizer.Lion": Case(pytorch_optimizer.Lion, {"lr": 0.01, "weight_decay": 0.1}),
+}
+STAGES = {
+    "frozen_from_the_start": {},
+    "trained_then_frozen": {3: (4, 9)},
+    "unfrozen_late": {3: (1, 2, 4, 6, 7, 9)},
+    "frozen_and_unfrozen_again": {2: (1, 6), 4: (1, 4, 6, 7), 7: (4, 7)},
+}
+
+
+@SPARSE_AND_DENSE
+@pytest.mark.parametrize("scenario", STAGES)
+@pytest.mark.parametrize("name", FROM_ELSEWHERE)
+def test_optimizers_from_elsewhere_are_served_exactly(
+    name: str, scenario: str, sparse: bool
+) -> None:
+    case = FROM_ELSEWHERE[name]
+    model, optimizer, oracle = prepared(case, partial_table(sparse=sparse))
+    follow(case, model, optimizer, oracle, batches(quiet=-1), STAGES[scenario])
+    assert not same_bits(model.table.weight[4], starting_table()[4])
+    assert_same_bits(model.table.weight[[0, 5, 11]], starting_table()[[0, 5, 11]], "frozen rows")
+
+
+@pytest.mark.parametrize("name", FROM_ELSEWHERE)
+def test_a_step_without_a_gradient_counts_where_the_stock_optimizer_counts_it(name: str) -> None:
+    """optimi counts steps in the parameter group, whether or not there was a gradient."""
+    case = FROM_ELSEWHERE[name]
+    model, optimizer, oracle = prepared(case, partial_table())
+    follow(case, model, optimizer, oracle, batches(quiet=2), {4: (1, 4, 7)})
+
+
+def test_schedule_free_optimizers_are_refused_by_name() -> None:
+    table = partial_table()
+    optimizer = schedulefree.AdamWScheduleFree(table.parameters())
+    with pytest.raises(InputError, match="AdamWScheduleFree"):
+        rowwise(optimizer, table)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert_same_bits(table.weight, starting_table(), "after a refusal")
+
+
+class BlockwiseAdam(torch.optim.Optimizer):
+    """Keeps one scale for 16 elements, as 8-bit optimizers do: neither per row nor per table."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, blocks = self.state[p], -(-p.numel() // 16)
+                if not state:
+                    state["absmax"] = torch.zeros(blocks)
+                padded = torch.zeros(blocks * 16)
+                padded[: p.numel()] = p.grad.flatten()
+                state["absmax"] = torch.maximum(
+                    0.9 * state["absmax"], padded.view(blocks, 16).abs().amax(1)
+                )
+                scale = state["absmax"].clamp(min=1e-8).repeat_interleave(16)[: p.numel()]
+                p.sub_(group["lr"] * p.grad / scale.view_as(p))
+
+
+def test_state_in_blocks_of_elements_is_refused_by_name() -> None:
+    table = partial_table()
+    with pytest.raises(InputError, match="BlockwiseAdam"):
+        rowwise(BlockwiseAdam(table.parameters()), table)

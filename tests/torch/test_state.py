@@ -1,0 +1,204 @@
+"""State of optimizers: its size, and stopping and going on."""
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, DEFAULTS, FEW, MANY, SPARSE_AND_DENSE, Case, by_id
+from models import (
+    ROWS,
+    D,
+    V,
+    assert_same_model,
+    batches,
+    follow,
+    model_of,
+    partial_table,
+    prepared,
+    quiet_at,
+    starting_table,
+    train,
+)
+from oracle import assert_same_bits, same_bits
+from torch import Tensor, nn
+
+from partial_embedding import InputError
+from partial_embedding.torch import PartialEmbedding, detach_rowwise, rowwise
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for part in value.values() for t in tensors_in(part)]
+    if isinstance(value, list | tuple):
+        return [t for part in value for t in tensors_in(part)]
+    return []
+
+
+@SPARSE_AND_DENSE
+@pytest.mark.parametrize("case", MANY, ids=by_id)
+def test_state_is_as_large_as_the_trainable_rows(case: Case, sparse: bool) -> None:
+    if case.sparse_only and not sparse:
+        pytest.skip("SparseAdam itself raises on dense gradients")
+    table = PartialEmbedding(5000, D, trainable_rows=ROWS, sparse=sparse)
+    optimizer = rowwise(case.make(table.parameters()), table)
+    largest = 100 * len(ROWS) * D if case.one_history else 2 * len(ROWS) * D
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = table(torch.tensor([1, 4, 4, 77, 6, 9])).square().sum()
+        loss.backward()
+        return loss
+
+    for step in range(3):
+        if step == 2:
+            table.unfreeze_rows([77])
+        optimizer.step(closure)
+        for where in (dict(optimizer.state), optimizer.state_dict()):
+            assert all(t.numel() <= largest for t in tensors_in(where))
+    held = tensors_in(optimizer.state_dict())
+    assert sum(t.numel() for t in held) <= max(largest, 8 * (len(ROWS) + 1) * (D + 3))
+
+
+def saved_and_loaded(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    buffer = BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@SPARSE_AND_DENSE
+@pytest.mark.parametrize("case", [c for c in CASES if c.implementation != "forloop"], ids=by_id)
+def test_a_run_that_is_resumed_goes_on_exactly(
+    case: Case, sparse: bool, record_property: Callable[[str, object], None]
+) -> None:
+    if case.sparse_only and not sparse:
+        pytest.skip("SparseAdam itself raises on dense gradients")
+    model, optimizer, oracle = prepared(case, partial_table(sparse=sparse))
+    # Two cohorts, one of which has lost a row.
+    follow(case, model, optimizer, oracle, batches(5), {2: (1, 4, 6, 9, 2, 7), 4: (1, 4, 9, 2, 7)})
+    state = saved_and_loaded(optimizer)
+
+    fresh = model_of(case, partial_table(model.table.trainable_rows, sparse=sparse))
+    fresh.load_state_dict(model.state_dict())
+    resumed = rowwise(case.make(fresh.parameters()), fresh)
+    resumed.load_state_dict(state)
+    for step, batch in enumerate(batches(7, quiet=1)):
+        if step in (3, 5):
+            for one in (model.table.set_trainable_rows, fresh.table.set_trainable_rows):
+                one((1, 2, 9) if step == 3 else (1, 2, 4, 9))
+            oracle.set_rows((1, 2, 9) if step == 3 else (1, 2, 4, 9))
+        train(case, model, optimizer, batch)
+        train(case, fresh, resumed, batch)
+        oracle.step(batch.ids, batch.loss_of)
+        assert_same_model(model, oracle, f"{step} after saving")
+        for name, parameter in model.named_parameters():
+            assert_same_bits(fresh.get_parameter(name), parameter, f"{name}, {step} after resuming")
+    record_property("configuration: resumed exactly", case.id)
+
+
+@pytest.mark.parametrize("case", FEW, ids=by_id)
+@pytest.mark.parametrize(("rows", "dim"), [(400, 5), (2**24 + 10, 1)], ids=["V=400", "V=2**24+10"])
+def test_row_ids_survive_a_resume_in_half_precision(case: Case, rows: int, dim: int) -> None:
+    """Row ids cast to the dtype of the weight would come back as other rows."""
+    trainable = [3, 255, 257, 301, rows - 1, rows - 2, rows - 7]
+
+    def make() -> tuple[PartialEmbedding, torch.optim.Optimizer]:
+        table = partial_table(trainable, torch.full((rows, dim), 2**-7, dtype=torch.bfloat16))
+        return table, rowwise(case.make(table.parameters()), table)
+
+    def step(table: PartialEmbedding, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        optimizer.zero_grad()
+        up = torch.randn(8, dim, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        table(torch.tensor([*trainable, 0])).backward(up)
+        optimizer.step()
+
+    table, optimizer = make()
+    for seed in range(3):
+        step(table, optimizer, seed)
+    other, resumed = make()
+    other.load_state_dict(table.state_dict())
+    resumed.load_state_dict(saved_and_loaded(optimizer))
+    for seed in range(3, 6):
+        step(table, optimizer, seed)
+        step(other, resumed, seed)
+        assert_same_bits(other.weight, table.weight, "after a resume")
+    assert resumed.state_dict().keys() == optimizer.state_dict().keys()
+    changed = (table.weight != 2**-7).any(dim=1).nonzero().flatten().tolist()
+    assert changed == sorted(trainable)
+
+
+@pytest.mark.parametrize("case", DEFAULTS, ids=by_id)
+def test_state_of_other_rows_is_refused(case: Case) -> None:
+    model, optimizer, _ = prepared(case, partial_table())
+    train(case, model, optimizer, batches()[0])
+    state = optimizer.state_dict()
+    for rows in ((1, 4, 6), (1, 4, 6, 8), (1, 4, 6, 8, 9), ()):
+        fresh, other, _ = prepared(case, partial_table(rows))
+        with pytest.raises(InputError):
+            other.load_state_dict(state)
+        assert fresh.table.trainable_rows.tolist() == list(rows)
+
+
+@pytest.mark.parametrize("case", [c for c in DEFAULTS + FEW if not c.one_history], ids=by_id)
+def test_saved_state_loads_into_a_stock_optimizer(case: Case) -> None:
+    model, optimizer, oracle = prepared(case, partial_table())
+    follow(case, model, optimizer, oracle, batches(3))
+    table = nn.Embedding(V, D, sparse=case.sparse_only)
+    plain = model_of(case, table)
+    plain.load_state_dict(model.state_dict())
+    stock = case.make(plain.parameters())
+    stock.load_state_dict(saved_and_loaded(optimizer))
+    with torch.no_grad():
+        table.weight.nan_to_num_(0.5, 0.5, 0.5)
+    companions = [p for name, p in plain.named_parameters() if name != "table.weight"]
+    before = [p.detach().clone() for p in (*companions, table.weight)]
+
+    # The companions go on where they were, with their state.
+    for batch in quiet_at(0, 1)[:2]:
+        train(case, plain, stock, batch)
+        train(case, model, optimizer, batch)
+    for name, parameter in plain.companions.named_parameters():
+        expected = model.companions.get_parameter(name)
+        assert_same_bits(parameter, expected, f"companion {name} in the stock optimizer")
+    for batch in batches(2):
+        train(case, plain, stock, batch)
+    for old, now in zip(before, (*companions, table.weight), strict=True):
+        assert not same_bits(old, now)
+        assert now.isfinite().all()
+
+
+@pytest.mark.parametrize("case", [c for c in DEFAULTS + FEW if not c.one_history], ids=by_id)
+def test_detaching_leaves_a_stock_optimizer(case: Case) -> None:
+    start = starting_table().nan_to_num(0.5, 0.5, 0.5)
+    model, optimizer, oracle = prepared(case, partial_table(ROWS, start, sparse=case.sparse_only))
+    follow(case, model, optimizer, oracle, batches(3))
+    detach_rowwise(optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert [id(p) for p in held] == [id(p) for p in model.parameters()]
+
+    # From here on it is what a stock optimizer with the companions' state is.
+    model.table.set_trainable_rows("all")
+    plain = model_of(case, nn.Embedding(V, D, sparse=case.sparse_only))
+    plain.load_state_dict(model.state_dict())
+    stock = case.make(plain.parameters())
+    order = [name for name, _ in model.named_parameters()]
+    for name, parameter in plain.named_parameters():
+        if name != "table.weight":
+            stock.state[parameter] = {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in optimizer.state[model.get_parameter(name)].items()
+            }
+    for batch in batches(4):
+        train(case, model, optimizer, batch)
+        train(case, plain, stock, batch)
+        for name in order:
+            assert_same_bits(model.get_parameter(name), plain.get_parameter(name), name)
+    # And it can be attached again.
+    rowwise(optimizer, model)
+    train(case, model, optimizer, batches()[0])

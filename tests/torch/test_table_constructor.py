@@ -1,0 +1,136 @@
+"""The table is made as a plain embedding is, and shown as one."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_same_bits
+from small_tables import IDS, ROWS, D, V, table_of, vectors
+from torch import nn
+
+from partial_embedding.errors import InputError
+from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag
+
+CONSTRUCTOR_OPTIONS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "padding_idx": {"padding_idx": 2},
+    "padding_idx_from_the_end": {"padding_idx": -1},
+    "max_norm": {"max_norm": 0.5},
+    "max_norm_norm_type": {"max_norm": 0.5, "norm_type": 1.0},
+    "scale_grad_by_freq": {"scale_grad_by_freq": True},
+    "everything": {
+        "padding_idx": 2,
+        "max_norm": 0.5,
+        "norm_type": 1.0,
+        "scale_grad_by_freq": True,
+    },
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "device": {"device": "cpu"},
+    "_weight": {"_weight": torch.full((V, D), 0.5)},
+    "_freeze": {"_weight": torch.full((V, D), 0.5), "_freeze": True},
+}
+
+
+def compare_with_plain(table: nn.Module, plain: nn.Module) -> None:
+    ids = IDS
+    assert_same_bits(table.weight, plain.weight, "the weight")
+    assert table.weight.requires_grad == plain.weight.requires_grad
+    assert_same_bits(table(ids), plain(ids), "the output")
+    assert_same_bits(table.weight, plain.weight, "the weight after a lookup")
+    names = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "sparse")
+    for name in (*names, "scale_grad_by_freq"):
+        assert getattr(table, name) == getattr(plain, name), name
+    if plain.weight.requires_grad:
+        up = torch.randn(*ids.shape, D, generator=torch.Generator().manual_seed(2))
+        for module in (table, plain):
+            module.weight.grad = None
+            module(ids).backward(up.to(module.weight.dtype))
+        assert table.weight.grad.layout == plain.weight.grad.layout
+        ours, theirs = table.weight.grad.to_dense(), plain.weight.grad.to_dense()
+        assert_same_bits(ours, theirs, "the gradient")
+
+
+@pytest.mark.parametrize("name", CONSTRUCTOR_OPTIONS)
+def test_constructor_takes_the_arguments_of_a_plain_embedding(name: str) -> None:
+    made = []
+    for kind in (PartialEmbedding, nn.Embedding):
+        torch.manual_seed(1)
+        made.append(kind(V, D, **{"sparse": False, **CONSTRUCTOR_OPTIONS[name]}))
+    compare_with_plain(*made)
+
+
+def test_constructor_takes_positional_arguments_in_the_parent_order() -> None:
+    torch.manual_seed(1)
+    table = PartialEmbedding(V, D, 2, 0.5, 1.0, True, False)
+    torch.manual_seed(1)
+    compare_with_plain(table, nn.Embedding(V, D, 2, 0.5, 1.0, True, False))
+
+
+def test_sparse_gradients_are_the_default() -> None:
+    assert PartialEmbedding(V, D).sparse
+    assert PartialEmbedding.from_pretrained(vectors()).sparse
+    assert PartialEmbeddingBag(V, D).sparse
+    assert PartialEmbeddingBag.from_pretrained(vectors()).sparse
+
+
+FROM_PRETRAINED_OPTIONS: dict[str, dict[str, Any]] = {
+    "nothing": {"freeze": False},
+    "freeze": {"freeze": True},
+    "padding_idx": {"freeze": False, "padding_idx": 2},
+    "max_norm": {"freeze": False, "max_norm": 0.5},
+    "norm_type": {"freeze": False, "max_norm": 0.5, "norm_type": 1.0},
+    "scale_grad_by_freq": {"freeze": False, "scale_grad_by_freq": True},
+    "sparse": {"freeze": False, "sparse": True},
+    "everything": {
+        "freeze": True,
+        "padding_idx": 1,
+        "max_norm": 9.0,
+        "norm_type": 1.0,
+        "scale_grad_by_freq": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", FROM_PRETRAINED_OPTIONS)
+def test_from_pretrained_takes_the_options_of_a_plain_embedding(name: str) -> None:
+    made = [
+        kind.from_pretrained(vectors(), **{"sparse": False, **FROM_PRETRAINED_OPTIONS[name]})
+        for kind in (PartialEmbedding, nn.Embedding)
+    ]
+    compare_with_plain(*made)
+
+
+def test_from_pretrained_trains_by_default_and_shares_memory() -> None:
+    start = vectors()
+    table = PartialEmbedding.from_pretrained(start, trainable_rows=ROWS)
+    assert table.weight.requires_grad
+    assert table.weight.data_ptr() == start.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_from_pretrained_takes_integers_that_are_frozen(dtype: torch.dtype) -> None:
+    start = torch.arange(V * D).view(V, D).to(dtype)
+    table = PartialEmbedding.from_pretrained(start, freeze=True)
+    assert table(IDS).tolist() == start[IDS].tolist()
+
+
+@pytest.mark.parametrize("kind", [PartialEmbedding, PartialEmbeddingBag])
+def test_from_pretrained_refuses_what_is_not_a_matrix(kind: Any) -> None:
+    with pytest.raises(InputError, match=r"matrix.*\(2, 3, 4\)"):
+        kind.from_pretrained(torch.zeros(2, 3, 4))
+
+
+def test_repr_is_that_of_a_plain_embedding_and_the_number_of_rows() -> None:
+    table = table_of(padding_idx=0)
+    plain = nn.Embedding.from_pretrained(vectors(), padding_idx=0)
+    expected = repr(plain).replace("Embedding(", "PartialEmbedding(")
+    assert repr(table) == expected.removesuffix(")") + ", trainable_rows=2)"
+    assert repr(table_of("all")).endswith(", trainable_rows=7)")
+    assert repr(table_of("all", padding_idx=0)).endswith(", trainable_rows=6)")
+
+
+def test_repr_makes_no_bookkeeping() -> None:
+    table = table_of("all")
+    repr(table)
+    assert table._row_set is None

@@ -1,0 +1,287 @@
+"""Other tensors in the place of the weight, and vocabularies that change."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import SPARSE_AND_DENSE
+from oracle import assert_same_bits, same_bits
+from small_tables import (
+    FROZEN,
+    IDS,
+    ROWS,
+    D,
+    V,
+    assert_is_masked_past_the_module,
+    assert_is_partial,
+    gradient,
+    moved_rows,
+    table_of,
+    vectors,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from partial_embedding.errors import InputError
+from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, rowwise
+
+# Other tensors in the place of the weight
+
+
+def test_functional_call_with_a_plain_tensor_masks_its_gradient() -> None:
+    table = table_of()
+    weight = (vectors() * 2).requires_grad_()
+    out = torch.func.functional_call(table, {"weight": weight}, IDS)
+    assert_same_bits(out, weight[IDS], "the output")
+    out.square().sum().backward()
+    assert moved_rows(weight.grad) == ROWS
+    assert table.weight.grad is None
+
+
+@SPARSE_AND_DENSE
+def test_functional_call_with_all_rows_trainable_equals_a_plain_embedding(sparse: bool) -> None:
+    grads = []
+    for module in (table_of("all", sparse=sparse), nn.Embedding(V, D, sparse=sparse)):
+        weight = vectors().requires_grad_()
+        torch.func.functional_call(module, {"weight": weight}, IDS).square().sum().backward()
+        grads.append(weight.grad)
+    assert grads[0].layout == grads[1].layout
+    assert_same_bits(grads[0].to_dense(), grads[1].to_dense(), "the gradient")
+
+
+@pytest.mark.parametrize("kind", [PartialEmbedding, PartialEmbeddingBag])
+def test_functional_gradients_are_zero_in_frozen_rows(kind: Any) -> None:
+    table = kind.from_pretrained(vectors(), sparse=False, trainable_rows=ROWS)
+    plain = kind.from_pretrained(vectors(), sparse=False)
+
+    def loss(weight: Tensor, module: nn.Module) -> Tensor:
+        out = torch.func.functional_call(module, {"weight": weight}, IDS)
+        return out.square().sum()
+
+    grad = torch.func.grad(loss)(vectors(), table)
+    expected = torch.func.grad(loss)(vectors(), plain)
+    expected[FROZEN] = 0.0
+    assert_same_bits(grad, expected, "the gradient")
+
+
+def test_functional_gradients_work_under_vmap() -> None:
+    table = table_of()
+    stack = torch.stack([vectors(), vectors() * 3])
+
+    def loss(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(table, {"weight": weight}, IDS).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss))(stack)
+    assert [moved_rows(grad) for grad in grads] == [ROWS, ROWS]
+
+
+def test_functional_call_with_another_parameter_masks_that_one_too() -> None:
+    table = table_of()
+    other = nn.Parameter(vectors())
+    torch.func.functional_call(table, {"weight": other}, IDS).square().sum().backward()
+    assert moved_rows(other.grad) == ROWS
+    assert_is_partial(table)
+
+
+def test_functional_call_between_forward_and_backward_does_no_harm() -> None:
+    # A teacher with averaged weights runs through the student's module.
+    table = table_of()
+    loss = table(IDS).square().sum()
+    teacher = nn.Parameter(vectors())
+    for _ in range(2):
+        torch.func.functional_call(table, {"weight": teacher}, IDS)
+    loss.backward()
+    assert moved_rows(table.weight.grad) == ROWS
+    assert_is_partial(table)
+    assert len(table.weight._backward_hooks) == len(teacher._backward_hooks) == 1
+
+
+def by_setattr(table: nn.Module, weight: nn.Parameter) -> None:
+    table.weight = weight
+
+
+def by_setattr_from_outside(table: nn.Module, weight: nn.Parameter) -> None:
+    setattr(nn.Sequential(table)[0], "weight", weight)  # noqa: B010  # as transformers writes it
+
+
+def by_register_parameter(table: nn.Module, weight: nn.Parameter) -> None:
+    table.register_parameter("weight", weight)
+
+
+def by_parameters_dict(table: nn.Module, weight: nn.Parameter) -> None:
+    table._parameters["weight"] = weight
+
+
+def by_assigned_state_dict(table: nn.Module, weight: nn.Parameter) -> None:
+    table.load_state_dict({"weight": weight}, assign=True)
+
+
+def by_deleting_first(table: nn.Module, weight: nn.Parameter) -> None:
+    del table.weight
+    table.weight = weight
+
+
+REPLACEMENTS = [
+    by_setattr,
+    by_setattr_from_outside,
+    by_register_parameter,
+    by_parameters_dict,
+    by_assigned_state_dict,
+    by_deleting_first,
+]
+
+
+@SPARSE_AND_DENSE
+@pytest.mark.parametrize("replace", REPLACEMENTS)
+def test_a_replaced_weight_is_hooked_again(
+    replace: Callable[[nn.Module, nn.Parameter], None], sparse: bool
+) -> None:
+    table = table_of(sparse=sparse)
+    for factor in (2, 3):  # twice, since the first may have worn something out
+        replace(table, nn.Parameter(vectors() * factor))
+        assert_same_bits(table.weight, vectors() * factor, "the weight")
+        if replace is not by_parameters_dict:  # behind the module's back: forward finds it out
+            assert_is_masked_past_the_module(table)
+        assert_is_partial(table)
+        assert len(table.weight._backward_hooks) == 1
+
+
+@SPARSE_AND_DENSE
+def test_a_weight_frozen_as_a_whole_and_back_keeps_its_hook(sparse: bool) -> None:
+    table = table_of(sparse=sparse)
+    table.weight.requires_grad_(False)
+    assert not table(IDS).requires_grad
+    table.weight.requires_grad_(True)
+    assert_is_partial(table)
+
+
+def test_a_weight_that_never_required_gradients_can_begin_to() -> None:
+    table = table_of(freeze=True)
+    assert not table(IDS).requires_grad
+    table.weight.requires_grad_(True)
+    assert_is_partial(table)
+
+
+def test_a_frozen_replacement_stays_frozen_until_asked() -> None:
+    table = table_of()
+    table.weight = nn.Parameter(vectors(), requires_grad=False)
+    assert not table.weight.requires_grad
+    table.weight.requires_grad_(True)
+    assert_is_partial(table)
+
+
+def test_a_lookup_past_the_module_is_masked_too() -> None:
+    # PEFT and tied heads use the weight and never call `forward`.
+    table = table_of()
+    assert_is_masked_past_the_module(table)
+    table.weight.grad = None
+    torch.nn.functional.linear(vectors(), table.weight).square().sum().backward()
+    assert moved_rows(table.weight.grad) == ROWS
+
+
+def test_a_parametrized_weight_is_masked_at_the_table() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    table = table_of()
+    torch.nn.utils.parametrize.register_parametrization(table, "weight", Doubled())
+    table(IDS).square().sum().backward()
+    assert moved_rows(table.parametrizations.weight.original.grad) == ROWS
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
+@SPARSE_AND_DENSE
+def test_gradient_checkpointing_gives_the_same_gradient(sparse: bool, reentrant: bool) -> None:
+    table = table_of(sparse=sparse)
+    head = nn.Linear(D, D)
+
+    def block(ids: Tensor, anchor: Tensor) -> Tensor:
+        return head(table(ids)) * anchor
+
+    anchor = torch.ones(1, requires_grad=True)  # reentrant checkpoints need an input to follow
+    block(IDS, anchor).square().sum().backward()
+    expected = table.weight.grad
+    table.weight.grad = None
+    checkpoint(block, IDS, anchor, use_reentrant=reentrant).square().sum().backward()
+    assert moved_rows(table.weight.grad.to_dense()) == ROWS
+    assert_same_bits(table.weight.grad.to_dense(), expected.to_dense(), "the gradient")
+
+
+# Vocabularies that change
+
+
+def resize(table: nn.Module, rows: int) -> None:
+    """As transformers does: on the old object, and on its tensor alone."""
+    old, new = table.weight.data, vectors(rows) * 2
+    kept = min(len(old), rows)
+    new[:kept] = old[:kept]
+    table.weight.data = new
+    table.num_embeddings = rows
+
+
+@SPARSE_AND_DENSE
+def test_new_rows_of_a_larger_vocabulary_are_frozen(sparse: bool) -> None:
+    table = table_of(sparse=sparse)
+    resize(table, 10)
+    ids = torch.arange(10)
+    assert moved_rows(gradient(table, ids)) == ROWS
+    assert table.trainable_rows.tolist() == ROWS
+    table.unfreeze_rows(range(7, 10))
+    assert moved_rows(gradient(table, ids)) == [1, 4, 7, 8, 9]
+
+
+@SPARSE_AND_DENSE
+def test_rows_beyond_a_smaller_vocabulary_are_forgotten(sparse: bool) -> None:
+    table = table_of(sparse=sparse)
+    resize(table, 3)
+    ids = torch.arange(3)
+    assert moved_rows(gradient(table, ids)) == [1]
+    assert table.trainable_rows.tolist() == [1]
+    with pytest.raises(InputError, match=r"\[0, 3\)"):
+        table.unfreeze_rows([4])
+    resize(table, 10)
+    assert table.trainable_rows.tolist() == [1]
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["never_asked", "asked_before"])
+@pytest.mark.parametrize("rows", [3, 10])
+def test_a_table_without_frozen_rows_has_none_after_a_resize(rows: int, used: bool) -> None:
+    table = table_of("all")
+    if used:
+        assert len(table.trainable_rows) == V
+    resize(table, rows)
+    assert moved_rows(gradient(table, torch.arange(rows))) == list(range(rows))
+    assert not table.has_frozen_rows
+    assert len(table.trainable_rows) == rows
+
+
+def test_a_resized_table_is_shown_and_copied_as_it_is() -> None:
+    table = table_of()
+    resize(table, 9)
+    assert repr(table) == f"PartialEmbedding(9, {D}, trainable_rows=2)"
+    assert copy.deepcopy(table).trainable_rows.tolist() == ROWS
+
+
+@SPARSE_AND_DENSE
+@pytest.mark.parametrize("rows", [5, 10])
+def test_rows_do_not_notice_a_resize_in_the_midst_of_training(rows: int, sparse: bool) -> None:
+    def trained(resized: bool) -> Tensor:
+        table = table_of(sparse=sparse)
+        optimizer = rowwise(torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.1), table)
+        for step in range(4):
+            if step == 2 and resized:
+                optimizer.zero_grad()
+                resize(table, rows)
+            gradient(table, torch.tensor([0, 1, 4, 4, step]))
+            optimizer.step()
+        weight: Tensor = table.weight.detach()
+        return weight
+
+    expected, weight = trained(resized=False), trained(resized=True)
+    assert len(weight) == rows
+    assert_same_bits(weight[:5], expected[:5], "the rows that there were all along")
+    assert_same_bits(weight[[0, 2, 3]], vectors()[[0, 2, 3]], "frozen rows")
+    assert not same_bits(weight[ROWS], vectors()[ROWS])
