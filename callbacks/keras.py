@@ -97,12 +97,13 @@ class RowUnfreezing(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Find the tables, and check every stage against them."""
-        if self.vocabulary is None:
+        vocabulary = self.vocabulary
+        if vocabulary is None:
             found = getattr(self.model, "vocabulary", None)
-            self.vocabulary = found if isinstance(found, Vocabulary) else None
+            vocabulary = found if isinstance(found, Vocabulary) else None
         self._epoch = None
         self._tables = ScheduledTables(
-            self.model, self.schedules, self.vocabulary, bool(self.audit), say=print
+            self.model, self.schedules, vocabulary, bool(self.audit), say=print
         )
         if self._total_steps is None and any("share" in s.units for s in self.schedules.values()):
             raise InputError(

@@ -355,6 +355,15 @@ def test_tables_may_have_schedules_of_their_own() -> None:
         _fit(model, RowUnfreezing({"other": schedule["words"]}))
 
 
+def test_each_model_is_asked_for_its_own_vocabulary() -> None:
+    callback = RowUnfreezing({"stages": [{"epoch": 0, "rows": {"most_frequent": 2}}]})
+    for counts, expected in [([9, 8, 1, 1, 1, 1, 1, 1], [0, 1]), ([1] * 6 + [8, 9], [6, 7])]:
+        model = _model()
+        model.vocabulary = Vocabulary("abcdefgh", counts=counts)
+        _fit(model, callback, epochs=1)
+        assert model.layers[0].trainable_rows.tolist() == expected
+
+
 def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
     with pytest.raises(InputError, match=r"words: stages\[1\]\.rows: .*counts"):
         _fit(_model(), RowUnfreezing(SCHEDULE))
