@@ -130,7 +130,7 @@ class RowUnfreezing(keras.callbacks.Callback):
         if saved is not None:
             self._record = saved
         elif epoch == 0:
-            self._record = RunRecord(begun_at=int(self.model.optimizer.iterations))
+            self._record = RunRecord(begun_at=int(self.model.optimizer.iterations.numpy()))
         before = self._record.until(epoch)
         self._check_measured(epoch, before)
         if saved is not None and before.epochs:
@@ -242,4 +242,4 @@ class RowUnfreezing(keras.callbacks.Callback):
         )
 
     def _step(self) -> int:
-        return int(self.model.optimizer.iterations) - self._record.begun_at
+        return int(self.model.optimizer.iterations.numpy()) - self._record.begun_at

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from partial_embedding.drift import RowTrack
 from partial_embedding.record import RECORD, RowRecord, planned_stages, write_record
 from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.tensorflow.listening import Heard, StepListener
 from partial_embedding.tensorflow.tables import tables_in
 from partial_embedding.vocabulary import Ids, Vocabulary
 from partial_embedding.watch import TableWatch
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Watched:
-    """One layer, what watches it, the rows that trained last, and the rates of cohorts."""
+    """One layer, what watches and hears it, the rows that trained last, the rates of cohorts."""
 
     layer: PartialEmbedding
     watch: TableWatch
+    heard: Heard
     live: Ids | None = None
     rates: dict[int, float] = field(default_factory=dict)
 
@@ -37,16 +39,24 @@ class RowMonitor(keras.callbacks.Callback):
     """Writes for TensorBoard which rows of the tables train and how far they went.
 
     The metrics are those of the Lightning callback, under the same names, as `LAYER/rows_awake` and
-    so on; `TableWatch` in `partial_embedding.watch` lists them. Keras shows neither batches nor
-    gradients to callbacks, so `tokens_that_train` and `gradient_norm` are left out. When `fit`
-    ends, all that was seen is written to the same folder as `rows.json`, of which
+    so on; `TableWatch` in `partial_embedding.watch` lists them. When `fit` ends, all that was seen
+    is written to the same folder as `rows.json`, of which
     `python -m partial_embedding.recipes.report` makes a page, where matplotlib is installed. A run
     that is resumed is watched from there on.
+
+    Keras shows callbacks neither batches nor gradients, so while `fit` runs, the model trains by a
+    function that also notes them where a batch is measured; afterwards it has its own again. Tokens
+    equal to 0 are padding under `freeze_padding` or `mask_zero`. A gradient is unscaled, averaged
+    over accumulated batches and not yet clipped; a batch that ends without an optimizer step has
+    none. With `steps_per_execution=n`, n batches are measured together, with the gradient of their
+    last step. `tokens_that_train` and `gradient_norm` are left out on several replicas, and the
+    latter for optimizers that do not come by Keras's clipping.
 
     Put it after `RowUnfreezing` in the list of callbacks.
 
     A measurement reads a bounded sample, at most `sample` rows of each cohort and frequency band,
-    whatever the size of the table. Between measurements nothing is done.
+    whatever the size of the table, and sums the gradient of one step by row. Between measurements,
+    a step asks whether it is measured, and does no more.
 
     Args:
         log_dir: The folder of the logs.
@@ -81,7 +91,9 @@ class RowMonitor(keras.callbacks.Callback):
         self.record = RowRecord()
         self._writer: Any = None
         self._watched: dict[str, _Watched] = {}
+        self._listener: StepListener | None = None
         self._epoch = 0
+        self._due = False
 
     @property
     def tracks(self) -> dict[str, RowTrack]:
@@ -93,7 +105,9 @@ class RowMonitor(keras.callbacks.Callback):
         vocabulary = self.vocabulary or getattr(self.model, "vocabulary", None)
         self._writer = tf.summary.create_file_writer(self.log_dir)
         self._watched = {}
-        for name, layer in tables_in(self.model).items():
+        tables = tables_in(self.model)
+        self._listener = StepListener(self.model, tables.values())
+        for (name, layer), heard in zip(tables.items(), self._listener.heard, strict=True):
             watch = TableWatch(
                 _Reader(layer),
                 layer.input_dim,
@@ -102,10 +116,11 @@ class RowMonitor(keras.callbacks.Callback):
                 vocabulary if isinstance(vocabulary, Vocabulary) else None,
                 _padding(layer),
             )
-            self._watched[name] = _Watched(layer, watch)
+            self._watched[name] = _Watched(layer, watch, heard)
         self.record = RowRecord(self.tracks)
         self.record.length = self.params.get("epochs")
         self.record.epoch_steps = self.params.get("steps")
+        self._listener.attach()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Know where training stands."""
@@ -113,6 +128,7 @@ class RowMonitor(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Note which rows woke, and what rows hold before a step that is measured."""
+        self._listening.is_due = self._due = self._is_due(batch)
         for watched in self._watched.values():
             # Replaced whenever rows change; its copy, `trainable_rows`, costs K numbers a batch.
             live = watched.layer._live
@@ -121,7 +137,7 @@ class RowMonitor(keras.callbacks.Callback):
                 awake = np.zeros(watched.layer.input_dim, np.bool_)
                 awake[live] = True
                 watched.watch.note_rows(awake, self._place(watched.watch.track, batch))
-            if self._is_due(batch):
+            if self._due:
                 watched.watch.before_step()
                 watched.rates = _rates(self.model.optimizer, watched)
 
@@ -130,20 +146,32 @@ class RowMonitor(keras.callbacks.Callback):
         for name, watched in self._watched.items():
             place = self._place(watched.watch.track, batch + 1)
             watched.watch.track.end = place
-            if self._is_due(batch):
+            if self._due:
                 self._measure(name, watched, place)
 
+    @property
+    def _listening(self) -> StepListener:
+        assert self._listener is not None, "Keras calls on_train_begin first"
+        return self._listener
+
     def _is_due(self, batch: int) -> bool:
-        return (batch + 1) % self.every_n_steps == 0 or batch + 1 == self.params.get("steps")
+        """Whether a batch is measured among those that this one begins."""
+        end, steps = batch + self.model.steps_per_execution, self.params.get("steps")
+        if steps is not None and end >= steps:
+            return True
+        return bool(end // self.every_n_steps > batch // self.every_n_steps)
 
     def _place(self, track: RowTrack, batch: int) -> float:
         if track.unit == "step":
-            return float(self.model.optimizer.iterations)
+            return float(self.model.optimizer.iterations.numpy())
         return float(self._epoch + batch / self.params["steps"])
 
     def _measure(self, name: str, watched: _Watched, place: float) -> None:
-        numbers = watched.watch.measure(place, rates=watched.rates)
-        with self._writer.as_default(step=int(self.model.optimizer.iterations)):
+        watch, heard = watched.watch, watched.heard
+        squares = heard.row_squares()
+        gradients = None if squares is None else watch.gradient_norms(*squares)
+        numbers = watch.measure(place, heard.token_share(), gradients, watched.rates)
+        with self._writer.as_default(step=int(self.model.optimizer.iterations.numpy())):
             for key, value in numbers.items():
                 tf.summary.scalar(f"{name}/{key}", value)
 
@@ -155,6 +183,7 @@ class RowMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Write the record, and close the log."""
+        self._listening.detach()
         self._writer.close()
         if self.unfreezing is not None:
             self._take_over(self.unfreezing)
@@ -177,7 +206,9 @@ class RowMonitor(keras.callbacks.Callback):
 
 def _rates(optimizer: Any, watched: _Watched) -> dict[int, float]:
     """The learning rate with which each cohort makes its next step."""
-    rate, rows = float(optimizer.learning_rate), watched.watch.any_row_of()
+    # Under a distribution strategy, what Keras gives is no number.
+    rate = float(tf.convert_to_tensor(optimizer.learning_rate))
+    rows = watched.watch.any_row_of()
     split = watched.layer._split
     paces = None if split is None else split.paces
     if paces is None or not rows:
@@ -185,7 +216,7 @@ def _rates(optimizer: Any, watched: _Watched) -> dict[int, float]:
     slots = np.searchsorted(watched.layer.reserved_rows, list(rows.values()))
     joined = paces.joined_at.numpy()[slots]
     # Rows that have made no step yet have not joined.
-    ages = np.where(joined >= 0, int(optimizer.iterations) - joined, 0)
+    ages = np.where(joined >= 0, int(optimizer.iterations.numpy()) - joined, 0)
     rates = paces.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
     return dict(zip(rows, map(float, rates), strict=True))
 

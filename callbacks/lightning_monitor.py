@@ -31,7 +31,8 @@ class _Watched:
     table: PartialTable
     watch: TableWatch
     rows: RowSet | None = None
-    token_share: float | None = None
+    # Tokens of the batch whose rows train, and all of them.
+    tokens: tuple[int, int] = (0, 0)
     gradients: dict[int, float] = field(default_factory=dict)
     rates: dict[int, float] = field(default_factory=dict)
 
@@ -134,10 +135,10 @@ class RowMonitor(Callback):
                 watched.watch.note_rows(rows.mask.cpu().numpy(), place)
             if self._due:
                 watched.watch.before_step()
-                watched.token_share, watched.gradients = None, {}
+                watched.tokens, watched.gradients = (0, 0), {}
                 # Before the step, as a scheduler may change the rate right after it.
                 watched.rates = _rates(trainer.optimizers, watched)
-                hook = watched.table.register_forward_pre_hook(_TokenShare(watched))
+                hook = watched.table.register_forward_pre_hook(_TokenCount(watched))
                 self._hooks.append(hook)
 
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
@@ -173,12 +174,9 @@ class RowMonitor(Callback):
         self._due = False
 
     def _measure(self, trainer: Trainer, name: str, watched: _Watched, place: float) -> None:
-        numbers = watched.watch.measure(
-            place,
-            watched.token_share,
-            watched.gradients,
-            watched.rates,
-        )
+        training, tokens = watched.tokens
+        share = training / tokens if tokens else None
+        numbers = watched.watch.measure(place, share, watched.gradients, watched.rates)
         metrics = {f"{name}/{key}": value for key, value in numbers.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
@@ -272,8 +270,8 @@ class _Reader:
         return rows
 
 
-class _TokenShare:
-    """A hook on a table's lookup: the share of tokens, without padding, whose rows train."""
+class _TokenCount:
+    """A hook on a table's lookups: its tokens without padding, and those whose rows train."""
 
     def __init__(self, watched: _Watched) -> None:
         self.watched = watched
@@ -284,8 +282,9 @@ class _TokenShare:
             return  # a head is given features and no tokens
         if table.padding_idx is not None:
             ids = ids[ids != table.padding_idx]
-        if ids.numel():
-            self.watched.token_share = float(table.row_set.is_trainable(ids).float().mean())
+        training, tokens = self.watched.tokens
+        training += int(table.row_set.is_trainable(ids).sum())
+        self.watched.tokens = training, tokens + ids.numel()
 
 
 def _epochs(trainer: Trainer) -> int | None:

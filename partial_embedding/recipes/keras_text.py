@@ -19,7 +19,7 @@ import yaml
 from keras import ops
 from numpy.typing import NDArray
 
-from partial_embedding.callbacks.keras import RowUnfreezing
+from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
 from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.recipes.texts import PADDING_ID, WIDTHS, prepare_texts
@@ -324,7 +324,8 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
         config: What `read_config` returns.
 
     Returns:
-        The folder with `model.keras` and `meaning.json`.
+        The folder with `model.keras` and `meaning.json`; and with `config.yaml`, `rows.json` and
+        logs for TensorBoard, of which `partial-embedding report` makes a page.
 
     Raises:
         InputError: Files, settings and schedule do not fit each other.
@@ -335,6 +336,8 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
     schedule = _of_the_table(config["rows"]["schedule"])
     model = text_classifier(data, schedule, lazy=config["rows"]["lazy"], **config["model"])
     batches = TextBatches(data.training, config["data"]["batch_size"], seed)
+    folder = Path(f"{config['trainer']['default_root_dir']}-keras")
+    unfreezing = RowUnfreezing(schedule, data.vocabulary, audit=config["rows"]["audit"])
     model.fit(
         batches,
         validation_data=TextBatches(data.validation, config["data"]["batch_size"]),
@@ -342,12 +345,13 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
         shuffle=False,
         verbose=2,
         callbacks=[
-            RowUnfreezing(schedule, data.vocabulary, audit=config["rows"]["audit"]),
+            unfreezing,
+            RowMonitor(folder, vocabulary=data.vocabulary, unfreezing=unfreezing),
             EpochSeeds(batches, seed),
         ],
     )
-    folder = Path(f"{config['trainer']['default_root_dir']}-keras")
-    folder.mkdir(parents=True, exist_ok=True)
+    with write_atomically(folder / "config.yaml") as path:
+        path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
     with write_atomically(folder / "model.keras") as path:
         model.save(path)
     meaning = {"tokens": list(data.vocabulary.tokens), "names": list(data.names)}

@@ -94,6 +94,18 @@ def test_it_measures_rows_tokens_and_drift(tmp_path: Path) -> None:
     assert high == pytest.approx(middle)
 
 
+def test_the_tokens_of_all_lookups_of_a_batch_count(tmp_path: Path) -> None:
+    class Twice(Model):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            # Of seven tokens together, rows 1, 2 and 2 train from the start.
+            return super().training_step(batch, batch_idx) + self.tables[0](batch[2:]).sum()
+
+    monitor = RowMonitor()
+    fit(tmp_path, monitor, Twice())
+    (track,) = monitor.tracks.values()
+    assert [share for place, share in track.token_share if place <= 2] == [3 / 7] * 10
+
+
 def test_gradient_norm_and_update_ratio_are_those_of_the_step(tmp_path: Path) -> None:
     monitor = RowMonitor()
     start = fit(tmp_path / "none", RowMonitor(), max_epochs=0).tables[0].weight.detach()

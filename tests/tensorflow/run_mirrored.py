@@ -1,6 +1,7 @@
 """Trains one model on two logical CPU devices and on one, and compares; run by a test."""
 
 import os
+import tempfile
 from typing import Any
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -11,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from partial_embedding import InputError
+from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 MATRIX = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
@@ -52,6 +54,26 @@ def train(strategy: Any, make: Any) -> Any:
     return layer.get_weights()[0]
 
 
+def check_callbacks(strategy: Any, folder: str) -> None:
+    with strategy.scope():
+        layer = PartialEmbedding.from_matrix(
+            MATRIX, trainable_rows=[3], reserve_rows=[1, 3], name="words"
+        )
+        model = keras.Sequential([keras.Input((3,), dtype="int64"), layer, keras.layers.Flatten()])
+        model.compile("sgd", "mse")
+    schedule = {"stages": [{"epoch": 0, "rows": [3]}, {"epoch": 1, "rows": [1, 3]}]}
+    unfreezing, monitor = RowUnfreezing(schedule, audit=True), RowMonitor(folder)
+    targets, callbacks = np.zeros((16, 12)), [unfreezing, monitor]
+    model.fit(IDS, targets, epochs=2, batch_size=8, verbose=0, callbacks=callbacks)
+    assert [report.changed for report in unfreezing.reports] == [0, 0]
+    track = monitor.tracks["words"]
+    assert track.awake == [(0.0, 1), (1.0, 2)]
+    # What one replica hears is not what all of them look up.
+    assert track.token_share == []
+    assert set(track.cohorts[0].numbers) == {"update_ratio", "lr", "neighbours_kept"}
+    check_replicas(model.variables)
+
+
 def check_replicas(variables: list[Any]) -> None:
     for variable in variables:
         copies = getattr(getattr(variable, "value", variable), "values", [])
@@ -67,6 +89,8 @@ for name, make in OPTIMIZERS.items():
     two = train(mirrored, make)
     one = train(tf.distribute.get_strategy(), make)
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6, err_msg=name)
+with tempfile.TemporaryDirectory() as folder:
+    check_callbacks(mirrored, folder)
 with mirrored.scope():
     late, variable = rowwise(keras.optimizers.SGD(), lazy=True), keras.Variable([1.0])
 with pytest.raises(InputError, match="built before the first step"):

@@ -1,5 +1,6 @@
 """The cost of a step follows the reserved rows, not the vocabulary."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
-from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402  # after the skip
+from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402  # after the skip
+from partial_embedding.tensorflow.listening import StepListener  # noqa: E402
 
 NUM_ROWS, WIDTH = 1000, 8
 
@@ -44,7 +46,10 @@ def whole_table_operations(look_up: Any) -> list[str]:
         weights = layer.trainable_variables
         optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
 
-    graph = step.get_concrete_function().graph
+    return whole_tables_of(step.get_concrete_function().graph)
+
+
+def whole_tables_of(graph: Any) -> list[str]:
     return [
         operation.type
         for operation in operations_of(graph)
@@ -65,3 +70,26 @@ def test_the_search_finds_an_operation_on_the_whole_table() -> None:
 def test_a_step_keeps_no_state_larger_than_the_reserved_rows() -> None:
     _, optimizer = layer_and_optimizer()
     assert max(np.prod(v.shape) for v in optimizer.variables) == 5 * WIDTH
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_hearing_a_step_costs_a_question_until_it_is_due(lazy: bool) -> None:
+    layer = PartialEmbedding(NUM_ROWS, WIDTH, trainable_rows=range(5))
+    model = keras.Sequential([keras.Input((10,), dtype="int64"), layer, keras.layers.Flatten()])
+    model.compile(rowwise(keras.optimizers.SGD(), lazy=lazy), "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.make_train_function()
+    listener = StepListener(model, [layer])
+    listener.attach()
+    data = tf.constant(np.arange(100).reshape(10, 10)), tf.zeros((10, 10 * WIDTH))
+
+    def graph_of(step: Any) -> Any:
+        return tf.function(step, autograph=False).get_concrete_function(data).graph
+
+    heard, alone = graph_of(listener._step), graph_of(model.train_step)
+    assert whole_tables_of(heard) == []
+    kinds, own = (Counter(o.type for o in graph.get_operations()) for graph in (heard, alone))
+    # One for the lookup and one for the gradient; what they lead to is in their branches.
+    assert (kinds - own)["If"] == 2
+    assert set(kinds - own) == {"If", "ReadVariableOp", "Placeholder"}
+    assert "Square" in [operation.type for operation in operations_of(heard)]

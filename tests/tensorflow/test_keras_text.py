@@ -16,6 +16,7 @@ pytest.importorskip("gensim")
 from partial_embedding import InputError, Schedule  # noqa: E402  # after the skip
 from partial_embedding.plan import plan  # noqa: E402
 from partial_embedding.recipes import keras_text  # noqa: E402
+from partial_embedding.record import read_record  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -57,6 +58,15 @@ def test_a_run_says_its_stages_and_saves_a_file_that_a_fresh_process_loads(
     assert any(line.startswith("audit: embedding: ") for line in lines)
     assert any(line.endswith("changed a bit: 0") for line in lines)
     saved = config.parent / "text-keras" / "model.keras"
+    record = read_record(saved.parent)
+    assert [report.changed for report in record.audit] == [0, 0]
+    track, planned = record.tables["embedding"], record.plans["embedding"]
+    assert [place for place, _ in track.awake] == [0.0, 1.0]
+    assert [awake for _, awake in track.awake] == [stage.awake for stage in planned]
+    assert {"gradient_norm", "lr"} <= track.cohorts[0].numbers.keys()
+    assert track.token_share[-1][1] == 1.0
+    assert record.scores[0].metrics.keys() == {"accuracy", "loss", "val_accuracy", "val_loss"}
+    assert keras_text.read_config(saved.parent / "config.yaml") == keras_text.read_config(config)
     script = (
         "import keras, numpy, partial_embedding.recipes.keras_text\n"
         f"model = keras.models.load_model({str(saved)!r})\n"

@@ -70,7 +70,10 @@ def test_it_logs_the_numbers_of_each_cohort_and_band(tmp_path: Path) -> None:
         assert numbers[f"words/cohort_0/drift_{name}"][1] == pytest.approx(value, rel=1e-4)
     assert numbers["words/cohort_1/drift_p90"][-1] > 0
     assert numbers["words/seen_1_to_9/drift_p90"][-1] > numbers["words/seen_10_to_99/drift_p10"][0]
-    assert not any("gradient_norm" in name or "tokens_that_train" in name for name in numbers)
+    assert numbers["words/tokens_that_train"] == [3 / 4, 3 / 4, 1 / 4, 1 / 4]
+    # Each time that a row occurs in a batch adds 1 to each element of its gradient.
+    assert numbers["words/cohort_0/gradient_norm"] == pytest.approx([(D * (2**2 + 1)) ** 0.5] * 2)
+    assert numbers["words/cohort_1/gradient_norm"] == pytest.approx([D**0.5] * 2)
 
 
 def test_the_update_ratio_is_that_of_one_step(tmp_path: Path) -> None:
