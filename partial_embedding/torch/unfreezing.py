@@ -126,7 +126,8 @@ class ScheduledTables(BaseScheduledTables[PartialTable]):
         """
         position = position or Position(total_steps=self.total_steps)
         self.position, self.seen = position, position.seen
-        self._advanced, self._moments = None, {}
+        self._advanced = None
+        self._moments, self._audits, self._frozen = {}, {}, {}
         moments = self._moments_at(position)
         for name, table in self.tables.items():
             moment = moments[name]

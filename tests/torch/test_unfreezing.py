@@ -65,6 +65,17 @@ def test_what_is_measured_again_after_a_step_replaces_what_was_measured_first() 
     assert tables.tables["0"].trainable_rows.tolist() == [1, 2]
 
 
+def test_an_audited_run_can_be_placed_elsewhere() -> None:
+    schedule = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 2, "rows": [2]}])
+    model = tables_of({"stages": [{"epoch": 0, "rows": [1]}]}).model
+    tables = ScheduledTables(model, {None: schedule}, audit=True)
+    tables.move_to(Position(epoch=2, step=8))
+    tables.place()
+    tables.move_to(Position(epoch=0))
+    tables.finish(1)
+    assert [(report.stage, report.changed) for report in tables.reports] == [(0, 0)]
+
+
 def test_the_first_rows_join_with_their_pace_whatever_trained_before() -> None:
     for rows in ("all", [2, 3]):
         tables = tables_of({"stages": [{"epoch": 0, "rows": [2, 3], "lr": 0.5}]}, rows)
