@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from partial_embedding.torch import (
     PartialEmbedding,
     average_gradients,
-    ignore_in_ddp,
+    distributed_data_parallel,
     rowwise,
 )
 
@@ -62,9 +62,7 @@ class Net(nn.Module):
 def step_of(way: str, work: Work) -> Callable[[Tensor, Tensor], None]:
     """A training step on ids and the gradient of what they give."""
     net, by_row = Net(way, work), way.endswith("by_row")
-    if by_row:
-        ignore_in_ddp(net)
-    ddp = DistributedDataParallel(net)
+    ddp = distributed_data_parallel(net) if by_row else DistributedDataParallel(net)
     optimizer = work.optimizer_of(net.parameters())
     if way != "plain":
         rowwise(optimizer, net)

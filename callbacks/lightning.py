@@ -13,9 +13,9 @@ from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.report import StageReport
 from partial_embedding.schedule import AnySchedule, schedules_by_table
-from partial_embedding.torch.ddp import IgnoredWhenWrapped, ignore_in_ddp
+from partial_embedding.torch.ddp import unwrap, wrap
 from partial_embedding.torch.rowwise import prepared
-from partial_embedding.torch.table import PartialTable, tables_in
+from partial_embedding.torch.table import tables_in
 from partial_embedding.torch.unfreezing import ScheduledTables
 from partial_embedding.vocabulary import Vocabulary
 
@@ -36,7 +36,8 @@ class RowUnfreezing(Callback):
     the stage and the rows awake. Steps are counted as Lightning counts them, in manual optimization
     those of every optimizer.
 
-    Under DDP, processes send each other the rows that trained, and not the table.
+    Under DDP, processes send each other the rows that trained instead of the whole table, unless
+    nothing but tables trains.
 
     A run that is stopped and resumed from a checkpoint goes on where the schedule stood. A schedule
     that was changed in between is told of line by line, and refused if other rows would train
@@ -96,11 +97,26 @@ class RowUnfreezing(Callback):
                 f"{strategy.__name__}, which shards them. Use one device or DDP."
             )
         if stage == "fit" and hasattr(trainer.strategy, "configure_ddp"):
-            IgnoredWhenWrapped(pl_module, lambda: self._tables_of(pl_module))
+            self._leave_out_tables(trainer.strategy)
 
-    def _tables_of(self, pl_module: LightningModule) -> list[PartialTable]:
-        followed, schedules = dict(tables_in(pl_module)), self.schedules
-        return [t for name, t in followed.items() if name in schedules or None in schedules]
+    def _leave_out_tables(self, strategy: Any) -> None:
+        """Stand in for the method with which Lightning wraps the module, for its next call.
+
+        It comes after the hooks in which users build the module and freeze parts of it.
+        """
+        before = strategy.configure_ddp
+
+        def make() -> Any:
+            before()
+            return strategy.model
+
+        def configure_ddp() -> None:
+            _own_method_again(strategy)
+            model, names = strategy.model, self.schedules
+            tables = [t for name, t in tables_in(model) if name in names or None in names]
+            wrap(model, tables, make)
+
+        strategy.configure_ddp = configure_ddp
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check every stage against the tables, set the first rows, and prepare the optimizers."""
@@ -173,7 +189,7 @@ class RowUnfreezing(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the tables to DDP again, for runs without this callback."""
-        ignore_in_ddp(pl_module, ignore=False)
+        unwrap(pl_module)
 
     # Around each optimizer step
 
@@ -218,7 +234,8 @@ class RowUnfreezing(Callback):
     ) -> None:
         """Leave a step that was cut short."""
         self._leave(trainer)
-        ignore_in_ddp(pl_module, ignore=False)
+        _own_method_again(trainer.strategy)
+        unwrap(pl_module)
 
     def _leave(self, trainer: Trainer) -> None:
         for handle in filter(None, map(prepared, trainer.optimizers)):
@@ -239,6 +256,10 @@ class RowUnfreezing(Callback):
             state_dict: What `state_dict` gave.
         """
         self._restored = state_dict
+
+
+def _own_method_again(strategy: Any) -> None:
+    vars(strategy).pop("configure_ddp", None)
 
 
 def _validate(trainer: Trainer) -> None:

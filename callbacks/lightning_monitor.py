@@ -85,6 +85,7 @@ class RowMonitor(Callback):
         self._restored: dict[str, Any] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._due = False
+        self._folder = Path()
 
     @property
     def tracks(self) -> dict[str, RowTrack]:
@@ -93,6 +94,8 @@ class RowMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the tables, and go on where a checkpoint stood."""
+        # Now, since all processes ask for the folder together.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         vocabulary = self._find_vocabulary(trainer, pl_module)
         unit = "step" if trainer.num_training_batches == float("inf") else "epoch"
         self._watched = {}
@@ -213,7 +216,7 @@ class RowMonitor(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it
             self._take_over(callback)
         self.record.tables = {name: w.watch.finish() for name, w in self._watched.items()}
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         write_record(folder / RECORD, self.record)
         if self.picture is None:

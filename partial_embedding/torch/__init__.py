@@ -3,7 +3,7 @@
 from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.clipping import clip_grad_norm_, clip_grad_value_
-from partial_embedding.torch.ddp import ignore_in_ddp
+from partial_embedding.torch.ddp import distributed_data_parallel
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowwise import average_gradients, detach_rowwise, rowwise
@@ -21,7 +21,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "detach_rowwise",
-    "ignore_in_ddp",
+    "distributed_data_parallel",
     "replace_embedding",
     "restore_embedding",
     "rowwise",

@@ -1,12 +1,15 @@
 """Tables among several processes: their gradients are averaged at the cost of their rows.
 
 `DistributedDataParallel` reduces a dense gradient as one block of V×D, and a sparse one only where
-the backend can, which NCCL cannot. Tables that it is told to ignore are averaged here instead.
+the backend can, which NCCL cannot. So it is told to ignore the tables, which are averaged here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,93 +18,94 @@ from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.head import PartialLinear
-from partial_embedding.torch.rowcopy import distinct, sum_rows
-from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.row_parameters import RowParameter
+from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
 from partial_embedding.torch.table import PartialTable, tables_in
 
-# Where `DistributedDataParallel` keeps what it ignores: in the module, and in each parameter.
-_NAMES, _MARK = "_ddp_params_and_buffers_to_ignore", "_ddp_ignored"
+_NAMES = "_ddp_params_and_buffers_to_ignore"  # where `DistributedDataParallel` looks
 _NONE, _SPARSE, _DENSE = 0, 1, 2
 
+Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
 
-def ignore_in_ddp(
-    model: nn.Module, tables: Iterable[PartialTable] | None = None, ignore: bool = True
-) -> None:
-    """Make `DistributedDataParallel` leave tables of a model to `rowwise` and `average_gradients`.
 
-    Call it in every process before the model is wrapped. `rowwise` then gives all processes the
-    rows of the first one, and `average_gradients` the same gradients. A model of which nothing but
-    tables trains needs no wrapping. The Lightning callback does all of it by itself.
+# Wrapping
+
+
+def distributed_data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """Wrap a model in `DistributedDataParallel`, which leaves its tables to `average_gradients`.
+
+    All processes begin with the rows of the first one. After each backward pass that a step
+    follows, call `average_gradients`. Where nothing but tables trains they stay with
+    `DistributedDataParallel`, which refuses a module with nothing of its own; so do biases of
+    heads. The Lightning callback does all of it by itself.
 
     Args:
-        model: The module that will be wrapped.
-        tables: The tables to ignore; by default, all of the model's.
-        ignore: False takes it back, for when the model is wrapped again.
+        model: The model, on its device.
+        options: As for `DistributedDataParallel`. Uneven inputs (`join`) are not for tables.
+
+    Raises:
+        InputError: A table has another shape or dtype in another process.
 
     Example:
         >>> from partial_embedding.torch import PartialEmbedding
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> model = nn.Sequential(PartialEmbedding(10, 4, trainable_rows=[2]), nn.Linear(4, 2))
-        >>> ignore_in_ddp(model)
-        >>> is_ignored(model[0].weight), is_ignored(model[1].weight)
-        (True, False)
+        >>> sorted(distributed_data_parallel(model).parameters_to_ignore)
+        ['0.weight']
+        >>> dist.destroy_process_group()
     """
-    if not ignore and not hasattr(model, _NAMES):
-        return
-    chosen = [table for _, table in tables_in(model)] if tables is None else tables
-    weights = {id(table.weight) for table in chosen}
+    tables = [table for _, table in tables_in(model)]
+    return wrap(model, tables, lambda: DistributedDataParallel(model, **options))
+
+
+def wrap(
+    model: nn.Module,
+    tables: Iterable[PartialTable],
+    make: Callable[[], DistributedDataParallel],
+) -> DistributedDataParallel:
+    """Let something wrap a model, and keep tables out of it.
+
+    Args:
+        model: The model.
+        tables: Those of its tables that will be averaged here.
+        make: Wraps the model.
+
+    Raises:
+        InputError: As for `distributed_data_parallel`.
+    """
+    weights = {id(table.weight) for table in tables}
     # A tied weight has a name in each module.
     named = dict(model.named_parameters(remove_duplicate=False))
-    own = {name: weight for name, weight in named.items() if id(weight) in weights}
-    names = [name for name in getattr(model, _NAMES, ()) if name not in own]
-    if ignore:
-        names += own
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    if not ignore:
-        for weight in own.values():
-            vars(weight).pop(_MARK, None)
+    names = [name for name, parameter in named.items() if id(parameter) in weights]
+    before = vars(model).get(_NAMES)
+    others = set(getattr(model, _NAMES, ()))
+    if all(n in others or n in names or not p.requires_grad for n, p in named.items()):
+        return make()
+    # For a parameter of the model itself it has a name of its own.
+    setattr(model, _NAMES, [*others, *names, *(f".{n}" for n in names if "." not in n)])
+    try:
+        wrapper = make()
+    finally:
+        # It looks once, and a copy of the model is one like any other.
+        delattr(model, _NAMES)
+        if before is not None:
+            setattr(model, _NAMES, before)
+    _begin_alike({n: m for n, m in tables_in(model) if id(m.weight) in weights}, wrapper)
+    for module in model.modules():
+        if isinstance(module, PartialTable) and id(module.weight) in weights:
+            vars(module)["_wrapper"] = weakref.ref(wrapper)
+    return wrapper
 
 
-class IgnoredWhenWrapped:
-    """The names that `DistributedDataParallel` ignores, chosen at the time when it asks.
-
-    Lightning wraps a module after the hooks in which users build it and freeze parts of it.
-
-    Args:
-        model: The module that will be wrapped.
-        choose: Gives the tables to ignore.
-    """
-
-    def __init__(self, model: nn.Module, choose: Callable[[], list[PartialTable]]) -> None:
-        self.model = model
-        self.choose = choose
-        self.others: Iterable[str] = getattr(model, _NAMES, ())
-        setattr(model, _NAMES, self)
-
-    def __iter__(self) -> Iterator[str]:
-        setattr(self.model, _NAMES, list(self.others))
-        tables = self.choose()
-        own = {id(table.weight) for table in tables}
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and id(parameter) not in own and not is_ignored(parameter):
-                break
-        else:
-            tables = []  # DDP refuses a module of which nothing is left to it
-        ignore_in_ddp(self.model, tables)
-        return iter(getattr(self.model, _NAMES))
-
-
-def is_ignored(weight: nn.Parameter) -> bool:
-    """Whether `DistributedDataParallel` leaves a parameter alone.
+def unwrap(model: nn.Module) -> None:
+    """Forget that tables of a model are averaged here.
 
     Args:
-        weight: Any parameter.
+        model: A model that may have been wrapped.
     """
-    return bool(getattr(weight, _MARK, False))
-
-
-def is_among_others() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    for module in model.modules():
+        if isinstance(module, PartialTable):
+            vars(module).pop("_wrapper", None)
 
 
 def check_backend(tables: Mapping[str, PartialTable]) -> None:
@@ -111,13 +115,13 @@ def check_backend(tables: Mapping[str, PartialTable]) -> None:
         tables: Tables by name; of those that are tied, one.
 
     Raises:
-        InputError: A table that is not ignored is sparse and the group is NCCL's, or it is a head
+        InputError: A table that is left to DDP is sparse and the group is NCCL's, or it is a head
             that is tied to no embedding.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
     for name, table in tables.items():
-        if not getattr(table, "sparse", False) or is_ignored(table.weight):
+        if not getattr(table, "sparse", False) or _wrapper_of(table) is not None:
             continue
         if dist.get_backend() == "nccl":
             raise InputError(
@@ -131,120 +135,213 @@ def check_backend(tables: Mapping[str, PartialTable]) -> None:
             )
 
 
-@torch.no_grad()
-def begin_alike(weight: nn.Parameter) -> None:
-    """Give all processes the rows of the first one, as `DistributedDataParallel` does.
+def group_of(parameter: RowParameter) -> Group | None:
+    """The processes over which the gradient of a parameter is averaged here, if it is.
 
     Args:
-        weight: A table, shape (V, …); nothing is done for one that is not ignored.
+        parameter: A table's weight, or another parameter with its rows.
     """
-    if is_ignored(weight) and is_among_others():
-        dist.broadcast(weight.detach(), 0)
+    wrapper = _wrapper_of(parameter.table) if parameter.attribute == "weight" else None
+    if wrapper is None or dist.get_world_size(wrapper.process_group) == 1:
+        return None
+    return wrapper.process_group
+
+
+def _wrapper_of(table: PartialTable) -> DistributedDataParallel | None:
+    wrapper = vars(table).get("_wrapper", lambda: None)()
+    assert wrapper is None or isinstance(wrapper, DistributedDataParallel)
+    return wrapper
 
 
 @torch.no_grad()
-def average_gradient(name: str, weight: nn.Parameter, rows: RowSet) -> None:
-    """Replace the gradient of a table by its mean over all processes, which all call this.
+def _begin_alike(tables: Mapping[str, PartialTable], wrapper: DistributedDataParallel) -> None:
+    group = wrapper.process_group
+    weights = {name: table.weight.detach() for name, table in tables.items()}
+    shapes = {name: (*weight.shape, str(weight.dtype)) for name, weight in weights.items()}
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, shapes, group=group)
+    for rank, others in enumerate(everyone):
+        if others != everyone[0]:
+            raise InputError(
+                f"all processes have the same tables. Received: {everyone[0]} in process 0 and "
+                f"{others} in process {rank}. Build the same vocabulary in each."
+            )
+    for weight in weights.values():
+        dist.broadcast(weight, dist.get_global_rank(group, 0), group=group)
 
-    Dense gradients cost K×D numbers, whatever V; where all are sparse, only rows that some process
-    touched are exchanged. A process without a gradient counts as zero, unless none has one. As DDP
-    does, each process divides before the sum, so that half precision does not overflow.
+
+# Averaging
+
+
+@torch.no_grad()
+def average(tables: Mapping[str, RowParameter], group: Group) -> None:
+    """Replace the gradients of tables by their means over processes, which all call this.
+
+    Dense gradients cost K×D numbers, whatever V; of those that are sparse in each process, the rows
+    are exchanged that some process touched. A process without a gradient counts as zero, unless
+    none has one. As in DDP each process divides before the sum, for the sake of half precision.
 
     Args:
-        name: The table's name, for messages.
-        weight: The table, shape (V, …).
-        rows: The rows that train, the same in all processes.
+        tables: The tables' weights, by names for messages.
+        group: The processes.
 
     Raises:
         InputError: Processes train different rows; all raise the same.
     """
-    grad, size = weight.grad, dist.get_world_size()
-    touched, values = _own_rows(weight, grad, rows)
-    kinds, counts = _tell_each_other(name, weight, rows, _kind(grad), len(touched))
-    if max(kinds) == _DENSE:
-        mean = _reduced(_by_slot(weight, grad, rows).div_(size))
-        if _kind(grad) != _DENSE:
-            weight.grad = torch.zeros_like(weight)
-        weight.grad.index_copy_(0, rows.order, mean)  # type: ignore[union-attr]
-    elif max(kinds) == _SPARSE:
-        slots, mean = _mean_of_touched(touched, values.div_(size), counts, len(rows))
-        ids = rows.order.index_select(0, slots).unsqueeze(0)
-        weight.grad = torch.sparse_coo_tensor(ids, mean, weight.shape, check_invariants=False)
+    gradients = [_Gradient(name, parameter) for name, parameter in tables.items()]
+    _tell_each_other(gradients, group)
+    for alike in _alike(gradients, _DENSE):
+        _average_dense(alike, group)
+    for alike in _alike(gradients, _SPARSE):
+        _average_sparse(alike, group)
 
 
-def _kind(grad: Tensor | None) -> int:
-    if grad is None:
-        return _NONE
-    return _SPARSE if grad.layout == torch.sparse_coo else _DENSE
+class _Gradient:
+    """What this process has for the mean of one table.
+
+    Args:
+        name: The table's name.
+        parameter: Its weight.
+    """
+
+    def __init__(self, name: str, parameter: RowParameter) -> None:
+        self.name = name
+        self.weight = parameter.weight
+        self.rows = parameter.row_set
+        self.grad = self.weight.grad
+        # Where all rows train in their order, nothing needs to be gathered.
+        in_order = len(self.rows) == self.rows.num_rows and len(self.rows.cohorts) == 1
+        self.run = slice(0, len(self.rows)) if in_order else None
+        self.kind = _NONE
+        # The slots that a sparse gradient has entries for, rising, and the sum of each.
+        self.touched = self.rows.order[:0]
+        self.sums = self.weight.new_zeros(0, *self.weight.shape[1:])
+        # What all processes have: how many of them each, and the widest kind.
+        self.counts: list[int] = []
+        self.kind_of_all = self.kind
+        if self.grad is not None:
+            self.kind = _SPARSE if self.grad.layout == torch.sparse_coo else _DENSE
+        if self.grad is not None and self.kind == _SPARSE:
+            slots = self.rows.slots.index_select(0, self.grad._indices()[0]).long()
+            touched, places = distinct(slots, len(self.rows) + 1)
+            sums = sum_rows(places, self.grad._values(), len(touched))
+            # The last slot is that of frozen rows.
+            number = int(torch.searchsorted(touched, len(self.rows)))
+            self.touched, self.sums = touched[:number], sums[:number]
+
+    @property
+    def header(self) -> list[int]:
+        """What the other processes must know."""
+        return [self.kind, len(self.touched), self.rows.fingerprint]
+
+    def by_slot(self) -> Tensor:
+        """The gradient of all trainable rows, shape (K, …)."""
+        if self.grad is not None and self.kind == _DENSE:
+            return read_rows(self.grad, self.rows.order, self.run)
+        dense = self.weight.new_zeros(len(self.rows), *self.weight.shape[1:])
+        return dense.index_copy_(0, self.touched, self.sums)
+
+    def become_dense(self, mean: Tensor) -> None:
+        """Take the mean of all trainable rows, shape (K, …)."""
+        if self.grad is None or self.kind == _SPARSE:
+            self.grad = self.weight.grad = torch.zeros_like(self.weight)
+        write_rows(self.grad, self.rows.order, self.run, mean)
+
+    def become_sparse(self, slots: Tensor, mean: Tensor) -> None:
+        """Take the mean of some slots, shapes (n,) and (n, …)."""
+        ids = self.rows.order.index_select(0, slots).unsqueeze(0)
+        self.weight.grad = torch.sparse_coo_tensor(
+            ids, mean, self.weight.shape, check_invariants=False
+        )
 
 
-def _own_rows(weight: nn.Parameter, grad: Tensor | None, rows: RowSet) -> tuple[Tensor, Tensor]:
-    """The slots that a sparse gradient has entries for, rising, and the sum of each."""
-    if grad is None or grad.layout != torch.sparse_coo:
-        return rows.order[:0], weight.new_zeros(0, *weight.shape[1:])
-    slots = rows.slots.index_select(0, grad._indices()[0]).long()
-    touched, places = distinct(slots, len(rows) + 1)
-    summed = sum_rows(places, grad._values(), len(touched))
-    # The last slot is that of frozen rows.
-    number = int(torch.searchsorted(touched, len(rows)))
-    return touched[:number], summed[:number]
+def _tell_each_other(gradients: Sequence[_Gradient], group: Group) -> None:
+    device = gradients[0].weight.device
+    own = torch.tensor([gradient.header for gradient in gradients], device=device)
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, own, group=group)
+    headers = torch.stack(everyone, dim=2).tolist()
+    for gradient, (kinds, counts, fingerprints) in zip(gradients, headers, strict=True):
+        for rank, fingerprint in enumerate(fingerprints):
+            if fingerprint != fingerprints[0]:
+                raise InputError(
+                    f"all processes train the same rows of {gradient.name!r}, which joined in the "
+                    f"same order. Received others in process {rank} than in process 0. Set the "
+                    "same rows in each."
+                )
+        gradient.counts = counts
+        gradient.kind_of_all = max(kinds)
 
 
-def _by_slot(weight: nn.Parameter, grad: Tensor | None, rows: RowSet) -> Tensor:
-    """A gradient of the trainable rows, in memory of its own, shape (K, …)."""
-    if grad is None:
-        return weight.new_zeros(len(rows), *weight.shape[1:])
-    if grad.layout == torch.sparse_coo:
-        slots = rows.slots.index_select(0, grad._indices()[0])
-        return sum_rows(slots, grad._values(), len(rows) + 1)[: len(rows)]
-    return grad.index_select(0, rows.order)
+def _alike(gradients: Iterable[_Gradient], kind: int) -> Iterable[list[_Gradient]]:
+    """Those of one kind in lists that can be sent as one."""
+    found: dict[Any, list[_Gradient]] = {}
+    for gradient in gradients:
+        if gradient.kind_of_all == kind:
+            weight = gradient.weight
+            found.setdefault((weight.dtype, weight.shape[1:], weight.device), []).append(gradient)
+    return found.values()
 
 
-def _tell_each_other(
-    name: str, weight: nn.Parameter, rows: RowSet, kind: int, count: int
-) -> tuple[list[int], list[int]]:
-    own = torch.tensor([kind, count, rows.fingerprint], device=weight.device)
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, own)
-    kinds, counts, fingerprints = torch.stack(everyone).t().tolist()
-    for rank, fingerprint in enumerate(fingerprints):
-        if fingerprint != fingerprints[0]:
-            raise InputError(
-                f"all processes train the same rows of {name!r}, which joined at the same times. "
-                f"Received others in process {rank} than in process 0. Set the same rows in each."
-            )
-    return kinds, counts
+def _average_dense(gradients: Sequence[_Gradient], group: Group) -> None:
+    own = _joined([gradient.by_slot() for gradient in gradients])
+    mean = _reduced(own.div_(dist.get_world_size(group)), group)
+    parts = mean.split([len(gradient.rows) for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.become_dense(part)
 
 
-def _mean_of_touched(
-    touched: Tensor, values: Tensor, counts: list[int], height: int
+def _average_sparse(gradients: Sequence[_Gradient], group: Group) -> None:
+    # As if they were one table, in which the slots of each begin where those before it end.
+    ends = list(itertools.accumulate(len(gradient.rows) for gradient in gradients))
+    starts = [0, *ends[:-1]]
+    touched = [gradient.touched + start for gradient, start in zip(gradients, starts, strict=True)]
+    sums = _joined([gradient.sums for gradient in gradients])
+    counts = [sum(of_one) for of_one in zip(*(g.counts for g in gradients), strict=True)]
+    mean_of = _joined(touched), sums.div_(dist.get_world_size(group))
+    slots, mean = _sums_of_touched(*mean_of, counts, ends[-1], group)
+    bounds = torch.searchsorted(slots, torch.tensor([0, *ends], device=slots.device)).tolist()
+    for i, (gradient, start) in enumerate(zip(gradients, starts, strict=True)):
+        mine = slice(bounds[i], bounds[i + 1])
+        gradient.become_sparse(slots[mine] - start, mean[mine])
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _sums_of_touched(
+    touched: Tensor, values: Tensor, counts: list[int], height: int, group: Group
 ) -> tuple[Tensor, Tensor]:
     """The slots that any process touched, rising, and the sums of their values."""
-    everyone = _gathered(touched.int(), counts)
+    everyone = _gathered(touched.int(), counts, group)
     union, places = distinct(torch.cat(everyone).long(), height)
+    place_of = places.split(counts)
     total = values.new_zeros(len(union), *values.shape[1:])
     # A ring that gathers sends about N times the most rows of one process, one that reduces twice
     # the union, which is less where many processes touch the same rows.
     if len(counts) * max(counts) <= 2 * len(union):
-        total.index_add_(0, places, torch.cat(_gathered(values, counts)))
+        # One process after the other: a GPU adds entries of one row in any order.
+        for place, part in zip(place_of, _gathered(values, counts, group), strict=True):
+            total.index_add_(0, place, part)
     else:
-        total.index_copy_(0, places.split(counts)[dist.get_rank()], values)
-        _reduced(total)
+        total.index_copy_(0, place_of[dist.get_rank(group)], values)
+        _reduced(total, group)
     return union, total
 
 
-def _gathered(own: Tensor, counts: list[int]) -> list[Tensor]:
+def _gathered(own: Tensor, counts: list[int], group: Group) -> list[Tensor]:
     """The rows that each process gives, of which there are so many."""
     padded = own.new_zeros(max(counts), *own.shape[1:])
     padded[: len(own)] = own
     everyone = [torch.empty_like(padded) for _ in counts]
     if max(counts):
-        dist.all_gather(everyone, padded)
+        dist.all_gather(everyone, padded, group=group)
     return [theirs[:count] for theirs, count in zip(everyone, counts, strict=True)]
 
 
-def _reduced(values: Tensor) -> Tensor:
+def _reduced(values: Tensor, group: Group) -> Tensor:
     """The sums over all processes, in the same memory."""
     if len(values):
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=group)
     return values

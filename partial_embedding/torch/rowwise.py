@@ -12,12 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.cohorts import Block, TableState, clear_history
-from partial_embedding.torch.ddp import (
-    average_gradient,
-    begin_alike,
-    is_among_others,
-    is_ignored,
-)
+from partial_embedding.torch.ddp import average, group_of
 from partial_embedding.torch.probe import Anatomy, examine, first_state
 from partial_embedding.torch.row_parameters import RowParameter, row_parameters_in
 from partial_embedding.torch.saving import (
@@ -85,10 +80,11 @@ def detach_rowwise(optimizer: Optimizer) -> None:
 
 
 def average_gradients(optimizer: Optimizer) -> None:
-    """Average the gradients of tables that `ignore_in_ddp` named over all processes.
+    """Average the gradients of tables over the processes of `distributed_data_parallel`.
 
-    Call it in every process after each backward pass that a step follows, and before gradients are
-    unscaled or clipped. The Lightning callback does so by itself.
+    Call it in every process after each backward pass that a step follows, before gradients are
+    unscaled or clipped and before other rows are set. The Lightning callback does so by itself.
+    Nothing is done for tables that are not wrapped, or that `DistributedDataParallel` reduces.
 
     Args:
         optimizer: An optimizer that `rowwise` prepared.
@@ -145,9 +141,6 @@ class Rowwise:
         # Whatever the optimizer remembers already, of its own or from a checkpoint of ours.
         check_state_dict(optimizer, self.tables, vars(optimizer))
         from_state_dict(optimizer, self.tables)
-        for state in self.tables.values():
-            begin_alike(state.table.weight)
-        self._averaged = False
         self._entered: list[tuple[Group, list[nn.Parameter], list[str] | None]] = []
         self._blocks: list[tuple[TableState, Block, Group, Group]] = []
         self._stepping = False
@@ -175,23 +168,27 @@ class Rowwise:
     # Among several processes
 
     def average(self) -> None:
-        """Average the gradients of tables that DDP ignores; all processes call this."""
-        if not is_among_others():
-            return
-        for table in self.tables.values():
-            if is_ignored(weight := table.table.weight):
-                average_gradient(table.name, weight, table.table.row_set)
-        self._averaged = True
+        """Average the gradients of tables that DDP leaves; all processes call this."""
+        found: dict[Any, dict[str, RowParameter]] = {}
+        for state in self.tables.values():
+            if (group := group_of(state.table)) is not None:
+                found.setdefault(group, {})[state.name] = state.table
+        for group, tables in found.items():
+            average(tables, group)
+            for parameter in tables.values():
+                parameter.table.is_averaged = True
 
     def _check_averaged(self) -> None:
-        if self._averaged or not is_among_others():
-            return
-        for table in self.tables.values():
-            if is_ignored(weight := table.table.weight) and weight.grad is not None:
+        for state in self.tables.values():
+            parameter = state.table
+            if parameter.weight.grad is None or parameter.table.is_averaged:
+                continue
+            if group_of(parameter) is not None:
                 raise InputError(
-                    "the gradient of a table that DDP ignores is averaged before the step. "
-                    f"Received {table.name!r} with this process's own. Call "
-                    "average_gradients(optimizer) after backward, in every process."
+                    "gradients of tables are averaged over all processes before a step. Received "
+                    f"that of {state.name!r} as this process made it. Call "
+                    "average_gradients(optimizer) after backward; in Lightning, call "
+                    "self.manual_backward(loss) for loss.backward()."
                 )
 
     # Around the optimizer's maths
@@ -335,7 +332,6 @@ class Rowwise:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._count_steps()
         self.leave()
-        self._averaged = False
 
     # Around the optimizer's state_dict
 

@@ -20,7 +20,7 @@ from partial_embedding.torch.rowset import RowSet, shown
 from partial_embedding.vocabulary import Ids
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
-_WIRING = ("_hooked", "_pace_checks")
+_WIRING = ("_hooked", "_pace_checks", "_wrapper", "is_averaged")
 
 
 @dataclass(eq=False)
@@ -51,6 +51,9 @@ class PartialTable(nn.Module):
     _shared: _Shared
     _hooked: nn.Parameter | None = None
     _warned: bool = False
+
+    # Whether the gradient of now is that of all processes, where `ddp.average` made it so.
+    is_averaged: bool = False
 
     # Which rows train
 
@@ -240,7 +243,7 @@ class PartialTable(nn.Module):
     def leave_weight(self) -> None:
         """Stop freezing rows: for a module whose class is about to be changed back."""
         self._unhook()
-        for name in ("_hooked", "_shared", "_warned", "_pace_checks"):
+        for name in ("_shared", "_warned", *_WIRING):
             self.__dict__.pop(name, None)
 
     def _share_rows_with(self, other: PartialTable) -> None:
@@ -377,6 +380,8 @@ class _DropFrozenRows:
 
     def __call__(self, grad: Tensor | None) -> Tensor | None:
         owner = self.table()
+        if owner is not None:
+            owner.is_averaged = False
         if grad is None or owner is None or not owner.has_frozen_rows:
             return grad  # autograd may hand a hook None
         rows = owner.row_set.to(grad.device)

@@ -4,21 +4,29 @@ The process needs LOCAL_RANK, MASTER_ADDR and MASTER_PORT. It writes what it saw
 `{folder}/{case}-{rank}.pt`.
 """
 
+import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
-from small_runs import SCHEDULE, D, Net, V, Witness, data, loader, trainer
+from small_runs import SCHEDULE, STAGES, D, Net, V, Witness, data, loader, trainer
 from torch import Tensor
 
-from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.torch import PartialLinear, clip_grad_norm_
+from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
+from partial_embedding.torch import PartialLinear, clip_grad_norm_, rowwise
+from partial_embedding.torch.ddp import average
+
+rowwise_module = importlib.import_module("partial_embedding.torch.rowwise")
 
 
 class Tied(Net):
@@ -58,11 +66,63 @@ class Untied(TiedHead):
         return {**super().parts(), "scores": list(self.scores.parameters())}
 
 
+class PreparedEarly(Net):
+    """An optimizer that is made and prepared before the module is wrapped."""
+
+    def build(self, **options: Any) -> "PreparedEarly":
+        super().build(**options)
+        self.early = rowwise(*self.make(self.parts()), self)
+        return self
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.early
+
+
+class OwnNames(Net):
+    """Has a parameter of its own that DDP ignores."""
+
+    def setup(self, stage: str) -> None:
+        self._ddp_params_and_buffers_to_ignore = ["head.bias"]
+        torch.nn.init.ones_(self.head.bias).requires_grad_(False)
+
+
+class TwoTables(Net):
+    """A table that follows a schedule, and one that does not, with an optimizer each."""
+
+    automatic_optimization = False
+
+    def build(self, **options: Any) -> "TwoTables":
+        super().build(("words", "tags"), make=one_each, **options)
+        return self
+
+    def training_step(self, batch: Any, index: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+class Failing(Net):
+    """Ends a first run with an exception, before a second one without the callback."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        if self.global_step == 2 and not self.failed:
+            self.failed = True
+            raise RuntimeError("the first run ends")
+        return super().training_step(batch, index)
+
+    failed = False
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return rowwise(super().configure_optimizers()[0], self)
+
+
 class BuiltInSetup(Net):
     """A table that is made in the hook that follows those of the callbacks."""
 
     def setup(self, stage: str) -> None:
-        self.build()
+        self.build(seed=self.global_rank)
 
 
 class Alone(Net):
@@ -127,6 +187,15 @@ class Batches(pl.Callback):
         self.ignored = sorted(trainer.model.parameters_to_ignore)
 
 
+def one_each(parts: Any) -> list[torch.optim.Optimizer]:
+    words, *others = parts.values()
+    return [
+        torch.optim.AdamW(words, lr=0.1),
+        torch.optim.SparseAdam(others[0], lr=0.1),
+        torch.optim.SGD(others[1], lr=0.1),
+    ]
+
+
 def lbfgs(parts: Any) -> list[torch.optim.Optimizer]:
     parameters = [p for part in parts.values() for p in part]
     return [torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)]
@@ -156,31 +225,70 @@ CASES: dict[str, dict[str, Any]] = {
     "without_words": {"kind": WithoutWords},
     "without_words_dense": {"kind": WithoutWords, "build": {"sparse": False}},
     "manual": {"kind": Manual},
+    "prepared_early": {"kind": PreparedEarly},
+    "own_names": {"kind": OwnNames},
+    "two_tables": {"kind": TwoTables, "schedule": {"words": SCHEDULE}},
+    "failing": {"kind": Failing},
+    "monitored": {"monitor": True},
     "lbfgs": {"build": {"make": lbfgs}},
     "overflowing": {"kind": Overflowing, "scaled": True},
 }
 
 
+@contextmanager
+def counting() -> Iterator[list[int]]:
+    """How many tables were averaged, call by call."""
+    calls: list[int] = []
+
+    def counted(tables: Any, group: Any) -> None:
+        calls.append(len(tables))
+        average(tables, group)
+
+    vars(rowwise_module)["average"] = counted
+    try:
+        yield calls
+    finally:
+        vars(rowwise_module)["average"] = average
+
+
 def run(name: str, folder: Path) -> None:
-    case = CASES[name]
+    case, rank = CASES[name], int(os.environ["LOCAL_RANK"])
     net = case.get("kind", Net)()
     if not isinstance(net, BuiltInSetup):
-        net.build(**case.get("build", {}))
+        # Each process begins with another module: that of the first one counts.
+        net.build(seed=rank, **case.get("build", {}))
     callback = RowUnfreezing(case.get("schedule", SCHEDULE), audit=1, **case.get("callback", {}))
     witness, batches = Witness(), Batches()
-    options = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}
+    callbacks: list[pl.Callback] = [callback, witness, batches]
+    options = {"devices": 2, **case.get("trainer", {})}
     if case.get("scaled"):
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         options["plugins"] = MixedPrecision("16-mixed", "cpu", scaler)
-    made = trainer(callback, witness, batches, **options, **case.get("trainer", {}))
-    made.fit(net, loader(data(6)))
-    (optimizer,) = made.optimizers
+    if case.get("monitor"):
+        callbacks.insert(1, RowMonitor(every_n_steps=2))
+        options["logger"] = CSVLogger(folder, name="monitored", version=0)
+    strategy = DDPStrategy(process_group_backend="gloo")
+    made = trainer(*callbacks, strategy=strategy, **options)
+    with counting() as calls:
+        if isinstance(net, Failing):
+            with pytest.raises(RuntimeError, match="the first run ends"):
+                made.fit(net, loader(data(6)))
+            callback._tables.finish(2)  # for the line that is counted
+            witness.seen.clear()
+            witness.epochs.clear()
+            batches.seen.clear()
+            strategy = DDPStrategy(process_group_backend="gloo")
+            net.words.set_trainable_rows(STAGES[0])
+            made = trainer(witness, batches, strategy=strategy, **options)
+        made.fit(net, loader(data(6)))
+    optimizer = made.optimizers[0]
     kept = {
         "weights": witness.seen,
         "epochs": witness.epochs,
         "batches": batches.seen,
         "ignored": batches.ignored,
         "ignored_later": list(getattr(net, "_ddp_params_and_buffers_to_ignore", [])),
+        "averaged": calls,
         "optimizer": optimizer.state_dict(),
         "reports": [(r.frozen, r.changed) for r in callback.reports if r.table == "words"],
     }

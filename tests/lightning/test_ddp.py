@@ -28,9 +28,13 @@ from small_runs import (
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 ROOT = Path(__file__).resolve().parents[2]
-STAGES_OF = {name: {0: (), 1: (5,)} if name == "none_first" else STAGES for name in CASES}
+STAGES_OF = {
+    **dict.fromkeys(CASES, STAGES),
+    "none_first": {0: (), 1: (5,)},
+    "failing": {0: STAGES[0]},  # the second run has no callback
+}
 # The reference has an untied head, steps all rows, and begins with some.
-AS_ONE = ["sparse", "dense", "accumulate", "clipped", "built_in_setup"]
+AS_ONE = ["sparse", "dense", "accumulate", "clipped", "built_in_setup", "prepared_early"]
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
@@ -78,9 +82,14 @@ def run_both_ranks(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both ranks left what they saw."""
+    return once(tmp_path_factory, "ranks", run_both_ranks)
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each of the two ranks saw, for each case."""
-    folder = once(tmp_path_factory, "ranks", run_both_ranks)
     said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
     # Lines are printed once, and not by each rank.
     assert said.count("audit: words") == len(CASES)
@@ -145,10 +154,27 @@ def test_ddp_leaves_the_tables_to_the_callback_until_the_run_ends(
         "tied_head": ["scores.weight", "words.weight"],
         "untied": ["scores.weight", "words.weight"],
         "alone": [],  # a module of which nothing is left to it, DDP refuses
+        "failing": [],  # the run without the callback
+        "own_names": ["head.bias", "words.weight"],
     }
     for rank in ranks[case]:
         assert rank["ignored"] == ignored.get(case, ["words.weight"])
-        assert rank["ignored_later"] == []
+        assert rank["ignored_later"] == (["head.bias"] if case == "own_names" else [])
+
+
+def test_tables_are_averaged_once_for_each_step(ranks: dict[str, list[dict[str, Any]]]) -> None:
+    steps = 4 * BATCHES
+    for rank in range(2):
+        counts = {case: ranks[case][rank]["averaged"] for case in CASES}
+        assert counts["sparse"] == counts["manual"] == counts["two_tables"] == [1] * steps
+        assert counts["untied"] == [2] * steps
+        assert counts["accumulate"] == [1] * (4 * 2)  # of three batches the last one is alone
+        assert counts["alone"] == []
+
+
+def test_a_run_of_two_processes_is_recorded_once(ranks: dict[str, Any], folder: Path) -> None:
+    assert ranks["monitored"]
+    assert (folder / "monitored" / "version_0" / "rows.json").exists()
 
 
 @pytest.mark.parametrize("case", AS_ONE)

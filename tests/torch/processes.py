@@ -7,6 +7,7 @@ It runs the cases for so many processes and writes what they returned to
 """
 
 import copy
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from partial_embedding.torch import (
     PartialLinear,
     average_gradients,
     clip_grad_norm_,
-    ignore_in_ddp,
+    distributed_data_parallel,
     rowwise,
 )
 
@@ -34,11 +35,11 @@ FIRST, LATER = [3, 4, 9, 20], [2, 3, 9, 20, 21]
 
 
 class Net(nn.Module):
-    """A table, a hidden layer, and a head of any kind."""
+    """A table, a hidden layer, and a head of any kind; each process makes other ones."""
 
     def __init__(self, sparse: bool = True, head: str = "none", rows: int = V) -> None:
         super().__init__()
-        torch.manual_seed(3)
+        torch.manual_seed(dist.get_rank())
         self.table = PartialEmbedding(rows, D, sparse=sparse, trainable_rows=FIRST)
         self.hidden = nn.Linear(D, D)
         self.head: nn.Module = nn.Identity()
@@ -58,10 +59,9 @@ def adamw(model: nn.Module, lazy: bool = False) -> torch.optim.Optimizer:
     return rowwise(made, model, lazy=lazy)
 
 
-def wrapped(model: Net, ours: bool = True) -> nn.Module:
-    if ours:
-        ignore_in_ddp(model)
-    return DistributedDataParallel(model)
+def wrapped(model: nn.Module, ours: bool = True, group: Any = None) -> nn.Module:
+    wrap = distributed_data_parallel if ours else DistributedDataParallel
+    return wrap(model, process_group=group)
 
 
 def batch(step: int) -> Tensor:
@@ -74,10 +74,20 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(
-    model: Net, ours: bool, lazy: bool = False, accumulate: int = 1, max_norm: float | None = None
+    model: Net,
+    ours: bool,
+    lazy: bool = False,
+    accumulate: int = 1,
+    max_norm: float | None = None,
+    rowwise_first: bool = False,
+    group: Any = None,
 ) -> list[dict[str, Tensor]]:
     """The weights after each step, of which the rows change in the middle."""
-    ddp, optimizer, seen = wrapped(model, ours), adamw(model, lazy), []
+    if rowwise_first:
+        optimizer, ddp = adamw(model, lazy), wrapped(model, ours, group)
+    else:
+        ddp, optimizer = wrapped(model, ours, group), adamw(model, lazy)
+    seen = []
     for step in range(STEPS):
         if step == STEPS // 2:
             model.table.set_trainable_rows(LATER)
@@ -104,11 +114,30 @@ def alone(**options: Any) -> Callable[[], Any]:
     return lambda: train(Net(**build), ours=True, **options)
 
 
+class Tables(nn.Module):
+    """Tables, and a parameter that stays with DDP."""
+
+    def __init__(self, *tables: PartialEmbedding) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(tables)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.scale * sum(table(ids).square().sum() for table in self.tables)
+
+
+def one_table(
+    rows: int = V, trainable: Any = FIRST, **options: Any
+) -> tuple[PartialEmbedding, torch.optim.Optimizer]:
+    model = Tables(PartialEmbedding(rows, D, trainable_rows=trainable, **options))
+    wrapper = wrapped(model)
+    model.alive = [wrapper]  # a list, so that it is no module of its own
+    return model.tables[0], adamw(model)
+
+
 def without_a_gradient(sparse: bool, ranks: tuple[int, ...]) -> Any:
     """Gradients before and after, where only some processes have one."""
-    table = PartialEmbedding(V, D, sparse=sparse, trainable_rows=FIRST)
-    ignore_in_ddp(table)
-    optimizer = adamw(table)
+    table, optimizer = one_table(sparse=sparse)
     if dist.get_rank() in ranks:
         table(batch(0)).square().sum().backward()
     own = None if table.weight.grad is None else table.weight.grad.to_dense().clone()
@@ -125,9 +154,7 @@ def without_a_gradient(sparse: bool, ranks: tuple[int, ...]) -> Any:
 
 
 def of_both_kinds() -> Any:
-    table = PartialEmbedding(V, D, sparse=dist.get_rank() == 0, trainable_rows=FIRST)
-    ignore_in_ddp(table)
-    optimizer = adamw(table)
+    table, optimizer = one_table(sparse=dist.get_rank() == 0)
     table(batch(0)).square().sum().backward()
     own = table.weight.grad.to_dense().clone()
     average_gradients(optimizer)
@@ -136,13 +163,39 @@ def of_both_kinds() -> Any:
     return {"own": own, "mean": once, "twice": table.weight.grad}
 
 
-def begun_apart() -> Any:
+def several_tables() -> Any:
+    """Tables of several kinds: what each had, and the mean."""
+    kinds = [
+        {"sparse": True, "trainable_rows": [3, 4]},
+        {"sparse": False, "trainable_rows": [0, 7]},
+        {"sparse": True, "trainable_rows": range(20)},
+        {"sparse": False},  # all rows, where they are
+        {"sparse": True, "dtype": torch.float64},
+        {"sparse": False, "trainable_rows": [9]},
+        {"sparse": True, "trainable_rows": [29]},  # which no batch touches
+    ]
+    model = Tables(*(PartialEmbedding(V, D, **kind) for kind in kinds))
+    model.tables[2].unfreeze_rows([25, 2])
+    wrapper, optimizer = wrapped(model), adamw(model)
+    wrapper(batch(0) % 29).backward()
+    own = [table.weight.grad.to_dense().clone() for table in model.tables]
+    with counting() as calls:
+        average_gradients(optimizer)
+    return {
+        "own": own,
+        "mean": [table.weight.grad.to_dense() for table in model.tables],
+        "calls": [name for name, _ in calls],
+    }
+
+
+def begun_apart(first: str) -> Any:
     torch.manual_seed(dist.get_rank())
-    table = PartialEmbedding(V, D, trainable_rows=FIRST)
-    own = weights(table)
-    ignore_in_ddp(table)
-    adamw(table)
-    return {"own": own, "after": weights(table)}
+    model = Tables(PartialEmbedding(V, D, trainable_rows=FIRST))
+    own = weights(model)
+    if first == "rowwise":
+        adamw(model)
+    wrapper = wrapped(model)
+    return {"own": own, "after": weights(wrapper.module)}
 
 
 def scaled(sparse: bool) -> Any:
@@ -170,9 +223,9 @@ def counting() -> Iterator[list[tuple[str, int]]]:
     calls: list[tuple[str, int]] = []
 
     def counted(call: Any, which: int) -> Any:
-        def wrapper(*arguments: Any) -> Any:
+        def wrapper(*arguments: Any, group: Any) -> Any:
             calls.append((call.__name__, arguments[which].nbytes))
-            return call(*arguments)
+            return call(*arguments, group=group)
 
         return wrapper
 
@@ -185,9 +238,7 @@ def counting() -> Iterator[list[tuple[str, int]]]:
 
 
 def traffic(sparse: bool, rows: int, trainable: int, ids: int) -> int:
-    table = PartialEmbedding(rows, D, sparse=sparse, trainable_rows=range(trainable))
-    ignore_in_ddp(table)
-    optimizer = adamw(table)
+    table, optimizer = one_table(rows, range(trainable), sparse=sparse)
     table(torch.arange(ids)).square().sum().backward()
     with counting() as calls:
         average_gradients(optimizer)
@@ -196,15 +247,20 @@ def traffic(sparse: bool, rows: int, trainable: int, ids: int) -> int:
 
 def of_many(ids: Callable[[int], list[int]]) -> Any:
     """The gradient of each process, their mean, and how it was made."""
-    table = PartialEmbedding(V, D, trainable_rows=range(20))
-    ignore_in_ddp(table)
-    optimizer = rowwise(torch.optim.SGD(table.parameters(), lr=0.1), table)
+    table, optimizer = one_table(trainable=range(20))
     rank = dist.get_rank()
     ((2 + rank) * table(torch.tensor(ids(rank))).square()).sum().backward()
     own = table.weight.grad.to_dense().clone()
     with counting() as calls:
         average_gradients(optimizer)
     return {"own": own, "mean": table.weight.grad.to_dense(), "last": calls[-1][0]}
+
+
+def in_a_group() -> Any:
+    """Two of three processes train together, the third one by itself."""
+    pair = dist.new_group([0, 2])
+    single = dist.new_group([1])
+    return train(Net(), ours=True, group=single if dist.get_rank() == 1 else pair)
 
 
 def all_traffic() -> Any:
@@ -237,31 +293,84 @@ def refusal(act: Callable[[], Any]) -> str:
     return "nothing was refused"
 
 
-def refused(rows: list[int], more: list[int], average: bool = True) -> str:
-    table = PartialEmbedding(V, D, trainable_rows=rows)
-    ignore_in_ddp(table)
-    optimizer = adamw(table)
+def refused(rows: list[int], more: list[int]) -> str:
+    table, optimizer = one_table(trainable=rows)
     table.unfreeze_rows(more)
     table(torch.arange(V)).sum().backward()
-    return refusal(lambda: average_gradients(optimizer) if average else optimizer.step())
+    return refusal(lambda: average_gradients(optimizer))
 
 
-def wrapped_again() -> Any:
-    """A table that was ignored once is DDP's again."""
-    model = Net()
-    ignore_in_ddp(model)
-    there = copy.copy(model._ddp_params_and_buffers_to_ignore)
-    ignore_in_ddp(model, ignore=False)
+def not_averaged(how: str) -> str:
+    """A step on gradients of which not all were averaged."""
+    table, optimizer = one_table()
+    if how != "never":
+        table(batch(0)).sum().backward()
+        average_gradients(optimizer)
+        if how == "after_a_step":
+            optimizer.step()
+        if how != "before_more":
+            optimizer.zero_grad()
+    table(batch(1)).sum().backward()
+    return refusal(optimizer.step)
+
+
+def other_shapes() -> str:
+    rows = V + dist.get_rank()
+    return refusal(lambda: one_table(rows, trainable=[1]))
+
+
+def copied(how: str) -> Any:
+    """A copy of a wrapped model that plain DDP wraps, and what the model keeps."""
+    model = Net(sparse=False)
+    model._ddp_params_and_buffers_to_ignore = ["hidden.bias"]
+    wrapper = wrapped(model)
+    if how == "deepcopy":
+        copy_of = copy.deepcopy(model)
+    elif how == "pickle":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copy_of = torch.load(file, weights_only=False)
+    else:  # the model itself, once its wrapper is gone
+        del wrapper
+        copy_of = model
+    again = DistributedDataParallel(copy_of)
     return {
-        "ignored": there,
-        "after": list(DistributedDataParallel(model).parameters_to_ignore),
+        "ignored": sorted(again.parameters_to_ignore),
+        "kept": model._ddp_params_and_buffers_to_ignore,
+        "seen": train_plainly(again, copy_of),
     }
+
+
+def train_plainly(ddp: nn.Module, model: Net) -> list[dict[str, Tensor]]:
+    optimizer, seen = adamw(model), []
+    with torch.no_grad():
+        model.hidden.bias.zero_()
+    model.hidden.bias.requires_grad_(False)  # which DDP ignores in all of these
+    for step in range(2):
+        optimizer.zero_grad()
+        ddp(batch(step)).backward()
+        average_gradients(optimizer)
+        optimizer.step()
+        seen.append(weights(model))
+    return seen
+
+
+def tables_alone() -> Any:
+    """A model of which nothing is left to DDP: what it ignores, and the weights."""
+    table = PartialEmbedding(V, D, trainable_rows=FIRST)
+    found = {"root": wrapped(table)}
+    model = nn.Sequential(PartialEmbedding(V, D, trainable_rows=FIRST), nn.Linear(D, D))
+    model[1].requires_grad_(False)
+    found["frozen"] = wrapped(model)
+    return {name: sorted(wrapper.parameters_to_ignore) for name, wrapper in found.items()}
 
 
 OF_TWO: dict[str, Callable[[], Any]] = {
     "dense": beside_ddp(sparse=False),
     "sparse": beside_ddp(),
     "sparse_lazy": beside_ddp(lazy=True),
+    "rowwise_first": beside_ddp(sparse=False, rowwise_first=True),
     "dense_accumulated": beside_ddp(sparse=False, accumulate=3),
     "dense_clipped": beside_ddp(sparse=False, max_norm=0.01),
     "sparse_accumulated": beside_ddp(accumulate=3),
@@ -274,21 +383,29 @@ OF_TWO: dict[str, Callable[[], Any]] = {
     "one_without_dense": lambda: without_a_gradient(False, (1,)),
     "none_sparse": lambda: without_a_gradient(True, ()),
     "of_both_kinds": of_both_kinds,
-    "begun_apart": begun_apart,
+    "several_tables": several_tables,
+    "begun_apart": lambda: begun_apart("wrapper"),
+    "begun_apart_rowwise_first": lambda: begun_apart("rowwise"),
     "scaled_sparse": lambda: scaled(True),
     "scaled_dense": lambda: scaled(False),
     "traffic": all_traffic,
     "buckets": buckets,
     "other_rows": lambda: refused([1 + dist.get_rank()], [7]),
     "other_order": lambda: refused(*(([1], [2]) if dist.get_rank() else ([2], [1]))),
-    "not_averaged": lambda: refused([1], [2], average=False),
-    "wrapped_again": wrapped_again,
+    "other_shapes": other_shapes,
+    "never_averaged": lambda: not_averaged("never"),
+    "averaged_before_more": lambda: not_averaged("before_more"),
+    "averaged_in_a_skipped_step": lambda: not_averaged("in_a_skipped_step"),
+    "averaged_in_the_last_step": lambda: not_averaged("after_a_step"),
+    "deepcopy": lambda: copied("deepcopy"),
+    "pickle": lambda: copied("pickle"),
+    "wrapped_again": lambda: copied("again"),
+    "tables_alone": tables_alone,
 }
-
-
 OF_THREE: dict[str, Callable[[], Any]] = {
     "same_ids": lambda: of_many(lambda rank: [3, 1, 3, 19, 25]),
     "other_ids": lambda: of_many(lambda rank: [3, *range(7 * rank, 5 * rank + 5)]),
+    "in_a_group": in_a_group,
 }
 CASES = {2: OF_TWO, 3: OF_THREE}
 

@@ -18,6 +18,7 @@ BESIDE_DDP = [
     "dense",
     "sparse",
     "sparse_lazy",
+    "rowwise_first",
     "dense_accumulated",
     "dense_clipped",
     "sparse_accumulated",
@@ -102,7 +103,7 @@ def test_weights_are_those_of_a_run_in_which_ddp_reduces_the_table(
     case: str, seen: dict[str, list[Any]]
 ) -> None:
     for step, (ours, ddp) in enumerate(zip(*seen[case][0].values(), strict=True)):
-        if case in ("dense", "dense_accumulated", "dense_tied"):
+        if case in ("dense", "dense_accumulated", "dense_tied", "rowwise_first"):
             assert same(ours, ddp), step
         for name, wanted in ddp.items():
             # DDP sums the entries of a sparse gradient in another order.
@@ -137,7 +138,7 @@ def test_a_sparse_gradient_and_a_dense_one_have_a_dense_mean(seen: dict[str, lis
         assert torch.equal(process["twice"], mean)
 
 
-@pytest.mark.parametrize("case", CASES[3])
+@pytest.mark.parametrize("case", ["same_ids", "other_ids"])
 def test_three_processes_gather_rows_or_reduce_them_whichever_sends_less(
     case: str, seen_by_three: dict[str, list[Any]]
 ) -> None:
@@ -149,8 +150,29 @@ def test_three_processes_gather_rows_or_reduce_them_whichever_sends_less(
         assert process["last"] == ("all_reduce" if case.endswith("same_ids") else "all_gather")
 
 
-def test_all_processes_begin_with_the_rows_of_the_first(seen: dict[str, list[Any]]) -> None:
-    zero, one = seen["begun_apart"]
+def test_processes_outside_of_the_group_have_no_part(seen_by_three: dict[str, list[Any]]) -> None:
+    zero, one, two = seen_by_three["in_a_group"]
+    for a, b, c in zip(zero, one, two, strict=True):
+        assert same(a, c)
+        assert not torch.equal(a["table.weight"], b["table.weight"])
+        assert not torch.equal(a["hidden.weight"], b["hidden.weight"])
+
+
+def test_tables_of_several_kinds_are_averaged_together(seen: dict[str, list[Any]]) -> None:
+    zero, one = seen["several_tables"]
+    for i, (a, b) in enumerate(zip(zero["own"], one["own"], strict=True)):
+        for process in (zero, one):
+            assert torch.equal(process["mean"][i], a / 2 + b / 2), i
+    # One header; what is dense, in one; slots and rows of what is sparse, by dtype.
+    for process in (zero, one):
+        assert process["calls"] == ["all_gather", "all_reduce", *["all_gather"] * 4]
+
+
+@pytest.mark.parametrize("case", ["begun_apart", "begun_apart_rowwise_first"])
+def test_all_processes_begin_with_the_rows_of_the_first(
+    case: str, seen: dict[str, list[Any]]
+) -> None:
+    zero, one = seen[case]
     assert not same(zero["own"], one["own"])
     assert same(zero["after"], zero["own"])
     assert same(one["after"], zero["own"])
@@ -185,9 +207,19 @@ def test_ddp_has_no_bucket_for_an_ignored_table(seen: dict[str, list[Any]]) -> N
         assert process["ddp"] == process["ours"] + 4 * 1_000 * D
 
 
-def test_a_table_can_be_given_back_to_ddp(seen: dict[str, list[Any]]) -> None:
-    for process in seen["wrapped_again"]:
-        assert process == {"ignored": ["table.weight"], "after": []}
+@pytest.mark.parametrize("case", ["deepcopy", "pickle", "wrapped_again"])
+def test_only_the_model_that_was_wrapped_is_averaged_by_row(
+    case: str, seen: dict[str, list[Any]]
+) -> None:
+    zero, one = seen[case]
+    assert all(same(a, b) for a, b in zip(zero["seen"], one["seen"], strict=True))
+    for process in (zero, one):
+        assert process["ignored"] == process["kept"] == ["hidden.bias"]
+
+
+def test_tables_stay_with_ddp_where_nothing_else_trains(seen: dict[str, list[Any]]) -> None:
+    for process in seen["tables_alone"]:
+        assert process == {"root": [], "frozen": []}
 
 
 # Refused
@@ -199,12 +231,32 @@ def test_processes_that_train_different_rows_stop_together(
 ) -> None:
     zero, one = seen[case]
     assert zero == one
-    assert "all processes train the same rows of ''" in zero
+    assert "all processes train the same rows of 'tables.0'" in zero
     assert "in process 1 than in process 0" in zero
 
 
-def test_a_step_without_the_average_is_refused(seen: dict[str, list[Any]]) -> None:
-    for process in seen["not_averaged"]:
+def test_tables_of_other_shapes_are_refused_before_anything_is_sent(
+    seen: dict[str, list[Any]],
+) -> None:
+    zero, one = seen["other_shapes"]
+    assert zero == one
+    assert "(30, 4, 'torch.float32')} in process 0 and" in zero
+    assert "(31, 4, 'torch.float32')} in process 1. Build the same vocabulary in each." in zero
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "never_averaged",
+        "averaged_before_more",
+        "averaged_in_a_skipped_step",
+        "averaged_in_the_last_step",
+    ],
+)
+def test_a_step_on_gradients_that_were_not_averaged_is_refused(
+    case: str, seen: dict[str, list[Any]]
+) -> None:
+    for process in seen[case]:
         assert "Call average_gradients(optimizer) after backward" in process
 
 
