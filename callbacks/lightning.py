@@ -13,7 +13,7 @@ from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.report import StageReport
 from partial_embedding.schedule import AnySchedule, schedules_by_table
-from partial_embedding.torch.ddp import unwrap, wrap
+from partial_embedding.torch.ddp import wrap
 from partial_embedding.torch.rowwise import prepared
 from partial_embedding.torch.table import tables_in
 from partial_embedding.torch.unfreezing import ScheduledTables
@@ -111,7 +111,7 @@ class RowUnfreezing(Callback):
             return strategy.model
 
         def configure_ddp() -> None:
-            _own_method_again(strategy)
+            vars(strategy).pop("configure_ddp", None)
             model, names = strategy.model, self.schedules
             tables = [t for name, t in tables_in(model) if name in names or None in names]
             wrap(model, tables, make)
@@ -187,10 +187,6 @@ class RowUnfreezing(Callback):
         # Not in `on_train_end`, where callbacks that average weights put them into the model.
         self._scheduled.finish(trainer.global_step)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the tables to DDP again, for runs without this callback."""
-        unwrap(pl_module)
-
     # Around each optimizer step
 
     def on_before_backward(
@@ -234,8 +230,6 @@ class RowUnfreezing(Callback):
     ) -> None:
         """Leave a step that was cut short."""
         self._leave(trainer)
-        _own_method_again(trainer.strategy)
-        unwrap(pl_module)
 
     def _leave(self, trainer: Trainer) -> None:
         for handle in filter(None, map(prepared, trainer.optimizers)):
@@ -256,10 +250,6 @@ class RowUnfreezing(Callback):
             state_dict: What `state_dict` gave.
         """
         self._restored = state_dict
-
-
-def _own_method_again(strategy: Any) -> None:
-    vars(strategy).pop("configure_ddp", None)
 
 
 def _validate(trainer: Trainer) -> None:

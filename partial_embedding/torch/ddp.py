@@ -44,7 +44,7 @@ def distributed_data_parallel(model: nn.Module, **options: Any) -> DistributedDa
         options: As for `DistributedDataParallel`. Uneven inputs (`join`) are not for tables.
 
     Raises:
-        InputError: A table has another shape or dtype in another process.
+        InputError: A table has `max_norm`, or another shape or dtype in another process.
 
     Example:
         >>> from partial_embedding.torch import PartialEmbedding
@@ -54,8 +54,9 @@ def distributed_data_parallel(model: nn.Module, **options: Any) -> DistributedDa
         ['0.weight']
         >>> dist.destroy_process_group()
     """
-    tables = [table for _, table in tables_in(model)]
-    return wrap(model, tables, lambda: DistributedDataParallel(model, **options))
+    tables = dict(tables_in(model))
+    _check_max_norm(tables)
+    return wrap(model, tables.values(), lambda: DistributedDataParallel(model, **options))
 
 
 def wrap(
@@ -97,29 +98,19 @@ def wrap(
     return wrapper
 
 
-def unwrap(model: nn.Module) -> None:
-    """Forget that tables of a model are averaged here.
-
-    Args:
-        model: A model that may have been wrapped.
-    """
-    for module in model.modules():
-        if isinstance(module, PartialTable):
-            vars(module).pop("_wrapper", None)
-
-
 def check_backend(tables: Mapping[str, PartialTable]) -> None:
-    """Refuse a process group in which DDP cannot reduce the gradients of tables.
+    """Refuse a process group in which tables cannot stay the same in each process.
 
     Args:
         tables: Tables by name; of those that are tied, one.
 
     Raises:
-        InputError: A table that is left to DDP is sparse and the group is NCCL's, or it is a head
-            that is tied to no embedding.
+        InputError: A table has `max_norm`; or one that is left to DDP is sparse and the group is
+            NCCL's, or it is a head that is tied to no embedding.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
+    _check_max_norm(tables)
     for name, table in tables.items():
         if not getattr(table, "sparse", False) or _wrapper_of(table) is not None:
             continue
@@ -132,6 +123,15 @@ def check_backend(tables: Mapping[str, PartialTable]) -> None:
             raise InputError(
                 "DistributedDataParallel takes sparse gradients of embeddings alone. Received "
                 f"the sparse head {name!r}, which is tied to none. Make it with sparse=False."
+            )
+
+
+def _check_max_norm(tables: Mapping[str, PartialTable]) -> None:
+    for name, table in tables.items():
+        if getattr(table, "max_norm", None) is not None and dist.get_world_size() > 1:
+            raise InputError(
+                "max_norm scales the rows that a process looks up in that process alone, so that "
+                f"processes part. Received it for {name!r}. Leave it out, or use one process."
             )
 
 

@@ -257,10 +257,11 @@ def of_many(ids: Callable[[int], list[int]]) -> Any:
 
 
 def in_a_group() -> Any:
-    """Two of three processes train together, the third one by itself."""
-    pair = dist.new_group([0, 2])
-    single = dist.new_group([1])
-    return train(Net(), ours=True, group=single if dist.get_rank() == 1 else pair)
+    """The last two of three processes train together, the first one by itself."""
+    single, pair = dist.new_group([0]), dist.new_group([1, 2])
+    model = Net()
+    own = weights(model)
+    return {"own": own, "seen": train(model, True, group=pair if dist.get_rank() else single)}
 
 
 def all_traffic() -> Any:
@@ -314,6 +315,10 @@ def not_averaged(how: str) -> str:
     return refusal(optimizer.step)
 
 
+def with_max_norm() -> str:
+    return refusal(lambda: one_table(max_norm=1.0))
+
+
 def other_shapes() -> str:
     rows = V + dist.get_rank()
     return refusal(lambda: one_table(rows, trainable=[1]))
@@ -363,6 +368,9 @@ def tables_alone() -> Any:
     model = nn.Sequential(PartialEmbedding(V, D, trainable_rows=FIRST), nn.Linear(D, D))
     model[1].requires_grad_(False)
     found["frozen"] = wrapped(model)
+    model = nn.Sequential(PartialEmbedding(V, D, trainable_rows=FIRST), nn.Linear(D, D))
+    model._ddp_params_and_buffers_to_ignore = ["1.weight", "1.bias"]
+    found["ignored"] = wrapped(model)
     return {name: sorted(wrapper.parameters_to_ignore) for name, wrapper in found.items()}
 
 
@@ -393,6 +401,7 @@ OF_TWO: dict[str, Callable[[], Any]] = {
     "other_rows": lambda: refused([1 + dist.get_rank()], [7]),
     "other_order": lambda: refused(*(([1], [2]) if dist.get_rank() else ([2], [1]))),
     "other_shapes": other_shapes,
+    "with_max_norm": with_max_norm,
     "never_averaged": lambda: not_averaged("never"),
     "averaged_before_more": lambda: not_averaged("before_more"),
     "averaged_in_a_skipped_step": lambda: not_averaged("in_a_skipped_step"),

@@ -152,10 +152,14 @@ def test_three_processes_gather_rows_or_reduce_them_whichever_sends_less(
 
 def test_processes_outside_of_the_group_have_no_part(seen_by_three: dict[str, list[Any]]) -> None:
     zero, one, two = seen_by_three["in_a_group"]
-    for a, b, c in zip(zero, one, two, strict=True):
-        assert same(a, c)
-        assert not torch.equal(a["table.weight"], b["table.weight"])
-        assert not torch.equal(a["hidden.weight"], b["hidden.weight"])
+    for a, b, c in zip(zero["seen"], one["seen"], two["seen"], strict=True):
+        assert same(b, c)
+        for name in ("table.weight", "hidden.weight"):
+            assert not torch.equal(a[name], b[name])
+    frozen = [row for row in range(V) if row not in {*FIRST, *LATER}]
+    for process, begun in ((zero, zero), (one, one), (two, one)):
+        ended = process["seen"][-1]["table.weight"]
+        assert torch.equal(ended[frozen], begun["own"]["table.weight"][frozen])
 
 
 def test_tables_of_several_kinds_are_averaged_together(seen: dict[str, list[Any]]) -> None:
@@ -219,7 +223,7 @@ def test_only_the_model_that_was_wrapped_is_averaged_by_row(
 
 def test_tables_stay_with_ddp_where_nothing_else_trains(seen: dict[str, list[Any]]) -> None:
     for process in seen["tables_alone"]:
-        assert process == {"root": [], "frozen": []}
+        assert process == {"root": [], "frozen": [], "ignored": ["1.bias", "1.weight"]}
 
 
 # Refused
@@ -242,6 +246,11 @@ def test_tables_of_other_shapes_are_refused_before_anything_is_sent(
     assert zero == one
     assert "(30, 4, 'torch.float32')} in process 0 and" in zero
     assert "(31, 4, 'torch.float32')} in process 1. Build the same vocabulary in each." in zero
+
+
+def test_max_norm_is_refused_among_several_processes(seen: dict[str, list[Any]]) -> None:
+    for process in seen["with_max_norm"]:
+        assert "Received it for 'tables.0'. Leave it out, or use one process." in process
 
 
 @pytest.mark.parametrize(
