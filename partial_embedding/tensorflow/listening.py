@@ -155,7 +155,7 @@ class StepListener:
             return self._function(iterator)
         except (StopIteration, tf.errors.OutOfRangeError):  # an epoch of unknown length ended
             raise
-        except BaseException:
+        except BaseException:  # an interrupt too: `fit` then ends without a word to callbacks
             self.detach()
             raise
         finally:
