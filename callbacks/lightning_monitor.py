@@ -200,8 +200,9 @@ class RowMonitor(Callback):
     # What is left behind
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the record and draw the picture."""
-        self._finish(trainer)
+        """Write the record and draw the picture, unless there was nothing left to train."""
+        if self._watched:
+            self._finish(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -265,6 +265,14 @@ def test_a_run_that_fails_leaves_what_was_seen(tmp_path: Path) -> None:
     assert track.end == pytest.approx(7 / BATCHES)
 
 
+def test_a_run_with_nothing_left_to_train_leaves_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit(tmp_path / "run", RowMonitor(), max_epochs=0)
+    assert not list(tmp_path.rglob("rows.*"))
+
+
 def test_it_changes_neither_training_nor_random_numbers(tmp_path: Path) -> None:
     with_monitor = fit(tmp_path / "a", RowMonitor())
     after = torch.rand(1)
