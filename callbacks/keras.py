@@ -13,10 +13,10 @@ import keras
 from partial_embedding.callbacks.keras_monitor import RowMonitor
 from partial_embedding.callbacks.keras_record import Epoch, RunRecord
 from partial_embedding.errors import InputError
-from partial_embedding.report import StageReport
-from partial_embedding.schedule import AnySchedule, Position, Seen, schedules_by_table
-from partial_embedding.tensorflow.unfreezing import ScheduledTables, innermost
-from partial_embedding.vocabulary import Vocabulary
+from partial_embedding.rows.vocabulary import Vocabulary
+from partial_embedding.schedule import AnySchedule, Evaluation, Position, schedules_by_table
+from partial_embedding.schedule.messages import StageReport
+from partial_embedding.tensorflow.adapter import ScheduledTables, innermost
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
 
@@ -27,7 +27,7 @@ class RowUnfreezing(keras.callbacks.Callback):
     Each layer reserves the rows that its schedule will ever train, `schedule_rows(…)`, so that a
     stage that begins traces nothing again. Compile the model with `rowwise(optimizer)` for rows
     that join late to train as if the optimizer had just begun, and with `rowwise(optimizer,
-    paces=True)` for stages with `lr` or `warmup`.
+    rate_scales=True)` for stages with `lr` or `warmup`.
 
     A step is one that the optimizer completed since the first epoch of the run began: accumulated
     batches are one step together, and one that a `LossScaleOptimizer` skips is none. Rows are set
@@ -140,7 +140,7 @@ class RowUnfreezing(keras.callbacks.Callback):
 
     def _check_measured(self, epoch: int, record: RunRecord) -> None:
         waits = self._scheduled.metrics
-        last = record.epochs[-1].seen.epoch if record.epochs else -1
+        last = record.epochs[-1].evaluation.epoch if record.epochs else -1
         if not waits or last == epoch - 1:
             return
         raise InputError(
@@ -182,7 +182,7 @@ class RowUnfreezing(keras.callbacks.Callback):
 
     def _move_to(self, step: int, batch: int) -> None:
         assert self._epoch is not None, "Keras begins an epoch first"
-        position = Position(self._epoch, step, self._total_steps, self._record.seen)
+        position = Position(self._epoch, step, self._total_steps, self._record.evaluations)
         self._scheduled.move_to(position)
         self.position = position
         left = None if self._batches is None else self._batches - batch
@@ -217,7 +217,7 @@ class RowUnfreezing(keras.callbacks.Callback):
     def _keep(self, logs: Mapping[str, float]) -> None:
         assert self._epoch is not None, "Keras begins an epoch first"
         metrics = {key: float(value) for key, value in logs.items()}
-        epoch = Epoch(Seen(self._epoch, self._step(), metrics), self.position.step)
+        epoch = Epoch(Evaluation(self._epoch, self._step(), metrics), self.position.step)
         record = self._record.ended(epoch)
         if record != self._record:
             self._record = record
@@ -231,11 +231,11 @@ class RowUnfreezing(keras.callbacks.Callback):
             return
         self._epoch = None
         for metric in self._scheduled.metrics:
-            if not any(metric in seen.metrics for seen in self._record.seen):
+            if not any(metric in seen.metrics for seen in self._record.evaluations):
                 raise self._not_logged(metric)
 
     def _not_logged(self, metric: str) -> InputError:
-        logged = sorted({key for seen in self._record.seen for key in seen.metrics})
+        logged = sorted({key for seen in self._record.evaluations for key in seen.metrics})
         return InputError(
             f"a stage waits for a metric that an epoch logs, {metric!r}. Received: {logged}. Pass "
             "validation_data= to fit and metrics= to compile, or name another one."

@@ -1,4 +1,4 @@
-"""A Keras callback that watches rows: how many are awake, and how far they went."""
+"""A Keras callback that watches rows: how many train, and how far they went."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from partial_embedding.drift import RowTrack
-from partial_embedding.record import RECORD, RowRecord, planned_stages, write_record
+from partial_embedding.monitor.record import RECORD, RowRecord, planned_stages, write_record
+from partial_embedding.monitor.sampling import TableWatch
+from partial_embedding.monitor.track import RowTrack
+from partial_embedding.rows.vocabulary import Ids, Vocabulary
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.listening import Heard, StepListener
 from partial_embedding.tensorflow.tables import tables_in
-from partial_embedding.vocabulary import Ids, Vocabulary
-from partial_embedding.watch import TableWatch
 
 if TYPE_CHECKING:
     from partial_embedding.callbacks.keras import RowUnfreezing
@@ -39,9 +39,9 @@ class RowMonitor(keras.callbacks.Callback):
     """Writes for TensorBoard which rows of the tables train and how far they went.
 
     The metrics are those of the Lightning callback, under the same names, as `LAYER/rows_awake` and
-    so on; `TableWatch` in `partial_embedding.watch` lists them. When `fit` ends, all that was seen
-    is written to the same folder as `rows.json`, of which
-    `python -m partial_embedding.recipes.report` makes a page, where matplotlib is installed. A run
+    so on; `TableWatch` in `partial_embedding.monitor.sampling` lists them. When `fit` ends, all
+    that was seen is written to the same folder as `rows.json`, of which `python -m
+    partial_embedding.recipes.report_command` makes a page, where matplotlib is installed. A run
     that is resumed is watched from there on.
 
     Keras shows callbacks neither batches nor gradients, so while `fit` runs, the model trains by a
@@ -127,16 +127,16 @@ class RowMonitor(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Note which rows woke, and what rows hold before a step that is measured."""
+        """Note which rows were unfrozen, and what rows hold before a step that is measured."""
         self._listening.is_due = self._due = self._is_due(batch)
         for watched in self._watched.values():
             # Replaced whenever rows change; its copy, `trainable_rows`, costs K numbers a batch.
             live = watched.layer._live
             if watched.live is not live:
                 watched.live = live
-                awake = np.zeros(watched.layer.input_dim, np.bool_)
-                awake[live] = True
-                watched.watch.note_rows(awake, self._place(watched.watch.track, batch))
+                trainable = np.zeros(watched.layer.input_dim, np.bool_)
+                trainable[live] = True
+                watched.watch.note_rows(trainable, self._place(watched.watch.track, batch))
             if self._due:
                 watched.watch.before_step()
                 watched.rates = _rates(self.model.optimizer, watched)
@@ -210,14 +210,14 @@ def _rates(optimizer: Any, watched: _Watched) -> dict[int, float]:
     rate = float(tf.convert_to_tensor(optimizer.learning_rate))
     rows = watched.watch.any_row_of()
     split = watched.layer._split
-    paces = None if split is None else split.paces
-    if paces is None or not rows:
+    rate_scales = None if split is None else split.rate_scales
+    if rate_scales is None or not rows:
         return dict.fromkeys(rows, rate)
     slots = np.searchsorted(watched.layer.reserved_rows, list(rows.values()))
-    joined = paces.joined_at.numpy()[slots]
+    joined = rate_scales.joined_at.numpy()[slots]
     # Rows that have made no step yet have not joined.
     ages = np.where(joined >= 0, int(optimizer.iterations.numpy()) - joined, 0)
-    rates = paces.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
+    rates = rate_scales.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
     return dict(zip(rows, map(float, rates), strict=True))
 
 

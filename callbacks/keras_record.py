@@ -10,7 +10,7 @@ from typing import Any
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.schedule import Position, Schedule, Seen
+from partial_embedding.schedule import Evaluation, Position, Schedule
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Epoch:
         moved_at: The optimizer step at which its last rows were set.
     """
 
-    seen: Seen
+    evaluation: Evaluation
     moved_at: int
 
 
@@ -40,8 +40,8 @@ class RunRecord:
         schedules: What the run was trained with, by table.
 
     Example:
-        >>> record = RunRecord().ended(Epoch(Seen(0, 4, {"val_loss": 0.5}), moved_at=0))
-        >>> record.ended(Epoch(Seen(1, 8, {"val_loss": 0.4}), moved_at=4)).until(1) == record
+        >>> record = RunRecord().ended(Epoch(Evaluation(0, 4, {"val_loss": 0.5}), moved_at=0))
+        >>> record.ended(Epoch(Evaluation(1, 8, {"val_loss": 0.4}), moved_at=4)).until(1) == record
         True
     """
 
@@ -51,15 +51,17 @@ class RunRecord:
     schedules: Mapping[str | None, Schedule] | None = None
 
     @property
-    def seen(self) -> tuple[Seen, ...]:
+    def evaluations(self) -> tuple[Evaluation, ...]:
         """What was measured, in order."""
-        return tuple(epoch.seen for epoch in self.epochs)
+        return tuple(epoch.evaluation for epoch in self.epochs)
 
     @property
     def last_position(self) -> Position:
         """Where the rows were set that trained at the end of the last epoch."""
         last = self.epochs[-1]
-        return Position(last.seen.epoch, last.moved_at, self.total_steps, self.seen[:-1])
+        return Position(
+            last.evaluation.epoch, last.moved_at, self.total_steps, self.evaluations[:-1]
+        )
 
     def until(self, epoch: int) -> RunRecord:
         """The record as it was when an epoch began.
@@ -67,7 +69,7 @@ class RunRecord:
         Args:
             epoch: The epoch.
         """
-        return replace(self, epochs=tuple(e for e in self.epochs if e.seen.epoch < epoch))
+        return replace(self, epochs=tuple(e for e in self.epochs if e.evaluation.epoch < epoch))
 
     def ended(self, epoch: Epoch) -> RunRecord:
         """The record with an epoch that is over, in place of what was known of it.
@@ -75,7 +77,7 @@ class RunRecord:
         Args:
             epoch: The epoch.
         """
-        before = self.until(epoch.seen.epoch)
+        before = self.until(epoch.evaluation.epoch)
         return replace(before, epochs=(*before.epochs, epoch))
 
     def write(self, path: Path) -> None:
@@ -90,7 +92,8 @@ class RunRecord:
             "total_steps": self.total_steps,
             "schedules": [[name, one.to_config()] for name, one in schedules.items()],
             "epochs": [
-                [e.seen.epoch, e.seen.step, dict(e.seen.metrics), e.moved_at] for e in self.epochs
+                [e.evaluation.epoch, e.evaluation.step, dict(e.evaluation.metrics), e.moved_at]
+                for e in self.epochs
             ],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,9 @@ class RunRecord:
             return RunRecord(
                 state["begun_at"],
                 state["total_steps"],
-                tuple(Epoch(Seen(n, step, m), moved) for n, step, m, moved in state["epochs"]),
+                tuple(
+                    Epoch(Evaluation(n, step, m), moved) for n, step, m, moved in state["epochs"]
+                ),
                 {name: Schedule.parse(config) for name, config in state["schedules"]},
             )
         except FileNotFoundError:

@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
-from partial_embedding.report import StageReport
+from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.schedule import AnySchedule, schedules_by_table
+from partial_embedding.schedule.messages import StageReport
+from partial_embedding.torch.adapter import ScheduledTables
 from partial_embedding.torch.ddp import wrap
-from partial_embedding.torch.rowwise import prepared
+from partial_embedding.torch.optimizer import prepared
 from partial_embedding.torch.table import tables_in
-from partial_embedding.torch.unfreezing import ScheduledTables
-from partial_embedding.vocabulary import Vocabulary
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
 
@@ -33,8 +33,8 @@ class RowUnfreezing(Callback):
     it is, with a plain optimizer over `self.parameters()`. Rows may change at the start of an epoch
     and, where a schedule moves within epochs, with any optimizer step; a stage that waits for a
     metric sees what each validation logged, and starts with the next batch. The progress bar shows
-    the stage and the rows awake. Steps are counted as Lightning counts them, in manual optimization
-    those of every optimizer.
+    the stage and the trainable rows. Steps are counted as Lightning counts them, in manual
+    optimization those of every optimizer.
 
     Under DDP, processes send each other the rows that trained instead of the whole table, unless
     nothing but tables trains.

@@ -1,4 +1,4 @@
-"""A PyTorch Lightning callback that watches rows: how many are awake, and how far they went."""
+"""A PyTorch Lightning callback that watches rows: how many train, and how far they went."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from partial_embedding.drift import RowTrack
 from partial_embedding.files import write_atomically
-from partial_embedding.pictures import row_picture
-from partial_embedding.record import RECORD, RowRecord, Score, planned_stages, write_record
+from partial_embedding.monitor.figures import row_picture
+from partial_embedding.monitor.record import RECORD, RowRecord, Score, planned_stages, write_record
+from partial_embedding.monitor.sampling import TableWatch
+from partial_embedding.monitor.track import RowTrack
+from partial_embedding.rows.vocabulary import Ids, Vocabulary
+from partial_embedding.torch.optimizer import prepared
 from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.rowwise import prepared
 from partial_embedding.torch.table import PartialTable, tables_in
-from partial_embedding.vocabulary import Ids, Vocabulary
-from partial_embedding.watch import TableWatch
 
 
 @dataclass
@@ -41,8 +41,9 @@ class RowMonitor(Callback):
     """Logs which rows of the tables train and how far they went, and draws a picture of it.
 
     The metrics go to every logger of the trainer, as `TABLE/rows_awake` and so on; `TableWatch` in
-    `partial_embedding.watch` lists all names. When `fit` ends, all that was seen is written to the
-    run's log folder as `rows.json`, of which `partial-embedding report` makes a page.
+    `partial_embedding.monitor.sampling` lists all names. When `fit` ends, all that was seen is
+    written to the run's log folder as `rows.json`, of which `partial-embedding report` makes a
+    page.
 
     Put it after `RowUnfreezing` in the list of callbacks.
 
@@ -128,7 +129,7 @@ class RowMonitor(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note which rows woke, and listen to a batch that is measured."""
+        """Note which rows were unfrozen, and listen to a batch that is measured."""
         self._due = trainer.is_global_zero and self._is_due(trainer, batch_idx)
         for watched in self._watched.values():
             rows = watched.table.row_set
@@ -331,8 +332,10 @@ def _rates(optimizers: list[Optimizer], watched: _Watched) -> dict[int, float]:
         for number, row in watched.watch.any_row_of().items():
             theirs = next(n for n, ids in rows.cohorts.items() if bool((ids == row).any()))
             steps = served.cohorts[theirs].steps if served and theirs in served.cohorts else 0
-            pace = rows.paces.get(theirs)
-            rates[number] = float(group["lr"]) * (1.0 if pace is None else pace.factor(steps))
+            rate_scale = rows.rate_scales.get(theirs)
+            rates[number] = float(group["lr"]) * (
+                1.0 if rate_scale is None else rate_scale.factor(steps)
+            )
         return rates
     return {}
 

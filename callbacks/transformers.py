@@ -10,9 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from partial_embedding.errors import InputError
+from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.schedule import AnySchedule, Position, schedules_by_table
-from partial_embedding.torch.unfreezing import ScheduledTables
-from partial_embedding.vocabulary import Vocabulary
+from partial_embedding.torch.adapter import ScheduledTables
 
 
 class RowUnfreezing(TrainerCallback, ExportableState):

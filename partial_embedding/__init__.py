@@ -5,22 +5,30 @@ This package imports no framework. The layers are in `partial_embedding.torch` a
 """
 
 from partial_embedding.errors import FrozenRowsMoved, InputError
-from partial_embedding.growth import Growth
 from partial_embedding.rows import Rows
-from partial_embedding.schedule import Pace, Plateau, Position, Schedule, Seen, Stage, Start
+from partial_embedding.rows.growth import Growth
+from partial_embedding.rows.vocabulary import Vocabulary
+from partial_embedding.schedule import (
+    Evaluation,
+    Plateau,
+    Position,
+    RateScale,
+    Schedule,
+    Stage,
+    Start,
+)
 from partial_embedding.version import __version__
-from partial_embedding.vocabulary import Vocabulary
 
 __all__ = [
+    "Evaluation",
     "FrozenRowsMoved",
     "Growth",
     "InputError",
-    "Pace",
     "Plateau",
     "Position",
+    "RateScale",
     "Rows",
     "Schedule",
-    "Seen",
     "Stage",
     "Start",
     "Vocabulary",

@@ -17,8 +17,8 @@ from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from partial_embedding.errors import FrozenRowsMoved, InputError
-from partial_embedding.recipes.plan import schedule_command
-from partial_embedding.recipes.report import report_command
+from partial_embedding.recipes.report_command import report_command
+from partial_embedding.recipes.schedule_command import schedule_command
 from partial_embedding.recipes.text_cli import SUBCOMMANDS, TextCLI
 
 # What needs no trainer.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partial_embedding import InputError, Rows, Vocabulary
-from partial_embedding.growth import Growth
+from partial_embedding.rows.growth import Growth
 
 V = 30
 COUNTS = np.random.default_rng(1).integers(0, 9, V)
@@ -55,12 +55,12 @@ def test_numbers_awake_rise_between_their_ends(
     shape: str, parts: int, ends: tuple[int, int]
 ) -> None:
     before, after = ends
-    numbers = [Growth(shape).awake(part, parts, before, after) for part in range(parts + 1)]
+    numbers = [Growth(shape).trainable(part, parts, before, after) for part in range(parts + 1)]
     assert numbers == sorted(numbers)
     assert (numbers[0], numbers[-1]) == (before, after)
 
 
-# How many of rows 100 to 1000 are awake, worked out by hand from what each shape is said to be.
+# How many of rows 100 to 1000 train, worked out by hand from what each shape is said to be.
 NUMBERS: dict[str, tuple[int, int, list[int]]] = {
     "linear": (100, 1000, [100, 325, 550, 775, 1000]),
     "cosine": (0, 1000, [0, 146, 500, 854, 1000]),
@@ -72,11 +72,11 @@ NUMBERS: dict[str, tuple[int, int, list[int]]] = {
 @pytest.mark.parametrize("shape", NUMBERS)
 def test_shapes_wake_as_many_rows_as_they_say(shape: str) -> None:
     before, after, expected = NUMBERS[shape]
-    assert [Growth(shape).awake(part, 4, before, after) for part in range(5)] == expected
+    assert [Growth(shape).trainable(part, 4, before, after) for part in range(5)] == expected
 
 
 def test_exponential_growth_from_no_row_begins_with_one() -> None:
-    numbers = [Growth("exponential").awake(part, 3, 0, 1000) for part in range(4)]
+    numbers = [Growth("exponential").trainable(part, 3, 0, 1000) for part in range(4)]
     assert numbers == [0, 10, 100, 1000]
 
 
@@ -141,10 +141,10 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "negative_order": ({"order": [3, -1]}, "[3, -1]"),
     "order_with_a_row_twice": ({"order": [3, 1, 3]}, "[3, 1, 3]"),
     "order_with_a_token_twice": ({"order": ["a", "a"]}, "['a', 'a']"),
-    "no_parts": ({"parts": 0}, "0"),
-    "negative_parts": ({"parts": -2}, "-2"),
-    "fractional_parts": ({"parts": 2.0}, "2.0"),
-    "parts_true": ({"parts": True}, "True"),
+    "no_parts": ({"increments": 0}, "0"),
+    "negative_parts": ({"increments": -2}, "-2"),
+    "fractional_parts": ({"increments": 2.0}, "2.0"),
+    "parts_true": ({"increments": True}, "True"),
     "negative_seed": ({"seed": -1}, "-1"),
     "seed_null": ({"seed": None}, "None"),
     "seed_in_words": ({"seed": "x"}, "'x'"),

@@ -6,16 +6,16 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from partial_embedding.drift import BandTrack, CohortTrack, MovedRow, RowTrack
-from partial_embedding.page import main_metric, page
-from partial_embedding.record import PlannedStage, RowRecord, Score
-from partial_embedding.report import StageReport
+from partial_embedding.monitor.page import main_metric, page
+from partial_embedding.monitor.record import PlannedStage, RowRecord, Score
+from partial_embedding.monitor.track import BandTrack, CohortTrack, MovedRow, RowTrack
+from partial_embedding.schedule.messages import StageReport
 
 HOSTILE = "<script>alert('&')</script>"
 
 
 def track(**changes: object) -> RowTrack:
-    given = {"awake": [(0.0, 4)], "end": 3.0, **changes}
+    given = {"trainable": [(0.0, 4)], "end": 3.0, **changes}
     return RowTrack(10, 1.0, **given)  # type: ignore[arg-type]
 
 
@@ -25,7 +25,7 @@ RECORDS = {
     "no_plan": RowRecord({"words": track()}),
     "steps": RowRecord({"words": track(unit="step")}, scores=[Score(2.0, 4, {"val_loss": 0.5})]),
     "two_tables": RowRecord({"a": track(), "b": track()}),
-    "awake_again": RowRecord({"words": track(awake=[(0.0, 4), (1.0, 0), (2.0, 4)])}),
+    "unfrozen_again": RowRecord({"words": track(trainable=[(0.0, 4), (1.0, 0), (2.0, 4)])}),
     "many_cohorts": RowRecord(
         {
             "words": track(

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from partial_embedding import InputError, Position, Schedule, Vocabulary
-from partial_embedding.plan import plan, plan_text
-from partial_embedding.schedule import Seen
+from partial_embedding.schedule import Evaluation
+from partial_embedding.schedule.preview import plan, plan_text
 
 V, EPOCHS, STEPS = 100, 12, 40
 VOCABULARY = Vocabulary(
     [f"w{i}" for i in range(V)], counts=[V // (i + 1) for i in range(V)], missing=range(60, V)
 )
-GROWN = {"step": 300, "rows": "all", "grow": {"shape": "cosine", "parts": 5}}
+GROWN = {"step": 300, "rows": "all", "grow": {"shape": "cosine", "increments": 5}}
 SCHEDULES: dict[str, Any] = {
     path.stem: path for path in (Path(__file__).parents[1] / "configs" / "schedules").glob("*.yaml")
 } | {
@@ -29,24 +29,27 @@ def test_a_plan_names_every_change_of_rows_and_no_other(value: Any) -> None:
     planned = plan(schedule, V, VOCABULARY, EPOCHS, STEPS)
     # Metrics that get better for ever are what a plan supposes.
     best = {"min": -1.0, "max": 1.0}
-    seen = [Seen(e, (e + 1) * STEPS, {"val_accuracy": best["max"] * e * 10}) for e in range(EPOCHS)]
+    seen = [
+        Evaluation(e, (e + 1) * STEPS, {"val_accuracy": best["max"] * e * 10})
+        for e in range(EPOCHS)
+    ]
     before: set[int] = set()
-    awake: dict[int, int] = {}
+    trainable: dict[int, int] = {}
     for step in range(EPOCHS * STEPS):
         epoch = step // STEPS
         position = Position(epoch, step, EPOCHS * STEPS, tuple(seen[:epoch]))
         rows = set(schedule.trainable_rows(position).resolve(V, VOCABULARY).tolist())
         if rows != before or step == 0:
-            awake[step] = len(rows)
+            trainable[step] = len(rows)
         before = rows
-    listed = {one.position.step: one.awake for one in planned}
-    assert awake.items() <= listed.items()
+    listed = {one.position.step: one.trainable for one in planned}
+    assert trainable.items() <= listed.items()
     # A band of rows that are all missing ones changes nothing, and is a stage all the same.
-    assert len(listed) == len(planned) == len({schedule.moment(p.position) for p in planned})
+    assert len(listed) == len(planned) == len({schedule.state_at(p.position) for p in planned})
     total = 0
     for one in planned:
         total += one.joining - one.leaving
-        assert total == one.awake
+        assert total == one.trainable
 
 
 def test_a_plan_says_what_it_cannot_foresee_and_what_the_run_does_not_reach() -> None:

@@ -32,13 +32,13 @@ def test_gradual_unfreezes_from_the_rarest_on_each_band_more_slowly(bands: int) 
     schedule = Schedule.parse({"preset": preset})
     rows = rows_by_stage(schedule)
     assert len(rows) == bands + 1
-    for band, awake in enumerate(rows):
+    for band, trainable in enumerate(rows):
         rare = set(range(V)) - frequent(V - round(V * band / bands))
-        assert awake == MISSING | rare
+        assert trainable == MISSING | rare
     assert [stage.start.to_config() for stage in schedule.stages] == [
         {"epoch": 3 * band} for band in range(bands + 1)
     ]
-    rates = [stage.pace.lr for stage in schedule.stages]
+    rates = [stage.rate_scale.lr_scale for stage in schedule.stages]
     assert rates[0] == 1
     assert all(a / b == pytest.approx(2.6) for a, b in pairwise(rates))
 
@@ -51,12 +51,14 @@ def test_chain_thaw_trains_each_row_in_one_band_and_then_all(bands: int) -> None
     assert last == set(range(V))
     assert len(alone) == bands
     assert sorted(row for band in alone for row in band) == list(range(V))
-    for band, awake in enumerate(alone):
-        assert awake == frequent(round(V * (band + 1) / bands)) - frequent(round(V * band / bands))
+    for band, trainable in enumerate(alone):
+        assert trainable == frequent(round(V * (band + 1) / bands)) - frequent(
+            round(V * band / bands)
+        )
     assert [schedule.stage_at(epoch) for epoch in range(2 * bands + 4)] == [
         min(epoch // 2, bands + 1) for epoch in range(2 * bands + 4)
     ]
-    assert all(stage.pace.is_plain for stage in schedule.stages)
+    assert all(stage.rate_scale.is_plain for stage in schedule.stages)
 
 
 def test_missing_first_trains_the_missing_rows_and_then_all() -> None:

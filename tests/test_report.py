@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from partial_embedding import Position, Schedule, Vocabulary
-from partial_embedding.report import place_text, stage_line
-from partial_embedding.schedule import Seen
+from partial_embedding.schedule import Evaluation
+from partial_embedding.schedule.messages import place_text, stage_line
 
 FIRST = {"epoch": 0, "rows": "none"}
-LOSSES = tuple(Seen(epoch, 30 * epoch + 30, {"loss": 1.0}) for epoch in range(3))
+LOSSES = tuple(Evaluation(epoch, 30 * epoch + 30, {"loss": 1.0}) for epoch in range(3))
 
 
 def growing(unit: str, at: float, **more: Any) -> list[dict[str, Any]]:
@@ -32,27 +32,27 @@ PLACES: dict[str, tuple[Schedule, Position, str]] = {
     "part_of_epochs": (
         Schedule(growing("epoch", 4)),
         Position(3, 90),
-        "stage 0 from epoch 3, part 3 of 4 towards stage 1",
+        "stage 0 from epoch 3, increment 3 of 4 towards stage 1",
     ),
     "no_part_yet": (Schedule(growing("epoch", 4)), Position(0, 20), "stage 0 from epoch 0"),
     "fewer_parts_than_epochs": (
-        Schedule(growing("epoch", 4, grow={"parts": 2})),
+        Schedule(growing("epoch", 4, grow={"increments": 2})),
         Position(3, 90),
-        "stage 0 from epoch 3, part 1 of 2 towards stage 1",
+        "stage 0 from epoch 3, increment 1 of 2 towards stage 1",
     ),
     "part_of_steps": (
         Schedule(growing("step", 100)),
         Position(3, 90),
-        "stage 0 from step 90, part 9 of 10 towards stage 1",
+        "stage 0 from step 90, increment 9 of 10 towards stage 1",
     ),
     "before_a_plateau": (
         Schedule([FIRST, {"plateau": "loss", "rows": "all"}]),
-        Position(1, 31, seen=LOSSES[:1]),
+        Position(1, 31, evaluations=LOSSES[:1]),
         "stage 0 from epoch 1",
     ),
     "after_a_plateau": (
         Schedule([FIRST, {"plateau": "loss", "rows": "all"}]),
-        Position(2, 61, seen=LOSSES[:2]),
+        Position(2, 61, evaluations=LOSSES[:2]),
         "stage 1 from epoch 2 after a plateau of loss",
     ),
     "cycle": (
@@ -68,7 +68,7 @@ PLACES: dict[str, tuple[Schedule, Position, str]] = {
     "part_in_a_cycle": (
         Schedule(growing("step", 20), cycle=30),
         Position(0, 36),
-        "stage 0 from step 36, part 3 of 10 towards stage 1, cycle 1",
+        "stage 0 from step 36, increment 3 of 10 towards stage 1, cycle 1",
     ),
 }
 

@@ -243,8 +243,8 @@ def _grown(drawn: tuple[Any, Any, int, int]) -> tuple[Any, frozenset[int]]:
         "from": sorted(before) or "none",
         "to": sorted(after) or "none",
         "growth": "linear",
-        "part": part,
-        "parts": parts,
+        "increment": part,
+        "increments": parts,
     }
     return {"grown": rows}, before | set(joining[: round(number) - len(before)])
 

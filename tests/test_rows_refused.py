@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from partial_embedding import InputError, Rows, Vocabulary
-from partial_embedding.growth import Growth
+from partial_embedding.rows.growth import Growth
 
 V = 12
 TOKENS = tuple(f"w{i}" for i in range(V))
@@ -98,11 +98,19 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "grown_of_nothing": ({"grown": None}, "None"),
     "grown_without_parts": ({"grown": {"from": "none", "to": "all"}}, "{'from': 'none'"),
     "grown_beyond_all_parts": (
-        {"grown": {"from": "none", "to": "all", "growth": "linear", "part": 4, "parts": 3}},
+        {
+            "grown": {
+                "from": "none",
+                "to": "all",
+                "growth": "linear",
+                "increment": 4,
+                "increments": 3,
+            }
+        },
         "4 of 3",
     ),
     "grown_in_a_malformed_way": (
-        {"grown": {"from": "none", "to": "all", "growth": "fast", "part": 1, "parts": 3}},
+        {"grown": {"from": "none", "to": "all", "growth": "fast", "increment": 1, "increments": 3}},
         "'fast'",
     ),
     "difference_of_nothing": ({"difference": []}, "[]"),
@@ -170,7 +178,15 @@ UNFITTING: dict[str, tuple[Any, Vocabulary | None, tuple[str, ...]]] = {
         ("counts that are all 0",),
     ),
     "grown_without_counts": (
-        {"grown": {"from": "none", "to": "all", "growth": "linear", "part": 1, "parts": 2}},
+        {
+            "grown": {
+                "from": "none",
+                "to": "all",
+                "growth": "linear",
+                "increment": 1,
+                "increments": 2,
+            }
+        },
         Vocabulary(TOKENS),
         ("counts", "without"),
     ),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partial_embedding import InputError, Position, Rows, Schedule, Stage
-from partial_embedding.schedule import Moment, Seen, changes, schedules_by_table
+from partial_embedding.schedule import Evaluation, StageState, changes, schedules_by_table
 
 STAGE_LIST = [{"epoch": 0, "rows": [4, 5]}, {"epoch": 2, "rows": "all"}]
 
@@ -101,15 +101,15 @@ def test_a_cycle_begins_again_and_again(
             parts = {"epoch": length, "step": min(length, 10), "share": 10}[unit]
             part = (within - starts[stage]) * parts // length
         position = Position(place) if unit == "epoch" else Position(0, place, total)
-        assert schedule.moment(position) == Moment(stage, part, parts, turn)
+        assert schedule.state_at(position) == StageState(stage, part, parts, turn)
 
 
 def test_a_cycle_of_a_share_begins_with_the_step_that_completes_it() -> None:
     # 0.3 / 0.1 is a little less than 3.
     schedule = Schedule([{"share": 0, "rows": "none"}, {"share": 0.05, "rows": "all"}], 0.1)
     for step in range(20):
-        moment = schedule.moment(Position(0, step, 20))
-        assert (moment.turn, moment.stage) == divmod(step, 2)
+        stage_state = schedule.state_at(Position(0, step, 20))
+        assert (stage_state.cycle_index, stage_state.stage) == divmod(step, 2)
 
 
 # Shares
@@ -138,11 +138,11 @@ def test_a_share_of_a_long_run_is_exact_to_the_step(total: int) -> None:
 def test_a_share_of_a_run_of_unknown_length_is_refused(total: int | None) -> None:
     schedule = Schedule([STAGE_LIST[0], {"share": 0.5, "rows": "all"}])
     with pytest.raises(InputError, match=r"without total_steps.*max_epochs"):
-        schedule.moment(Position(0, 3, total))
+        schedule.state_at(Position(0, 3, total))
 
 
 def test_the_rows_within_an_epoch_move_only_where_something_counts_steps() -> None:
-    grown = {"epoch": 4, "rows": "all", "grow": {"parts": 2}}
+    grown = {"epoch": 4, "rows": "all", "grow": {"increments": 2}}
     assert not Schedule([*STAGE_LIST[:1], grown]).moves_within_epochs
     assert not Schedule([STAGE_LIST[0], {"plateau": "loss", "rows": "all"}]).moves_within_epochs
     assert Schedule([STAGE_LIST[0], {"step": 4, "rows": "all"}]).moves_within_epochs
@@ -151,10 +151,10 @@ def test_the_rows_within_an_epoch_move_only_where_something_counts_steps() -> No
 
 def test_many_validations_are_counted_once_each() -> None:
     # Counting all of them again for each would take minutes.
-    seen = tuple(Seen(epoch, epoch + 1, {"loss": -epoch}) for epoch in range(20_000))
+    seen = tuple(Evaluation(epoch, epoch + 1, {"loss": -epoch}) for epoch in range(20_000))
     stages = [STAGE_LIST[0], {"plateau": "loss", "rows": "all"}]
     assert Schedule(stages).stage_at(Position(20_000, 20_000, None, seen)) == 0
-    stopped = (*seen, Seen(20_000, 20_001, {"loss": 0.0}))
+    stopped = (*seen, Evaluation(20_000, 20_001, {"loss": 0.0}))
     assert Schedule(stages).stage_at(Position(20_001, 20_001, None, stopped)) == 1
 
 
@@ -164,7 +164,7 @@ BASE: dict[str, Any] = {
     "stages": [
         {"epoch": 0, "rows": {"most_frequent": 1}},
         {"epoch": 3, "rows": "all", "grow": "linear"},
-        {"plateau": "loss", "rows": "none", "lr": 0.5},
+        {"plateau": "loss", "rows": "none", "lr_scale": 0.5},
     ],
 }
 
@@ -177,11 +177,14 @@ def changed(stage: int, **new: Any) -> dict[str, Any]:
 
 CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "nothing": (BASE, []),
-    "default_that_is_written": (changed(1, lr=1.0, warmup=0, grow={"shape": "linear"}), []),
+    "default_that_is_written": (
+        changed(1, lr_scale=1.0, warmup_steps=0, grow={"shape": "linear"}),
+        [],
+    ),
     "epoch": (changed(1, epoch=4), ["stages[1].epoch: 3 became 4"]),
     "unit": (
         changed(2, plateau=None, step=9),
-        ["stages[2].plateau: {'metric': 'loss'} was removed", "stages[2].step: 9 was added"],
+        ["stages[2].plateau: {'monitor': 'loss'} was removed", "stages[2].step: 9 was added"],
     ),
     # To Python these two are equal.
     "one_row_and_all_rows": (
@@ -198,20 +201,23 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "growth": (changed(1, grow="cosine"), ["stages[1].grow.shape: 'linear' became 'cosine'"]),
     "no_growth": (changed(1, grow=None), ["stages[1].grow: {'shape': 'linear'} was removed"]),
-    "pace": (
-        changed(2, lr=0.25, warmup=5),
-        ["stages[2].lr: 0.5 became 0.25", "stages[2].warmup: 5 was added"],
+    "rate_scale": (
+        changed(2, lr_scale=0.25, warmup_steps=5),
+        ["stages[2].lr_scale: 0.5 became 0.25", "stages[2].warmup_steps: 5 was added"],
     ),
-    "metric": (
-        changed(2, plateau={"metric": "acc", "mode": "max"}),
+    "monitor": (
+        changed(2, plateau={"monitor": "acc", "mode": "max"}),
         [
-            "stages[2].plateau.metric: 'loss' became 'acc'",
+            "stages[2].plateau.monitor: 'loss' became 'acc'",
             "stages[2].plateau.mode: 'max' was added",
         ],
     ),
     "stage_less": (
         {"stages": BASE["stages"][:2]},
-        ["stages[2]: {'plateau': {'metric': 'loss'}, 'rows': 'none', 'lr': 0.5} was removed"],
+        [
+            "stages[2]: {'plateau': {'monitor': 'loss'}, 'rows': 'none', 'lr_scale': 0.5} "
+            "was removed"
+        ],
     ),
     "stage_more": (
         {"stages": [*BASE["stages"], {"epoch": 9, "rows": "all"}]},

@@ -69,7 +69,7 @@ MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "late_share": ({"stages": [{"share": 0.1, "rows": "all"}]}, ("stages[0].share", "0.1")),
     "plateau_of_a_number": (after(plateau=3), ("stages[1].plateau", "3")),
     "plateau_without_patience": (
-        after(plateau={"metric": "loss", "patience": 0}),
+        after(plateau={"monitor": "loss", "patience": 0}),
         ("stages[1].plateau", "patience", "0"),
     ),
     "plateau_first": (
@@ -91,11 +91,14 @@ MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
         },
         ("stages[3].share", "0.25 after 0.5"),
     ),
-    "rate_of_0": (after(epoch=2, lr=0), ("stages[1].lr", "0")),
-    "rate_in_words": (after(epoch=2, lr="1e-3"), ("stages[1].lr", "'1e-3'")),
-    "rate_null": (after(epoch=2, lr=None), ("stages[1].lr", "None")),
-    "fractional_warmup": (after(epoch=2, warmup=0.1), ("stages[1].warmup", "0.1")),
-    "negative_warmup": (after(epoch=2, lr=0.5, warmup=-1), ("stages[1].warmup", "-1")),
+    "rate_of_0": (after(epoch=2, lr_scale=0), ("stages[1].lr_scale", "0")),
+    "rate_in_words": (after(epoch=2, lr_scale="1e-3"), ("stages[1].lr_scale", "'1e-3'")),
+    "rate_null": (after(epoch=2, lr_scale=None), ("stages[1].lr_scale", "None")),
+    "fractional_warmup": (after(epoch=2, warmup_steps=0.1), ("stages[1].warmup_steps", "0.1")),
+    "negative_warmup": (
+        after(epoch=2, lr_scale=0.5, warmup_steps=-1),
+        ("stages[1].warmup_steps", "-1"),
+    ),
     "growth_in_a_stage_alone": (
         {"stages": [{"epoch": 0, "rows": "all", "grow": "linear"}]},
         ("stages[0].grow",),
@@ -118,8 +121,8 @@ MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
         ("stages[2].grow", "plateau of loss", "epoch 5"),
     ),
     "more_parts_than_epochs": (
-        after(epoch=2, grow={"parts": 3}),
-        ("stages[1].grow.parts", "3 parts for 2 epochs"),
+        after(epoch=2, grow={"increments": 3}),
+        ("stages[1].grow.increments", "3 increments for 2 epochs"),
     ),
     "cycle_of_nothing": ({"stages": STAGE_LIST, "cycle": 0}, ("cycle", "0")),
     "cycle_within_the_stages": ({"stages": STAGE_LIST, "cycle": 2}, ("cycle", "2", "Received: 2")),
@@ -160,7 +163,7 @@ MALFORMED_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "bad_stage": (b"stages:\n- {epoch: 0, rows: {ids: []}}\n", ("stages[0].rows", "[]")),
     "no_day": (b"stages:\n- {epoch: 0, rows: {tokens: [2020-13-45]}}\n", ("YAML", "month")),
     "no_mapping_of_tables": (b"words: {stages: []}\n", ("schedule:", "'words'")),
-    "rate": (b"stages:\n- {epoch: 0, rows: all, lr: -1}\n", ("stages[0].lr", "-1")),
+    "rate": (b"stages:\n- {epoch: 0, rows: all, lr_scale: -1}\n", ("stages[0].lr_scale", "-1")),
     "preset": (b"preset: gentle\n", ("preset", "'gentle'")),
     "cycle": (b"stages:\n- {epoch: 0, rows: all}\ncycle: x\n", ("cycle", "'x'")),
     "rows_of_no_kind": (b"stages:\n- {epoch: 0, rows: }\n", ("stages[0].rows", "None")),
@@ -213,7 +216,7 @@ def test_malformed_stages_are_refused_when_they_are_made(make: Any, received: st
 @pytest.mark.parametrize("at", [-1, Position(-1), Position(0, -1), 0.5, "2", None, Position("1")])
 def test_a_position_before_the_beginning_is_refused(at: Any) -> None:
     with pytest.raises(InputError, match=r"from 0 up\. Received: "):
-        Schedule(STAGE_LIST).moment(at)
+        Schedule(STAGE_LIST).state_at(at)
 
 
 BY_TABLE: dict[str, tuple[Any, tuple[str, ...]]] = {

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partial_embedding import Position, Rows, Schedule
-from partial_embedding.growth import Growth
-from partial_embedding.schedule import Moment, Pace, Plateau, Seen, changes
+from partial_embedding.rows.growth import Growth
+from partial_embedding.schedule import Evaluation, Plateau, RateScale, StageState, changes
 
 CHOICES: tuple[Any, ...] = (
     "all",
@@ -59,7 +59,7 @@ def test_schedules_round_trip_through_yaml(stages: list[dict[str, Any]]) -> None
     assert [stage.start.at for stage in schedule.stages] == [stage["epoch"] for stage in stages]
 
 
-# Every kind of start, growth and pace, against a run that is simulated step by step.
+# Every kind of start, growth and rate_scale, against a run that is simulated step by step.
 
 
 @dataclass
@@ -93,16 +93,16 @@ class Run:
             return 0, 0
         unit, first = self.start(stage)
         length = self.start(stage + 1)[1] - first
-        parts = self.stages[stage + 1]["grow"].get("parts")
+        parts = self.stages[stage + 1]["grow"].get("increments")
         if parts is None:
             parts = {"epoch": length, "step": min(length, 10), "share": 10}[unit]
         return math.floor((self.place(unit, epoch, step) - first) * parts / length), parts
 
-    def simulated(self) -> list[tuple[Position, Moment]]:
+    def simulated(self) -> list[tuple[Position, StageState]]:
         """What the schedule should say before each step."""
-        answers: list[tuple[Position, Moment]] = []
+        answers: list[tuple[Position, StageState]] = []
         stage, waited = 0, []
-        seen: tuple[Seen, ...] = ()
+        seen: tuple[Evaluation, ...] = ()
         for step in range(self.total):
             epoch = step // self.steps
             for later in range(len(self.stages) - 1, stage, -1):
@@ -111,15 +111,17 @@ class Run:
                     stage, waited = later, []
                     break
             part, parts = self.part(stage, epoch, step)
-            answers.append((Position(epoch, step, self.total, seen), Moment(stage, part, parts)))
+            answers.append(
+                (Position(epoch, step, self.total, seen), StageState(stage, part, parts))
+            )
             if (step + 1) % self.every:
                 continue
             value = self.values[step % len(self.values)]
-            seen += (Seen(epoch, step + 1, {"loss": value}),)
+            seen += (Evaluation(epoch, step + 1, {"loss": value}),)
             waited.append(value)
             if stage + 1 < len(self.stages) and "plateau" in self.stages[stage + 1]:
                 plateau = Plateau.parse(self.stages[stage + 1]["plateau"])
-                counted = [Seen(0, 0, {"loss": value}) for value in waited]
+                counted = [Evaluation(0, 0, {"loss": value}) for value in waited]
                 if plateau.is_reached(counted):  # tested by itself in test_starts.py
                     stage, waited = stage + 1, []
         return answers
@@ -127,11 +129,11 @@ class Run:
 
 UNITS = ("epoch", "step", "share", "plateau")
 PLATEAUS = st.fixed_dictionaries(
-    {"metric": st.just("loss")},
+    {"monitor": st.just("loss")},
     optional={
         "patience": st.integers(1, 3),
         "max_wait": st.integers(1, 4),
-        "min_change": st.just(1.0),
+        "min_delta": st.just(1.0),
         "mode": st.just("max"),
     },
 )
@@ -163,11 +165,13 @@ def runs(draw: st.DrawFn) -> Run:
             length = 99 if unit == "share" else at - stages[-1][unit]
             stage["grow"] = {"order": "ids"}
             if draw(st.booleans()):
-                stage["grow"]["parts"] = draw(st.integers(1, min(length, 12)))
+                stage["grow"]["increments"] = draw(st.integers(1, min(length, 12)))
         if unit != "plateau":
             latest[unit] = at
         if draw(st.booleans()):
-            stage.update(lr=draw(st.sampled_from([0.5, 2.0])), warmup=draw(st.integers(0, 3)))
+            stage.update(
+                lr_scale=draw(st.sampled_from([0.5, 2.0])), warmup_steps=draw(st.integers(0, 3))
+            )
         stages.append(stage)
     values = st.lists(st.sampled_from([0.0, 1.0, 2.0, math.nan]), min_size=1, max_size=9)
     counts = (draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.integers(1, 9)))
@@ -181,23 +185,25 @@ def test_a_schedule_says_what_a_run_step_by_step_would_meet(run: Run, order: ran
     answers = run.simulated()
     order.shuffle(answers)  # nothing is remembered from one question to the next
     moved = {epoch: set() for epoch in range(run.epochs)}
-    for position, moment in answers:
-        assert schedule.moment(position) == moment
-        assert schedule.stage_at(position) == moment.stage
-        rows = Rows.parse(run.stages[moment.stage]["rows"])
-        joined = moment.stage
-        if moment.part:
+    for position, stage_state in answers:
+        assert schedule.state_at(position) == stage_state
+        assert schedule.stage_at(position) == stage_state.stage
+        rows = Rows.parse(run.stages[stage_state.stage]["rows"])
+        joined = stage_state.stage
+        if stage_state.increment:
             joined += 1
             following = run.stages[joined]
             growth, after = Growth.parse(following["grow"]), Rows.parse(following["rows"])
-            rows = Rows.grown(rows, after, growth, moment.part, moment.parts)
-        assert schedule.trainable_rows(position) == rows == schedule.rows_at(moment)
-        pace = Pace(run.stages[joined].get("lr", 1.0), run.stages[joined].get("warmup", 0))
-        assert schedule.pace_at(moment) == pace
-        assert schedule.moment(Position.from_state(position.to_state())) == moment
-        moved[position.epoch].add(moment)
+            rows = Rows.grown(rows, after, growth, stage_state.increment, stage_state.increments)
+        assert schedule.trainable_rows(position) == rows == schedule.rows_at(stage_state)
+        rate_scale = RateScale(
+            run.stages[joined].get("lr_scale", 1.0), run.stages[joined].get("warmup_steps", 0)
+        )
+        assert schedule.rate_scale_at(stage_state) == rate_scale
+        assert schedule.state_at(Position.from_state(position.to_state())) == stage_state
+        moved[position.epoch].add(stage_state)
     if not schedule.moves_within_epochs and not schedule.metrics:
-        assert all(len(moments) == 1 for moments in moved.values())
+        assert all(len(stage_states) == 1 for stage_states in moved.values())
     assert schedule.metrics == (("loss",) if any("plateau" in s for s in run.stages) else ())
     assert set(schedule.units) == {unit for s in run.stages for unit in UNITS[:3] if unit in s}
 

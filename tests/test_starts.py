@@ -1,4 +1,4 @@
-"""What stages wait for, places and plateaus, and the pace of the rows that then join."""
+"""What stages wait for, places and plateaus, and the rate_scale of the rows that then join."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partial_embedding import InputError, Position
-from partial_embedding.schedule import Pace, Plateau, Seen, Start
+from partial_embedding.schedule import Evaluation, Plateau, RateScale, Start
 
 VALUES = st.lists(
     st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.25, 2.0, 3.0, math.nan, math.inf, -math.inf]),
@@ -29,8 +29,8 @@ PLATEAUS = st.builds(
 )
 
 
-def seen(values: list[Any], name: str = "loss") -> list[Seen]:
-    return [Seen(i, 10 * i + 10, {name: value}) for i, value in enumerate(values)]
+def seen(values: list[Any], name: str = "loss") -> list[Evaluation]:
+    return [Evaluation(i, 10 * i + 10, {name: value}) for i, value in enumerate(values)]
 
 
 def has_ended(plateau: Plateau, values: list[float]) -> bool:
@@ -39,7 +39,7 @@ def has_ended(plateau: Plateau, values: list[float]) -> bool:
     improvements = [-1]
     for i, value in enumerate(values):
         best = values[improvements[-1]] if len(improvements) > 1 else None
-        better = best is None or sign * value < sign * best - plateau.min_change
+        better = best is None or sign * value < sign * best - plateau.min_delta
         if not math.isnan(value) and better:
             improvements.append(i)
     waited = len(values) - 1 - improvements[-1]
@@ -63,8 +63,8 @@ REACHED: dict[str, tuple[dict[str, Any], list[float], int | None]] = {
     "patience": ({"patience": 3}, [5, 5, 6, 4, 4, 5, 4], 7),
     "best_is_remembered": ({"patience": 2}, [5, 9, 6], 3),
     "higher_is_better": ({"mode": "max"}, [5, 6, 7, 6], 4),
-    "small_changes": ({"min_change": 1.0, "patience": 2}, [5, 4, 4.5], 3),
-    "small_changes_that_add_up": ({"min_change": 1.0, "patience": 2}, [5, 4.5, 3.9, 3.5], None),
+    "small_changes": ({"min_delta": 1.0, "patience": 2}, [5, 4, 4.5], 3),
+    "small_changes_that_add_up": ({"min_delta": 1.0, "patience": 2}, [5, 4.5, 3.9, 3.5], None),
     "waited_long_enough": ({"max_wait": 3}, [5, 4, 3, 2], 3),
     "waited_for_one": ({"max_wait": 1}, [5], 1),
     "plateau_before_the_longest_wait": ({"max_wait": 9}, [5, 5], 2),
@@ -106,13 +106,13 @@ def test_plateaus_are_values_and_round_trip_through_yaml(plateau: Plateau) -> No
 
 
 def test_a_plateau_may_be_named_by_its_metric_alone() -> None:
-    assert Plateau.parse("loss") == Plateau.parse({"metric": "loss"}) == Plateau("loss")
+    assert Plateau.parse("loss") == Plateau.parse({"monitor": "loss"}) == Plateau("loss")
 
 
 NUMPY_VALUES: dict[str, dict[str, Any]] = {
     "share": Start("share", np.float64(0.25)).to_config(),
-    "lr": Pace(np.float64(0.25)).to_config(),
-    "min_change": Plateau("loss", min_change=np.float64(0.5)).to_config(),
+    "lr_scale": RateScale(np.float64(0.25)).to_config(),
+    "min_delta": Plateau("loss", min_delta=np.float64(0.5)).to_config(),
 }
 
 
@@ -139,9 +139,9 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "plateau_of_a_number": (lambda: Plateau.parse(3), "3"),
     "plateau_of_a_list": (lambda: Plateau.parse(["loss"]), "['loss']"),
     "plateau_without_metric": (lambda: Plateau.parse({"patience": 2}), "{'patience': 2}"),
-    "plateau_unknown_key": (lambda: Plateau.parse({"metric": "a", "delta": 2}), "'delta': 2"),
+    "plateau_unknown_key": (lambda: Plateau.parse({"monitor": "a", "delta": 2}), "'delta': 2"),
     "metric_empty": (lambda: Plateau.parse(""), "''"),
-    "metric_of_a_number": (lambda: Plateau.parse({"metric": 3}), "3"),
+    "metric_of_a_number": (lambda: Plateau.parse({"monitor": 3}), "3"),
     "mode": (lambda: Plateau("loss", mode="auto"), "'auto'"),
     "mode_in_a_list": (lambda: Plateau("loss", mode=["min"]), "['min']"),  # type: ignore[arg-type]
     "no_patience": (lambda: Plateau("loss", patience=0), "0"),
@@ -149,19 +149,19 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "patience_null": (lambda: Plateau("loss", patience=None), "None"),  # type: ignore[arg-type]
     "no_wait": (lambda: Plateau("loss", max_wait=0), "0"),
     "wait_true": (lambda: Plateau("loss", max_wait=True), "True"),
-    "negative_change": (lambda: Plateau("loss", min_change=-0.1), "-0.1"),
-    "endless_change": (lambda: Plateau("loss", min_change=math.inf), "inf"),
-    "change_true": (lambda: Plateau("loss", min_change=True), "True"),
-    "change_in_words": (lambda: Plateau("loss", min_change="1e-3"), "'1e-3'"),  # type: ignore[arg-type]
-    "no_rate": (lambda: Pace(lr=0), "0"),
-    "negative_rate": (lambda: Pace(lr=-1.0), "-1.0"),
-    "endless_rate": (lambda: Pace(lr=math.inf), "inf"),
-    "rate_that_is_no_number": (lambda: Pace(lr=math.nan), "nan"),
-    "rate_true": (lambda: Pace(lr=True), "True"),
-    "rate_in_words": (lambda: Pace(lr="1e-3"), "'1e-3'"),  # type: ignore[arg-type]
-    "negative_warmup": (lambda: Pace(warmup=-1), "-1"),
-    "fractional_warmup": (lambda: Pace(warmup=0.1), "0.1"),  # type: ignore[arg-type]
-    "warmup_true": (lambda: Pace(warmup=True), "True"),
+    "negative_change": (lambda: Plateau("loss", min_delta=-0.1), "-0.1"),
+    "endless_change": (lambda: Plateau("loss", min_delta=math.inf), "inf"),
+    "change_true": (lambda: Plateau("loss", min_delta=True), "True"),
+    "change_in_words": (lambda: Plateau("loss", min_delta="1e-3"), "'1e-3'"),  # type: ignore[arg-type]
+    "no_rate": (lambda: RateScale(lr_scale=0), "0"),
+    "negative_rate": (lambda: RateScale(lr_scale=-1.0), "-1.0"),
+    "endless_rate": (lambda: RateScale(lr_scale=math.inf), "inf"),
+    "rate_that_is_no_number": (lambda: RateScale(lr_scale=math.nan), "nan"),
+    "rate_true": (lambda: RateScale(lr_scale=True), "True"),
+    "rate_in_words": (lambda: RateScale(lr_scale="1e-3"), "'1e-3'"),  # type: ignore[arg-type]
+    "negative_warmup": (lambda: RateScale(warmup_steps=-1), "-1"),
+    "fractional_warmup": (lambda: RateScale(warmup_steps=0.1), "0.1"),  # type: ignore[arg-type]
+    "warmup_true": (lambda: RateScale(warmup_steps=True), "True"),
 }
 
 
@@ -175,14 +175,14 @@ def test_what_is_no_start_or_pace_is_refused_with_what_was_received(
     assert "\n" not in str(refused.value)
 
 
-# Pace
+# RateScale
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(1e-6, 1e3), st.integers(0, 50))
 def test_warmup_rises_in_equal_parts_to_the_full_rate(lr: float, warmup: int) -> None:
-    pace = Pace(lr, warmup)
-    factors = [pace.factor(step) for step in range(warmup + 20)]
+    rate_scale = RateScale(lr, warmup)
+    factors = [rate_scale.factor(step) for step in range(warmup + 20)]
     assert factors[max(warmup - 1, 0) :] == [lr] * (len(factors) - max(warmup - 1, 0))
     for step, factor in enumerate(factors[:warmup]):
         assert factor == pytest.approx(float(Fraction(lr) * Fraction(step + 1, warmup)))
@@ -190,13 +190,13 @@ def test_warmup_rises_in_equal_parts_to_the_full_rate(lr: float, warmup: int) ->
 
 
 def test_only_the_pace_that_changes_nothing_is_plain() -> None:
-    assert Pace().is_plain
-    assert Pace(lr=1, warmup=0).is_plain
-    assert Pace(lr=1).to_config() == {}
-    for pace in (Pace(lr=0.5), Pace(warmup=1), Pace(2.0, 3)):
-        assert not pace.is_plain
-        assert Pace(**pace.to_config()) == pace
-    assert {Pace(lr=2), Pace(lr=2.0)} == {Pace(lr=2)}
+    assert RateScale().is_plain
+    assert RateScale(lr_scale=1, warmup_steps=0).is_plain
+    assert RateScale(lr_scale=1).to_config() == {}
+    for rate_scale in (RateScale(lr_scale=0.5), RateScale(warmup_steps=1), RateScale(2.0, 3)):
+        assert not rate_scale.is_plain
+        assert RateScale(**rate_scale.to_config()) == rate_scale
+    assert {RateScale(lr_scale=2), RateScale(lr_scale=2.0)} == {RateScale(lr_scale=2)}
 
 
 # Positions
@@ -217,7 +217,7 @@ def test_only_the_pace_that_changes_nothing_is_plain() -> None:
     ),
 )
 def test_positions_survive_a_checkpoint(epoch: int, step: int, total: Any, values: Any) -> None:
-    position = Position(epoch, step, total, tuple(Seen(*one) for one in values))
+    position = Position(epoch, step, total, tuple(Evaluation(*one) for one in values))
     state = position.to_state()
     plain = yaml.safe_load(yaml.safe_dump(state))  # nothing but what every format can hold
     assert Position.from_state(plain) == position
@@ -225,4 +225,4 @@ def test_positions_survive_a_checkpoint(epoch: int, step: int, total: Any, value
     assert position.share == (None if total is None else step / total)
     for _, _, metrics in values:
         metrics["later"] = 1.0
-    assert all("later" not in metrics for _, _, metrics in state["seen"])
+    assert all("later" not in metrics for _, _, metrics in state["evaluations"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partial_embedding.errors import InputError
-from partial_embedding.text import (
+from partial_embedding.recipes.text import (
     PADDING,
     UNKNOWN,
     LabelledTexts,
@@ -22,7 +22,7 @@ from partial_embedding.text import (
     stdlib_docstrings,
     tokenize,
 )
-from partial_embedding.vocabulary import Vocabulary
+from partial_embedding.rows.vocabulary import Vocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILMS = [("a joy", "pos"), ("a bore", "neg"), ("so, so", "neg"), ('the "end"', "pos")]
@@ -231,7 +231,8 @@ def test_docstrings_are_chosen_independently_of_the_split() -> None:
 
 def test_docstrings_are_the_same_in_every_process_fast_and_without_warnings() -> None:
     code = (
-        "import hashlib; from partial_embedding.text import stdlib_docstrings as f; d = f();"
+        "import hashlib; from partial_embedding.recipes.text import stdlib_docstrings as f;"
+        "d = f();"
         "print(hashlib.sha256(repr((d.texts, d.labels.tolist())).encode()).hexdigest())"
     )
     begin = time.monotonic()
@@ -251,7 +252,7 @@ def test_docstrings_are_the_same_in_every_process_fast_and_without_warnings() ->
 
 
 def test_docstrings_that_are_stripped_are_an_error() -> None:
-    code = "from partial_embedding.text import stdlib_docstrings as f; f()"
+    code = "from partial_embedding.recipes.text import stdlib_docstrings as f; f()"
     process = subprocess.run(
         [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False
     )

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from partial_embedding import InputError, Position, Schedule
-from partial_embedding.report import StageReport
-from partial_embedding.unfreezing import BaseScheduledTables
+from partial_embedding.schedule.messages import StageReport
+from partial_embedding.schedule.runner import BaseScheduledTables
 
 GROWING = Schedule(
     [
         {"step": 0, "rows": [0, 1]},
-        {"step": 6, "rows": range(8), "grow": {"order": [*range(2, 8)], "parts": 3}},
+        {"step": 6, "rows": range(8), "grow": {"order": [*range(2, 8)], "increments": 3}},
     ]
 )
 PLAIN = Schedule([{"step": 0, "rows": [3]}])
@@ -49,7 +49,7 @@ class ScheduledTables(BaseScheduledTables[Table]):
     def _trainable(self, table: Table) -> Any:
         return table.trainable
 
-    def _train(self, table: Table, ids: Any, pace: Any) -> None:
+    def _train(self, table: Table, ids: Any, rate_scale: Any) -> None:
         table.trainable = ids
 
     def _parameters_elsewhere(self) -> int:
@@ -83,8 +83,8 @@ def test_a_stage_reports_the_rows_that_were_frozen_when_it_began() -> None:
     assert said[-1] == "audit: words: frozen rows by stage: 8, 2; changed a bit: 0"
     assert [line.partition(":")[2].partition(":")[0] for line in said[:-1]] == [
         " stage 0 from step 0",
-        " stage 0 from step 2, part 1 of 3 towards stage 1",
-        " stage 0 from step 4, part 2 of 3 towards stage 1",
+        " stage 0 from step 2, increment 1 of 3 towards stage 1",
+        " stage 0 from step 4, increment 2 of 3 towards stage 1",
         " stage 1 from step 6",
     ]
 

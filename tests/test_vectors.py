@@ -20,9 +20,15 @@ pytest.importorskip("gensim")
 from gensim.models import KeyedVectors
 
 from partial_embedding.errors import InputError
-from partial_embedding.text import tokenize
-from partial_embedding.vectors import build_table, read_vectors, save_vectors, tables, train_vectors
-from partial_embedding.vocabulary import Vocabulary
+from partial_embedding.recipes.text import tokenize
+from partial_embedding.recipes.vectors import (
+    build_table,
+    read_vectors,
+    save_vectors,
+    tables,
+    train_vectors,
+)
+from partial_embedding.rows.vocabulary import Vocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SUFFIXES = [".txt", ".vec", ".bin", ".txt.gz", ".vec.gz", ".bin.gz"]
@@ -317,7 +323,7 @@ def test_training_moves_the_vectors() -> None:
 
 def test_training_is_the_same_in_every_process(tmp_path: Path) -> None:
     code = (
-        "import hashlib, sys; from partial_embedding.vectors import train_vectors;"
+        "import hashlib, sys; from partial_embedding.recipes.vectors import train_vectors;"
         "documents = [['a', 'b', str(i % 7), str(i % 5)] for i in range(9000)];"
         "cache = sys.argv[1] or None;"
         "v = train_vectors(documents, dimension=8, epochs=3, cache=cache);"

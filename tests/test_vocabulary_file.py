@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partial_embedding import InputError, Vocabulary
-from partial_embedding.vocabulary_file import read_vocabulary, write_vocabulary
+from partial_embedding.rows.vocabulary_file import read_vocabulary, write_vocabulary
 
 TOKENS = st.lists(
     st.text(min_size=1)

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from partial_embedding import InputError, Schedule, Vocabulary
-from partial_embedding.drift import RowTrack, frequency_bands
-from partial_embedding.neighbours import nearest, share_kept
-from partial_embedding.record import (
+from partial_embedding.monitor.neighbours import nearest, share_kept
+from partial_embedding.monitor.record import (
     RowRecord,
     planned_points,
     planned_stages,
     read_record,
     write_record,
 )
-from partial_embedding.watch import TableWatch
+from partial_embedding.monitor.sampling import TableWatch
+from partial_embedding.monitor.track import RowTrack, frequency_bands
 
 V, D = 60, 5
 
@@ -33,7 +33,7 @@ class Table:
         return self.values[ids]
 
 
-def awake(*ids: int, num_rows: int = V) -> Any:
+def trainable(*ids: int, num_rows: int = V) -> Any:
     mask = np.zeros(num_rows, np.bool_)
     mask[list(ids)] = True
     return mask
@@ -42,12 +42,16 @@ def awake(*ids: int, num_rows: int = V) -> Any:
 def test_rows_that_wake_together_are_a_cohort_until_they_sleep() -> None:
     table = Table()
     watch = TableWatch(table, V)
-    watch.note_rows(awake(1, 2), 0.0)
-    watch.note_rows(awake(1, 2, 3), 1.0)
-    watch.note_rows(awake(2, 3), 2.0)
-    watch.note_rows(awake(1, 2, 3), 3.0)
-    assert watch.track.awake == [(0.0, 2), (1.0, 3), (2.0, 2), (3.0, 3)]
-    assert [(c.woke, c.size) for c in watch.track.cohorts.values()] == [(0, 2), (1, 1), (3, 1)]
+    watch.note_rows(trainable(1, 2), 0.0)
+    watch.note_rows(trainable(1, 2, 3), 1.0)
+    watch.note_rows(trainable(2, 3), 2.0)
+    watch.note_rows(trainable(1, 2, 3), 3.0)
+    assert watch.track.trainable == [(0.0, 2), (1.0, 3), (2.0, 2), (3.0, 3)]
+    assert [(c.unfrozen_at, c.size) for c in watch.track.cohorts.values()] == [
+        (0, 2),
+        (1, 1),
+        (3, 1),
+    ]
     assert watch.cohort_of[[0, 1, 2, 3]].tolist() == [-1, 2, 0, 1]
     table.values[1] += 1  # of the first cohort no longer
     numbers = watch.measure(4.0)
@@ -61,7 +65,7 @@ def test_a_measurement_reads_a_sample_whatever_the_size_of_the_table() -> None:
     for num_rows in (2_000, 200_000):
         table = Table(num_rows)
         watch = TableWatch(table, num_rows, size=50)
-        watch.note_rows(awake(*range(num_rows // 2), num_rows=num_rows), 0.0)
+        watch.note_rows(trainable(*range(num_rows // 2), num_rows=num_rows), 0.0)
         table.read = 0
         watch.before_step()
         watch.measure(1.0)
@@ -72,7 +76,7 @@ def test_a_measurement_reads_a_sample_whatever_the_size_of_the_table() -> None:
 def test_many_cohorts_are_awake_and_few_are_followed() -> None:
     watch = TableWatch(Table(), V)
     for number in range(40):
-        watch.note_rows(awake(*range(number + 1)), float(number))
+        watch.note_rows(trainable(*range(number + 1)), float(number))
     assert len(watch.track.cohorts) == 16
     assert watch.measure(40.0)["rows_awake"] == 40
     norms = watch.gradient_norms(np.arange(V), np.ones(V))
@@ -83,13 +87,13 @@ def test_a_restored_watch_goes_on_as_one_that_never_stopped() -> None:
     vocabulary = Vocabulary(map(str, range(V)), counts=range(V))
     table = Table()
     whole = TableWatch(table, V, vocabulary=vocabulary)
-    whole.note_rows(awake(*range(20)), 0.0)
+    whole.note_rows(trainable(*range(20)), 0.0)
     table.values[:20] += 0.5
     whole.measure(1.0)
     resumed = TableWatch(table, V, vocabulary=vocabulary)
     resumed.restore(whole.to_state())
     for watch in (whole, resumed):
-        watch.note_rows(awake(*range(30)), 1.0)
+        watch.note_rows(trainable(*range(30)), 1.0)
     table.values[10:40] -= 0.25
     assert whole.measure(2.0) == resumed.measure(2.0)
     assert whole.finish() == resumed.finish()
@@ -147,7 +151,7 @@ def test_the_rows_that_moved_most_come_first_with_their_neighbours() -> None:
 @pytest.mark.parametrize("num_rows", [0, 1, 2])
 def test_tiny_tables_are_watched(num_rows: int) -> None:
     watch = TableWatch(Table(num_rows), num_rows, padding=0)
-    watch.note_rows(awake(*range(1, num_rows), num_rows=num_rows), 0.0)
+    watch.note_rows(trainable(*range(1, num_rows), num_rows=num_rows), 0.0)
     watch.before_step()
     numbers = watch.measure(1.0)
     assert numbers["rows_awake"] == max(num_rows - 1, 0)
@@ -159,21 +163,21 @@ def test_tiny_tables_are_watched(num_rows: int) -> None:
 GROWN = {
     "stages": [
         {"epoch": 0, "rows": {"range": [0, 4]}},
-        {"epoch": 4, "rows": "all", "grow": "linear", "lr": 0.5},
+        {"epoch": 4, "rows": "all", "grow": "linear", "lr_scale": 0.5},
     ]
 }
 
 
 def test_growth_is_planned_part_by_part() -> None:
     (first, last) = planned_stages(Schedule.parse({**GROWN, "stages": GROWN["stages"]}), 12)
-    assert (first.awake, last.awake) == (4, 12)
+    assert (first.trainable, last.trainable) == (4, 12)
     points = planned_points([first, last], "epoch", end=8.0, epoch_steps=None)
     assert points[0] == (0.0, 4)
     assert points[-1] == (4.0, 12)
     counts = [count for _, count in points]
     assert counts == sorted(counts)
     assert len(counts) > 3
-    assert last.notes == "grow: {shape: linear}, lr: 0.5"
+    assert last.notes == "grow: {shape: linear}, lr_scale: 0.5"
 
 
 @pytest.mark.parametrize(
@@ -189,18 +193,18 @@ def test_a_stage_is_planned_in_any_unit(start: dict[str, Any], place: float | No
 
 def test_padding_is_not_planned() -> None:
     (stage,) = planned_stages(Schedule([{"epoch": 0, "rows": "all"}]), 9, padding=0)
-    assert stage.awake == 8
+    assert stage.trainable == 8
 
 
 def test_a_long_list_of_ids_is_cut_short() -> None:
     (stage,) = planned_stages(Schedule([{"epoch": 0, "rows": list(range(0, 900, 2))}]), 900)
     assert len(stage.rows) < 200
-    assert stage.awake == 450
+    assert stage.trainable == 450
 
 
 def full_record() -> RowRecord:
     watch = TableWatch(Table(), V, vocabulary=Vocabulary(map(str, range(V)), counts=range(V)))
-    watch.note_rows(awake(1, 2), 0.0)
+    watch.note_rows(trainable(1, 2), 0.0)
     watch.before_step()
     watch.measure(1.0, 0.5, {0: 2.0}, {0: 0.1})
     plan = planned_stages(Schedule.parse(GROWN), V)
@@ -214,7 +218,7 @@ def test_a_record_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
     write_record(tmp_path / "rows.json", record)
     assert read_record(tmp_path) == record == read_record(tmp_path / "rows.json")
     assert record.scores[0].metrics == {"val_loss": 0.25}
-    assert record.scores[0].awake == 2
+    assert record.scores[0].trainable == 2
 
 
 def test_a_record_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from typing import Literal, Protocol
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from partial_embedding.recipes.vectors import save_vectors
+from partial_embedding.rows.vocabulary import Vocabulary
+from partial_embedding.rows.vocabulary_file import write_vocabulary
 from partial_embedding.torch import PartialEmbedding
-from partial_embedding.vectors import save_vectors
-from partial_embedding.vocabulary import Vocabulary
-from partial_embedding.vocabulary_file import write_vocabulary
 
 VectorSuffix = Literal["vec", "txt", "bin", "vec.gz", "txt.gz", "bin.gz"]
 

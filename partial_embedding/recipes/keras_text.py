@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
 from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.recipes.texts import PADDING_ID, WIDTHS, prepare_texts
+from partial_embedding.recipes.prepare_texts import PADDING_ID, WIDTHS, prepare_texts
+from partial_embedding.recipes.text import LabelledTexts, encode, pad, tokenize
+from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
-from partial_embedding.text import LabelledTexts, encode, pad, tokenize
-from partial_embedding.vocabulary import Vocabulary
 
 # The name of the table, for schedules of several.
 _TABLE = "embedding"
@@ -277,7 +277,7 @@ def text_classifier(
         rowwise(
             keras.optimizers.AdamW(lr, weight_decay=weight_decay),
             lazy=lazy,
-            paces=any(not stage.pace.is_plain for stage in schedule.stages),
+            rate_scales=any(not stage.rate_scale.is_plain for stage in schedule.stages),
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],

@@ -16,11 +16,11 @@ from torch import Tensor
 from partial_embedding.errors import InputError
 from partial_embedding.recipes.resume import ReplayableLoader
 from partial_embedding.recipes.small_language_model import small_language_model
-from partial_embedding.text import stdlib_docstrings
-from partial_embedding.text.labelled import share_of
+from partial_embedding.recipes.text import stdlib_docstrings
+from partial_embedding.recipes.text.labelled import share_of
+from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.torch import add_tokens
 from partial_embedding.torch.row_files import save_rows
-from partial_embedding.vocabulary import Vocabulary
 
 # Token ids and what of them counts in the loss, each of shape (B, L).
 TokenBatch = dict[str, Tensor]

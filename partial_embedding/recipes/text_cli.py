@@ -23,7 +23,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.recipes.export import ExportVectors
 from partial_embedding.recipes.resume import RandomState
-from partial_embedding.recipes.text import TextClassifier, TextData
+from partial_embedding.recipes.text_classifier import TextClassifier, TextData
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _DEFAULTS = {

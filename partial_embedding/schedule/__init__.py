@@ -1,12 +1,12 @@
 """When: a pure function from the position in training to the rows that train there."""
 
 from partial_embedding.schedule.changes import changes
-from partial_embedding.schedule.pace import Pace
-from partial_embedding.schedule.position import Position, Seen
+from partial_embedding.schedule.position import Evaluation, Position
+from partial_embedding.schedule.rate_scale import RateScale
 from partial_embedding.schedule.schedule import (
     AnySchedule,
-    Moment,
     Schedule,
+    StageState,
     schedules_by_table,
 )
 from partial_embedding.schedule.stages import Stage
@@ -14,13 +14,13 @@ from partial_embedding.schedule.starts import Plateau, Start
 
 __all__ = [
     "AnySchedule",
-    "Moment",
-    "Pace",
+    "Evaluation",
     "Plateau",
     "Position",
+    "RateScale",
     "Schedule",
-    "Seen",
     "Stage",
+    "StageState",
     "Start",
     "changes",
     "schedules_by_table",

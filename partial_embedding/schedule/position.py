@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Seen:
+class Evaluation:
     """What a validation measured, and where in training.
 
     Args:
@@ -30,7 +30,7 @@ class Position:
         epoch: Epochs completed before the current one; the first epoch is 0.
         step: Optimizer steps completed.
         total_steps: Optimizer steps of the whole run, where a schedule asks for shares of it.
-        seen: What validations measured so far, for schedules that wait for a metric.
+        evaluations: What validations measured so far, for schedules that wait for a metric.
 
     Example:
         >>> Position(epoch=1, step=30, total_steps=120).share
@@ -40,7 +40,7 @@ class Position:
     epoch: int = 0
     step: int = 0
     total_steps: int | None = None
-    seen: tuple[Seen, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
 
     @property
     def share(self) -> float | None:
@@ -49,12 +49,12 @@ class Position:
 
     def to_state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        seen = [[one.epoch, one.step, dict(one.metrics)] for one in self.seen]
+        seen = [[one.epoch, one.step, dict(one.metrics)] for one in self.evaluations]
         return {
             "epoch": self.epoch,
             "step": self.step,
             "total_steps": self.total_steps,
-            "seen": seen,
+            "evaluations": seen,
         }
 
     @staticmethod
@@ -64,5 +64,5 @@ class Position:
         Args:
             state: What `to_state` gave.
         """
-        seen = tuple(Seen(*one) for one in state.get("seen", ()))
+        seen = tuple(Evaluation(*one) for one in state.get("evaluations", ()))
         return Position(state["epoch"], state["step"], state.get("total_steps"), seen)

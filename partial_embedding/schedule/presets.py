@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from partial_embedding.choices import is_whole
 from partial_embedding.errors import InputError
+from partial_embedding.rows.kinds import is_whole
 
 Stages = list[dict[str, Any]]
 
@@ -41,7 +41,7 @@ def gradual(bands: int = 4, epochs: int = 1, lr_decay: float = 2.6) -> Stages:
     Example:
         >>> [stage["rows"] for stage in gradual(bands=2)]
         ['missing', {'union': ['missing', {'least_frequent': 0.5}]}, 'all']
-        >>> [round(stage["lr"], 3) for stage in gradual(bands=2)]
+        >>> [round(stage["lr_scale"], 3) for stage in gradual(bands=2)]
         [1.0, 0.385, 0.148]
     """
     _check_whole("bands", bands)
@@ -51,7 +51,8 @@ def gradual(bands: int = 4, epochs: int = 1, lr_decay: float = 2.6) -> Stages:
     rows += [{"union": ["missing", {"least_frequent": band / bands}]} for band in range(1, bands)]
     rows.append("all")
     return [
-        {"epoch": i * epochs, "rows": choice, "lr": lr_decay**-i} for i, choice in enumerate(rows)
+        {"epoch": i * epochs, "rows": choice, "lr_scale": lr_decay**-i}
+        for i, choice in enumerate(rows)
     ]
 
 

@@ -12,33 +12,33 @@ import numpy as np
 import yaml
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows import Rows
-from partial_embedding.schedule.pace import Pace
-from partial_embedding.schedule.position import Position, Seen
+from partial_embedding.rows.rows import Rows
+from partial_embedding.schedule.position import Evaluation, Position
 from partial_embedding.schedule.presets import from_preset
+from partial_embedding.schedule.rate_scale import RateScale
 from partial_embedding.schedule.stages import Stage, only_keys, parsed
 from partial_embedding.schedule.starts import Plateau, Start, Wait, place_in
 
-# In how many parts rows grow between two stages that do not start at epochs.
+# In how many increments rows grow between two stages that do not start at epochs.
 _PARTS = 10
-# Shares are quotients, and their rounding must not make a stage or a part begin a step late.
+# Shares are quotients, and their rounding must not make a stage or an increment begin a step late.
 _HAIR = 1e-9
 
 
-class Moment(NamedTuple):
+class StageState(NamedTuple):
     """What a position is to a schedule; the rows that train are the same wherever it is.
 
     Args:
         stage: The index of the stage.
-        part: The parts that have begun of growing into the next stage.
-        parts: In how many parts it grows; 0 where it does not.
-        turn: The cycles that were completed.
+        increment: The increments that have begun of growing into the next stage.
+        increments: In how many increments it grows; 0 where it does not.
+        cycle_index: The cycles that were completed.
     """
 
     stage: int
-    part: int = 0
-    parts: int = 0
-    turn: int = 0
+    increment: int = 0
+    increments: int = 0
+    cycle_index: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,9 +50,9 @@ class Schedule:
     metric stopped improving in the stage before. Of several that have started the last one counts:
     a stage that waits for a plateau is left out when a later one starts first.
 
-    With `grow`, rows wake bit by bit from the start of the stage before, and all are awake when the
-    stage starts. `lr` and `warmup` say how fast the rows learn that join by this stage, for as long
-    as they train; see `Pace`.
+    With `grow`, rows are unfrozen bit by bit from the start of the stage before, and all train when
+    the stage starts. `lr` and `warmup` say how fast the rows learn that join by this stage, for as
+    long as they train; see `RateScale`.
 
     Args:
         stages: `Stage`s, or mappings with one of the keys `epoch`, `step`, `share` and `plateau`,
@@ -90,7 +90,7 @@ class Schedule:
 
     # Where a position is
 
-    def moment(self, position: Position | int) -> Moment:
+    def state_at(self, position: Position | int) -> StageState:
         """What a position is to this schedule; depends on nothing else.
 
         Args:
@@ -102,27 +102,27 @@ class Schedule:
 
         Example:
             >>> grown = {"epoch": 4, "rows": "all", "grow": "linear"}
-            >>> Schedule([{"epoch": 0, "rows": "none"}, grown]).moment(3)
-            Moment(stage=0, part=3, parts=4, turn=0)
+            >>> Schedule([{"epoch": 0, "rows": "none"}, grown]).state_at(3)
+            StageState(stage=0, increment=3, increments=4, cycle_index=0)
         """
         position = _position(position)
         stage = self._stage_at(position)
-        turn = _whole(place_in(self.units[0], position) / self.cycle) if self.cycle else 0
+        cycle_index = _whole(place_in(self.units[0], position) / self.cycle) if self.cycle else 0
         if stage + 1 == len(self.stages) or (growth := self.stages[stage + 1].growth) is None:
-            return Moment(stage, turn=turn)
+            return StageState(stage, cycle_index=cycle_index)
         first, last = self.stages[stage].start, self.stages[stage + 1].start
         assert isinstance(first, Start), "checked when the schedule was made"
         assert isinstance(last, Start), "likewise"
         length = last.at - first.at
         usual = {"epoch": length, "step": min(length, _PARTS), "share": _PARTS}[last.unit]
-        parts = growth.parts or int(usual)
-        part = _whole((self._place(first.unit, position) - first.at) * parts / length)
-        return Moment(stage, part, parts, turn)
+        increments = growth.increments or int(usual)
+        increment = _whole((self._place(first.unit, position) - first.at) * increments / length)
+        return StageState(stage, increment, increments, cycle_index)
 
     def _stage_at(self, position: Position) -> int:
-        return self._latest(position, self._reached(position.seen, position.total_steps))
+        return self._latest(position, self._reached(position.evaluations, position.total_steps))
 
-    def _reached(self, history: tuple[Seen, ...], total_steps: int | None) -> int:
+    def _reached(self, history: tuple[Evaluation, ...], total_steps: int | None) -> int:
         """The stage that had started when the last measurement was made, or started by it."""
         if not history or not self.metrics:
             return 0
@@ -168,9 +168,9 @@ class Schedule:
             position: A `Position`, or an epoch.
 
         Raises:
-            InputError: As for `moment`.
+            InputError: As for `stage_state`.
         """
-        return self.moment(position).stage
+        return self.state_at(position).stage
 
     # What happens there
 
@@ -181,30 +181,32 @@ class Schedule:
             position: A `Position`, or an epoch.
 
         Raises:
-            InputError: As for `moment`.
+            InputError: As for `stage_state`.
         """
-        return self.rows_at(self.moment(position))
+        return self.rows_at(self.state_at(position))
 
-    def rows_at(self, moment: Moment) -> Rows:
-        """The rows that train at a moment.
+    def rows_at(self, stage_state: StageState) -> Rows:
+        """The rows that train at a stage_state.
 
         Args:
-            moment: One that `moment` gave.
+            stage_state: One that `stage_state` gave.
         """
-        rows = self.stages[moment.stage].rows
-        if not moment.part:
+        rows = self.stages[stage_state.stage].rows
+        if not stage_state.increment:
             return rows
-        following = self.stages[moment.stage + 1]
+        following = self.stages[stage_state.stage + 1]
         assert following.growth is not None
-        return Rows.grown(rows, following.rows, following.growth, moment.part, moment.parts)
+        return Rows.grown(
+            rows, following.rows, following.growth, stage_state.increment, stage_state.increments
+        )
 
-    def pace_at(self, moment: Moment) -> Pace:
-        """How fast the rows learn that join at a moment.
+    def rate_scale_at(self, stage_state: StageState) -> RateScale:
+        """How fast the rows learn that join at a stage_state.
 
         Args:
-            moment: One that `moment` gave.
+            stage_state: One that `stage_state` gave.
         """
-        return self.stages[moment.stage + bool(moment.part)].pace
+        return self.stages[stage_state.stage + bool(stage_state.increment)].rate_scale
 
     # What it needs
 
@@ -218,7 +220,7 @@ class Schedule:
     def metrics(self) -> tuple[str, ...]:
         """The metrics that stages wait for, each once."""
         starts = [s.start for s in self.stages if isinstance(s.start, Plateau)]
-        return tuple(dict.fromkeys(start.metric for start in starts))
+        return tuple(dict.fromkeys(start.monitor for start in starts))
 
     @property
     def moves_within_epochs(self) -> bool:

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from partial_embedding.choices import is_whole
 from partial_embedding.errors import InputError
-from partial_embedding.growth import Growth
-from partial_embedding.rows import Rows
-from partial_embedding.schedule.pace import Pace
+from partial_embedding.rows.growth import Growth
+from partial_embedding.rows.kinds import is_whole
+from partial_embedding.rows.rows import Rows
+from partial_embedding.schedule.rate_scale import RateScale
 from partial_embedding.schedule.starts import UNITS, Plateau, Start
 
 T = TypeVar("T")
 
-_KEYS = [*UNITS, "plateau", "rows", "grow", "lr", "warmup"]
+_KEYS = [*UNITS, "plateau", "rows", "grow", "lr_scale", "warmup_steps"]
 
 
 @dataclass(frozen=True, init=False)
@@ -26,43 +26,43 @@ class Stage:
     Args:
         start: Where in training it starts; a whole number is an epoch.
         rows: The rows that train during it.
-        growth: How these rows wake between the start of the stage before and this one's; None
-            wakes them together when it starts.
-        pace: How fast the rows learn that join by this stage, for as long as they train.
+        growth: How these rows are unfrozen between the start of the stage before and this one's;
+            None unfreezes them together when it starts.
+        rate_scale: How fast the rows learn that join by this stage, for as long as they train.
 
     Raises:
         InputError: The start is no place in training.
 
     Example:
-        >>> Stage(2, Rows.all(), pace=Pace(lr=0.5)).to_config()
-        {'epoch': 2, 'rows': 'all', 'lr': 0.5}
+        >>> Stage(2, Rows.all(), rate_scale=RateScale(lr_scale=0.5)).to_config()
+        {'epoch': 2, 'rows': 'all', 'lr_scale': 0.5}
     """
 
     start: Start | Plateau
     rows: Rows
     growth: Growth | None
-    pace: Pace
+    rate_scale: RateScale
 
     def __init__(
         self,
         start: Start | Plateau | int,
         rows: Rows,
         growth: Growth | None = None,
-        pace: Pace | None = None,
+        rate_scale: RateScale | None = None,
     ) -> None:
         set_ = object.__setattr__
         placed = isinstance(start, Start | Plateau)
         set_(self, "start", start if placed else Start("epoch", start))  # type: ignore[arg-type]
         set_(self, "rows", Rows.parse(rows))
         set_(self, "growth", None if growth is None else Growth.parse(growth))
-        set_(self, "pace", pace or Pace())
+        set_(self, "rate_scale", rate_scale or RateScale())
 
     def to_config(self) -> dict[str, Any]:
         """Write the stage as plain YAML values."""
         config = {**self.start.to_config(), "rows": self.rows.to_config()}
         if self.growth is not None:
             config["grow"] = self.growth.to_config()
-        return {**config, **self.pace.to_config()}
+        return {**config, **self.rate_scale.to_config()}
 
 
 def parsed(stages: object, cycle: object) -> tuple[Stage, ...]:
@@ -103,12 +103,15 @@ def _stage(value: Stage | Mapping[str, Any], place: str) -> Stage:
     only_keys(value, needed, [key for key in _KEYS if key not in needed], place)
     (start,) = starts
     grow = value.get("grow")
-    lr = _at(f"{place}.lr", lambda: Pace(value.get("lr", 1.0)).lr)
+    lr_scale = _at(f"{place}.lr_scale", lambda: RateScale(value.get("lr_scale", 1.0)).lr_scale)
     return Stage(
         _at(f"{place}.{start}", lambda: _start(start, value[start])),
         _at(f"{place}.rows", lambda: Rows.parse(value["rows"])),
         None if grow is None else _at(f"{place}.grow", lambda: Growth.parse(grow)),
-        _at(f"{place}.warmup", lambda: Pace(lr, value.get("warmup", 0))),
+        _at(
+            f"{place}.warmup_steps",
+            lambda: RateScale(lr_scale, value.get("warmup_steps", 0)),
+        ),
     )
 
 
@@ -166,12 +169,12 @@ def _check_growth(stages: Sequence[Stage]) -> None:
                 f"stages[{i}].grow: rows grow between two stages that both start at an epoch, a "
                 f"step or a share of the run. Received {first} and {last}. Give both the same unit."
             )
-        length, parts = last.at - first.at, after.growth.parts
-        if parts is not None and last.unit != "share" and parts > length:
+        length, increments = last.at - first.at, after.growth.increments
+        if increments is not None and last.unit != "share" and increments > length:
             raise InputError(
-                f"stages[{i}].grow.parts: a part is at least one {last.unit} long. Received "
-                f"{parts} parts for {length} {last.unit}s. "
-                "Make fewer parts, or place both stages in a finer unit."
+                f"stages[{i}].grow.increments: an increment is at least one {last.unit} long. "
+                f"Received {increments} increments for {length} {last.unit}s. "
+                "Make fewer increments, or place both stages in a finer unit."
             )
 
 

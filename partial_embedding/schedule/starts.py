@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from partial_embedding.choices import is_whole
 from partial_embedding.errors import InputError
-from partial_embedding.schedule.position import Position, Seen
+from partial_embedding.rows.kinds import is_whole
+from partial_embedding.schedule.position import Evaluation, Position
 
 UNITS = ("epoch", "step", "share")
 
@@ -84,10 +84,10 @@ class Plateau:
     The count begins with the stage: its first value is the first best one.
 
     Args:
-        metric: The name of a number that validation logs.
+        monitor: The name of a number that validation logs.
         mode: `"min"` where lower is better, `"max"` where higher is.
         patience: The stage starts when this many values in a row were no improvement.
-        min_change: A change of no more than this is no improvement; from 0 up, in the metric's
+        min_delta: A change of no more than this is no improvement; from 0 up, in the metric's
             unit.
         max_wait: The stage starts after this many values at the latest; None waits for ever.
 
@@ -96,21 +96,21 @@ class Plateau:
 
     Example:
         >>> plateau = Plateau("loss", patience=2)
-        >>> values = [Seen(epoch, epoch, {"loss": v}) for epoch, v in enumerate([3, 2, 2, 2])]
+        >>> values = [Evaluation(epoch, epoch, {"loss": v}) for epoch, v in enumerate([3, 2, 2, 2])]
         >>> plateau.is_reached(values[:3]), plateau.is_reached(values)
         (False, True)
     """
 
-    metric: str
+    monitor: str
     mode: str = "min"
     patience: int = 1
-    min_change: float = 0.0
+    min_delta: float = 0.0
     max_wait: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.metric, str) or not self.metric:
+        if not isinstance(self.monitor, str) or not self.monitor:
             raise InputError(
-                f"a plateau is of a metric, such as val_loss. Received: {self.metric!r}."
+                f"a plateau is of a metric, such as val_loss. Received: {self.monitor!r}."
             )
         if self.mode not in ("min", "max"):
             raise InputError(f"mode is 'min' or 'max'. Received: {self.mode!r}.")
@@ -122,10 +122,10 @@ class Plateau:
                 raise InputError(
                     f"{name} is a whole number of validations from 1 up. Received: {value!r}."
                 )
-        number = isinstance(self.min_change, int | float) and not isinstance(self.min_change, bool)
-        if not number or not 0 <= self.min_change < math.inf:
-            raise InputError(f"min_change is a number from 0 up. Received: {self.min_change!r}.")
-        object.__setattr__(self, "min_change", float(self.min_change))
+        number = isinstance(self.min_delta, int | float) and not isinstance(self.min_delta, bool)
+        if not number or not 0 <= self.min_delta < math.inf:
+            raise InputError(f"min_delta is a number from 0 up. Received: {self.min_delta!r}.")
+        object.__setattr__(self, "min_delta", float(self.min_delta))
 
     @staticmethod
     def parse(value: object) -> Plateau:
@@ -139,16 +139,16 @@ class Plateau:
         """
         if isinstance(value, Plateau):
             return value
-        given = {"metric": value} if isinstance(value, str) else value
+        given = {"monitor": value} if isinstance(value, str) else value
         keys = list(Plateau.__dataclass_fields__)
-        if not isinstance(given, Mapping) or not set(given) <= set(keys) or "metric" not in given:
+        if not isinstance(given, Mapping) or not set(given) <= set(keys) or "monitor" not in given:
             raise InputError(
-                f"a plateau is the name of a metric, or a mapping with metric and others of {keys}."
+                f"a plateau is the name of a metric, or a mapping with monitor and any of {keys}."
                 f" Received: {value!r}."
             )
         return Plateau(**given)
 
-    def is_reached(self, seen: Sequence[Seen]) -> bool:
+    def is_reached(self, seen: Sequence[Evaluation]) -> bool:
         """Whether the metric has stopped improving.
 
         Args:
@@ -161,11 +161,11 @@ class Plateau:
         """Write the plateau as plain YAML values."""
         fields = Plateau.__dataclass_fields__
         given = {name: getattr(self, name) for name in fields}
-        changed = {n: v for n, v in given.items() if n == "metric" or v != fields[n].default}
+        changed = {n: v for n, v in given.items() if n == "monitor" or v != fields[n].default}
         return {"plateau": changed}
 
     def __str__(self) -> str:
-        return f"a plateau of {self.metric}"
+        return f"a plateau of {self.monitor}"
 
 
 class Wait:
@@ -181,18 +181,18 @@ class Wait:
         self.without = 0
         self.best: float | None = None
 
-    def is_over(self, seen: Seen) -> bool:
+    def is_over(self, seen: Evaluation) -> bool:
         """Take in what a validation measured, and say whether the metric has stopped improving.
 
         Args:
             seen: The next validation of the stage.
         """
         plateau = self.plateau
-        if (value := seen.metrics.get(plateau.metric)) is not None:
+        if (value := seen.metrics.get(plateau.monitor)) is not None:
             value = -value if plateau.mode == "max" else value
             # A value that is not a number is no improvement.
             first = self.best is None and not math.isnan(value)
-            improved = first or (self.best is not None and value < self.best - plateau.min_change)
+            improved = first or (self.best is not None and value < self.best - plateau.min_delta)
             self.best, self.without = (value, 0) if improved else (self.best, self.without + 1)
             self.values += 1
         return self.without >= plateau.patience or (

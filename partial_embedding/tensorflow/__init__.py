@@ -4,8 +4,8 @@ from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.tensorflow import gradients
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.tensorflow.optimizer import Rowwise, rowwise
 from partial_embedding.tensorflow.reserve import schedule_rows
-from partial_embedding.tensorflow.rowwise import Rowwise, rowwise
 
 __all__ = [
     "FrozenRowAudit",

@@ -8,9 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import FrozenRowsMoved
-from partial_embedding.report import moved_text
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.schedule.messages import moved_text
 from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.vocabulary import Ids
 
 # Rows are fingerprinted in chunks of about this many bytes, which bounds the extra memory.
 _CHUNK = 1 << 22

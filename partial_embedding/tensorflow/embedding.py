@@ -10,11 +10,11 @@ import tensorflow as tf
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
-from partial_embedding.schedule import Pace
-from partial_embedding.tensorflow.paces import check_kept
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.schedule import RateScale
+from partial_embedding.tensorflow.lr_scale import check_kept
 from partial_embedding.tensorflow.reserve import compact
-from partial_embedding.tensorflow.split import Split, over_ids
-from partial_embedding.vocabulary import Ids
+from partial_embedding.tensorflow.table_state import Split, over_ids
 
 
 @keras.saving.register_keras_serializable("partial_embedding", "PartialEmbedding")
@@ -166,16 +166,18 @@ class PartialEmbedding(keras.layers.Embedding):
         """Ids of the rows that may train at any time: sorted, int64, shape (R,)."""
         return self._reserved.copy()
 
-    def set_trainable_rows(self, rows: object, *, pace: Pace | None = None) -> None:
+    def set_trainable_rows(self, rows: object, *, rate_scale: RateScale | None = None) -> None:
         """Train these rows from the next step on, and no others.
 
         Args:
             rows: Rows in any form that `Rows.parse` reads.
-            pace: How fast those of them learn that join, for as long as they train; by default at
-                the optimizer's learning rate. Rows that made a step already keep their pace.
+            rate_scale: How fast those of them learn that join, for as long as they train; by
+                default at the optimizer's learning rate. Rows that made a step already keep their
+                rate_scale.
 
         Raises:
-            InputError: A row is not reserved, the layer is plain, or no optimizer keeps a pace.
+            InputError: A row is not reserved, the layer is plain, or no optimizer keeps a
+                rate_scale.
 
         Example:
             >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows="all")
@@ -184,13 +186,13 @@ class PartialEmbedding(keras.layers.Embedding):
             array([0, 1, 2])
         """
         live = self.check_trainable_rows(rows)
-        self._train(live, live, pace)
+        self._train(live, live, rate_scale)
 
-    def _train(self, live: Ids, begin: Ids, pace: Pace | None = None) -> None:
-        """Train `live`; those of `begin` that have made no step yet begin at this pace."""
-        check_kept(pace, self._split and self._split.paces, self.name)
+    def _train(self, live: Ids, begin: Ids, rate_scale: RateScale | None = None) -> None:
+        """Train `live`; those of `begin` that have made no step yet begin at this rate_scale."""
+        check_kept(rate_scale, self._split and self._split.rate_scales, self.name)
         if self._split is not None:
-            self._split.move(self._live, live, begin, pace or Pace())
+            self._split.move(self._live, live, begin, rate_scale or RateScale())
         self._live = live
 
     def check_trainable_rows(self, rows: object) -> Ids:
@@ -219,15 +221,15 @@ class PartialEmbedding(keras.layers.Embedding):
             )
         return live
 
-    def unfreeze_rows(self, rows: object, *, pace: Pace | None = None) -> None:
+    def unfreeze_rows(self, rows: object, *, rate_scale: RateScale | None = None) -> None:
         """Train these rows too, from the next step on.
 
         Args:
             rows: Rows in any form that `Rows.parse` reads.
-            pace: As for `set_trainable_rows`.
+            rate_scale: As for `set_trainable_rows`.
 
         Raises:
-            InputError: A row is not reserved, or no optimizer keeps a pace.
+            InputError: A row is not reserved, or no optimizer keeps a rate_scale.
 
         Example:
             >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows="all")
@@ -236,7 +238,7 @@ class PartialEmbedding(keras.layers.Embedding):
             array([1, 3])
         """
         ids = self._resolve(rows)
-        self._train(self.check_trainable_rows(np.union1d(self._live, ids)), ids, pace)
+        self._train(self.check_trainable_rows(np.union1d(self._live, ids)), ids, rate_scale)
 
     def freeze_rows(self, rows: object) -> None:
         """Train these rows no longer; they keep their bits from now on.

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
-from partial_embedding.vocabulary import Ids
+from partial_embedding.rows.vocabulary import Ids
 
 
 def cap_values(gradient: Any, limit: float) -> Any:

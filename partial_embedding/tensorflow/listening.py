@@ -16,10 +16,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.tensorflow.adapter import innermost
 from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.tensorflow.touched import summed
-from partial_embedding.tensorflow.unfreezing import innermost
-from partial_embedding.vocabulary import Ids
+from partial_embedding.tensorflow.sparse_update import summed
 
 
 class Heard:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from partial_embedding.rows import Config
+from partial_embedding.rows.vocabulary import Ids, Vocabulary
 from partial_embedding.schedule import Schedule
-from partial_embedding.vocabulary import Ids, Vocabulary
 
 
 def schedule_rows(

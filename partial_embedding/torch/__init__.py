@@ -6,8 +6,8 @@ from partial_embedding.torch.clipping import clip_grad_norm_, clip_grad_value_
 from partial_embedding.torch.ddp import distributed_data_parallel
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
 from partial_embedding.torch.head import PartialLinear
-from partial_embedding.torch.rowwise import average_gradients, detach_rowwise, rowwise
-from partial_embedding.torch.surgery import replace_embedding, restore_embedding
+from partial_embedding.torch.optimizer import average_gradients, detach_rowwise, rowwise
+from partial_embedding.torch.replace import replace_embedding, restore_embedding
 from partial_embedding.torch.tokens import add_tokens
 
 __all__ = [

@@ -10,7 +10,7 @@ import numpy as np
 from torch import distributed as dist
 
 from partial_embedding.errors import InputError
-from partial_embedding.schedule import Moment
+from partial_embedding.schedule import StageState
 from partial_embedding.torch.table import PartialTable
 
 Metrics = Mapping[str, float]
@@ -18,7 +18,7 @@ Metrics = Mapping[str, float]
 
 def check_agreement(
     tables: Mapping[str, PartialTable],
-    moments: Mapping[str, Moment],
+    stage_states: Mapping[str, StageState],
     metrics: Metrics | None = None,
 ) -> None:
     """Compare what all processes train, and stop each of them where that differs.
@@ -28,7 +28,8 @@ def check_agreement(
 
     Args:
         tables: The tables by name.
-        moments: Where each of them is in its schedule, or will be after what was just measured.
+        stage_states: Where each of them is in its schedule, or will be after what was just
+            measured.
         metrics: What was just measured, if anything was.
 
     Raises:
@@ -38,7 +39,9 @@ def check_agreement(
         return
     rows = {name: _digest(table) for name, table in tables.items()}
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (metrics, {n: tuple(m) for n, m in moments.items()}, rows))
+    dist.all_gather_object(
+        everyone, (metrics, {n: tuple(m) for n, m in stage_states.items()}, rows)
+    )
     first_metrics, first_moments, first_rows = everyone[0]
     for rank, (other_metrics, other_moments, other_rows) in enumerate(everyone):
         same_moments = first_moments == other_moments

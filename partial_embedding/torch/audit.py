@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from partial_embedding.errors import FrozenRowsMoved
-from partial_embedding.report import moved_text
+from partial_embedding.schedule.messages import moved_text
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from partial_embedding.schedule import Pace
+from partial_embedding.schedule import RateScale
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable
 
@@ -40,13 +40,13 @@ class RowParameter:
     def row_set(self, row_set: RowSet) -> None:
         self.table.row_set = row_set
 
-    def ask_about_paces(self, check: Callable[[Pace], None] | None) -> None:
-        """Ask an optimizer, for as long as it exists, before rows get a pace.
+    def ask_about_rates(self, check: Callable[[RateScale], None] | None) -> None:
+        """Ask an optimizer, for as long as it exists, before rows get a rate_scale.
 
         Args:
-            check: A method that raises where it cannot keep the pace; None asks no more.
+            check: A method that raises where it cannot keep the rate_scale; None asks no more.
         """
-        checks = self.table.__dict__.setdefault("_pace_checks", {})
+        checks = self.table.__dict__.setdefault("_rate_checks", {})
         checks.pop(self.attribute, None)
         if check is not None:
             checks[self.attribute] = weakref.WeakMethod(check)

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from partial_embedding.schedule import Pace
+from partial_embedding.schedule import RateScale
 
 
 class RowSet:
@@ -23,7 +23,7 @@ class RowSet:
         cohorts: Sorted ids, int64, by the cohort's number; numbers rise with time.
         next_number: The number that the next cohort gets.
         device: Where the ids lie.
-        paces: How fast cohorts learn, by number; those that are not named are plain.
+        rate_scales: How fast cohorts learn, by number; those that are not named are plain.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class RowSet:
         cohorts: Mapping[int, Tensor],
         next_number: int,
         device: torch.device | str = "cpu",
-        paces: Mapping[int, Pace] | None = None,
+        rate_scales: Mapping[int, RateScale] | None = None,
     ) -> None:
         self.num_rows = num_rows
         self.cohorts = {number: ids for number, ids in sorted(cohorts.items()) if len(ids)}
-        self.paces = {n: p for n, p in (paces or {}).items() if n in self.cohorts}
+        self.rate_scales = {n: p for n, p in (rate_scales or {}).items() if n in self.cohorts}
         self.next_number = next_number
         self.device = torch.device(device)
         # The row id of each slot, int64, shape (K,).
@@ -91,12 +91,12 @@ class RowSet:
         # The mask and not the slots: a quarter of the memory, so that more of it is in the cache.
         return self.mask.index_select(0, ids.flatten().long()).view(ids.shape)
 
-    def changed_to(self, ids: Tensor, pace: Pace | None = None) -> RowSet:
+    def changed_to(self, ids: Tensor, rate_scale: RateScale | None = None) -> RowSet:
         """The row set in which exactly `ids` train: rows that stay keep their cohort.
 
         Args:
             ids: Sorted ids, int64, on this row set's device.
-            pace: How fast the rows learn that join.
+            rate_scale: How fast the rows learn that join.
         """
         wanted = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
         wanted[ids] = True
@@ -108,26 +108,26 @@ class RowSet:
         joining = wanted.nonzero().flatten()
         if not len(joining) and len(self) == len(ids):
             return self
-        paced = {} if pace is None or pace.is_plain else {self.next_number: pace}
+        scaled = {} if rate_scale is None or rate_scale.is_plain else {self.next_number: rate_scale}
         return RowSet(
             self.num_rows,
             {**kept, self.next_number: joining},
             self.next_number + bool(len(joining)),
             self.device,
-            {**self.paces, **paced},
+            {**self.rate_scales, **scaled},
         )
 
     def resized_to(self, num_rows: int) -> RowSet:
         """The row set after the table grew, with new rows frozen, or shrank."""
         cohorts = {number: ids[ids < num_rows] for number, ids in self.cohorts.items()}
-        return RowSet(num_rows, cohorts, self.next_number, self.device, self.paces)
+        return RowSet(num_rows, cohorts, self.next_number, self.device, self.rate_scales)
 
     def to(self, device: torch.device) -> RowSet:
         """The same row set on another device."""
         if self.device == device:
             return self
         cohorts = {number: ids.to(device) for number, ids in self.cohorts.items()}
-        return RowSet(self.num_rows, cohorts, self.next_number, device, self.paces)
+        return RowSet(self.num_rows, cohorts, self.next_number, device, self.rate_scales)
 
 
 def shown(ids: Tensor, most: int = 6) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.cohorts import TableState
+from partial_embedding.torch.table_state import TableState
 from partial_embedding.torch.trial import Group, State
 
 KEY = "rowwise"

@@ -15,12 +15,12 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
-from partial_embedding.schedule import Pace
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.schedule import RateScale
 from partial_embedding.torch.rowset import RowSet, shown
-from partial_embedding.vocabulary import Ids
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
-_WIRING = ("_hooked", "_pace_checks", "_wrapper", "is_averaged")
+_WIRING = ("_hooked", "_rate_checks", "_wrapper", "is_averaged")
 
 
 @dataclass(eq=False)
@@ -62,48 +62,50 @@ class PartialTable(nn.Module):
         """The ids of the rows that train, rising, int64, shape (K,)."""
         return self.row_set.ids.clone()
 
-    def set_trainable_rows(self, rows: object, *, pace: Pace | None = None) -> None:
+    def set_trainable_rows(self, rows: object, *, rate_scale: RateScale | None = None) -> None:
         """Train exactly these rows from the next step on.
 
-        Rows that trained before and still do keep their optimizer state and their pace; rows that
-        join begin as if training had just started; rows that leave keep their values from here on.
+        Rows that trained before and still do keep their optimizer state and their rate_scale; rows
+        that join begin as if training had just started; rows that leave keep their values from here
+        on.
 
         Args:
             rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
                 `Rows`. The padding row never trains, also when it is among them.
-            pace: How fast the rows learn that join, for as long as they train; None is the
+            rate_scale: How fast the rows learn that join, for as long as they train; None is the
                 optimizer's own rate. A table that is made with `trainable_rows="none"` has no rows
                 that trained before.
 
         Raises:
-            InputError: The rows do not fit the table, or its optimizer cannot keep a pace.
+            InputError: The rows do not fit the table, or its optimizer cannot keep a rate_scale.
 
         Example:
             >>> from partial_embedding import Position, Schedule
             >>> from partial_embedding.torch import PartialEmbedding
-            >>> stages = [{"step": 0, "rows": [7]}, {"step": 2, "rows": [2, 7], "lr": 0.5}]
+            >>> stages = [{"step": 0, "rows": [7]}, {"step": 2, "rows": [2, 7], "lr_scale": 0.5}]
             >>> schedule, table = Schedule(stages), PartialEmbedding(10, 4, trainable_rows="none")
             >>> for step in range(3):
-            ...     now = schedule.moment(Position(step=step))
-            ...     table.set_trainable_rows(schedule.rows_at(now), pace=schedule.pace_at(now))
+            ...     now = schedule.state_at(Position(step=step))
+            ...     rows, rate_scale = schedule.rows_at(now), schedule.rate_scale_at(now)
+            ...     table.set_trainable_rows(rows, rate_scale=rate_scale)
             ...     # … and the step of an optimizer that `rowwise` prepared
-            >>> table.trainable_rows, list(table.paces.values())
-            (tensor([2, 7]), [Pace(lr=0.5, warmup=0)])
+            >>> table.trainable_rows, list(table.rate_scales.values())
+            (tensor([2, 7]), [RateScale(lr_scale=0.5, warmup_steps=0)])
         """
-        self.set_trainable_ids(self._resolve(rows), pace)
+        self.set_trainable_ids(self._resolve(rows), rate_scale)
 
-    def unfreeze_rows(self, rows: object, *, pace: Pace | None = None) -> None:
+    def unfreeze_rows(self, rows: object, *, rate_scale: RateScale | None = None) -> None:
         """Train these rows too, as a cohort of their own.
 
         Args:
             rows: As for `set_trainable_rows`.
-            pace: Likewise.
+            rate_scale: Likewise.
 
         Raises:
             InputError: As for `set_trainable_rows`.
         """
         ids = np.union1d(self.row_set.ids.cpu().numpy(), self._resolve(rows))
-        self.set_trainable_ids(ids, pace)
+        self.set_trainable_ids(ids, rate_scale)
 
     def freeze_rows(self, rows: object) -> None:
         """Stop training these rows; they lose their optimizer state.
@@ -151,9 +153,9 @@ class PartialTable(nn.Module):
         return rows.changed_to(self._all_ids().to(rows.device)) if nothing_frozen else rows
 
     @property
-    def paces(self) -> Mapping[int, Pace]:
+    def rate_scales(self) -> Mapping[int, RateScale]:
         """How fast cohorts learn, by number, where that is not the optimizer's own rate."""
-        return {} if self._row_set is None else self.row_set.paces
+        return {} if self._row_set is None else self.row_set.rate_scales
 
     @property
     def has_frozen_rows(self) -> bool:
@@ -180,43 +182,44 @@ class PartialTable(nn.Module):
             rows = rows.detach().cpu().numpy()
         return Rows.parse(rows).resolve(self.weight.shape[0])
 
-    def set_trainable_ids(self, ids: Ids, pace: Pace | None = None) -> None:
+    def set_trainable_ids(self, ids: Ids, rate_scale: RateScale | None = None) -> None:
         """Train exactly these rows, given as `Rows.resolve` gives them; there may be none.
 
         Args:
             ids: Sorted ids without duplicates, int64, shape (K,).
-            pace: How fast the rows learn that join.
+            rate_scale: How fast the rows learn that join.
 
         Raises:
-            InputError: The table's optimizer cannot keep the pace.
+            InputError: The table's optimizer cannot keep the rate_scale.
         """
-        self.check_pace(pace)
+        self.check_rate_scale(rate_scale)
         ids = ids[ids != self._padding_row()]
         if self._row_set is None and len(ids) == self._most_trainable(self.weight.shape[0]):
             return  # every row trains already, with no bookkeeping to keep
         before = self.row_set
-        self.row_set = before.changed_to(torch.tensor(ids, device=before.device), pace)
+        self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
 
-    def check_pace(self, pace: Pace | None) -> None:
-        """Refuse a pace that the table's optimizer cannot keep.
+    def check_rate_scale(self, rate_scale: RateScale | None) -> None:
+        """Refuse a rate_scale that the table's optimizer cannot keep.
 
         Args:
-            pace: How fast rows would learn.
+            rate_scale: How fast rows would learn.
 
         Raises:
             InputError: It is none, or the optimizer cannot keep it.
         """
-        if pace is not None and not isinstance(pace, Pace):
+        if rate_scale is not None and not isinstance(rate_scale, RateScale):
             raise InputError(
-                f"a pace is a partial_embedding.schedule.Pace. Received: {pace!r}. Write "
-                "Pace(lr=0.5), for example."
+                "a rate_scale is a partial_embedding.schedule.RateScale. "
+                f"Received: {rate_scale!r}. Write "
+                "RateScale(lr_scale=0.5), for example."
             )
-        if pace is None:
+        if rate_scale is None:
             return
         for table in {self, *_tables_with(self.weight)}:
-            for answer in table.__dict__.get("_pace_checks", {}).values():
+            for answer in table.__dict__.get("_rate_checks", {}).values():
                 if (check := answer()) is not None:
-                    check(pace)
+                    check(rate_scale)
 
     # The gradient hook, and all that can make a hook disappear
 

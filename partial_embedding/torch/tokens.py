@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.surgery import check_replaceable, find_table, train_only
+from partial_embedding.torch.replace import check_replaceable, find_table, train_only
 
 Init = Literal["pieces", "mean"] | Tensor
 

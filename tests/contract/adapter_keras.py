@@ -11,7 +11,7 @@ from reference import ACCUMULATOR, EPSILON, Array, Batch, Optimizer
 
 from partial_embedding import Schedule
 from partial_embedding.callbacks.keras import RowUnfreezing
-from partial_embedding.schedule import Pace
+from partial_embedding.schedule import RateScale
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 FRAMEWORK = "tensorflow"
@@ -26,7 +26,7 @@ class Training:
         optimizer: What steps it.
         ever: What may ever train, and is reserved.
         padded: Whether row 0 is the padding row.
-        paced: Whether rows may have a pace of their own.
+        scaled: Whether rows may have a rate_scale of their own.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Training:
         optimizer: Optimizer,
         ever: object = "all",
         padded: bool = False,
-        paced: bool = False,
+        scaled: bool = False,
     ) -> None:
         self._layer = PartialEmbedding.from_matrix(
             matrix,
@@ -45,7 +45,7 @@ class Training:
             mask_zero=padded,
             freeze_padding=padded,
         )
-        self._optimizer = rowwise(_made(optimizer), lazy=optimizer.lazy, paces=paced)
+        self._optimizer = rowwise(_made(optimizer), lazy=optimizer.lazy, rate_scales=scaled)
         self._optimizer.build(self._layer.trainable_variables)
 
     @property
@@ -62,13 +62,13 @@ class Training:
         """The rows of ids of any shape."""
         return np.array(self._layer(ids))
 
-    def train(self, rows: object, pace: Pace | None = None) -> None:
+    def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows and no others."""
-        self._layer.set_trainable_rows(rows, pace=pace)
+        self._layer.set_trainable_rows(rows, rate_scale=rate_scale)
 
-    def unfreeze(self, rows: object, pace: Pace | None = None) -> None:
+    def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows too."""
-        self._layer.unfreeze_rows(rows, pace=pace)
+        self._layer.unfreeze_rows(rows, rate_scale=rate_scale)
 
     def freeze(self, rows: object) -> None:
         """Train these rows no longer."""
@@ -110,10 +110,12 @@ def fit(
         matrix, reserve_rows=ever, trainable_rows=ever, name="words"
     )
     model = keras.Sequential([keras.Input((None,), dtype="int64"), layer])
-    paced = any(not stage.pace.is_plain for stage in Schedule.parse(schedule).stages)
+    scaled = any(not stage.rate_scale.is_plain for stage in Schedule.parse(schedule).stages)
     metric = _Measured(measured)
     model.compile(
-        rowwise(_made(optimizer), lazy=optimizer.lazy, paces=paced), loss=_product, metrics=[metric]
+        rowwise(_made(optimizer), lazy=optimizer.lazy, rate_scales=scaled),
+        loss=_product,
+        metrics=[metric],
     )
     tables: list[Array] = []
     begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: metric.begin(epoch))

@@ -10,7 +10,7 @@ from reference import ACCUMULATOR, EPSILON, Array, Batch, Optimizer
 from torch import Tensor, nn
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.schedule import Pace
+from partial_embedding.schedule import RateScale
 from partial_embedding.torch import PartialEmbedding, rowwise
 
 # The tensors are tiny: threads would only wait for each other.
@@ -28,7 +28,7 @@ class Training:
         optimizer: What steps it.
         ever: What may ever train; PyTorch need not know.
         padded: Whether row 0 is the padding row.
-        paced: Whether rows may have a pace of their own; PyTorch need not know.
+        scaled: Whether rows may have a rate_scale of their own; PyTorch need not know.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Training:
         optimizer: Optimizer,
         ever: object = "all",
         padded: bool = False,
-        paced: bool = False,
+        scaled: bool = False,
     ) -> None:
         self._embedding = PartialEmbedding.from_pretrained(
             torch.tensor(matrix), padding_idx=0 if padded else None, trainable_rows=rows
@@ -62,13 +62,13 @@ class Training:
         looked_up: Array = self._embedding(torch.tensor(ids)).detach().numpy()
         return looked_up
 
-    def train(self, rows: object, pace: Pace | None = None) -> None:
+    def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows and no others."""
-        self._embedding.set_trainable_rows(rows, pace=pace)
+        self._embedding.set_trainable_rows(rows, rate_scale=rate_scale)
 
-    def unfreeze(self, rows: object, pace: Pace | None = None) -> None:
+    def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows too."""
-        self._embedding.unfreeze_rows(rows, pace=pace)
+        self._embedding.unfreeze_rows(rows, rate_scale=rate_scale)
 
     def freeze(self, rows: object) -> None:
         """Train these rows no longer."""

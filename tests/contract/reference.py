@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partial_embedding import Schedule
-from partial_embedding.schedule import Pace, Position, Seen
+from partial_embedding.schedule import Evaluation, Position, RateScale
 
 Array = NDArray[Any]
 Batch = tuple[Array, Array]
@@ -89,9 +89,9 @@ MEASURED = (3.0, 2.0, 2.0, 1.0)
 SCHEDULES = {
     "steps": Schedule(
         [
-            {"step": 0, "rows": [1, 2, 7], "lr": 0.5, "warmup": 4},
-            {"step": 4, "rows": [2, 4, 5], "warmup": 3},
-            {"step": 9, "rows": [1, 2, 6], "lr": 2},
+            {"step": 0, "rows": [1, 2, 7], "lr_scale": 0.5, "warmup_steps": 4},
+            {"step": 4, "rows": [2, 4, 5], "warmup_steps": 3},
+            {"step": 9, "rows": [1, 2, 6], "lr_scale": 2},
         ]
     ),
     "growing_shares": Schedule(
@@ -100,21 +100,21 @@ SCHEDULES = {
             {
                 "share": 0.75,
                 "rows": [1, 2, 4, 5, 6, 7],
-                "grow": {"order": [7, 1, 4, 6, 5], "parts": 3},
-                "lr": 0.25,
-                "warmup": 2,
+                "grow": {"order": [7, 1, 4, 6, 5], "increments": 3},
+                "lr_scale": 0.25,
+                "warmup_steps": 2,
             },
         ]
     ),
     "plateau": Schedule(
         [
-            {"epoch": 0, "rows": [1, 2, 6], "warmup": 5},
-            {"plateau": {"metric": "val_measured"}, "rows": [2, 4, 5, 7], "lr": 0.5},
+            {"epoch": 0, "rows": [1, 2, 6], "warmup_steps": 5},
+            {"plateau": {"monitor": "val_measured"}, "rows": [2, 4, 5, 7], "lr_scale": 0.5},
             {"step": 10, "rows": [1, 2, 4]},
         ]
     ),
     "cycles": Schedule(
-        [{"step": 0, "rows": [1, 2]}, {"step": 2, "rows": [4, 5, 6, 7], "lr": 0.25}], cycle=5
+        [{"step": 0, "rows": [1, 2]}, {"step": 2, "rows": [4, 5, 6, 7], "lr_scale": 0.25}], cycle=5
     ),
 }
 
@@ -129,7 +129,7 @@ def for_optimizer(schedule: Schedule, optimizer: "Optimizer") -> Schedule:
     config = schedule.to_config()
     if optimizer.momentum:
         for stage in config["stages"]:
-            stage.pop("warmup", None)
+            stage.pop("warmup_steps", None)
     return Schedule.parse(config)
 
 
@@ -141,7 +141,7 @@ def positions(batches: int) -> Iterator[Position]:
     """
     for epoch in range(EPOCHS):
         seen = tuple(
-            Seen(e, (e + 1) * batches, {"val_measured": value})
+            Evaluation(e, (e + 1) * batches, {"val_measured": value})
             for e, value in enumerate(MEASURED[:epoch])
         )
         for step in range(epoch * batches, (epoch + 1) * batches):
@@ -223,14 +223,14 @@ class Reference:
         self.trains = np.zeros(len(matrix), np.bool_)
         self.steps = np.zeros((len(matrix), 1))
         self.state = np.zeros((2, *matrix.shape))
-        self.paces = [Pace()] * len(matrix)
+        self.rate_scales = [RateScale()] * len(matrix)
 
-    def train(self, rows: Array, pace: Pace | None = None) -> None:
+    def train(self, rows: Array, rate_scale: RateScale | None = None) -> None:
         """Train these rows and no others; rows that join begin afresh.
 
         Args:
             rows: Ids, shape (K,); there may be none.
-            pace: How fast those learn that join.
+            rate_scale: How fast those learn that join.
         """
         trains = np.isin(np.arange(len(self.table)), rows)
         joins = trains & ~self.trains
@@ -238,7 +238,10 @@ class Reference:
         self.state[:, joins] = 0
         if self.optimizer.name == "Adagrad":
             self.state[0, joins] = ACCUMULATOR
-        self.paces = [(pace or Pace()) if j else p for j, p in zip(joins, self.paces, strict=True)]
+        self.rate_scales = [
+            (rate_scale or RateScale()) if j else p
+            for j, p in zip(joins, self.rate_scales, strict=True)
+        ]
         self.trains = trains
 
     def step(self, ids: Array, upstream: Array) -> None:
@@ -250,7 +253,9 @@ class Reference:
         """
         gradient = np.zeros_like(self.table)
         np.add.at(gradient, ids, upstream.astype(np.float64))
-        factors = [p.factor(int(n)) for p, n in zip(self.paces, self.steps[:, 0], strict=True)]
+        factors = [
+            p.factor(int(n)) for p, n in zip(self.rate_scales, self.steps[:, 0], strict=True)
+        ]
         rate = self.optimizer.learning_rate * np.array(factors)[:, np.newaxis]
         self.steps[self.trains] += 1  # rows that a lazy step leaves out count it too
         moves = self.trains.copy()

@@ -32,7 +32,7 @@ from reference import (
 )
 
 from partial_embedding import Schedule
-from partial_embedding.schedule import Pace
+from partial_embedding.schedule import RateScale
 
 
 def assert_same_numbers(table: Array, reference: Array) -> None:
@@ -91,9 +91,9 @@ def test_the_callback_moves_rows_at_steps_shares_and_plateaus_and_at_their_pace(
     reference = Reference(MATRIX, optimizer)
     trained: set[int] = set()
     for position in positions(len(batches)):
-        moment = schedule.moment(position)
-        rows = schedule.rows_at(moment).resolve(NUM_ROWS)
-        reference.train(rows, schedule.pace_at(moment))
+        stage_state = schedule.state_at(position)
+        rows = schedule.rows_at(stage_state).resolve(NUM_ROWS)
+        reference.train(rows, schedule.rate_scale_at(stage_state))
         reference.step(*batches[position.step % len(batches)])
         trained |= set(rows.tolist())
         if (position.step + 1) % len(batches) == 0:
@@ -103,17 +103,17 @@ def test_the_callback_moves_rows_at_steps_shares_and_plateaus_and_at_their_pace(
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "AdamW-weight_decay", "Adam-lazy"])
 def test_a_loop_gives_rows_that_join_a_pace(adapter: Any, name: str) -> None:
-    training = adapter.Training(MATRIX, "none", OPTIMIZERS[name], "all", paced=True)
+    training = adapter.Training(MATRIX, "none", OPTIMIZERS[name], "all", scaled=True)
     reference = Reference(MATRIX, OPTIMIZERS[name])
     moves = [
-        ([2, 7], Pace(lr=0.5)),
-        ([2, 4, 7], Pace(lr=0.25, warmup=4)),
+        ([2, 7], RateScale(lr_scale=0.5)),
+        ([2, 4, 7], RateScale(lr_scale=0.25, warmup_steps=4)),
         ([4, 5, 7], None),
-        ([2, 5, 7], Pace(warmup=2)),
+        ([2, 5, 7], RateScale(warmup_steps=2)),
     ]
-    for epoch, (rows, pace) in enumerate(moves):
-        training.train(rows, pace)
-        reference.train(np.array(rows), pace)
+    for epoch, (rows, rate_scale) in enumerate(moves):
+        training.train(rows, rate_scale)
+        reference.train(np.array(rows), rate_scale)
         for batch in batches_of(epoch):
             training.step(*batch)
             reference.step(*batch)

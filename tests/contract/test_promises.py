@@ -21,7 +21,7 @@ from reference import (
     walk,
 )
 
-from partial_embedding.schedule import Pace
+from partial_embedding.schedule import RateScale
 
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
@@ -201,12 +201,12 @@ def _within(batch: tuple[Array, Array]) -> tuple[Array, Array]:
 
 @each_optimizer
 def test_a_plain_pace_changes_no_bit(adapter: Any, optimizer: Optimizer) -> None:
-    with_paces = adapter.Training(MATRIX, [2, 7], optimizer, paced=True)
+    with_paces = adapter.Training(MATRIX, [2, 7], optimizer, scaled=True)
     without = adapter.Training(MATRIX, [2, 7], optimizer)
     for batch in BATCHES:
         with_paces.step(*batch)
         without.step(*batch)
-    with_paces.unfreeze([4, 5], Pace())
+    with_paces.unfreeze([4, 5], RateScale())
     without.unfreeze([4, 5])
     for batch in BATCHES:
         with_paces.step(*batch)

@@ -109,9 +109,11 @@ def test_stages_and_the_audit_are_told_in_the_same_words(
             [
                 "words: 1 of 10 rows train (3 of 30 parameters), 0 parameters elsewhere",
                 "words: stage 0 from step 0: 1 rows train, 10.0 % of the table",
-                "words: stage 0 from step 3, part 1 of 3 towards stage 1: 3 rows train, 30.0 % of "
+                "words: stage 0 from step 3, increment 1 of 3 towards stage 1: 3 rows train, "
+                "30.0 % of "
                 "the table",
-                "words: stage 0 from step 6, part 2 of 3 towards stage 1: 4 rows train, 40.0 % of "
+                "words: stage 0 from step 6, increment 2 of 3 towards stage 1: 4 rows train, "
+                "40.0 % of "
                 "the table",
                 "words: stage 1 from step 9: 6 rows train, 60.0 % of the table",
                 "audit: words: frozen rows by stage: 9, 4; changed a bit: 0",

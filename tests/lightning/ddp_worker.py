@@ -26,7 +26,7 @@ from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
 from partial_embedding.torch import PartialLinear, clip_grad_norm_, rowwise
 from partial_embedding.torch.ddp import average
 
-rowwise_module = importlib.import_module("partial_embedding.torch.rowwise")
+rowwise_module = importlib.import_module("partial_embedding.torch.optimizer")
 
 
 class Tied(Net):

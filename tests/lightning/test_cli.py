@@ -17,7 +17,7 @@ from gensim.models import KeyedVectors
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from partial_embedding.cli import main
-from partial_embedding.recipes.text import TextClassifier
+from partial_embedding.recipes.text_classifier import TextClassifier
 
 ROOT = Path(__file__).parents[2]
 RUN = Path("runs/version_0")
@@ -168,8 +168,8 @@ CASES: dict[str, Case] = {
     "schedule_unknown_key_in_stage": (
         schedule({"epoch": 0, "rowz": "all"}),
         BAD_SCHEDULE,
-        "stages[0]: the keys are ['epoch', 'grow', 'lr', 'plateau', 'rows', 'share', 'step', "
-        "'warmup']. Received: 'rowz'",
+        "stages[0]: the keys are ['epoch', 'grow', 'lr_scale', 'plateau', 'rows', 'share', 'step', "
+        "'warmup_steps']. Received: 'rowz'",
     ),
     "schedule_empty": (schedule(), BAD_SCHEDULE, "at least one entry. Received: []"),
     "schedule_out_of_order": (

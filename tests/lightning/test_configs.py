@@ -12,9 +12,9 @@ import torch
 
 from partial_embedding import Position, Schedule, Vocabulary
 from partial_embedding.cli import main
-from partial_embedding.plan import plan
+from partial_embedding.rows.vocabulary_file import read_vocabulary
+from partial_embedding.schedule.preview import plan
 from partial_embedding.torch import FrozenRowAudit, PartialEmbedding, rowwise
-from partial_embedding.vocabulary_file import read_vocabulary
 
 SCHEDULES = Path(__file__).parents[2] / "configs" / "schedules"
 OF_WORDS = sorted(path.stem for path in SCHEDULES.glob("*.yaml") if path.stem != "new_items")
@@ -56,9 +56,9 @@ def test_a_schedule_of_words_runs_as_planned(
         rows = [stage.rows.resolve(len(vocabulary), vocabulary) for stage in schedule.stages]
         expected = [f"{np.count_nonzero(ids):,}" for ids in rows]
         assert 1 < len(said) <= 3
-        assert [awake for _, awake in said] == expected[: len(said)]
+        assert [trainable for _, trainable in said] == expected[: len(said)]
     else:
-        assert said == [(step.place, f"{step.awake:,}") for step in planned]
+        assert said == [(step.place, f"{step.trainable:,}") for step in planned]
 
 
 def _epochs(name: str) -> int:
@@ -100,13 +100,13 @@ def test_new_items_of_a_recommender_run_as_planned() -> None:
     user_ids = torch.tensor([users.index(user) for user, _ in pairs])
     item_ids = torch.tensor([vocabulary.index[item] for _, item in pairs])
     others = torch.from_numpy(np.random.default_rng(0).integers(len(items), size=len(pairs)))
-    losses, awake = [], []
+    losses, trainable = [], []
     for epoch in range(10):
         # A plain loop asks the schedule for its rows.
-        moment = schedule.moment(Position(epoch))
-        rows = schedule.rows_at(moment)
+        stage_state = schedule.state_at(Position(epoch))
+        rows = schedule.rows_at(stage_state)
         if len(rows.resolve(len(items))) != len(table.trainable_rows):
-            table.set_trainable_rows(rows, pace=schedule.pace_at(moment))
+            table.set_trainable_rows(rows, rate_scale=schedule.rate_scale_at(stage_state))
         audit = FrozenRowAudit(table)
         for chosen in torch.arange(len(pairs)).split(64):
             vectors = of_users(user_ids[chosen])
@@ -117,9 +117,11 @@ def test_new_items_of_a_recommender_run_as_planned() -> None:
             loss.backward()
             optimizer.step()
         audit.check()
-        awake.append(len(table.trainable_rows))
+        trainable.append(len(table.trainable_rows))
         losses.append(loss.item())
-    planned = {step.position.epoch: step.awake for step in plan(schedule, len(items), epochs=10)}
-    assert awake == [planned[max(e for e in planned if e <= epoch)] for epoch in range(10)]
+    planned = {
+        step.position.epoch: step.trainable for step in plan(schedule, len(items), epochs=10)
+    }
+    assert trainable == [planned[max(e for e in planned if e <= epoch)] for epoch in range(10)]
     assert new == [items[row] for row in table.trainable_rows.tolist()]
     assert losses[-1] < 0.7 * losses[0]

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from partial_embedding import Vocabulary
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor, _row_squares
-from partial_embedding.drift import CohortTrack, RowTrack
-from partial_embedding.pictures import row_picture
-from partial_embedding.record import read_record
+from partial_embedding.monitor.figures import row_picture
+from partial_embedding.monitor.record import read_record
+from partial_embedding.monitor.sampling import TableWatch
+from partial_embedding.monitor.track import CohortTrack, RowTrack
 from partial_embedding.torch import PartialEmbedding
-from partial_embedding.watch import TableWatch
 
 V, D, BATCHES = 40, 4, 5
 # Three rows occur often, the others once or never.
@@ -80,10 +80,13 @@ def test_it_measures_rows_tokens_and_drift(tmp_path: Path) -> None:
     monitor = RowMonitor()
     fit(tmp_path, monitor)
     (track,) = monitor.tracks.values()
-    assert track.awake == [(0.0, 3), (2.0, V - 1)]
+    assert track.trainable == [(0.0, 3), (2.0, V - 1)]
     assert [share for place, share in track.token_share if place <= 2] == [0.5] * 10
     assert [share for place, share in track.token_share if place > 2] == [1.0] * 10
-    assert [(cohort.woke, cohort.size) for cohort in track.cohorts.values()] == [(0, 3), (2, V - 4)]
+    assert [(cohort.unfrozen_at, cohort.size) for cohort in track.cohorts.values()] == [
+        (0, 3),
+        (2, V - 4),
+    ]
     # SGD moves a row by lr in each of D columns, each time that it occurs; row 3 never does.
     first = track.cohorts[0]
     place, low, middle, high = first.drift[-1]
@@ -145,7 +148,7 @@ def test_rates_follow_pace_and_scheduler(tmp_path: Path) -> None:
             decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
             return [optimizer], [{"scheduler": decay, "interval": "step"}]
 
-    slow = {"epoch": 2, "rows": "all", "lr": 0.5, "warmup": 2}
+    slow = {"epoch": 2, "rows": "all", "lr_scale": 0.5, "warmup_steps": 2}
     monitor = RowMonitor()
     schedule = {"stages": [SCHEDULE["stages"][0], slow]}
     fit(tmp_path, monitor, Decayed(), schedule=schedule)
@@ -245,11 +248,14 @@ def test_the_record_holds_plan_scores_and_audit(tmp_path: Path) -> None:
     fit(tmp_path, RowMonitor())
     record = read_record(tmp_path)
     (plan,) = record.plans.values()
-    assert [(stage.start, stage.awake) for stage in plan] == [("epoch 0", 3), ("epoch 2", V - 1)]
+    assert [(stage.start, stage.trainable) for stage in plan] == [
+        ("epoch 0", 3),
+        ("epoch 2", V - 1),
+    ]
     assert [(report.frozen, report.changed) for report in record.audit] == [(V - 3, 0), (1, 0)]
     assert (record.length, record.epoch_steps) == (4, BATCHES)
     (track,) = record.tables.values()
-    assert track.awake == [(0.0, 3), (2.0, V - 1)]
+    assert track.trainable == [(0.0, 3), (2.0, V - 1)]
 
 
 def test_a_run_that_fails_leaves_what_was_seen(tmp_path: Path) -> None:
@@ -299,7 +305,9 @@ def test_it_goes_on_where_a_checkpoint_stood(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     trainer = Trainer(max_epochs=4, callbacks=[RowUnfreezing(SCHEDULE), rest], **options)
     trainer.fit(Model(), ids(), ckpt_path=tmp_path / "half.ckpt")
-    assert [t.awake for t in rest.tracks.values()] == [t.awake for t in whole.tracks.values()]
+    assert [t.trainable for t in rest.tracks.values()] == [
+        t.trainable for t in whole.tracks.values()
+    ]
     assert [t.cohorts for t in rest.tracks.values()] != [t.cohorts for t in half.tracks.values()]
     for one, other in zip(rest.tracks.values(), half.tracks.values(), strict=True):
         assert one.token_share[: len(other.token_share)] == other.token_share
@@ -320,12 +328,12 @@ def test_it_draws_one_picture_per_table(
     "track",
     [
         RowTrack(10, 1.0),
-        RowTrack(10, 1.0, awake=[(0, 0)], end=1.0),
+        RowTrack(10, 1.0, trainable=[(0, 0)], end=1.0),
         RowTrack(10, 0.0, "step", [(0, 10)], [], {0: CohortTrack(0, 10, [(0, 0, 0, 0)])}, 7.0),
         RowTrack(
             10**6,
             1.0,
-            awake=[(i, 10 * i) for i in range(16)],
+            trainable=[(i, 10 * i) for i in range(16)],
             cohorts={i: CohortTrack(i, 10, [(i, 0, 0, 0), (16, 1, 2, 3)]) for i in range(16)},
             end=16.0,
         ),

@@ -1,4 +1,4 @@
-"""`RowUnfreezing` along every kind of schedule: steps, shares, plateaus, growth and paces."""
+"""`RowUnfreezing` along every kind of schedule: steps, shares, plateaus, growth and rate_scales."""
 
 import re
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_a_share_of_an_endless_run_is_refused_before_any_step() -> None:
 def test_rows_grow_step_by_step_and_audits_watch_each_part(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    grow = {"shape": "linear", "order": "ids", "parts": 4}
+    grow = {"shape": "linear", "order": "ids", "increments": 4}
     schedule = {
         "stages": [
             {"step": 0, "rows": [11]},
@@ -132,7 +132,7 @@ def test_rows_grow_step_by_step_and_audits_watch_each_part(
         *2 * [[2, 3, 4, 5, 11]],
     ]
     said = capsys.readouterr().out
-    assert "words: stage 0 from step 4, part 2 of 4 towards stage 1: 3 rows train" in said
+    assert "words: stage 0 from step 4, increment 2 of 4 towards stage 1: 3 rows train" in said
     assert "audit: words: frozen rows by stage: 11, 7; changed a bit: 0" in said
 
 
@@ -151,7 +151,7 @@ def test_a_row_that_moved_before_its_part_began_is_found() -> None:
     schedule = {
         "stages": [
             {"step": 0, "rows": "none"},
-            {"step": 8, "rows": [2, 3], "grow": {"order": "ids", "parts": 2}},
+            {"step": 8, "rows": [2, 3], "grow": {"order": "ids", "increments": 2}},
         ]
     }
     with pytest.raises(FrozenRowsMoved, match=r"by step 4: 2\b"):
@@ -210,9 +210,9 @@ def test_a_validation_outside_fit_counts_for_nothing() -> None:
     made = trainer(unfreezing, max_epochs=1)
     made.validate(net, loader(data(1)))
     made.fit(net, loader(data()), loader(data(1)))
-    seen = unfreezing.state_dict()["position"]["seen"]
+    seen = unfreezing.state_dict()["position"]["evaluations"]
     made.validate(net, loader(data(1)))
-    assert unfreezing.state_dict()["position"]["seen"] == seen == [[0, 3, {"val_loss": 1.0}]]
+    assert unfreezing.state_dict()["position"]["evaluations"] == seen == [[0, 3, {"val_loss": 1.0}]]
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3])
@@ -243,7 +243,7 @@ def test_no_validation_is_left_out_or_counted_twice_on_resume(
             batch_size=4,
         )
         made.fit(ByStep().build(), batches, loader(data(1)), ckpt_path=checkpoint)
-        return callback.state_dict()["position"]["seen"], witness.rows
+        return callback.state_dict()["position"]["evaluations"], witness.rows
 
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step)
     run(saving, max_steps=step, enable_checkpointing=True)
@@ -270,9 +270,9 @@ def test_rows_learn_at_their_stages_rate_under_a_scheduler() -> None:
         groups = [{"params": parts["words"], "lr": 0.1 * 0.25}, {"params": parts["head"]}]
         return [torch.optim.AdamW(groups, lr=0.1, weight_decay=0.3)]
 
-    paced, plain = Slowed().build(), Slowed().build(make=two_groups)
+    scaled, plain = Slowed().build(), Slowed().build(make=two_groups)
     rows = {"epoch": 0, "rows": [1, 4, 6]}
-    one = fit(paced, schedule={"stages": [{**rows, "lr": 0.25}]})
+    one = fit(scaled, schedule={"stages": [{**rows, "lr_scale": 0.25}]})
     other = fit(plain, schedule={"stages": [rows]})
     assert_same_run(one, other.seen)
     # And the same rate for all would be another run.
@@ -282,7 +282,7 @@ def test_rows_learn_at_their_stages_rate_under_a_scheduler() -> None:
 
 def test_an_optimizer_that_has_one_rate_is_refused_before_any_step() -> None:
     net = Net().build(make=lambda p: [torch.optim.LBFGS([x for part in p.values() for x in part])])
-    schedule = {"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 9, "rows": [2], "lr": 0.5}]}
+    schedule = {"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 9, "rows": [2], "lr_scale": 0.5}]}
     with pytest.raises(InputError, match=r"words: stages\[1\].*LBFGS"):
         fit(net, schedule=schedule)
     assert net.steps_begun == 0
@@ -312,7 +312,7 @@ SAVED = {
     "stages": [
         {"epoch": 0, "rows": [1]},
         {"step": 4, "rows": [1, 2]},
-        {"step": 10, "rows": [1, 2, 3], "grow": {"order": "ids", "parts": 2}},
+        {"step": 10, "rows": [1, 2, 3], "grow": {"order": "ids", "increments": 2}},
     ]
 }
 
@@ -334,8 +334,8 @@ CHANGES: dict[str, tuple[Any, list[str] | str]] = {
         ["stages[3]: {'epoch': 3, 'rows': 'all'} was added"],
     ),
     "another_rate": (
-        changed(FIRST, {**SECOND, "lr": 0.5}, THIRD),
-        ["stages[1].lr: 0.5 was added"],
+        changed(FIRST, {**SECOND, "lr_scale": 0.5}, THIRD),
+        ["stages[1].lr_scale: 0.5 was added"],
     ),
     "a_start_that_is_past": (
         changed(FIRST, {**SECOND, "step": 3}, THIRD),
@@ -383,7 +383,9 @@ def test_a_changed_schedule_says_what_changed_and_goes_on_or_stops(
     assert witness.rows[0] == [1, 2]
     if case == "another_rate":
         saved = made.optimizers[0].state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
-        assert not any("pace" in cohort for cohort in saved)  # rows keep what they joined with
+        assert not any(
+            "rate_scale" in cohort for cohort in saved
+        )  # rows keep what they joined with
 
 
 def test_a_run_of_another_length_is_a_change_where_shares_count(
@@ -407,11 +409,11 @@ def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: P
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.save_checkpoint(tmp_path / "made.ckpt")
 
-    schedule = changed({"epoch": 0, "rows": [1, 2], "lr": 0.5, "warmup": 5})
+    schedule = changed({"epoch": 0, "rows": [1, 2], "lr_scale": 0.5, "warmup_steps": 5})
     watch(Net().build(), schedule, Keep(), max_epochs=1)
     saved = torch.load(tmp_path / "made.ckpt", weights_only=True)
     (cohort,) = saved["optimizer_states"][0]["param_groups"][0]["rowwise"][0]["cohorts"]
-    assert cohort["pace"] == {"lr": 0.5, "warmup": 5, "steps": 3}
+    assert cohort["rate_scale"] == {"lr_scale": 0.5, "warmup_steps": 5, "steps": 3}
     plain = Net().build(plain=True)
     trainer(Keep(), max_epochs=2).fit(plain, loader(data()), ckpt_path=tmp_path / "made.ckpt")
     witness = RowWitness()
@@ -419,7 +421,7 @@ def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: P
     made.fit(Net().build(), loader(data()), ckpt_path=tmp_path / "made.ckpt")
     assert witness.rows == BATCHES * [[1, 2]]
     cohorts = made.optimizers[0].state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
-    assert [cohort["pace"]["steps"] for cohort in cohorts] == [3]  # they joined with this run
+    assert [cohort["rate_scale"]["steps"] for cohort in cohorts] == [3]  # they joined with this run
 
 
 # The same YAML without Lightning
@@ -427,8 +429,8 @@ def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: P
 
 def test_a_plain_loop_follows_the_same_file(tmp_path: Path) -> None:
     path = tmp_path / "schedule.yaml"
-    paced = {"stages": [*SAVED["stages"][:2], {**THIRD, "lr": 0.5, "warmup": 3}]}
-    path.write_text(yaml.safe_dump(paced))
+    scaled = {"stages": [*SAVED["stages"][:2], {**THIRD, "lr_scale": 0.5, "warmup_steps": 3}]}
+    path.write_text(yaml.safe_dump(scaled))
     expected = fit(Net().build(), schedule=path)
 
     net, schedule = Net().build(), Schedule.parse(path)
@@ -440,7 +442,8 @@ def test_a_plain_loop_follows_the_same_file(tmp_path: Path) -> None:
         for batch in loader(data()):
             position = Position(epoch, step)
             net.words.set_trainable_rows(
-                schedule.trainable_rows(position), pace=schedule.pace_at(schedule.moment(position))
+                schedule.trainable_rows(position),
+                rate_scale=schedule.rate_scale_at(schedule.state_at(position)),
             )
             optimizer.zero_grad()
             net.loss(batch).backward()

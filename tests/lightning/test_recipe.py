@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, Trainer
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.errors import InputError
 from partial_embedding.recipes.export import ExportVectors
-from partial_embedding.recipes.text import TextClassifier, TextData
+from partial_embedding.recipes.text_classifier import TextClassifier, TextData
 
 
 @pytest.fixture

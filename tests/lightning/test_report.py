@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from partial_embedding.cli import main
-from partial_embedding.recipes.report import report_command
-from partial_embedding.record import read_record
+from partial_embedding.monitor.record import read_record
+from partial_embedding.recipes.report_command import report_command
 
 RUN = Path("runs/version_0")
 VOID = {"meta", "link", "img", "source", "br", "hr"}
@@ -79,9 +79,9 @@ def test_the_page_references_nothing_outside_itself(page: Page) -> None:
 def test_the_page_holds_the_numbers_of_the_run(page: Page) -> None:
     record = read_record(RUN)
     (track,) = record.tables.values()
-    assert len(track.awake) == 3
-    for _, awake in track.awake:
-        assert f"{awake:,}" in page.cells
+    assert len(track.trainable) == 3
+    for _, trainable in track.trainable:
+        assert f"{trainable:,}" in page.cells
     for report in record.audit:
         assert f"{report.frozen:,}" in page.cells
     assert "No frozen row changed a bit." in page.text

@@ -17,7 +17,7 @@ from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.cli import main
 from partial_embedding.recipes.resume import RandomState, ReplayableLoader
-from partial_embedding.recipes.text import TextClassifier, TextData
+from partial_embedding.recipes.text_classifier import TextClassifier, TextData
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "scripts" / "fit_until_killed.py"
@@ -103,15 +103,15 @@ def fit(callbacks: list[Callback], ckpt_path: Path | None = None) -> tuple[Train
 
 
 def all_checkpoints() -> list[Callback]:
-    """Checkpoints at every moment that Lightning offers."""
-    moments: dict[str, dict[str, Any]] = {
+    """Checkpoints at every stage_state that Lightning offers."""
+    stage_states: dict[str, dict[str, Any]] = {
         "step": {"every_n_train_steps": 1},
         "epoch": {"save_on_train_epoch_end": True},
         "validation": {"save_on_train_epoch_end": False, "monitor": "val_loss"},
     }
     return [
         ModelCheckpoint("checkpoints", f"{name}-{{step:02d}}", save_top_k=-1, **options)
-        for name, options in moments.items()
+        for name, options in stage_states.items()
     ]
 
 

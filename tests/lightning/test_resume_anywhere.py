@@ -52,16 +52,16 @@ def test_a_killed_run_resumes_exactly(
         )
         for part in ("weights", "optimizer", "schedule"):
             assert differences(whole[part], resumed[part]) == []
-        # What was compared is a schedule that went through all of its stages and paces.
+        # What was compared is a schedule that went through all of its stages and rate_scales.
         assert [stage for stage, _ in whole["reports"]] == [0, 1, 2, 3, 4]
         assert [stage for stage, _ in resumed["reports"]][-1] == 4
         cohorts = whole["optimizer"]["param_groups"][0]["rowwise"][0]["cohorts"]
-        assert [cohort["pace"] for cohort in cohorts] == [
-            {"lr": 2.0, "warmup": 3, "steps": 26},
-            {"lr": 0.5, "warmup": 6, "steps": 23},
-            {"lr": 0.5, "warmup": 6, "steps": 20},
-            {"lr": 0.5, "warmup": 6, "steps": 18},
-            {"lr": 0.3, "steps": 15},
-            {"warmup": 4, "steps": 5},
+        assert [cohort["rate_scale"] for cohort in cohorts] == [
+            {"lr_scale": 2.0, "warmup_steps": 3, "steps": 26},
+            {"lr_scale": 0.5, "warmup_steps": 6, "steps": 23},
+            {"lr_scale": 0.5, "warmup_steps": 6, "steps": 20},
+            {"lr_scale": 0.5, "warmup_steps": 6, "steps": 18},
+            {"lr_scale": 0.3, "steps": 15},
+            {"warmup_steps": 4, "steps": 5},
         ]
-        assert len(whole["schedule"]["position"]["seen"]) == 6
+        assert len(whole["schedule"]["position"]["evaluations"]) == 6

@@ -363,7 +363,7 @@ def test_a_checkpoint_of_the_callback_loads_without_it(plain: bool, tmp_path: Pa
     net = Net().build(plain=plain, sparse=False, seed=9)
     after = plain_fit(net, ckpt_path=tmp_path / "1.ckpt", max_epochs=3)
     assert after.epochs == [2] * BATCHES
-    # All rows move now; the table's moments begin afresh, so that each first step is lr long.
+    # All rows move now; the table's stage_states begin afresh, so that each first step is lr long.
     start = witness.seen[2 * BATCHES - 1]["words.weight"]
     assert rows_that_differ(after.seen[-1]["words.weight"], start) == list(range(12))
     ids = loader(data()).dataset.tensors[0][:4].unique()
@@ -382,7 +382,7 @@ def test_a_checkpoint_of_a_plain_run_loads_with_the_callback(tmp_path: Path) -> 
         warnings.simplefilter("ignore")
         witness = fit(net, schedule=schedule, ckpt_path=tmp_path / "1.ckpt")
     assert_frozen_rows_kept_their_bits(witness, start, stages={0: (1, 4)})
-    # The rows that train go on with their part of the moments, as the plain run would.
+    # The rows that train go on with their part of the stage_states, as the plain run would.
     plain = Net().build(plain=True, seed=9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,7 +7,7 @@ import yaml
 
 from partial_embedding import Vocabulary
 from partial_embedding.cli import main
-from partial_embedding.vocabulary_file import write_vocabulary
+from partial_embedding.rows.vocabulary_file import write_vocabulary
 
 
 @pytest.fixture

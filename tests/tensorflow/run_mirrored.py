@@ -67,7 +67,7 @@ def check_callbacks(strategy: Any, folder: str) -> None:
     model.fit(IDS, targets, epochs=2, batch_size=8, verbose=0, callbacks=callbacks)
     assert [report.changed for report in unfreezing.reports] == [0, 0]
     track = monitor.tracks["words"]
-    assert track.awake == [(0.0, 1), (1.0, 2)]
+    assert track.trainable == [(0.0, 1), (1.0, 2)]
     # What one replica hears is not what all of them look up.
     assert track.token_share == []
     assert set(track.cohorts[0].numbers) == {"update_ratio", "lr", "neighbours_kept"}

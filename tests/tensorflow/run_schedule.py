@@ -2,7 +2,7 @@
 
 Arguments: the folder of the backup, the epoch to die in (-1 for none), the batch to die before or
 "end" for the end of the epoch, "record" or "weights" for what is written first there, and "plain",
-"rowwise" or "paces" for the optimizer.
+"rowwise" or "rate_scales" for the optimizer.
 """
 
 import hashlib
@@ -21,21 +21,26 @@ from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_row
 
 folder, fatal_epoch, fatal_place, first, kind = sys.argv[1:]
 STAGES: list[dict[str, Any]] = [
-    {"epoch": 0, "rows": [3, 5], "lr": 0.5},
+    {"epoch": 0, "rows": [3, 5], "lr_scale": 0.5},
     # In the middle of epoch 1.
-    {"step": 6, "rows": [1, 3, 5, 7], "lr": 0.25, "warmup": 9},
+    {"step": 6, "rows": [1, 3, 5, 7], "lr_scale": 0.25, "warmup_steps": 9},
     # No loss falls by so much, so this begins with epoch 4.
     {
-        "plateau": {"metric": "val_loss", "patience": 2, "min_change": 100},
+        "plateau": {"monitor": "val_loss", "patience": 2, "min_delta": 100},
         "rows": {"range": [0, 8]},
-        "warmup": 7,
+        "warmup_steps": 7,
     },
     {"step": 26, "rows": [2, 3]},
     # A part every other step, from the middle of epoch 6 on.
-    {"step": 36, "rows": {"range": [0, 10]}, "grow": {"order": "ids", "parts": 5}, "lr": 2},
+    {
+        "step": 36,
+        "rows": {"range": [0, 10]},
+        "grow": {"order": "ids", "increments": 5},
+        "lr_scale": 2,
+    },
 ]
 PACE = ("lr", "warmup")
-if kind != "paces":
+if kind != "rate_scales":
     STAGES = [{k: v for k, v in stage.items() if k not in PACE} for stage in STAGES]
 SCHEDULE = {"stages": STAGES}
 
@@ -70,7 +75,7 @@ model = keras.Sequential(
 )
 optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1)
 if kind != "plain":
-    optimizer = rowwise(optimizer, paces=kind == "paces")
+    optimizer = rowwise(optimizer, rate_scales=kind == "rate_scales")
 model.compile(optimizer, "mse")
 callbacks = [
     RowUnfreezing(SCHEDULE, audit=True, backup_dir=folder),

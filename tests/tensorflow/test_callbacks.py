@@ -130,7 +130,7 @@ HALF = {
     "stages": [
         {"share": 0, "rows": [1]},
         {"share": 0.25, "rows": [2]},
-        {"share": 0.75, "rows": [2, 3, 4, 5], "grow": {"order": "ids", "parts": 2}},
+        {"share": 0.75, "rows": [2, 3, 4, 5], "grow": {"order": "ids", "increments": 2}},
     ]
 }
 
@@ -194,7 +194,7 @@ def test_a_plateau_starts_a_stage_with_the_next_epoch(metric: str) -> None:
     model = keras.Sequential([keras.Input((2,), dtype="int64"), layer])
     # Nothing learns, so no epoch is an improvement on the first.
     model.compile(keras.optimizers.SGD(0.0), "mse")
-    waits = {"metric": metric, "patience": 2}
+    waits = {"monitor": metric, "patience": 2}
     schedule = {
         "stages": [
             {"epoch": 0, "rows": [1]},
@@ -300,15 +300,15 @@ def test_a_schedule_that_changed_since_the_backup_is_told_or_refused(
 
 
 def test_a_pace_needs_an_optimizer_that_keeps_it() -> None:
-    schedule = {"stages": [{"epoch": 0, "rows": [6]}, {"epoch": 1, "rows": [7], "lr": 0.5}]}
-    with pytest.raises(InputError, match=r"words: stages\[1\]: lr and warmup .* AdamW\. Compile"):
+    schedule = {"stages": [{"epoch": 0, "rows": [6]}, {"epoch": 1, "rows": [7], "lr_scale": 0.5}]}
+    with pytest.raises(InputError, match=r"words: stages\[1\]: lr_scale and warmup_steps .* AdamW\. Compile"):
         _fit(_model(), RowUnfreezing(schedule))
     model = _model()
     model.compile(rowwise(keras.optimizers.SGD(0.1)), "mse")
-    with pytest.raises(InputError, match=r"Rowwise with paces=False\. Compile"):
+    with pytest.raises(InputError, match=r"Rowwise with rate_scales=False\. Compile"):
         _fit(model, RowUnfreezing(schedule))
     unbuilt = keras.Sequential([PartialEmbedding(8, 2, reserve_rows="all", name="words")])
-    unbuilt.compile(rowwise(keras.optimizers.SGD(0.1), paces=True), "mse")
+    unbuilt.compile(rowwise(keras.optimizers.SGD(0.1), rate_scales=True), "mse")
     with pytest.raises(InputError, match=r"in a model that is built"):
         unbuilt.fit(IDS, np.ones((4, 2, 2)), verbose=0, callbacks=[RowUnfreezing(schedule)])
 
@@ -320,8 +320,8 @@ def test_growing_rows_are_reserved_told_and_audited(capsys: pytest.CaptureFixtur
     towards = "of 3 towards stage 1"
     assert capsys.readouterr().out.splitlines()[1:] == [
         "words: stage 0 from epoch 0: 2 rows train, 25.0 % of the table",
-        f"words: stage 0 from epoch 1, part 1 {towards}: 4 rows train, 50.0 % of the table",
-        f"words: stage 0 from epoch 2, part 2 {towards}: 6 rows train, 75.0 % of the table",
+        f"words: stage 0 from epoch 1, increment 1 {towards}: 4 rows train, 50.0 % of the table",
+        f"words: stage 0 from epoch 2, increment 2 {towards}: 6 rows train, 75.0 % of the table",
         "words: stage 1 from epoch 3: 8 rows train, 100.0 % of the table",
         "audit: words: frozen rows by stage: 6, 0; changed a bit: 0",
     ]
@@ -398,12 +398,12 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     ("epoch", "place", "first", "kind"),
     [
         # Between the two files, where the record is one epoch ahead, and where it comes second.
-        (3, "end", "record", "paces"),
-        pytest.param(3, "end", "weights", "paces", marks=pytest.mark.full),
-        pytest.param(1, "3", "weights", "paces", marks=pytest.mark.full),
+        (3, "end", "record", "rate_scales"),
+        pytest.param(3, "end", "weights", "rate_scales", marks=pytest.mark.full),
+        pytest.param(1, "3", "weights", "rate_scales", marks=pytest.mark.full),
         pytest.param(4, "0", "record", "plain", marks=pytest.mark.full),
         pytest.param(6, "end", "weights", "rowwise", marks=pytest.mark.full),
-        pytest.param(8, "2", "weights", "paces", marks=pytest.mark.full),
+        pytest.param(8, "2", "weights", "rate_scales", marks=pytest.mark.full),
     ],
 )
 def test_a_killed_run_ends_bit_for_bit_where_the_whole_one_does(

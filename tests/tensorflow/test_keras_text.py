@@ -14,9 +14,9 @@ keras = pytest.importorskip("keras")
 pytest.importorskip("gensim")
 
 from partial_embedding import InputError, Schedule  # noqa: E402  # after the skip
-from partial_embedding.plan import plan  # noqa: E402
+from partial_embedding.monitor.record import read_record  # noqa: E402
 from partial_embedding.recipes import keras_text  # noqa: E402
-from partial_embedding.record import read_record  # noqa: E402
+from partial_embedding.schedule.preview import plan  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -61,8 +61,8 @@ def test_a_run_says_its_stages_and_saves_a_file_that_a_fresh_process_loads(
     record = read_record(saved.parent)
     assert [report.changed for report in record.audit] == [0, 0]
     track, planned = record.tables["embedding"], record.plans["embedding"]
-    assert [place for place, _ in track.awake] == [0.0, 1.0]
-    assert [awake for _, awake in track.awake] == [stage.awake for stage in planned]
+    assert [place for place, _ in track.trainable] == [0.0, 1.0]
+    assert [trainable for _, trainable in track.trainable] == [stage.trainable for stage in planned]
     assert {"gradient_norm", "lr"} <= track.cohorts[0].numbers.keys()
     assert track.token_share[-1][1] == 1.0
     assert record.scores[0].metrics.keys() == {"accuracy", "loss", "val_accuracy", "val_loss"}
@@ -107,18 +107,18 @@ def test_a_schedule_of_words_runs_as_planned(
     planned = plan(Schedule.parse(path), rows, data.vocabulary, epochs, steps, padding=0)
     if name == "plateau":
         # When validation stops improving is not for a plan to know; what comes then is.
-        assert said[0] == (planned[0].place, f"{planned[0].awake:,}")
+        assert said[0] == (planned[0].place, f"{planned[0].trainable:,}")
         assert [place.split(" from ")[0] for place, _ in said] == ["stage 0", "stage 1", "stage 2"]
     else:
-        assert said == [(step.place, f"{step.awake:,}") for step in planned]
+        assert said == [(step.place, f"{step.trainable:,}") for step in planned]
 
 
 EVERY_START = """
     embedding:
       stages:
-        - {epoch: 0, rows: missing, lr: 0.5}
-        - {step: 2, rows: {most_frequent: 0.5}, warmup: 3}
-        - {plateau: {metric: val_loss, max_wait: 1}, rows: {least_frequent: 3}}
+        - {epoch: 0, rows: missing, lr_scale: 0.5}
+        - {step: 2, rows: {most_frequent: 0.5}, warmup_steps: 3}
+        - {plateau: {monitor: val_loss, max_wait: 1}, rows: {least_frequent: 3}}
         - {share: 0.5, rows: {covering: 0.5}}
         - {share: 0.75, rows: all, grow: cosine}
 """

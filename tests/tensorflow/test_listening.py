@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, Any] = {
     "Muon": lambda: keras.optimizers.Muon(0.1),
     "scaled": lambda: keras.optimizers.SGD(0.1, loss_scale_factor=64.0),
     "averaged": lambda: keras.optimizers.SGD(0.1, use_ema=True, clipvalue=1e-3),
-    "rowwise": lambda: rowwise(keras.optimizers.Adam(0.1), paces=True),
+    "rowwise": lambda: rowwise(keras.optimizers.Adam(0.1), rate_scales=True),
     "rowwise lazy": lambda: rowwise(keras.optimizers.Adam(0.1, clipnorm=1e-2), lazy=True),
     "scaling": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1)),
     "scaling lazy": lambda: keras.optimizers.LossScaleOptimizer(

@@ -12,7 +12,7 @@ pytest.importorskip("tensorboard")  # TensorFlow writes no summaries without
 
 from partial_embedding import Vocabulary  # noqa: E402
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
-from partial_embedding.record import read_record  # noqa: E402
+from partial_embedding.monitor.record import read_record  # noqa: E402
 from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402
 
 V, D, RATE = 8, 4, 0.125
@@ -60,8 +60,11 @@ def test_it_logs_the_numbers_of_each_cohort_and_band(tmp_path: Path) -> None:
         [2 / 264, 2 / 264, 260 / 264, 260 / 264]
     )
     track = monitor.tracks["words"]
-    assert track.awake == [(0.0, 2), (2.0, 4)]
-    assert [(cohort.woke, cohort.size) for cohort in track.cohorts.values()] == [(0.0, 2), (2.0, 4)]
+    assert track.trainable == [(0.0, 2), (2.0, 4)]
+    assert [(cohort.unfrozen_at, cohort.size) for cohort in track.cohorts.values()] == [
+        (0.0, 2),
+        (2.0, 4),
+    ]
     assert numbers["words/cohort_0/lr"] == pytest.approx([RATE] * 2)
     # Row 6 occurs twice and row 7 once in each of two batches of an epoch, and both fall asleep.
     distances = np.array([2, 1]) * 2 * 2 * RATE * D**0.5 / track.typical_length
@@ -92,7 +95,7 @@ def test_the_update_ratio_is_that_of_one_step(tmp_path: Path) -> None:
 def test_the_record_holds_plan_scores_and_audit(tmp_path: Path) -> None:
     fit(tmp_path)
     record = read_record(tmp_path)
-    assert [stage.awake for stage in record.plans["words"]] == [2, 4]
+    assert [stage.trainable for stage in record.plans["words"]] == [2, 4]
     assert [report.changed for report in record.audit] == [0, 0]
     assert [score.place for score in record.scores] == [1.0, 2.0, 3.0, 4.0]
     assert "loss" in record.scores[0].metrics
@@ -112,10 +115,10 @@ def test_it_changes_no_bit_of_training(tmp_path: Path) -> None:
 def test_a_cohort_of_another_pace_has_another_rate(tmp_path: Path) -> None:
     from partial_embedding.tensorflow import rowwise
 
-    slow = {"epoch": 2, "rows": {"most_frequent": 4}, "lr": 0.5, "warmup": 4}
+    slow = {"epoch": 2, "rows": {"most_frequent": 4}, "lr_scale": 0.5, "warmup_steps": 4}
     layer = PartialEmbedding(V, D, trainable_rows=[6, 7], reserve_rows="all", name="words")
     model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
-    optimizer = rowwise(keras.optimizers.SGD(RATE), paces=True)
+    optimizer = rowwise(keras.optimizers.SGD(RATE), rate_scales=True)
     model.compile(optimizer, lambda _, value: keras.ops.sum(value))
     optimizer.build(model.trainable_variables)
     schedule = {"stages": [SCHEDULE["stages"][0], slow]}

@@ -1,7 +1,7 @@
 """Rows of one table that learn at rates of their own.
 
 The reference is one variable for each cohort, with a plain optimizer of its own whose learning rate
-is a schedule that follows the cohort's pace.
+is a schedule that follows the cohort's rate_scale.
 """
 
 from pathlib import Path
@@ -14,28 +14,28 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
 from partial_embedding import InputError  # noqa: E402  # after the skip
-from partial_embedding.schedule import Pace  # noqa: E402
+from partial_embedding.schedule import RateScale  # noqa: E402
 from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
-from partial_embedding.tensorflow.rowwise import _SERVED  # noqa: E402
+from partial_embedding.tensorflow.optimizer import _SERVED  # noqa: E402
 
 NUM_ROWS, WIDTH, RATE = 12, 4, 0.05
 RESERVED = [1, 2, 5, 7, 8, 11]
 MATRIX = np.random.default_rng(1).normal(size=(NUM_ROWS, WIDTH)).astype(np.float32)
-# The rows that train from a step on, and the pace of those that join there.
-MOVES: dict[int, tuple[list[int], Pace | None]] = {
-    0: ([2, 7], Pace(lr=0.5)),
-    2: ([2, 5, 7], Pace(lr=0.25, warmup=3)),
-    4: ([2, 5, 8, 11], Pace(warmup=2)),
+# The rows that train from a step on, and the rate_scale of those that join there.
+MOVES: dict[int, tuple[list[int], RateScale | None]] = {
+    0: ([2, 7], RateScale(lr_scale=0.5)),
+    2: ([2, 5, 7], RateScale(lr_scale=0.25, warmup_steps=3)),
+    4: ([2, 5, 8, 11], RateScale(warmup_steps=2)),
     5: ([1, 2, 5, 7, 8, 11], None),
 }
 STEPS = 8
-# The rows of a cohort, its pace, and the steps that it makes.
+# The rows of a cohort, its rate_scale, and the steps that it makes.
 COHORTS = [
-    ([2], Pace(lr=0.5), 0, 8),
-    ([7], Pace(lr=0.5), 0, 4),
-    ([5], Pace(lr=0.25, warmup=3), 2, 8),
-    ([8, 11], Pace(warmup=2), 4, 8),
-    ([1, 7], Pace(), 5, 8),
+    ([2], RateScale(lr_scale=0.5), 0, 8),
+    ([7], RateScale(lr_scale=0.5), 0, 4),
+    ([5], RateScale(lr_scale=0.25, warmup_steps=3), 2, 8),
+    ([8, 11], RateScale(warmup_steps=2), 4, 8),
+    ([1, 7], RateScale(), 5, 8),
 ]
 
 OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -49,14 +49,16 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 class Paced(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """The rate of a cohort: its pace, and the optimizer's rate at the step at which it is."""
+    """The rate of a cohort: its rate_scale, and the optimizer's rate at the step at which it is."""
 
-    def __init__(self, pace: Pace, start: int, falls: bool = False) -> None:
-        self.pace, self.start, self.falls = pace, start, falls
+    def __init__(self, rate_scale: RateScale, start: int, falls: bool = False) -> None:
+        self.rate_scale, self.start, self.falls = rate_scale, start, falls
 
     def __call__(self, step: Any) -> Any:
         rates = [
-            RATE * self.pace.factor(age) * (0.5 ** ((age + self.start) // 3) if self.falls else 1)
+            RATE
+            * self.rate_scale.factor(age)
+            * (0.5 ** ((age + self.start) // 3) if self.falls else 1)
             for age in range(STEPS + 1)
         ]
         return tf.gather(tf.constant(rates, tf.float32), step)
@@ -93,18 +95,18 @@ def _run(model: Any, batches: list[Any], moves: Any = MOVES, begin: int = 0) -> 
     layer, tables = model.layers[0], [model.layers[0].get_weights()[0]]
     for step, (ids, upstream) in enumerate(batches[begin:], start=begin):
         if step in moves:
-            rows, pace = moves[step]
-            layer.set_trainable_rows(rows, pace=pace)
+            rows, rate_scale = moves[step]
+            layer.set_trainable_rows(rows, rate_scale=rate_scale)
         model.train_on_batch(ids, upstream)
         tables.append(layer.get_weights()[0])
     return tables
 
 
 def _alone(
-    make: Any, cohort: tuple[list[int], Pace, int, int], batches: list[Any], tables: list[Any]
+    make: Any, cohort: tuple[list[int], RateScale, int, int], batches: list[Any], tables: list[Any]
 ) -> Any:
-    rows, pace, start, stop = cohort
-    table, optimizer = keras.Variable(tables[start][rows]), make(pace, start)
+    rows, rate_scale, start, stop = cohort
+    table, optimizer = keras.Variable(tables[start][rows]), make(rate_scale, start)
     optimizer.build([table])
     for ids, upstream in batches[start:stop]:
         gradient = np.zeros(MATRIX.shape, np.float32)
@@ -123,7 +125,9 @@ def test_a_cohort_trains_as_under_an_optimizer_with_its_own_learning_rate(
         pytest.skip("lazy=True refuses it")
     kind = getattr(keras.optimizers, name)
     batches = _batches(every_row=lazy)
-    tables = _run(_model(rowwise(kind(RATE, **settings), lazy, paces=True), **compiled), batches)
+    tables = _run(
+        _model(rowwise(kind(RATE, **settings), lazy, rate_scales=True), **compiled), batches
+    )
     for cohort in COHORTS:
         expected = _alone(lambda *own: kind(Paced(*own), **settings), cohort, batches, tables)
         rows, stop = cohort[0], cohort[-1]
@@ -133,13 +137,15 @@ def test_a_cohort_trains_as_under_an_optimizer_with_its_own_learning_rate(
 def test_a_schedule_and_a_scaled_loss_compose_with_paces() -> None:
     falling = keras.optimizers.schedules.ExponentialDecay(RATE, 3, 0.5, staircase=True)
     optimizer = keras.optimizers.LossScaleOptimizer(
-        rowwise(keras.optimizers.AdamW(falling, weight_decay=0.5), paces=True)
+        rowwise(keras.optimizers.AdamW(falling, weight_decay=0.5), rate_scales=True)
     )
     batches = _batches()
     tables = _run(_model(optimizer), batches)
     for cohort in COHORTS:
         expected = _alone(
-            lambda pace, start: keras.optimizers.AdamW(Paced(pace, start, True), weight_decay=0.5),
+            lambda rate_scale, start: keras.optimizers.AdamW(
+                Paced(rate_scale, start, True), weight_decay=0.5
+            ),
             cohort,
             batches,
             tables,
@@ -152,37 +158,39 @@ def test_a_schedule_and_a_scaled_loss_compose_with_paces() -> None:
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_plain_paces_change_no_bit(name: str, lazy: bool, compiled: dict[str, Any]) -> None:
-    plain = {step: (rows, Pace()) for step, (rows, _) in MOVES.items()}
+    plain = {step: (rows, RateScale()) for step, (rows, _) in MOVES.items()}
     make = lambda: getattr(keras.optimizers, name)(RATE, weight_decay=0.1)  # noqa: E731
     with_paces, without = (
-        _run(_model(rowwise(make(), lazy, paces=paces), **compiled), _batches(), plain)[-1]
-        for paces in (True, False)
+        _run(_model(rowwise(make(), lazy, rate_scales=rate_scales), **compiled), _batches(), plain)[
+            -1
+        ]
+        for rate_scales in (True, False)
     )
     assert with_paces.tobytes() == without.tobytes()
 
 
 def test_paces_are_assigned_without_tracing_again_and_kept_in_a_file(tmp_path: Path) -> None:
     batches = _batches()
-    whole = _model(rowwise(keras.optimizers.AdamW(RATE), paces=True))
+    whole = _model(rowwise(keras.optimizers.AdamW(RATE), rate_scales=True))
     traces, step = [], whole.train_step
     whole.train_step = lambda data: (traces.append(1), step(data))[1]
     expected = _run(whole, batches)[-1]
     assert len(traces) == 1
-    half = _model(rowwise(keras.optimizers.AdamW(RATE), paces=True))
+    half = _model(rowwise(keras.optimizers.AdamW(RATE), rate_scales=True))
     _run(half, batches[:3])
     half.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras", custom_objects={"_loss": _loss})
-    # As a callback does that goes on: rows that made a step already keep their pace.
-    again.layers[0].set_trainable_rows(MOVES[2][0], pace=Pace(lr=100))
+    # As a callback does that goes on: rows that made a step already keep their rate_scale.
+    again.layers[0].set_trainable_rows(MOVES[2][0], rate_scale=RateScale(lr_scale=100))
     assert _run(again, batches, begin=3)[-1].tobytes() == expected.tobytes()
 
 
 def test_a_row_takes_the_pace_that_it_begins_with() -> None:
-    model = _model(rowwise(keras.optimizers.SGD(1.0), paces=True))
+    model = _model(rowwise(keras.optimizers.SGD(1.0), rate_scales=True))
     layer, batch = model.layers[0], (np.array([RESERVED]), np.ones((1, len(RESERVED), WIDTH)))
     before = layer.get_weights()[0]
-    layer.set_trainable_rows([1, 2], pace=Pace(lr=0.5))
-    layer.unfreeze_rows([5], pace=Pace(lr=0.25))
+    layer.set_trainable_rows([1, 2], rate_scale=RateScale(lr_scale=0.5))
+    layer.unfreeze_rows([5], rate_scale=RateScale(lr_scale=0.25))
     layer.freeze_rows([2])
     model.train_on_batch(*batch)
     layer.unfreeze_rows([1, 2, 7])
@@ -193,16 +201,16 @@ def test_a_row_takes_the_pace_that_it_begins_with() -> None:
 
 def test_a_pace_that_nobody_keeps_is_refused() -> None:
     layer = PartialEmbedding(4, 2, trainable_rows=[1], reserve_rows="all", name="words")
-    with pytest.raises(InputError, match=r"Received: Pace\(lr=0.5, .* optimizer\.build"):
-        layer.unfreeze_rows([2], pace=Pace(lr=0.5))
+    with pytest.raises(InputError, match=r"Received: RateScale\(lr_scale=0.5, .* optimizer\.build"):
+        layer.unfreeze_rows([2], rate_scale=RateScale(lr_scale=0.5))
     layer.build()
-    rowwise(keras.optimizers.SGD(), paces=True).build(layer.trainable_variables)
-    layer.unfreeze_rows([2], pace=Pace(lr=0.5))
+    rowwise(keras.optimizers.SGD(), rate_scales=True).build(layer.trainable_variables)
+    layer.unfreeze_rows([2], rate_scale=RateScale(lr_scale=0.5))
     plain = keras.optimizers.SGD()
     gradients = [tf.ones((4, 2))]
     with pytest.raises(InputError, match=r"Received another optimizer for 'words'"):
         plain.apply(gradients, layer.trainable_variables)
     rowwise(keras.optimizers.SGD()).build(layer.trainable_variables)
-    with pytest.raises(InputError, match="a pace is what rowwise"):
-        layer.set_trainable_rows([3], pace=Pace(warmup=5))
+    with pytest.raises(InputError, match="a rate_scale is what rowwise"):
+        layer.set_trainable_rows([3], rate_scale=RateScale(warmup_steps=5))
     assert layer.trainable_rows.tolist() == [1, 2]

@@ -15,7 +15,7 @@ keras = pytest.importorskip("keras")
 
 from partial_embedding import InputError  # noqa: E402  # after the skip
 from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
-from partial_embedding.tensorflow.rowwise import _SERVED  # noqa: E402
+from partial_embedding.tensorflow.optimizer import _SERVED  # noqa: E402
 
 NUM_ROWS, WIDTH, STEPS = 12, 4, 7
 RESERVED = [1, 2, 5, 7, 8, 11]

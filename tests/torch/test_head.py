@@ -14,9 +14,9 @@ from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from partial_embedding import InputError, Schedule
-from partial_embedding.schedule import Pace
+from partial_embedding.schedule import RateScale
 from partial_embedding.torch import PartialEmbedding, PartialLinear, detach_rowwise, rowwise
-from partial_embedding.torch.unfreezing import ScheduledTables
+from partial_embedding.torch.adapter import ScheduledTables
 
 V, D = 11, 6
 ROWS = [2, 5, 9]
@@ -196,11 +196,11 @@ def test_rows_of_a_bias_that_join_late_begin_afresh_and_a_run_goes_on_from_its_s
 
 def test_rows_of_a_pace_take_their_bias_along() -> None:
     moved = []
-    for pace in (None, Pace(lr=0.5)):
+    for rate_scale in (None, RateScale(lr_scale=0.5)):
         _, head = pair()
         before = copy.deepcopy(head.state_dict())
         head.set_trainable_rows("none")
-        head.set_trainable_rows(ROWS, pace=pace)
+        head.set_trainable_rows(ROWS, rate_scale=rate_scale)
         optimizer = rowwise(torch.optim.SGD(head.parameters(), lr=0.1), head)
         head(features(7)).square().sum().backward()
         optimizer.step()
@@ -215,9 +215,9 @@ def test_a_pace_is_refused_through_whichever_module_has_the_weight() -> None:
     optimizer = rowwise(torch.optim.LBFGS(tied.parameters()), tied)
     for module in (tied.table, tied.head):
         with pytest.raises(InputError, match="LBFGS"):
-            module.unfreeze_rows([0], pace=Pace(lr=0.5))
+            module.unfreeze_rows([0], rate_scale=RateScale(lr_scale=0.5))
     detach_rowwise(optimizer)
-    tied.head.unfreeze_rows([0], pace=Pace(lr=0.5))
+    tied.head.unfreeze_rows([0], rate_scale=RateScale(lr_scale=0.5))
 
 
 def test_head_and_table_that_are_tied_have_the_same_rows() -> None:

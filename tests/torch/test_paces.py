@@ -20,15 +20,15 @@ from oracle import assert_same_bits, same_bits
 from torch import Tensor, nn
 
 from partial_embedding import InputError
-from partial_embedding.schedule import Pace
+from partial_embedding.schedule import RateScale
 from partial_embedding.torch import PartialEmbedding, detach_rowwise, rowwise
 
 # A cohort that warms up, a plain one that joins it, and one that is faster than both. Some rows of
 # the first leave in the middle of its warm-up, and come back with the third.
-STAGES: dict[int, tuple[tuple[int, ...], Pace | None]] = {
-    0: ((1, 4, 6, 9), Pace(lr=0.5, warmup=4)),
+STAGES: dict[int, tuple[tuple[int, ...], RateScale | None]] = {
+    0: ((1, 4, 6, 9), RateScale(lr_scale=0.5, warmup_steps=4)),
     2: ((1, 2, 4, 9), None),
-    4: ((1, 2, 4, 6, 7, 8, 9), Pace(lr=3.0)),
+    4: ((1, 2, 4, 6, 7, 8, 9), RateScale(lr_scale=3.0)),
 }
 PACED = [case for case in CASES if not case.one_history]
 CONFIGURATIONS = [
@@ -39,11 +39,15 @@ CONFIGURATIONS = [
 ]
 
 
-def factor_of(pace: Pace | None) -> Callable[[int], float] | None:
-    """What a pace promises, written a second time."""
-    if pace is None:
+def factor_of(rate_scale: RateScale | None) -> Callable[[int], float] | None:
+    """What a rate_scale promises, written a second time."""
+    if rate_scale is None:
         return None
-    return lambda steps: pace.lr * min(1.0, (steps + 1) / pace.warmup) if pace.warmup else pace.lr
+    return lambda steps: (
+        rate_scale.lr_scale * min(1.0, (steps + 1) / rate_scale.warmup_steps)
+        if rate_scale.warmup_steps
+        else rate_scale.lr_scale
+    )
 
 
 def build(case: Case, sparse: bool = True, **options: Any) -> tuple[Model, torch.optim.Optimizer]:
@@ -67,15 +71,15 @@ def follow_paces(
     model: Model,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
-    stages: dict[int, tuple[tuple[int, ...], Pace | None]] = STAGES,
+    stages: dict[int, tuple[tuple[int, ...], RateScale | None]] = STAGES,
 ) -> None:
     """Train along the stages beside cohorts that are parameters of their own."""
     oracle = oracle_of(case, model, ())
     for step, batch in enumerate(batches()):
         if step in stages:
-            rows, pace = stages[step]
-            model.table.set_trainable_rows(rows, pace=pace)
-            oracle.set_rows(rows, factor_of(pace))
+            rows, rate_scale = stages[step]
+            model.table.set_trainable_rows(rows, rate_scale=rate_scale)
+            oracle.set_rows(rows, factor_of(rate_scale))
         (group,) = optimizer.param_groups
         oracle.group = {k: v for k, v in group.items() if k in ("lr", "betas", "momentum")}
         train(case, model, optimizer, batch, with_closure=step in (1, 6))
@@ -112,7 +116,7 @@ def test_a_table_alone_in_its_group_may_have_a_pace(case: Case) -> None:
     optimizer = rowwise(
         case.make([{"params": [other]}, {"params": [table.weight], "lr": 0.02}]), table
     )
-    table.set_trainable_rows([1, 4], pace=Pace(lr=0.5))
+    table.set_trainable_rows([1, 4], rate_scale=RateScale(lr_scale=0.5))
     alone = nn.Parameter(starting_table()[[1, 4]])
     reference = case.make([{"params": [alone], "lr": 0.02 * 0.5}])
     for step in range(4):
@@ -128,31 +132,31 @@ def test_a_table_alone_in_its_group_may_have_a_pace(case: Case) -> None:
 
 
 def test_the_plain_pace_changes_no_bit_and_no_key() -> None:
-    def run(**pace: Any) -> tuple[Tensor, dict[str, Any]]:
+    def run(**rate_scale: Any) -> tuple[Tensor, dict[str, Any]]:
         model, optimizer = build(case_of("AdamW"))
         for step, batch in enumerate(batches()):
             if step in STAGES:
-                model.table.set_trainable_rows(STAGES[step][0], **pace)
+                model.table.set_trainable_rows(STAGES[step][0], **rate_scale)
             train(case_of("AdamW"), model, optimizer, batch)
         return model.table.weight.detach(), optimizer.state_dict()
 
     without, state = run()
-    with_plain, other_state = run(pace=Pace())
+    with_plain, other_state = run(rate_scale=RateScale())
     assert same_bits(without, with_plain)
     assert str(other_state) == str(state)
-    assert "pace" not in str(state)
-    assert "pace" in str(run(pace=Pace(lr=2.0))[1])
+    assert "rate_scale" not in str(state)
+    assert "rate_scale" in str(run(rate_scale=RateScale(lr_scale=2.0))[1])
 
 
 def test_steps_are_counted_only_where_rows_warm_up_and_only_when_made() -> None:
     model, optimizer = build(case_of("AdamW"))
-    model.table.set_trainable_rows([1], pace=Pace(warmup=5))
+    model.table.set_trainable_rows([1], rate_scale=RateScale(warmup_steps=5))
     model.table.unfreeze_rows([2])
     made = batches()
 
     def steps() -> list[int]:
         saved = optimizer.state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
-        return [cohort.get("pace", {}).get("steps", -1) for cohort in saved]
+        return [cohort.get("rate_scale", {}).get("steps", -1) for cohort in saved]
 
     train(case_of("AdamW"), model, optimizer, made[0])
     assert steps() == [1, -1]
@@ -189,7 +193,7 @@ class CountsInGroup(torch.optim.Optimizer):
 def test_a_count_in_the_group_goes_on_without_a_gradient_and_the_warm_up_does_not() -> None:
     table = PartialEmbedding.from_pretrained(starting_table(), trainable_rows="none")
     optimizer = rowwise(CountsInGroup(table.parameters()), table)
-    table.set_trainable_rows([1], pace=Pace(lr=0.5, warmup=4))
+    table.set_trainable_rows([1], rate_scale=RateScale(lr_scale=0.5, warmup_steps=4))
     expected = starting_table()[1]
     for step, factor in enumerate((0.125, None, 0.25)):
         optimizer.zero_grad()
@@ -204,7 +208,7 @@ def test_a_count_in_the_group_goes_on_without_a_gradient_and_the_warm_up_does_no
 def test_a_step_that_the_scaler_skips_is_not_counted(fused: bool) -> None:
     table = PartialEmbedding(6, 4, trainable_rows="none")
     optimizer = rowwise(torch.optim.AdamW(table.parameters(), lr=0.1, fused=fused), table)
-    table.set_trainable_rows([1, 2], pace=Pace(warmup=3))
+    table.set_trainable_rows([1, 2], rate_scale=RateScale(warmup_steps=3))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     counted = []
     for factor in (1.0, float("inf"), 1.0):
@@ -215,7 +219,7 @@ def test_a_step_that_the_scaler_skips_is_not_counted(fused: bool) -> None:
         scaler.step(optimizer)
         scaler.update()
         saved = optimizer.state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
-        counted.append(saved[0]["pace"]["steps"])
+        counted.append(saved[0]["rate_scale"]["steps"])
     assert counted == [1, 1, 2]
 
 
@@ -232,7 +236,7 @@ def test_a_restored_warm_up_goes_on_where_it_stood(name: str, cut: int, lazy: bo
     def go(model: Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             if step in STAGES:
-                model.table.set_trainable_rows(STAGES[step][0], pace=STAGES[step][1])
+                model.table.set_trainable_rows(STAGES[step][0], rate_scale=STAGES[step][1])
             train(case, model, optimizer, batches()[step])
 
     whole, optimizer = build(case, lazy=lazy)
@@ -242,7 +246,7 @@ def test_a_restored_warm_up_goes_on_where_it_stood(name: str, cut: int, lazy: bo
     go(whole, optimizer, range(cut, 8))
 
     again, other = build(case, lazy=lazy)
-    again.table.set_trainable_rows(rows)  # the paces come with the optimizer's state
+    again.table.set_trainable_rows(rows)  # the rate_scales come with the optimizer's state
     again.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
     go(again, other, range(cut, 8))
@@ -260,7 +264,7 @@ def test_lazy_rows_have_a_pace_too(name: str) -> None:
         model, optimizer = build(case, lazy=lazy)
         for step, batch in enumerate(made):
             if step in STAGES:
-                model.table.set_trainable_rows(STAGES[step][0], pace=STAGES[step][1])
+                model.table.set_trainable_rows(STAGES[step][0], rate_scale=STAGES[step][1])
             train(case, model, optimizer, batch)
         tables.append(model.table.weight.detach())
     assert_same_bits(*tables, "the table")
@@ -269,7 +273,7 @@ def test_lazy_rows_have_a_pace_too(name: str) -> None:
 def test_a_lazy_row_that_is_touched_late_begins_as_its_cohort_did() -> None:
     table = PartialEmbedding.from_pretrained(starting_table(), trainable_rows="none")
     optimizer = rowwise(torch.optim.Rprop(table.parameters(), lr=0.1), table, lazy=True)
-    table.set_trainable_rows([1, 2], pace=Pace(lr=0.5, warmup=2))
+    table.set_trainable_rows([1, 2], rate_scale=RateScale(lr_scale=0.5, warmup_steps=2))
     for touched in (1, 2):
         optimizer.zero_grad()
         table(torch.tensor([touched])).sum().backward()
@@ -308,36 +312,36 @@ def test_an_optimizer_without_a_rate_for_each_group_refuses_a_pace(
     make: Callable[[Any], torch.optim.Optimizer],
 ) -> None:
     name = make([nn.Parameter(torch.ones(1))]).__class__.__name__
-    paced = PartialEmbedding(6, 4, trainable_rows="none")
-    paced.set_trainable_rows([1], pace=Pace(lr=0.5))
+    scaled = PartialEmbedding(6, 4, trainable_rows="none")
+    scaled.set_trainable_rows([1], rate_scale=RateScale(lr_scale=0.5))
     with pytest.raises(InputError, match=rf"lr=0\.5.*{name}"):
-        rowwise(make(paced.parameters()), paced)
+        rowwise(make(scaled.parameters()), scaled)
 
     table = PartialEmbedding(6, 4, trainable_rows="none")
     optimizer = rowwise(make(table.parameters()), table)
     for change in (table.set_trainable_rows, table.unfreeze_rows):
         with pytest.raises(InputError, match=rf"warmup=3.*{name}"):
-            change([2], pace=Pace(warmup=3))
+            change([2], rate_scale=RateScale(warmup_steps=3))
     assert not len(table.trainable_rows)
-    table.set_trainable_rows([1], pace=Pace())
+    table.set_trainable_rows([1], rate_scale=RateScale())
     # Another optimizer may follow, and a copy has none yet.
-    copy.deepcopy(table).unfreeze_rows([2], pace=Pace(lr=0.5))
+    copy.deepcopy(table).unfreeze_rows([2], rate_scale=RateScale(lr_scale=0.5))
     detach_rowwise(optimizer)
-    table.unfreeze_rows([2], pace=Pace(lr=0.5))
+    table.unfreeze_rows([2], rate_scale=RateScale(lr_scale=0.5))
 
 
 def test_a_pace_that_is_none_is_refused() -> None:
     table = PartialEmbedding(6, 4)
     with pytest.raises(InputError, match=r"Received: 0\.5"):
-        table.set_trainable_rows([1], pace=0.5)  # type: ignore[arg-type]
+        table.set_trainable_rows([1], rate_scale=0.5)  # type: ignore[arg-type]
     assert len(table.trainable_rows) == 6
 
 
 def test_a_pace_of_rows_that_stay_is_kept() -> None:
     table = PartialEmbedding(6, 4, trainable_rows=[1])
-    table.set_trainable_rows([1, 2], pace=Pace(lr=0.5))
-    table.set_trainable_rows([1, 2, 3], pace=Pace(lr=4.0))
+    table.set_trainable_rows([1, 2], rate_scale=RateScale(lr_scale=0.5))
+    table.set_trainable_rows([1, 2, 3], rate_scale=RateScale(lr_scale=4.0))
     table.freeze_rows([1])
-    assert [pace.lr for pace in table.row_set.paces.values()] == [0.5, 4.0]
+    assert [rate_scale.lr_scale for rate_scale in table.row_set.rate_scales.values()] == [0.5, 4.0]
     table.weight.data = torch.zeros(3, 4)  # a smaller vocabulary: row 3 is gone
-    assert [pace.lr for pace in table.row_set.paces.values()] == [0.5]
+    assert [rate_scale.lr_scale for rate_scale in table.row_set.rate_scales.values()] == [0.5]

@@ -8,12 +8,12 @@ from torch import nn
 from partial_embedding import InputError, Position, Rows, Schedule
 from partial_embedding.schedule import Plateau
 from partial_embedding.torch import PartialEmbedding
-from partial_embedding.torch.unfreezing import ScheduledTables
+from partial_embedding.torch.adapter import ScheduledTables
 
 WAITS = {
     "stages": [
         {"step": 0, "rows": [1]},
-        {"step": 2, "rows": [1, 2], "lr": 0.5},
+        {"step": 2, "rows": [1, 2], "lr_scale": 0.5},
         {"plateau": "loss", "rows": [3]},
     ]
 }
@@ -78,15 +78,15 @@ def test_an_audited_run_can_be_placed_elsewhere() -> None:
 
 def test_the_first_rows_join_with_their_pace_whatever_trained_before() -> None:
     for rows in ("all", [2, 3]):
-        tables = tables_of({"stages": [{"epoch": 0, "rows": [2, 3], "lr": 0.5}]}, rows)
+        tables = tables_of({"stages": [{"epoch": 0, "rows": [2, 3], "lr_scale": 0.5}]}, rows)
         tables.place()
         table = tables.tables["0"]
         assert table.trainable_rows.tolist() == [2, 3]
-        assert [pace.lr for pace in table.paces.values()] == [0.5]
+        assert [rate_scale.lr_scale for rate_scale in table.rate_scales.values()] == [0.5]
         # And a plain schedule after that begins plainly.
         again = ScheduledTables(tables.model, {None: Schedule([{"epoch": 0, "rows": [2, 3]}])})
         again.place()
-        assert table.paces == {}
+        assert table.rate_scales == {}
 
 
 def test_places_between_a_measurement_and_its_stage_are_restored() -> None:

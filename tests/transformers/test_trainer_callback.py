@@ -96,8 +96,13 @@ def test_a_write_into_a_frozen_row_is_found(tmp_path: Path) -> None:
 MIXED = {
     "stages": [
         {"step": 0, "rows": [3]},
-        {"step": 3, "rows": [3, 4, 5, 6], "grow": {"order": "ids", "parts": 3}, "lr": 0.5},
-        {"plateau": {"metric": "eval_loss", "max_wait": 1}, "rows": [4, 5, 9], "warmup": 4},
+        {
+            "step": 3,
+            "rows": [3, 4, 5, 6],
+            "grow": {"order": "ids", "increments": 3},
+            "lr_scale": 0.5,
+        },
+        {"plateau": {"monitor": "eval_loss", "max_wait": 1}, "rows": [4, 5, 9], "warmup_steps": 4},
         {"share": 0.75, "rows": {"range": [0, 12]}},
     ]
 }
@@ -143,7 +148,7 @@ def test_where_the_schedule_stands_is_in_the_trainers_state(tmp_path: Path) -> N
     train(tmp_path, schedule=MIXED, **EVERY_STEP)
     read = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
     saved = read["stateful_callbacks"]["RowUnfreezing"]["attributes"]["saved"]
-    ((epoch, step, metrics),) = saved["position"]["seen"]
+    ((epoch, step, metrics),) = saved["position"]["evaluations"]
     assert (epoch, step, list(metrics)) == (0, 4, ["eval_loss"])
     assert saved["position"]["total_steps"] == 16
 

@@ -17,13 +17,13 @@ from partial_embedding.callbacks.lightning import RowUnfreezing
 PLATEAU = {
     "stages": [
         {"epoch": 0, "rows": [1]},
-        {"plateau": {"metric": "val_loss", "patience": 2}, "rows": [2]},
+        {"plateau": {"monitor": "val_loss", "patience": 2}, "rows": [2]},
     ]
 }
 GROWTH = {
     "stages": [
         {"step": 0, "rows": [1]},
-        {"step": 4, "rows": "all", "grow": {"order": "most_frequent", "parts": 2}},
+        {"step": 4, "rows": "all", "grow": {"order": "most_frequent", "increments": 2}},
     ]
 }
 STARTS = {"stages": [{"epoch": 0, "rows": {"most_frequent": 2}}]}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from partial_embedding.cli import main
-from partial_embedding.recipes.text import TextBatch, TextClassifier
+from partial_embedding.recipes.text_classifier import TextBatch, TextClassifier
 
 place = (int(sys.argv[1]), int(sys.argv[2]))
 training_step = TextClassifier.training_step

@@ -30,16 +30,20 @@ from partial_embedding.recipes.resume import RandomState, ReplayableLoader
 SCHEDULE = {
     "stages": [
         {"epoch": 0, "rows": [1, 4]},
-        {"step": 4, "rows": [1, 4, 6], "lr": 2.0, "warmup": 3},
+        {"step": 4, "rows": [1, 4, 6], "lr_scale": 2.0, "warmup_steps": 3},
         {
             "step": 12,
             "rows": [1, 2, 4, 6, 8, 9],
-            "grow": {"shape": "linear", "order": "ids", "parts": 3},
-            "lr": 0.5,
-            "warmup": 6,
+            "grow": {"shape": "linear", "order": "ids", "increments": 3},
+            "lr_scale": 0.5,
+            "warmup_steps": 6,
         },
-        {"plateau": {"metric": "val_loss", "max_wait": 1}, "rows": [2, 6, 8, 9, 10], "lr": 0.3},
-        {"epoch": 5, "rows": "all", "warmup": 4},
+        {
+            "plateau": {"monitor": "val_loss", "max_wait": 1},
+            "rows": [2, 6, 8, 9, 10],
+            "lr_scale": 0.3,
+        },
+        {"epoch": 5, "rows": "all", "warmup_steps": 4},
     ]
 }
 EPOCHS = 6

@@ -1,0 +1,313 @@
+"""Watching one table while it trains: what is sampled, measured and called what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partial_embedding.monitor.neighbours import nearest, share_kept
+from partial_embedding.monitor.track import (
+    CohortTrack,
+    MovedRow,
+    RowTrack,
+    drift_quantiles,
+    frequency_bands,
+    sample,
+)
+from partial_embedding.rows.vocabulary import Ids, Vocabulary
+
+Values = NDArray[np.float32]
+
+NEIGHBOURS = 10
+_MOST_COHORTS = 16
+_QUERIES = 32  # rows of a cohort whose neighbours are followed
+_MOST_MOVED = 12
+_BANDS_WORTH = 4
+_FROZEN, _NOT_FOLLOWED = -1, _MOST_COHORTS
+
+
+@dataclass(frozen=True, eq=False)
+class _Sampled:
+    """Rows, and what they held when they were first looked at."""
+
+    ids: Ids
+    start: Values
+
+    def only(self, stay: NDArray[np.bool_]) -> _Sampled:
+        return _Sampled(self.ids[stay], self.start[stay])
+
+
+class TableWatch:
+    """Measures samples of a table's rows, the same way for every framework.
+
+    The metrics, after the table's name:
+
+    - `rows_awake`: how many rows train;
+    - `tokens_that_train`: the share of a batch's tokens, without padding, whose rows train;
+    - `tokens_covered`: the same of all training data, by the counts of the vocabulary.
+
+    For the rows that were unfrozen together, `cohort_0`, `cohort_1` and so on:
+
+    - `cohort_0/drift_p10`, `drift_p50`, `drift_p90`: quantiles of the distance from where the rows
+      were unfrozen, divided by the length of a typical row;
+    - `cohort_0/update_ratio`: how far the rows went in one step, divided by their length;
+    - `cohort_0/gradient_norm`: the norm of the gradient of the cohort's rows, before clipping;
+    - `cohort_0/lr`: the learning rate with which the rows step;
+    - `cohort_0/neighbours_kept`: the share of the ten nearest neighbours by cosine, among watched
+      rows, that are those which the rows had when they were unfrozen.
+
+    For the rows that occur about as often, `seen_10_to_99` and so on, where there are counts:
+
+    - `seen_10_to_99/drift_p10`, `drift_p50`, `drift_p90`: distance from where training began,
+      trainable or not.
+
+    A measurement reads at most `size` rows of each of the first 16 cohorts and of each of at most 7
+    bands, and compares 32 rows of each cohort with the latter, whatever the size of the table. One
+    byte a row says to which cohort it belongs; it is touched only when rows change.
+
+    Args:
+        rows: Reads rows: from sorted ids, int64, shape (n,), to float32, shape (n, D).
+        num_rows: The rows V of the table.
+        unit: The unit of places in training, `"epoch"` or `"step"`.
+        size: The most rows of a cohort or band that are measured.
+        vocabulary: The tokens of the rows and how often they occur, if known.
+        padding: The row of padding, which is not watched.
+
+    Example:
+        >>> table = np.eye(4, dtype=np.float32)
+        >>> watch = TableWatch(lambda ids: table[ids], 4)
+        >>> watch.note_rows(np.array([True, False, False, False]), place=0.0)
+        >>> table[0] *= 3
+        >>> watch.measure(place=1.0)["cohort_0/drift_p50"]
+        2.0
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[Ids], Values],
+        num_rows: int,
+        unit: str = "epoch",
+        size: int = 256,
+        vocabulary: Vocabulary | None = None,
+        padding: int | None = None,
+    ) -> None:
+        self.rows = rows
+        self.size = size
+        self.vocabulary = vocabulary if vocabulary and len(vocabulary) == num_rows else None
+        self.cohort_of = np.full(num_rows, _FROZEN, np.int8)
+        self._cohorts: dict[int, _Sampled] = {}
+        self._near: dict[int, Ids] = {}
+        self._before: dict[int, Values] = {}
+        ids = np.arange(num_rows)
+        ids = ids[ids != padding]
+        counts = None if self.vocabulary is None else self.vocabulary.counts
+        bands = {} if counts is None else frequency_bands(counts, ids)
+        self._bands = {name: sample(members, size) for name, (_, members) in bands.items()}
+        # Without counts as many rows as there are in some bands.
+        watched = [*self._bands.values()] or [sample(ids, _BANDS_WORTH * size)]
+        pool = np.unique(np.concatenate(watched))
+        self._pool = _Sampled(pool, rows(pool))
+        # Of rows of all kinds: the watched ones are chosen by how often they occur.
+        lengths = np.linalg.norm(rows(sample(ids, _BANDS_WORTH * size)), axis=1)
+        self.track = RowTrack(
+            num_rows,
+            float(np.median(lengths)) if lengths.size else 0.0,
+            unit,
+            bands={name: band for name, (band, _) in bands.items()},
+            watched=pool.size,
+        )
+
+    # Which rows train
+
+    def note_rows(self, trainable: NDArray[np.bool_], place: float) -> None:
+        """Take in which rows train, each time that this changes.
+
+        Args:
+            trainable: Whether each row trains, shape (V,).
+            place: Where training stands.
+        """
+        track, count = self.track, int(np.count_nonzero(trainable))
+        self.cohort_of[~trainable] = _FROZEN
+        for number, cohort in self._cohorts.items():
+            stay = self.cohort_of[cohort.ids] == number
+            if not stay.all():
+                # Those that are left of the first rows are the first of those that are left.
+                self._near[number] = self._near[number][stay[: len(self._near[number])]]
+                self._cohorts[number] = cohort.only(stay)
+        joining = np.flatnonzero(trainable & (self.cohort_of == _FROZEN))
+        if not track.trainable or track.trainable[-1][1] != count or joining.size:
+            track.trainable.append((place, count))
+        if not joining.size:
+            return
+        number = len(track.cohorts)
+        self.cohort_of[joining] = min(number, _NOT_FOLLOWED)
+        if number < _MOST_COHORTS:
+            ids = sample(joining, self.size)
+            self._cohorts[number] = _Sampled(ids, self.rows(ids))
+            self._near[number] = self._nearest(ids[:_QUERIES], self.rows(self._pool.ids))
+            track.cohorts[number] = CohortTrack(place, joining.size, [(place, 0.0, 0.0, 0.0)])
+
+    def _nearest(self, ids: Ids, pool: Values) -> Ids:
+        """The neighbours of rows among the watched ones, as all of them are now."""
+        return nearest(self.rows(ids), pool, NEIGHBOURS, self._places(ids))
+
+    def _places(self, ids: Ids) -> Ids:
+        """Where rows stand among the watched ones; -1 for others."""
+        pool = self._pool.ids
+        if not pool.size:
+            return np.full(len(ids), -1)
+        at = np.searchsorted(pool, ids).clip(max=pool.size - 1)
+        return np.where(pool[at] == ids, at, -1)
+
+    # Measuring
+
+    def before_step(self) -> None:
+        """Keep what the sampled rows hold before a step that is measured."""
+        self._before = {n: self.rows(cohort.ids) for n, cohort in self._cohorts.items()}
+
+    def gradient_norms(self, ids: Ids, squares: NDArray[np.floating]) -> dict[int, float]:
+        """The norm of the gradient of each cohort.
+
+        Args:
+            ids: The rows that have a gradient, each once, shape (n,).
+            squares: The sum of the squares of each row's gradient, shape (n,).
+        """
+        cohorts = self.cohort_of[ids].astype(np.int64)
+        kept = cohorts != _FROZEN
+        sums = np.bincount(cohorts[kept], weights=squares[kept], minlength=_MOST_COHORTS)
+        return {number: float(np.sqrt(sums[number])) for number in self._cohorts}
+
+    def any_row_of(self) -> dict[int, int]:
+        """One row of each cohort that has rows left, by which its learning rate is found."""
+        return {n: int(cohort.ids[0]) for n, cohort in self._cohorts.items() if cohort.ids.size}
+
+    def measure(
+        self,
+        place: float,
+        token_share: float | None = None,
+        gradient_norms: Mapping[int, float] | None = None,
+        rates: Mapping[int, float] | None = None,
+    ) -> dict[str, float]:
+        """Measure once.
+
+        Args:
+            place: Where training stands.
+            token_share: The share of the batch's tokens whose rows train, if known.
+            gradient_norms: The norm of the gradient of each cohort, if known.
+            rates: The learning rate of each cohort, if known.
+
+        Returns:
+            The metrics by name.
+        """
+        track = self.track
+        track.end = place
+        numbers: dict[str, float] = {"rows_awake": int(np.count_nonzero(self.cohort_of != _FROZEN))}
+        if token_share is not None:
+            numbers["tokens_that_train"] = token_share
+            track.token_share.append((place, token_share))
+        if (covered := self._covered()) is not None:
+            numbers["tokens_covered"] = covered
+        pool = self.rows(self._pool.ids)
+        for number, cohort in self._cohorts.items():
+            if not cohort.ids.size:
+                continue
+            now = self.rows(cohort.ids)
+            followed = track.cohorts[number]
+            quantiles = self._quantiles(now - cohort.start)
+            followed.drift.append((place, *quantiles))
+            near = self._near[number]
+            near_now = self._nearest(cohort.ids[: len(near)], pool)
+            measured = {
+                "neighbours_kept": share_kept(near, near_now) if near.size else None,
+                "update_ratio": _ratio(self._before.get(number), now),
+                "gradient_norm": (gradient_norms or {}).get(number),
+                "lr": (rates or {}).get(number),
+            }
+            numbers |= _named(f"cohort_{number}", quantiles)
+            for name, value in measured.items():
+                if value is not None:
+                    followed.numbers.setdefault(name, []).append((place, value))
+                    numbers[f"cohort_{number}/{name}"] = value
+        moved = pool - self._pool.start
+        for name, ids in self._bands.items():
+            quantiles = self._quantiles(moved[np.searchsorted(self._pool.ids, ids)])
+            track.bands[name].drift.append((place, *quantiles))
+            numbers |= _named(name, quantiles)
+        self._before = {}
+        track.thin()
+        return numbers
+
+    def _quantiles(self, moved: Values) -> tuple[float, float, float]:
+        return drift_quantiles(np.linalg.norm(moved, axis=1), self.track.typical_length)
+
+    def _covered(self) -> float | None:
+        counts = None if self.vocabulary is None else self.vocabulary.counts
+        if counts is None or not (total := int(counts.sum())):
+            return None
+        return float(counts[self.cohort_of != _FROZEN].sum() / total)
+
+    def finish(self) -> RowTrack:
+        """Find the watched rows that went farthest, and give all that was seen."""
+        pool, now = self._pool, self.rows(self._pool.ids)
+        distances = np.linalg.norm(now - pool.start, axis=1)
+        farthest = np.argsort(-distances, kind="stable")[:_MOST_MOVED]
+        farthest = farthest[distances[farthest] > 0]
+        before = nearest(pool.start[farthest], pool.start, NEIGHBOURS, farthest)
+        after = nearest(now[farthest], now, NEIGHBOURS, farthest)
+        counts = None if self.vocabulary is None else self.vocabulary.counts
+        moved = [
+            MovedRow(
+                self._token(pool.ids[row]),
+                None if counts is None else int(counts[pool.ids[row]]),
+                float(distances[row] / (self.track.typical_length or 1.0)),
+                [self._token(pool.ids[near]) for near in near_before],
+                [self._token(pool.ids[near]) for near in near_after],
+            )
+            for row, near_before, near_after in zip(farthest, before, after, strict=True)
+        ]
+        self.track = replace(self.track, moved=moved)
+        return self.track
+
+    def _token(self, row: int) -> str:
+        return f"row {row}" if self.vocabulary is None else self.vocabulary.tokens[row]
+
+    # Checkpoints
+
+    def to_state(self) -> dict[str, Any]:
+        """What was seen so far, as plain values and arrays."""
+        return {
+            "track": self.track.to_state(),
+            "cohort_of": self.cohort_of.copy(),
+            "pool": (self._pool.ids, self._pool.start),
+            "bands": dict(self._bands),
+            "cohorts": {n: (c.ids, c.start, self._near[n]) for n, c in self._cohorts.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `to_state` was called.
+
+        Args:
+            state: What it gave.
+        """
+        self.track = RowTrack.from_state(state["track"])
+        self.cohort_of = np.array(state["cohort_of"])
+        self._pool = _Sampled(*state["pool"])
+        self._bands = dict(state["bands"])
+        self._cohorts = {n: _Sampled(ids, start) for n, (ids, start, _) in state["cohorts"].items()}
+        self._near = {n: near for n, (_, _, near) in state["cohorts"].items()}
+
+
+def _named(name: str, quantiles: tuple[float, float, float]) -> dict[str, float]:
+    low, middle, high = quantiles
+    return {f"{name}/drift_p10": low, f"{name}/drift_p50": middle, f"{name}/drift_p90": high}
+
+
+def _ratio(before: Values | None, now: Values) -> float | None:
+    """The length of an update divided by that of what it changed."""
+    if before is None or before.shape != now.shape:
+        return None
+    return float(np.linalg.norm(now - before) / (np.linalg.norm(before) or 1.0))

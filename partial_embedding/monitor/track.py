@@ -1,0 +1,236 @@
+"""What is measured of a table's rows while it trains, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partial_embedding.rows.vocabulary import Ids
+
+# The share of rows that went less far than each number of a measurement.
+QUANTILES = (0.1, 0.5, 0.9)
+# A track that grows longer than this loses every second point.
+_MOST_POINTS = 1000
+# Rows that occur more often than this share the last band.
+_LAST_BAND = 100_000
+
+Point = TypeVar("Point")
+# Where in training, and the `QUANTILES` of how far rows went.
+Drift = list[tuple[float, float, float, float]]
+# Where in training, and a number.
+Series = list[tuple[float, float]]
+
+
+@dataclass
+class CohortTrack:
+    """What became of the rows that were unfrozen together.
+
+    Args:
+        unfrozen_at: Where in training they were unfrozen, in the unit of the whole track.
+        size: How many rows they are.
+        drift: How far they went from where they were unfrozen, divided by the length of a typical
+            row.
+        numbers: The other measurements by name, as `TableWatch` lists them.
+    """
+
+    unfrozen_at: float
+    size: int
+    drift: Drift = field(default_factory=list)
+    numbers: dict[str, Series] = field(default_factory=dict)
+
+
+@dataclass
+class BandTrack:
+    """What became of the rows that occur about as often in the training data.
+
+    Args:
+        low: How often a row of the band occurs at least.
+        high: How often it occurs at most; None where there is no limit.
+        size: How many rows they are.
+        drift: How far they went from where training began, divided by the length of a typical row.
+    """
+
+    low: int
+    high: int | None
+    size: int
+    drift: Drift = field(default_factory=list)
+
+
+@dataclass
+class MovedRow:
+    """A row that went far, and its nearest neighbours among the rows that are watched.
+
+    Args:
+        token: What the row means, or its number.
+        count: How often it occurs in the training data, where that is known.
+        distance: How far it went, divided by the length of a typical row.
+        before: Its neighbours when training began, the nearest first.
+        after: Its neighbours now.
+    """
+
+    token: str
+    count: int | None
+    distance: float
+    before: list[str]
+    after: list[str]
+
+
+@dataclass
+class RowTrack:
+    """What was seen of one table in training.
+
+    Args:
+        num_rows: The rows V of the table.
+        typical_length: The median length of its rows when training began.
+        unit: The unit of every place in training, `"epoch"` or `"step"`.
+        trainable: Where in training, and how many rows trained from there on.
+        token_share: Where in training, and the share of the batch's tokens whose rows trained.
+        cohorts: The rows that were unfrozen together, by number.
+        bands: The rows by how often they occur, by name.
+        moved: The rows that went farthest, the farthest first.
+        watched: How many rows were compared to find these.
+        end: Where training stands.
+
+    Example:
+        >>> track = RowTrack(100, 1.0, trainable=[(0, 10)], cohorts={0: CohortTrack(0, 10)})
+        >>> RowTrack.from_state(track.to_state()) == track
+        True
+    """
+
+    num_rows: int
+    typical_length: float
+    unit: str = "epoch"
+    trainable: list[tuple[float, int]] = field(default_factory=list)
+    token_share: Series = field(default_factory=list)
+    cohorts: dict[int, CohortTrack] = field(default_factory=dict)
+    bands: dict[str, BandTrack] = field(default_factory=dict)
+    moved: list[MovedRow] = field(default_factory=list)
+    watched: int = 0
+    end: float = 0.0
+
+    def thin(self) -> None:
+        """Drop every second point where there are very many."""
+        self.token_share = _thinned(self.token_share)
+        for cohort in self.cohorts.values():
+            cohort.drift = _thinned(cohort.drift)
+            cohort.numbers = {name: _thinned(series) for name, series in cohort.numbers.items()}
+        for band in self.bands.values():
+            band.drift = _thinned(band.drift)
+
+    def to_state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint or a JSON file."""
+        return asdict(self)
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> RowTrack:
+        """The inverse of `to_state`, also of what JSON made of it.
+
+        Args:
+            state: What `to_state` gave.
+        """
+        track = RowTrack(**state)
+        track.trainable = _points(track.trainable)
+        track.token_share = _points(track.token_share)
+        track.cohorts = {
+            int(number): CohortTrack(
+                cohort["unfrozen_at"],
+                cohort["size"],
+                _points(cohort["drift"]),
+                {name: _points(series) for name, series in cohort["numbers"].items()},
+            )
+            for number, cohort in state["cohorts"].items()
+        }
+        track.bands = {
+            name: BandTrack(**{**band, "drift": _points(band["drift"])})
+            for name, band in state["bands"].items()
+        }
+        track.moved = [MovedRow(**row) for row in state["moved"]]
+        return track
+
+
+def sample(ids: Ids, most: int) -> Ids:
+    """Choose rows to measure, always the same ones of the same ids.
+
+    Args:
+        ids: Sorted ids, int64, shape (n,).
+        most: How many to choose at most.
+
+    Returns:
+        Sorted ids, int64, shape (min(n, most),).
+
+    Example:
+        >>> sample(np.arange(3), most=5)
+        array([0, 1, 2])
+    """
+    if len(ids) <= most:
+        return ids
+    return np.sort(np.random.default_rng(0).choice(ids, most, replace=False))
+
+
+def drift_quantiles(
+    distances: NDArray[np.floating], typical_length: float
+) -> tuple[float, float, float]:
+    """Summarise how far rows went.
+
+    Args:
+        distances: The distance of each row from where it was, shape (n,), n ≥ 1.
+        typical_length: What they are divided by.
+
+    Returns:
+        One number for each of `QUANTILES`.
+
+    Example:
+        >>> drift_quantiles(np.array([0.0, 1.0, 2.0]), typical_length=2.0)
+        (0.1, 0.5, 0.9)
+    """
+    shares = np.asarray(distances, np.float64) / (typical_length or 1.0)
+    low, middle, high = (round(float(q), 12) for q in np.quantile(shares, QUANTILES))
+    return low, middle, high
+
+
+def frequency_bands(counts: Ids, ids: Ids) -> dict[str, tuple[BandTrack, Ids]]:
+    """Divide rows by how often they occur: never, 1 to 9 times, 10 to 99 times and so on.
+
+    Args:
+        counts: How often each row occurs, int64, shape (V,).
+        ids: The rows to divide, sorted, int64.
+
+    Returns:
+        The bands that hold a row, from rare to frequent, and their sorted ids.
+
+    Example:
+        >>> bands = frequency_bands(np.array([3, 0, 12, 5]), np.arange(4))
+        >>> {name: members.tolist() for name, (_, members) in bands.items()}
+        {'seen_0': [1], 'seen_1_to_9': [0, 3], 'seen_10_to_99': [2]}
+    """
+    edges: list[tuple[int, int | None]] = [(0, 0)]
+    low = 1
+    while low < _LAST_BAND:
+        edges.append((low, 10 * low - 1))
+        low *= 10
+    edges.append((_LAST_BAND, None))
+    bands = {}
+    for low, high in edges:
+        occurs = counts[ids]
+        within = (occurs >= low) if high is None else (occurs >= low) & (occurs <= high)
+        if within.any():
+            bands[_band_name(low, high)] = (BandTrack(low, high, int(within.sum())), ids[within])
+    return bands
+
+
+def _band_name(low: int, high: int | None) -> str:
+    if high is None:
+        return f"seen_{low}_or_more"
+    return f"seen_{low}" if high == low else f"seen_{low}_to_{high}"
+
+
+def _points(points: list[Any]) -> list[Any]:
+    return [tuple(point) for point in points]
+
+
+def _thinned(points: list[Point]) -> list[Point]:
+    return points if len(points) <= _MOST_POINTS else points[::2]

@@ -1,0 +1,159 @@
+"""The command `partial-embedding schedule`: what a schedule will do, before any training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from partial_embedding.errors import InputError
+from partial_embedding.files import write_atomically
+from partial_embedding.monitor.figures import trainable_picture
+from partial_embedding.recipes.command import CommandParser
+from partial_embedding.recipes.prepare_texts import PADDING_ID
+from partial_embedding.recipes.text_classifier import TextData
+from partial_embedding.rows.vocabulary import Vocabulary
+from partial_embedding.rows.vocabulary_file import read_vocabulary
+from partial_embedding.schedule import Schedule, Start, schedules_by_table
+from partial_embedding.schedule.preview import plan, plan_text
+
+
+def schedule_command(args: Sequence[str]) -> None:
+    """Print, and draw on request, which rows a schedule trains when.
+
+    Args:
+        args: The arguments of the command, without its name.
+
+    Raises:
+        InputError: The schedule, the vocabulary or an argument is refused.
+    """
+    given = _parser().parse_args(args)
+    config = _read(given.file)
+    schedule = _chosen(given.file, config, given.table)
+    vocabulary, found = _surroundings(config) if given.vocab is None else (None, {})
+    if given.vocab is not None:
+        vocabulary = read_vocabulary(given.vocab)
+    num_rows = given.rows or (len(vocabulary) if vocabulary is not None else 0)
+    if not num_rows:
+        raise InputError(
+            "a schedule is planned for a table. Received neither --vocab nor --rows. Pass a "
+            "vocabulary, one token a line, or the number of rows."
+        )
+    epochs = given.epochs or found.get("epochs") or _last_epoch(schedule) + 1
+    steps = given.steps_per_epoch or found.get("steps_per_epoch")
+    if steps is None and schedule.moves_within_epochs:
+        raise InputError(
+            "this schedule moves within epochs. Received no --steps-per-epoch. Pass the optimizer "
+            "steps of an epoch."
+        )
+    padding = given.padding if given.padding is not None else found.get("padding")
+    try:
+        planned = plan(schedule, num_rows, vocabulary, epochs, steps or 1, padding)
+    except InputError as error:
+        raise InputError(f"{given.file}: {error}") from None
+    for line in plan_text(schedule, planned, num_rows, epochs):
+        print(line)
+    if given.picture is not None:
+        by_step = schedule.moves_within_epochs
+        points = [
+            (float(step.position.step if by_step else step.position.epoch), step.trainable)
+            for step in planned
+        ]
+        end = float(epochs * (steps or 1) if by_step else epochs)
+        figure = trainable_picture(points, num_rows, end, "step" if by_step else "epoch")
+        with write_atomically(given.picture) as temporary:
+            figure.savefig(temporary)
+        print(f"picture: {given.picture}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="partial-embedding schedule",
+        description="Print which rows a schedule trains when, before any training.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "file", type=Path, help="a schedule, or a configuration with rows.schedule; YAML"
+    )
+    parser.add_argument("--vocab", type=Path, help="tokens, one a line, or a vocabulary.tsv")
+    parser.add_argument("--rows", type=_positive, help="the rows of the table, without --vocab")
+    parser.add_argument("--table", help="the table, where the file has a schedule for several")
+    parser.add_argument("--epochs", type=_positive, help="the epochs of the run")
+    parser.add_argument("--steps-per-epoch", type=_positive, help="optimizer steps in an epoch")
+    parser.add_argument("--padding", type=int, help="a row that never trains")
+    parser.add_argument("--picture", type=_picture, help="draw to this file: png, svg or pdf")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 up. Received: {text!r}")
+    return int(text)
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"a .png, .svg or .pdf file. Received: {text!r}")
+    return path
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: the schedule cannot be read: {error.strerror}. Check the path."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: a schedule is YAML in UTF-8. Received: {reason}.") from None
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f"{path}: a schedule is a mapping with the key 'stages' or 'preset'. "
+            f"Received: {config!r}."
+        )
+    return config
+
+
+def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedule:
+    rows = config.get("rows")
+    value = rows["schedule"] if isinstance(rows, Mapping) and "schedule" in rows else config
+    try:
+        schedules = schedules_by_table(value)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if table is None and len(schedules) == 1:
+        return next(iter(schedules.values()))
+    if table not in schedules:
+        named = sorted(str(name) for name in schedules if name is not None)
+        raise InputError(
+            f"{path}: --table is one of {named}. Received: {table!r}."
+            if named
+            else f"{path}: there is one schedule for all tables. Received --table {table!r}. "
+            "Leave it out."
+        )
+    return schedules[table]
+
+
+def _surroundings(config: Mapping[str, Any]) -> tuple[Vocabulary | None, dict[str, int]]:
+    """The vocabulary and the length of the run that a configuration of `fit` describes."""
+    if not isinstance(data := config.get("data"), Mapping) or "class_path" in data:
+        return None, {}
+    texts = TextData(**data)
+    texts.setup("fit")
+    found = {"padding": PADDING_ID, "steps_per_epoch": len(texts.train_dataloader())}
+    trainer = config.get("trainer")
+    if isinstance(trainer, Mapping) and isinstance(epochs := trainer.get("max_epochs"), int):
+        found["epochs"] = epochs
+    return texts.vocabulary, found
+
+
+def _last_epoch(schedule: Schedule) -> int:
+    if schedule.cycle is not None and schedule.units == ("epoch",):
+        return 2 * int(schedule.cycle) - 1
+    starts = [stage.start for stage in schedule.stages]
+    return max(int(s.at) if isinstance(s, Start) and s.unit == "epoch" else 0 for s in starts)

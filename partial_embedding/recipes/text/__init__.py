@@ -1,0 +1,26 @@
+"""Labelled texts for both frameworks' recipes: read, split, tokenize, count, encode."""
+
+from partial_embedding.recipes.text.docstrings import stdlib_docstrings
+from partial_embedding.recipes.text.labelled import LabelledTexts, split
+from partial_embedding.recipes.text.reading import read_labelled
+from partial_embedding.recipes.text.tokens import (
+    PADDING,
+    UNKNOWN,
+    count_tokens,
+    encode,
+    pad,
+    tokenize,
+)
+
+__all__ = [
+    "PADDING",
+    "UNKNOWN",
+    "LabelledTexts",
+    "count_tokens",
+    "encode",
+    "pad",
+    "read_labelled",
+    "split",
+    "stdlib_docstrings",
+    "tokenize",
+]

@@ -1,0 +1,153 @@
+"""Vectors for a vocabulary: trained on its texts, and put into the rows of a table."""
+
+import hashlib
+import json
+import os
+import reprlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import gensim
+import numpy as np
+from gensim.models import KeyedVectors, Word2Vec
+from numpy.typing import NDArray
+
+from partial_embedding.errors import InputError
+from partial_embedding.recipes.text import PADDING, count_tokens
+from partial_embedding.recipes.vectors.reading import read_vectors
+from partial_embedding.recipes.vectors.writing import check_tokens, save_vectors
+from partial_embedding.rows.vocabulary import Vocabulary
+
+
+def train_vectors(
+    documents: Iterable[Sequence[str]],
+    dimension: int = 50,
+    min_count: int = 3,
+    epochs: int = 20,
+    seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
+) -> KeyedVectors:
+    """Train word vectors on documents with gensim's Word2Vec.
+
+    Tokens that are rarer than `min_count` get no vector: they are the missing rows of a table
+    built from these vectors. The same arguments give the same bits on the same machine.
+
+    Args:
+        documents: The tokens of each document; pass the training side of a split.
+        dimension: The number of values of each vector.
+        min_count: Leave out tokens that occur fewer times than this.
+        epochs: The number of passes over the documents.
+        seed: Starts the random numbers.
+        cache: A folder that keeps the result for the next call with the same arguments; None
+            keeps nothing. A file that is damaged there is made again.
+
+    Returns:
+        The vectors, float32, the most frequent tokens first.
+
+    Raises:
+        InputError: A number is below 1, a document is a string, no token occurs `min_count`
+            times, or a token cannot be written to a file.
+
+    Example:
+        >>> vectors = train_vectors([["a", "b"], ["a", "c"], ["a", "b"]], dimension=4, min_count=2)
+        >>> vectors.index_to_key, vectors.vectors.shape
+        (['a', 'b'], (2, 4))
+    """
+    for name, value in (("dimension", dimension), ("epochs", epochs)):
+        if value < 1:
+            raise InputError(f"{name} is at least 1. Received: {value}. 50 and 20 are usual.")
+    given = list(documents)
+    check_tokens(count_tokens(given, min_count, specials=()).tokens)
+    kept = [list(document) for document in given]
+    settings = {
+        "vector_size": dimension,
+        "min_count": min_count,
+        "epochs": epochs,
+        "seed": seed,
+        "workers": 1,  # Threads would add up their updates in any order.
+    }
+    if cache is None:
+        return _train(kept, settings)
+    file = Path(cache) / f"{_fingerprint(kept, settings)}.bin.gz"
+    try:
+        return read_vectors(file, dimension)
+    except InputError:
+        vectors = _train(kept, settings)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_vectors(file, vectors.index_to_key, vectors.vectors)
+        return read_vectors(file, dimension)
+
+
+def build_table(
+    vocabulary: Vocabulary,
+    vectors: KeyedVectors,
+    seed: int = 0,
+    padding: str = PADDING,
+    scale: float = 1.0,
+) -> tuple[NDArray[np.float32], Vocabulary]:
+    """Give each row of a vocabulary its vector, and draw those that have none.
+
+    A token that has no vector is tried again in lower case. The rows still missing are drawn
+    from a normal distribution with the mean 0 and, in each dimension, the standard deviation of
+    the rows that were found (of all their values together when there is one such row).
+
+    Args:
+        vocabulary: The tokens of the rows.
+        vectors: The pre-trained vectors, of D values each.
+        seed: Starts the random numbers.
+        padding: The token whose row is zero, where the vocabulary has it.
+        scale: The factor on the standard deviation of the rows that are drawn.
+
+    Returns:
+        The table, shape (V, D), float32, and the vocabulary with `missing` set to the ids of the
+        rows without a vector, the padding row excluded.
+
+    Raises:
+        InputError: Not one token has a vector, or the scale is negative.
+
+    Example:
+        >>> vectors = KeyedVectors(2)
+        >>> vectors.add_vectors(["the"], np.array([[1, 2]], np.float32))
+        >>> table, vocabulary = build_table(Vocabulary(["<pad>", "zyzzyva", "The"]), vectors)
+        >>> table[[0, 2]].tolist(), vocabulary.missing.tolist()
+        ([[0.0, 0.0], [1.0, 2.0]], [1])
+    """
+    if not scale >= 0:
+        raise InputError(f"a scale is not negative. Received: {scale}. 1 is that of known rows.")
+    index = vectors.key_to_index
+    sources = np.array(
+        [
+            -1 if token == padding else index.get(token, index.get(token.lower(), -1))
+            for token in vocabulary.tokens
+        ],
+        np.int64,
+    )
+    known = np.flatnonzero(sources >= 0)
+    if not known.size:
+        raise InputError(
+            f"at least one token has a vector. Received: {len(vocabulary)} tokens, such as "
+            f"{reprlib.repr(list(vocabulary.tokens[-3:]))}, and vectors for others, such as "
+            f"{reprlib.repr(vectors.index_to_key[:3])}. Are they of another language or case?"
+        )
+    missing = np.array(
+        [row for row in np.flatnonzero(sources < 0) if vocabulary.tokens[row] != padding], np.int64
+    )
+    table = np.zeros((len(vocabulary), vectors.vector_size), np.float32)
+    table[known] = vectors.vectors[sources[known]]
+    found = table[known].astype(np.float64)
+    spread = found.std(axis=0) if known.size > 1 else found.std()
+    table[missing] = np.random.default_rng(seed).normal(
+        0.0, scale * spread, size=(missing.size, table.shape[1])
+    )
+    return table, Vocabulary(vocabulary.tokens, vocabulary.counts, missing)
+
+
+def _train(documents: Sequence[Sequence[str]], settings: dict[str, int]) -> KeyedVectors:
+    return Word2Vec(documents, **settings).wv
+
+
+def _fingerprint(documents: Sequence[Sequence[str]], settings: dict[str, int]) -> str:
+    digest = hashlib.sha256(json.dumps([gensim.__version__, settings]).encode())
+    for document in documents:
+        digest.update(json.dumps(document).encode())
+    return digest.hexdigest()

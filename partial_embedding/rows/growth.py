@@ -1,0 +1,190 @@
+"""How one set of rows grows into another: how many train, and in which order they are unfrozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from partial_embedding.errors import InputError
+from partial_embedding.rows.kinds import by_frequency, is_whole, rows_of, shown
+from partial_embedding.rows.vocabulary import Ids, Vocabulary
+
+
+def _linear(increment: int, increments: int, before: int, after: int) -> float:
+    return before + (after - before) * increment / increments
+
+
+def _cosine(increment: int, increments: int, before: int, after: int) -> float:
+    return before + (after - before) * (1 - math.cos(math.pi * increment / increments)) / 2
+
+
+def _exponential(increment: int, increments: int, before: int, after: int) -> float:
+    first = max(before, 1)
+    return float(first * (after / first) ** (increment / increments))
+
+
+def _doubling(increment: int, increments: int, before: int, after: int) -> float:
+    return math.ldexp(after, increment - increments)
+
+
+# How many rows train after `increment` of `increments` increments.
+_SHAPES: Mapping[str, Callable[[int, int, int, int], float]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "exponential": _exponential,
+    "doubling": _doubling,
+}
+_ORDERS = ("most_frequent", "least_frequent", "random", "ids")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How rows are unfrozen between the start of one stage and the start of the next.
+
+    Args:
+        shape: `"linear"`, `"cosine"` (slow at both ends), `"exponential"` (by the same factor each
+            time) or `"doubling"` (twice as many each time, and all at the end).
+        order: Which rows are unfrozen first: `"most_frequent"`, `"least_frequent"`, `"random"`,
+            `"ids"` (in rising order), or a list of ids or of tokens; rows that it leaves out come
+            last.
+        increments: In how many increments they are unfrozen, each at least one epoch or step long;
+            by default one for each epoch between the two stages, or 10 between stages that start at
+            steps (as far as there are so many) or at shares of the run. The rows of an increment
+            are a cohort.
+        seed: Another seed orders differently at random.
+
+    Raises:
+        InputError: There is no such shape or order, or a number is out of range.
+
+    Example:
+        >>> growth = Growth("doubling")
+        >>> [growth.trainable(increment, 4, before=100, after=1000) for increment in range(5)]
+        [100, 125, 250, 500, 1000]
+    """
+
+    shape: str = "linear"
+    order: str | tuple[int, ...] | tuple[str, ...] = "most_frequent"
+    increments: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shape, str) or self.shape not in _SHAPES:
+            raise InputError(f"rows grow by one of {list(_SHAPES)}. Received: {self.shape!r}.")
+        if not isinstance(self.order, str):
+            object.__setattr__(self, "order", _given_order(self.order))
+        elif self.order not in _ORDERS:
+            raise InputError(
+                f"rows are unfrozen in one of the orders {list(_ORDERS)}, or in that of a list of "
+                f"ids or tokens. Received: {self.order!r}."
+            )
+        if self.increments is not None and not (is_whole(self.increments) and self.increments >= 1):
+            raise InputError(
+                f"increments are a whole number from 1 up. Received: {self.increments!r}."
+            )
+        if not is_whole(self.seed) or self.seed < 0:
+            raise InputError(f"a seed is a whole number from 0 up. Received: {self.seed!r}.")
+
+    @staticmethod
+    def parse(value: object) -> Growth:
+        """Read a shape, or a mapping with the keys `shape`, `order`, `increments` and `seed`.
+
+        Args:
+            value: A string, a mapping or a `Growth`.
+
+        Raises:
+            InputError: It is none of these, or malformed.
+
+        Example:
+            >>> Growth.parse("cosine") == Growth.parse({"shape": "cosine"})
+            True
+        """
+        if isinstance(value, Growth):
+            return value
+        given = {"shape": value} if isinstance(value, str) else value
+        keys = set(Growth.__dataclass_fields__)
+        if not isinstance(given, Mapping) or not set(given) <= keys:
+            raise InputError(
+                f"growth is one of {list(_SHAPES)}, or a mapping with the keys {sorted(keys)}. "
+                f"Received: {value!r}."
+            )
+        return Growth(**given)
+
+    def to_config(self) -> dict[str, Any]:
+        """Write the growth as plain YAML values; the inverse of `parse`."""
+        config: dict[str, Any] = {"shape": self.shape}
+        if self.order != "most_frequent":
+            config["order"] = self.order if isinstance(self.order, str) else list(self.order)
+        if self.increments is not None:
+            config["increments"] = self.increments
+        if self.seed:
+            config["seed"] = self.seed
+        return config
+
+    def trainable(self, increment: int, increments: int, before: int, after: int) -> int:
+        """How many rows train after an increment: as before at 0, never fewer, and all at the last.
+
+        Args:
+            increment: The increments that have begun, 0 to `increments`.
+            increments: In how many increments the rows are unfrozen.
+            before: How many trained at first.
+            after: How many will train at last.
+        """
+        if increment in (0, increments):
+            return after if increment else before
+        number = round(_SHAPES[self.shape](increment, increments, before, after))
+        return min(max(number, before), after)
+
+    def arranged(self, ids: Ids, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
+        """The rows in the order in which they are unfrozen.
+
+        Args:
+            ids: Sorted ids, int64, shape (n,).
+            num_rows: All rows V.
+            vocabulary: What rows mean, for orders that ask for it.
+
+        Raises:
+            InputError: The vocabulary lacks what the order asks for, or a listed id or token is not
+                in the table.
+        """
+        place = np.empty(num_rows, np.int64)
+        place[self._all_arranged(num_rows, vocabulary)] = np.arange(num_rows)
+        return ids[np.argsort(place[ids])]
+
+    def _all_arranged(self, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
+        rising = np.arange(num_rows, dtype=np.int64)
+        if self.order == "ids":
+            return rising
+        if self.order == "random":
+            return np.random.default_rng(self.seed).permutation(num_rows)
+        if isinstance(self.order, str):
+            order = by_frequency(vocabulary)
+            return order if self.order == "most_frequent" else order[::-1]
+        if isinstance(self.order[0], str):
+            first = rows_of(map(str, self.order), vocabulary)
+        else:
+            if (last := max(map(int, self.order))) >= num_rows:
+                raise InputError(
+                    f"order: rows must lie in [0, {num_rows}). Received: {last}. "
+                    "Was the vocabulary resized?"
+                )
+            first = np.array(self.order, np.int64)
+        return np.concatenate([first, np.setdiff1d(rising, first, assume_unique=True)])
+
+
+def _given_order(order: Any) -> tuple[int, ...] | tuple[str, ...]:
+    if isinstance(order, np.ndarray):
+        order = order.tolist()
+    listed = tuple(order) if isinstance(order, list | tuple) else ()
+    whole = all(is_whole(entry) and entry >= 0 for entry in listed)
+    if not listed or not (whole or all(isinstance(entry, str) for entry in listed)):
+        raise InputError(
+            f"an order is one of {list(_ORDERS)}, or a list of ids or tokens. "
+            f"Received: {shown(order)}."
+        )
+    if len(set(listed)) < len(listed):
+        raise InputError(f"an order names each row once. Received: {shown(order)}.")
+    return listed

@@ -1,0 +1,433 @@
+"""The ways of naming rows: each checks its argument once, and selects ids from a table."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from partial_embedding.errors import InputError
+from partial_embedding.rows.vocabulary import Ids, Vocabulary
+
+
+class Choice(NamedTuple):
+    """One kind of choice.
+
+    Args:
+        check: Takes the argument as written, and returns it normalized.
+        select: Takes a checked argument, the number of rows V and the vocabulary, and returns
+            sorted ids without duplicates.
+    """
+
+    check: Callable[[Any], Any]
+    select: Callable[[Any, int, Vocabulary | None], Ids]
+
+
+# Checks
+
+
+def _no_argument(argument: Any) -> None:
+    if argument is not None:
+        raise InputError(
+            f"'all', 'none' and 'missing' take no argument. Received: {argument!r}. "
+            "Write the word alone."
+        )
+
+
+def check_ids(argument: Any) -> Ids:
+    """Sorted ids of a flat list, each named once.
+
+    Args:
+        argument: Integers in any order.
+
+    Raises:
+        InputError: One is negative, repeated or no integer.
+    """
+    array = flat_array(argument)
+    if array.dtype.kind not in "iu":
+        raise InputError(f"row ids are integers. Received: {shown(argument)}.")
+    # Sorting is skipped for ids that come in order, as those of a large table usually do.
+    ids = array.astype(np.int64)
+    if ids.size > 1 and not (ids[1:] > ids[:-1]).all():
+        ids = np.sort(ids)
+        if (repeated := ids[1:][ids[1:] == ids[:-1]]).size:
+            raise InputError(f"each row is named once. Received {repeated[0]} twice. Remove one.")
+    if ids[0] < 0:
+        raise InputError(
+            f"row ids are not negative. Received: {ids[0]}. "
+            "For the last n rows write slice(-n, None)."
+        )
+    ids.setflags(write=False)
+    return ids
+
+
+def _check_mask(argument: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    array = flat_array(argument)
+    if array.dtype != np.bool_:
+        raise InputError(f"a mask is made of true and false. Received: {shown(argument)}.")
+    mask = array.astype(np.bool_)  # a copy: the caller may go on writing to theirs
+    mask.setflags(write=False)
+    return mask
+
+
+def _check_range(argument: Any) -> tuple[int | None, ...]:
+    parts = list(argument) if isinstance(argument, list | tuple) else [argument]
+    integers = all(part is None or is_whole(part) for part in parts)
+    if not (2 <= len(parts) <= 3 and integers) or 0 in parts[2:]:
+        raise InputError(
+            "a range is [start, stop] or [start, stop, step], integers or null, with a step other "
+            f"than 0. Received: {argument!r}."
+        )
+    return (*parts, None)[:3]
+
+
+def check_amount(argument: Any) -> int | float:
+    """An amount of rows: a number of them, or a share of all.
+
+    Args:
+        argument: What was written.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if is_whole(argument) and argument >= 1:
+        return int(argument)
+    return _check_share(argument, "an amount is a whole number of rows from 1 up, or ")
+
+
+def _check_share(argument: Any, rule: str = "") -> float:
+    if not isinstance(argument, float) or not 0 < argument <= 1:
+        raise InputError(f"{rule}a share in (0, 1] with a decimal point. Received: {argument!r}.")
+    return float(argument)  # numpy's are floats too, but not to YAML
+
+
+def _check_covered(argument: Any) -> float:
+    return _check_share(argument, "the part of all tokens that rows cover is ")
+
+
+def _check_count(argument: Any) -> int:
+    if not is_whole(argument) or argument < 1:
+        raise InputError(
+            f"min_count is a whole number of occurrences from 1 up. Received: {argument!r}."
+        )
+    return int(argument)
+
+
+def _check_tokens(argument: Any) -> tuple[str, ...]:
+    tokens = [argument] if isinstance(argument, str) else argument
+    if (
+        not isinstance(tokens, Iterable)
+        or isinstance(tokens, Mapping)
+        or not (tokens := list(tokens))
+        or not all(isinstance(token, str) for token in tokens)
+    ):
+        raise InputError(
+            f"tokens are listed as [the, of, …]. Received: {shown(argument)}. "
+            "Put those in quotes that YAML reads as numbers or as true and false."
+        )
+    twice = [token for token, number in Counter(tokens).items() if number > 1]
+    if twice:
+        raise InputError(f"each token is named once. Received {twice[0]!r} twice. Remove one.")
+    return tuple(map(str, tokens))
+
+
+def _check_pattern(argument: Any) -> str:
+    # A compiled pattern would lose its flags in YAML, where (?i) keeps them.
+    if not isinstance(argument, str):
+        raise InputError(
+            "tokens are matched by a regular expression of Python's, as text. Received: "
+            f"{argument!r}. Write flags as in '(?i)the'."
+        )
+    try:
+        re.compile(argument)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(
+            "tokens are matched by a regular expression of Python's. Received: "
+            f"{shown(argument)}: {error}."
+        ) from None
+    return str(argument)
+
+
+def _check_random(argument: Any) -> tuple[int | float, int]:
+    given = dict(argument) if isinstance(argument, Mapping) else {"amount": argument}
+    amount, seed = given.pop("amount", None), given.pop("seed", 0)
+    if given or not is_whole(seed) or seed < 0:
+        raise InputError(
+            "a random choice is an amount, or {amount: …, seed: …} with a seed from 0 up. "
+            f"Received: {argument!r}."
+        )
+    return check_amount(amount), seed
+
+
+def _check_nearest(argument: Any) -> tuple[tuple[str, ...], int | float]:
+    if not isinstance(argument, Mapping) or argument.keys() != {"tokens", "amount"}:
+        raise InputError(f"nearest rows are {{tokens: […], amount: …}}. Received: {argument!r}.")
+    return _check_tokens(argument["tokens"]), check_amount(argument["amount"])
+
+
+# Selections
+
+
+def _select_ids(ids: Ids, num_rows: int, _: Vocabulary | None) -> Ids:
+    if ids[-1] >= num_rows:
+        raise InputError(
+            f"rows must lie in [0, {num_rows}). Received: {ids[-1]}. Was the vocabulary resized?"
+        )
+    return ids.copy()  # a choice that was unpickled would let itself be written to
+
+
+def _select_mask(mask: Any, num_rows: int, _: Vocabulary | None) -> Ids:
+    if mask.shape != (num_rows,):
+        raise InputError(
+            f"a mask has one entry for each of the {num_rows} rows. Received: {mask.size}. "
+            "Was the vocabulary resized?"
+        )
+    return np.flatnonzero(mask)
+
+
+def _select_range(parts: tuple[int | None, ...], num_rows: int, _: Vocabulary | None) -> Ids:
+    for part in parts[:2]:
+        if part is not None and abs(part) > num_rows:
+            raise InputError(
+                f"a range lies within the table's {num_rows} rows. Received: {list(parts)}. "
+                "Was the vocabulary resized?"
+            )
+    ids = np.arange(num_rows, dtype=np.int64)[slice(*parts)]
+    return ids if (parts[2] or 1) > 0 else ids[::-1]
+
+
+def _select_missing(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
+    ids: Ids = _known("missing", vocabulary)
+    return ids.copy()
+
+
+def _select_most_frequent(amount: int | float, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
+    return np.sort(by_frequency(vocabulary)[: number_of_rows(amount, num_rows)])
+
+
+def _select_least_frequent(amount: int | float, num_rows: int, v: Vocabulary | None) -> Ids:
+    return np.sort(by_frequency(v)[num_rows - number_of_rows(amount, num_rows) :])
+
+
+def _select_covering(share: float, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
+    order = by_frequency(vocabulary)
+    covered = np.cumsum(_known("counts", vocabulary)[order])
+    if not covered.size or not covered[-1]:
+        raise InputError(
+            "rows cover a share of the tokens that occur. Received counts that are all 0. "
+            "Count the tokens of the training data."
+        )
+    # The fewest rows that reach the share. Dividing rounds as the share was rounded when it was
+    # written; 0.07 times 100 is a little more than 7.
+    return np.sort(order[: np.searchsorted(covered / covered[-1], share) + 1])
+
+
+def _select_min_count(count: int, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
+    return np.flatnonzero(_known("counts", vocabulary) >= count)
+
+
+def _select_random(argument: tuple[int | float, int], num_rows: int, _: Vocabulary | None) -> Ids:
+    amount, seed = argument
+    # A larger amount of the same seed has all rows of a smaller one.
+    order = np.random.default_rng(seed).permutation(num_rows)
+    return np.sort(order[: number_of_rows(amount, num_rows)])
+
+
+def _select_tokens(tokens: tuple[str, ...], _: int, vocabulary: Vocabulary | None) -> Ids:
+    return np.sort(rows_of(tokens, vocabulary))
+
+
+def _select_matching(pattern: str, _: int, vocabulary: Vocabulary | None) -> Ids:
+    matches = re.compile(pattern).search
+    tokens = _known("tokens", vocabulary)
+    return np.array([row for row, token in enumerate(tokens) if matches(token)], np.int64)
+
+
+def _select_nearest(
+    argument: tuple[tuple[str, ...], int | float], num_rows: int, vocabulary: Vocabulary | None
+) -> Ids:
+    tokens, amount = argument
+    vectors = _known("vectors", vocabulary).astype(np.float32, copy=False)
+    own = rows_of(tokens, vocabulary)
+    lengths = np.linalg.norm(vectors, axis=1)
+    divisors = np.where(lengths > 0, lengths, 1)
+    closeness = (vectors @ (vectors[own].T / divisors[own])).max(axis=1) / divisors
+    closeness[lengths == 0] = -np.inf  # padding is near to nothing
+    closeness[own] = np.inf
+    order = np.argsort(-closeness, kind="stable")
+    return np.sort(order[: number_of_rows(amount, num_rows)])
+
+
+# The leaves; `rows` adds the choices that are made of others.
+CHOICES: Mapping[str, Choice] = {
+    "all": Choice(_no_argument, lambda _, num_rows, __: np.arange(num_rows, dtype=np.int64)),
+    "none": Choice(_no_argument, lambda _, __, ___: np.zeros(0, np.int64)),
+    "ids": Choice(check_ids, _select_ids),
+    "mask": Choice(_check_mask, _select_mask),
+    "range": Choice(_check_range, _select_range),
+    "tokens": Choice(_check_tokens, _select_tokens),
+    "matching": Choice(_check_pattern, _select_matching),
+    "missing": Choice(_no_argument, _select_missing),
+    "most_frequent": Choice(check_amount, _select_most_frequent),
+    "least_frequent": Choice(check_amount, _select_least_frequent),
+    "covering": Choice(_check_covered, _select_covering),
+    "min_count": Choice(_check_count, _select_min_count),
+    "random": Choice(_check_random, _select_random),
+    "nearest": Choice(_check_nearest, _select_nearest),
+}
+
+
+# What selections share with orders of growth
+
+
+def by_frequency(vocabulary: Vocabulary | None) -> Ids:
+    """All rows, the most frequent first; among equals, lower ids come first.
+
+    Args:
+        vocabulary: Tokens with counts.
+
+    Raises:
+        InputError: There are no counts.
+    """
+    # A stable sort, so that the order is a function of the counts.
+    return np.argsort(-_known("counts", vocabulary), kind="stable")
+
+
+def rows_of(tokens: Iterable[str], vocabulary: Vocabulary | None) -> Ids:
+    """The row of each token, in the order of the tokens.
+
+    Args:
+        tokens: Tokens of the vocabulary.
+        vocabulary: The tokens of the table's rows.
+
+    Raises:
+        InputError: There is no vocabulary, or a token is not in it.
+    """
+    _known("tokens", vocabulary)
+    index = vocabulary.index  # type: ignore[union-attr]  # checked just now
+    tokens = list(tokens)
+    if unknown := [token for token in tokens if token not in index]:
+        raise InputError(
+            f"tokens are among the vocabulary's {len(index)}. Received: {unknown[0]!r}"
+            f"{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}. "
+            "Is it split or lower-cased there?"
+        )
+    return np.array([index[token] for token in tokens], np.int64)
+
+
+def number_of_rows(amount: int | float, num_rows: int) -> int:
+    """How many rows an amount is.
+
+    Args:
+        amount: A checked amount.
+        num_rows: All rows V.
+
+    Raises:
+        InputError: The table has fewer rows.
+    """
+    number = amount if isinstance(amount, int) else round(amount * num_rows)
+    if number > num_rows:
+        raise InputError(
+            f"the table has {num_rows} rows. Received a wish for {number} of them. Write 'all'."
+        )
+    return number
+
+
+def _known(what: str, vocabulary: Vocabulary | None) -> Any:
+    if vocabulary is None:
+        raise InputError(
+            f"these rows are chosen by the vocabulary's {what}. Received no vocabulary. "
+            "Pass vocabulary=."
+        )
+    values = getattr(vocabulary, what)
+    if values is None:
+        raise InputError(
+            f"these rows are chosen by the vocabulary's {what}. Received a vocabulary without. "
+            f"Build it with Vocabulary(tokens, {what}=…)."
+        )
+    return values
+
+
+# Files
+
+
+def read_ids(path: str | Path) -> Any:
+    """Read ids or a mask from a file.
+
+    Args:
+        path: A `.npy` file of integers or booleans, shape (n,), or a text file of one id per line.
+
+    Raises:
+        InputError: The file cannot be read, or holds something else.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".npy":
+            with path.open("rb") as file:  # np.load would also take archives
+                return np.lib.format.read_array(file, allow_pickle=False)
+        return [int(line) for line in path.read_text(encoding="utf-8-sig").split()]
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"{path}: row ids are a .npy file, or text with one whole number a line. "
+            f"Received: {reason}."
+        ) from None
+
+
+def read_tokens(path: str | Path) -> list[str]:
+    """Read tokens from a text file, one a line; empty lines are left out.
+
+    Args:
+        path: A file in UTF-8.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"{path}: tokens are text in UTF-8, one a line. Received: {reason}."
+        ) from None
+    return [token for line in lines if (token := line.strip())]
+
+
+# Small parts
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer, which booleans are only to Python."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def flat_array(values: Any) -> np.ndarray[Any, Any]:
+    """A flat array of what was given; numpy reads tensors of every framework on the CPU.
+
+    Args:
+        values: A list, an array, or any other iterable of integers or booleans.
+
+    Raises:
+        InputError: It is none of these, or empty.
+    """
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise InputError(f"rows are listed as [3, 7, …]. Received: {values!r}.")
+    try:
+        array = np.asarray(values if hasattr(values, "__array__") else list(values))
+    except ValueError:  # numpy's word for a ragged list
+        raise InputError(f"rows are a flat list. Received: {shown(values)}.") from None
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "biuf"):
+        raise InputError(f"rows are a flat list of integers. Received: {shown(values)}.")
+    if array.size == 0:
+        raise InputError("a list of rows is not empty. Received: []. For no row write 'none'.")
+    return array
+
+
+def shown(values: Any, most: int = 80) -> str:
+    """What was received, short enough for a message."""
+    text = " ".join(repr(values).split())
+    return text if len(text) <= most else text[:most] + "…"

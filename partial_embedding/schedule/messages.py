@@ -1,0 +1,196 @@
+"""What runs say about their rows, in the same words for every framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from partial_embedding.errors import InputError
+from partial_embedding.rows.kinds import shown
+from partial_embedding.rows.rows import Rows
+from partial_embedding.rows.vocabulary import Ids, Vocabulary
+from partial_embedding.schedule import Plateau, Position, Schedule, changes
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What happened to a table's frozen rows during one stage.
+
+    Args:
+        table: The table's name.
+        stage: The stage's index.
+        frozen: How many rows were frozen.
+        changed: How many of them changed a bit.
+    """
+
+    table: str
+    stage: int
+    frozen: int
+    changed: int
+
+
+def table_line(table: str, trainable: int, num_rows: int, width: int, elsewhere: int) -> str:
+    """The true number of trainable parameters, which a model summary cannot know.
+
+    Args:
+        table: The table's name.
+        trainable: The rows that train.
+        num_rows: All rows V.
+        width: The columns D.
+        elsewhere: Trainable parameters outside the table.
+
+    Example:
+        >>> table_line("embedding", 20, 1000, 8, 500)
+        'embedding: 20 of 1,000 rows train (160 of 8,000 parameters), 500 parameters elsewhere'
+    """
+    return (
+        f"{table}: {trainable:,} of {num_rows:,} rows train ({trainable * width:,} of "
+        f"{num_rows * width:,} parameters), {elsewhere:,} parameters elsewhere"
+    )
+
+
+def stage_line(
+    table: str,
+    place: str,
+    ids: Ids,
+    num_rows: int,
+    vocabulary: Vocabulary | None = None,
+) -> str:
+    """One line for a stage, or an increment of one, that begins.
+
+    Args:
+        table: The table's name.
+        place: Where that is, as `place_text` says it.
+        ids: The rows that train, shape (K,).
+        num_rows: All rows V.
+        vocabulary: Where counts say how many training tokens the rows cover.
+
+    Example:
+        >>> import numpy as np
+        >>> vocabulary = Vocabulary("abcd", counts=[5, 1, 3, 1])
+        >>> stage_line("words", "stage 1 from epoch 4", np.array([0, 2]), 4, vocabulary)
+        'words: stage 1 from epoch 4: 2 rows train, 50.0 % of the table, 80.0 % of training tokens'
+    """
+    line = f"{table}: {place}: {len(ids):,} rows train, {_percent(len(ids), num_rows)} of the table"
+    if vocabulary is not None and vocabulary.counts is not None:
+        covered = int(vocabulary.counts[ids].sum())
+        line += f", {_percent(covered, int(vocabulary.counts.sum()))} of training tokens"
+    return line
+
+
+def place_text(schedule: Schedule, position: Position) -> str:
+    """Where a position is in a schedule.
+
+    Args:
+        schedule: The schedule.
+        position: Where training stands.
+
+    Example:
+        >>> schedule = Schedule([{"epoch": 0, "rows": "none"}, {"epoch": 2, "rows": "all"}])
+        >>> place_text(schedule, Position(epoch=3, step=90))
+        'stage 1 from epoch 3'
+    """
+    stage_state = schedule.state_at(position)
+    within = schedule.moves_within_epochs
+    place = f"step {position.step:,}" if within else f"epoch {position.epoch}"
+    text = f"stage {stage_state.stage} from {place}"
+    if isinstance(start := schedule.stages[stage_state.stage].start, Plateau):
+        text += f" after {start}"
+    if stage_state.increment:
+        text += f", increment {stage_state.increment} of {stage_state.increments}"
+        text += f" towards stage {stage_state.stage + 1}"
+    return text + (f", cycle {stage_state.cycle_index}" if stage_state.cycle_index else "")
+
+
+def resumed_lines(
+    table: str,
+    then: Schedule,
+    now: Schedule,
+    before: Position,
+    position: Position,
+    resolve: Callable[[Rows], Ids],
+) -> list[str]:
+    """What a resumed run says of a schedule that was changed since its checkpoint.
+
+    A schedule may be changed wherever the rows that train at the checkpoint's position stay the
+    same. Rows that train already keep the rate_scale that they joined with.
+
+    Args:
+        table: The table's name.
+        then: The schedule of the checkpoint.
+        now: The schedule of the run.
+        before: Where the checkpoint's rows were set last.
+        position: The same place, as the run sees it: its length may have changed.
+        resolve: Evaluates rows for the table.
+
+    Returns:
+        One line for each change; none where nothing was changed.
+
+    Raises:
+        InputError: Other rows train there now.
+
+    Example:
+        >>> then = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": "all"}])
+        >>> now = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 5, "rows": "all"}])
+        >>> place = Position(epoch=1)
+        >>> resumed_lines("words", then, now, place, place, lambda rows: rows.resolve(9))
+        ["words: the schedule is not the checkpoint's: stages[1].epoch: 3 became 5"]
+    """
+    changed = changes(then, now)
+    if "share" in now.units and before.total_steps != position.total_steps:
+        changed.append(f"total_steps: {before.total_steps} became {position.total_steps}")
+    if not changed:
+        return []
+    old, new = then.trainable_rows(before), now.trainable_rows(position)
+    if not np.array_equal(resolve(old), resolve(new)):
+        raise InputError(
+            f"{table}: a resumed run trains the rows that the checkpoint trained in "
+            f"{place_text(then, before)}, {shown(old.to_config())}. Received: "
+            f"{shown(new.to_config())}, since {'; '.join(changed)}. Change only what lies ahead."
+        )
+    return [f"{table}: the schedule is not the checkpoint's: {change}" for change in changed]
+
+
+def audit_line(reports: Sequence[StageReport]) -> str:
+    """The proof at the end of a run: frozen rows of each stage, and how many changed a bit.
+
+    Args:
+        reports: One for each table and stage, in order.
+
+    Example:
+        >>> audit_line([StageReport("words", 0, 90, 0), StageReport("words", 1, 40, 0)])
+        'audit: words: frozen rows by stage: 90, 40; changed a bit: 0'
+    """
+    tables = dict.fromkeys(report.table for report in reports)
+    parts = []
+    for table in tables:
+        own = [report for report in reports if report.table == table]
+        frozen = ", ".join(f"{report.frozen:,}" for report in own)
+        changed = sum(report.changed for report in own)
+        parts.append(f"{table}: frozen rows by stage: {frozen}; changed a bit: {changed:,}")
+    return "audit: " + "; ".join(parts)
+
+
+def moved_text(table: str, ids: Sequence[int], step: int | None, suspect: str) -> str:
+    """What the audit says of frozen rows that moved.
+
+    Args:
+        table: The table's name.
+        ids: The rows that moved.
+        step: The optimizer step, or None where it is not known.
+        suspect: What most likely moved them.
+
+    Example:
+        >>> moved_text("words", [3], 12, "a cast of the model")
+        'words: 1 frozen row changed by step 12: 3. Most likely: a cast of the model.'
+    """
+    count = "1 frozen row" if len(ids) == 1 else f"{len(ids)} frozen rows"
+    when = "" if step is None else f" by step {step}"
+    listed = ", ".join(map(str, ids[:10])) + (", …" if len(ids) > 10 else "")
+    return f"{table}: {count} changed{when}: {listed}. Most likely: {suspect}."
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole if whole else 0:.1f} %"

@@ -1,0 +1,430 @@
+"""The optimizer state of one table's cohorts, and the compact parameters that stand in for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from partial_embedding.errors import InputError
+from partial_embedding.schedule import RateScale
+from partial_embedding.torch.inspection import Anatomy, first_state, untouched_row_state
+from partial_embedding.torch.row_parameters import RowParameter
+from partial_embedding.torch.rowcopy import (
+    distinct,
+    read_rows,
+    run_of,
+    share_memory,
+    sum_rows,
+    write_rows,
+)
+from partial_embedding.torch.rowset import RowSet, shown
+from partial_embedding.torch.trial import Group, State
+
+
+@dataclass(eq=False)
+class Cohort:
+    """Rows that began to train together, and what the optimizer remembers of them.
+
+    Args:
+        ids: The rows, sorted, int64, shape (k,).
+        state: The optimizer's state; tensors that are per row have k rows.
+        group_state: What the optimizer keeps in its parameter group, if anything.
+        rate_scale: How fast the rows learn.
+        steps: The steps that they made; counted only where the rate_scale is not plain.
+    """
+
+    ids: Tensor
+    state: State = field(default_factory=dict)
+    group_state: State = field(default_factory=dict)
+    rate_scale: RateScale = field(default_factory=RateScale)
+    steps: int = 0
+    _values: Tensor | None = field(default=None, init=False)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the cohort has not been stepped yet."""
+        return not self.state and not self.group_state
+
+    @cached_property
+    def run(self) -> slice | None:
+        """The rows as a slice, if they lie side by side: their block is then a view."""
+        return run_of(self.ids)
+
+    def values_of(self, weight: Tensor) -> Tensor:
+        """The rows' values, shape (k, D), in memory that is kept for the next step.
+
+        Args:
+            weight: The table, shape (V, D).
+        """
+        values = read_rows(weight, self.ids, self.run, self._values)
+        self._values = None if share_memory(values, weight) else values
+        return values
+
+
+@dataclass(eq=False)
+class Block:
+    """A compact parameter that stands in for rows of the table during one step.
+
+    Args:
+        cohort: The cohort that the rows belong to.
+        parameter: The rows' values and gradient, shape (k, D).
+        ids: Their rows in the table, shape (k,).
+        local: Their positions within the cohort, shape (k,), or None for the whole cohort in order.
+    """
+
+    cohort: Cohort
+    parameter: nn.Parameter
+    ids: Tensor
+    local: Tensor | None = None
+
+
+class TableState:
+    """What one optimizer remembers of one table: nothing but the state of its trainable rows.
+
+    Args:
+        name: The table's name in the model, for messages.
+        table: The table, or another parameter with its rows.
+        anatomy: How the optimizer keeps its state.
+        lazy: Step only rows that the batch touched.
+        unscaled: Why rows cannot have a learning rate of their own, or None where they can.
+
+    Raises:
+        InputError: Rows of the table have one already.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: RowParameter,
+        anatomy: Anatomy,
+        lazy: bool,
+        unscaled: str | None = None,
+    ) -> None:
+        self.name = name
+        self.table = table
+        self.anatomy = anatomy
+        self.lazy = lazy
+        self.unscaled = unscaled
+        self.cohorts: dict[int, Cohort] = {}
+        self._rows: RowSet | None = None
+        self._summed: Tensor | None = None  # the last compact gradient, for its memory
+        for rate_scale in table.row_set.rate_scales.values():
+            self.check_rate_scale(rate_scale)
+        table.ask_about_rates(self.check_rate_scale)
+
+    def check_rate_scale(self, rate_scale: RateScale) -> None:
+        """Refuse a rate_scale that the optimizer cannot keep.
+
+        Args:
+            rate_scale: How fast rows would learn.
+
+        Raises:
+            InputError: It is not the optimizer's own rate, and the optimizer has one rate for all.
+        """
+        if self.unscaled is not None and not rate_scale.is_plain:
+            raise InputError(
+                f"rows of {self.name!r} learn at the rate of their optimizer. Received "
+                f"{rate_scale} for {self.unscaled}. Leave out lr_scale and "
+                "warmup_steps, or take another optimizer."
+            )
+
+    def follow_rows(self) -> bool:
+        """Take over the table's row set: new cohorts begin, rows that left lose their state.
+
+        Returns:
+            Whether any row joined or left.
+        """
+        rows = self.table.row_set
+        if rows is self._rows:
+            return False
+        before, self.cohorts = self.cohorts, {}
+        for number, ids in rows.cohorts.items():
+            rate_scale = rows.rate_scales.get(number, RateScale())
+            self.cohorts[number] = self._restricted(before.get(number), ids, rate_scale)
+        changed = self._rows is not None and not (
+            before.keys() == self.cohorts.keys()
+            and all(len(before[n].ids) == len(cohort.ids) for n, cohort in self.cohorts.items())
+        )
+        self._rows = rows
+        return changed
+
+    def _restricted(self, old: Cohort | None, ids: Tensor, rate_scale: RateScale) -> Cohort:
+        if old is None:
+            return Cohort(ids, rate_scale=rate_scale)
+        if len(old.ids) == len(ids):
+            return replace(old, ids=ids, state=self._moved(old.state, ids))
+        # Rows only ever leave a cohort, so each id is found among the old ones.
+        stayed = torch.searchsorted(old.ids.to(ids.device), ids)
+        state = self._moved(old.state, ids)
+        state.update({k: state[k].index_select(0, stayed) for k in self._per_row(state)})
+        return replace(old, ids=ids, state=state)
+
+    def _moved(self, state: State, like: Tensor) -> State:
+        return {k: v.to(like.device) if k in self.anatomy.per_row else v for k, v in state.items()}
+
+    def _per_row(self, state: State) -> list[str]:
+        return [key for key in state if key in self.anatomy.per_row]
+
+    # Blocks: what the optimizer's own maths sees instead of the table
+
+    def blocks(self, optimizer: Optimizer, group: Group) -> Iterator[Block]:
+        """Make the compact parameters of this step, with their gradients and state.
+
+        Args:
+            optimizer: The optimizer.
+            group: Its parameter group that holds the table.
+        """
+        grad = self.table.weight.grad
+        if grad is None and not self.anatomy.flat and not self.anatomy.in_group:
+            return  # without a gradient the optimizer neither moves a parameter nor counts the step
+        # In a dense gradient nothing tells an untouched row from one whose gradient is zero.
+        if grad is not None and self.lazy and grad.layout == torch.sparse_coo:
+            made = self._touched_blocks(grad)
+        else:
+            made = self._whole_blocks(grad)
+        for block in made:
+            if self.anatomy.eager and not block.cohort.state:
+                whole = block.parameter.new_empty(len(block.cohort.ids), *block.parameter.shape[1:])
+                block.cohort.state = first_state(optimizer, group, nn.Parameter(whole))
+            yield block
+
+    def _whole_blocks(self, grad: Tensor | None) -> Iterator[Block]:
+        rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
+        cohorts, weight = self.cohorts.values(), self.table.weight.detach()
+        compact: Iterable[Tensor | None] = [None] * len(sizes)
+        if grad is not None and self.anatomy.sparse:
+            compact = _split_sparse(rows.slots, grad, sizes)
+        elif grad is not None and grad.layout == torch.sparse_coo:
+            compact = self._compact(rows, grad).split(sizes)
+        elif grad is not None:
+            compact = [read_rows(grad, cohort.ids, cohort.run) for cohort in cohorts]
+        for cohort, part_grad in zip(cohorts, compact, strict=True):
+            values = cohort.values_of(weight)
+            yield Block(cohort, _parameter(values, part_grad), cohort.ids)
+
+    def _compact(self, rows: RowSet, grad: Tensor) -> Tensor:
+        """A sparse gradient of the trainable rows, dense, by slot, shape (K, D)."""
+        slots = rows.slots.index_select(0, grad._indices()[0])
+        self._summed = sum_rows(slots, grad._values(), len(rows) + 1, self._summed)
+        return self._summed[: len(rows)]
+
+    def _touched_blocks(self, grad: Tensor) -> Iterator[Block]:
+        rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
+        slots = rows.slots.index_select(0, grad._indices()[0]).long()
+        touched, position = distinct(slots, len(rows) + 1)
+        summed = sum_rows(position, grad._values(), len(touched))
+        ends = torch.tensor([0, *sizes], device=touched.device).cumsum(0)
+        bounds = torch.searchsorted(touched, ends).tolist()
+        starts = ends.tolist()
+        for i, cohort in enumerate(self.cohorts.values()):
+            local = touched[bounds[i] : bounds[i + 1]] - starts[i]
+            ids = cohort.ids.index_select(0, local)
+            part_grad = summed[bounds[i] : bounds[i + 1]]
+            if self.anatomy.sparse:
+                part_grad = _sparse(torch.arange(len(ids), device=ids.device), part_grad, len(ids))
+            values = self.table.weight.detach().index_select(0, ids)
+            yield Block(cohort, _parameter(values, part_grad), ids, local)
+
+    def lend_state(self, block: Block) -> State:
+        """The state to give the optimizer for a block."""
+        state = dict(block.cohort.state)
+        if block.local is not None:
+            state.update({k: state[k].index_select(0, block.local) for k in self._per_row(state)})
+        return state
+
+    def check_state(self, state: State, optimizer: Optimizer) -> None:
+        """Refuse state that the optimizer did not keep when it was tried.
+
+        Args:
+            state: What it keeps of a block.
+            optimizer: The optimizer.
+
+        Raises:
+            InputError: There is a key of which nothing is known.
+        """
+        if not self.anatomy.flat and (unknown := state.keys() - self.anatomy.keys):
+            raise InputError(
+                "an optimizer keeps the state that it was tried with. Received "
+                f"{sorted(unknown)} from {type(optimizer).__name__}. Where its options changed, "
+                "call detach_rowwise and rowwise again."
+            )
+
+    def take_back(self, block: Block, state: State, optimizer: Optimizer, group: Group) -> None:
+        """Put the values and the state of a block back where they belong.
+
+        Args:
+            block: A block that `blocks` made.
+            state: The optimizer's state of it.
+            optimizer: The optimizer.
+            group: Its parameter group that holds the table, with the block's learning rate.
+        """
+        if self._summed is not None and _keeps(state, self._summed):
+            self._summed = None
+        run = block.cohort.run if block.local is None else None
+        write_rows(self.table.weight.detach(), block.ids, run, block.parameter.detach())
+        if block.local is not None and state:
+            whole = block.cohort.state
+            if not whole:
+                row = untouched_row_state(optimizer, self.anatomy, group, self.table.weight)
+                rows = len(block.cohort.ids)
+                whole = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in row.items()}
+            for key in self._per_row(state):
+                write_rows(whole[key], block.local, None, state[key])
+                state[key] = whole[key]
+        block.cohort.state = state
+
+    # Saving and restoring
+
+    def dump(self) -> dict[str, Any]:
+        """What a checkpoint keeps: row ids and K×D state, as tensors and plain values."""
+        cohorts = [
+            {
+                "number": number,
+                "rows": cohort.ids,
+                "state": dict(cohort.state),
+                "group_state": dict(cohort.group_state),
+                **_saved_rate_scale(cohort),
+            }
+            for number, cohort in self.cohorts.items()
+        ]
+        return {"num_rows": self.table.weight.shape[0], "cohorts": cohorts}
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other rows.
+
+        Args:
+            saved: What `dump` gave.
+
+        Raises:
+            InputError: The table has another size, other rows train, or the optimizer cannot keep
+                their rate_scale.
+        """
+        if saved["num_rows"] != self.table.weight.shape[0]:
+            raise InputError(
+                f"optimizer state belongs to a table of one size. Received state for "
+                f"{saved['num_rows']} rows and {self.name!r} with {self.table.weight.shape[0]}. "
+                "Load the checkpoint's vocabulary first."
+            )
+        ids = [cohort["rows"].cpu() for cohort in saved["cohorts"]]
+        saved_ids = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).sort().values
+        rows = self.table.row_set.ids.cpu()
+        if not torch.equal(saved_ids, rows):
+            raise InputError(
+                "optimizer state belongs to the rows that trained. Received state for "
+                f"{len(saved_ids)} rows {shown(saved_ids)}, while in {self.name!r} {len(rows)} "
+                f"train {shown(rows)}. Call set_trainable_rows with the former first."
+            )
+        for cohort in saved["cohorts"]:
+            self.check_rate_scale(_rate_scale_and_steps(cohort)[0])
+
+    def restore(self, saved: dict[str, Any], group: Group) -> None:
+        """Take over the cohorts of a checkpoint that `check` has passed.
+
+        Args:
+            saved: What `dump` gave.
+            group: The parameter group that holds the table.
+        """
+        device = self.table.row_set.device
+        self.cohorts = {}
+        for entry in saved["cohorts"]:
+            state = {k: _on_device(k, v, device, group) for k, v in entry["state"].items()}
+            ids, group_state = entry["rows"].to(device), dict(entry["group_state"])
+            cohort = Cohort(ids, state, group_state, *_rate_scale_and_steps(entry))
+            self.cohorts[int(entry["number"])] = cohort
+        numbers = {number: cohort.ids for number, cohort in self.cohorts.items()}
+        rate_scales = {
+            n: cohort.rate_scale
+            for n, cohort in self.cohorts.items()
+            if not cohort.rate_scale.is_plain
+        }
+        after = max([*numbers, self.table.row_set.next_number - 1]) + 1
+        self._rows = RowSet(self.table.weight.shape[0], numbers, after, device, rate_scales)
+        self.table.row_set = self._rows
+
+    def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
+        """Go on with the state of shape V×D that a plain optimizer has for the whole table.
+
+        Args:
+            optimizer: The optimizer, which then has no state of its own for the table.
+            group: Its parameter group that holds the table.
+        """
+        self.follow_rows()
+        if self.anatomy.flat:
+            clear_history(optimizer)  # as long as the whole table
+            return
+        state = optimizer.state.pop(self.table.weight, {})
+        for cohort in self.cohorts.values():
+            cohort.state = {
+                key: value.index_select(0, cohort.ids.to(value.device))
+                if key in self.anatomy.per_row
+                else value.clone()
+                if isinstance(value, Tensor)
+                else value
+                for key, value in state.items()
+            }
+            if state:  # a copy, since some optimizers count in place
+                counted = self.anatomy.in_group & group.keys()
+                cohort.group_state = {key: copy.deepcopy(group[key]) for key in counted}
+
+
+def clear_history(optimizer: Optimizer) -> None:
+    """Make LBFGS forget its one history of all parameters, and how long it was."""
+    optimizer.state.clear()
+    vars(optimizer)["_numel_cache"] = None
+
+
+def _split_sparse(slots: Tensor, grad: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+    """A sparse gradient for each cohort, as `SparseAdam` wants."""
+    if grad.layout != torch.sparse_coo:
+        raise InputError(
+            "SparseAdam takes sparse gradients. Received a dense one. Make the table with "
+            "sparse=True, and do not tie its weight to a head."
+        )
+    of_id, values, start = slots[grad._indices()[0]].long(), grad._values(), 0
+    for size in sizes:
+        mine = (of_id >= start) & (of_id < start + size)
+        yield _sparse(of_id[mine] - start, values[mine], size)
+        start += size
+
+
+def _sparse(ids: Tensor, values: Tensor, height: int) -> Tensor:
+    return torch.sparse_coo_tensor(
+        ids.unsqueeze(0), values, (height, *values.shape[1:]), check_invariants=False
+    )
+
+
+def _keeps(state: State, tensor: Tensor) -> bool:
+    """Whether an optimizer remembers a tensor itself, and not a copy of it."""
+    return any(isinstance(v, Tensor) and share_memory(v, tensor) for v in state.values())
+
+
+def _parameter(values: Tensor, grad: Tensor | None) -> nn.Parameter:
+    parameter = nn.Parameter(values)
+    parameter.grad = grad
+    return parameter
+
+
+def _saved_rate_scale(cohort: Cohort) -> dict[str, Any]:
+    # Absent where plain, so that a checkpoint is then what it is without rate_scales.
+    if cohort.rate_scale.is_plain:
+        return {}
+    return {"rate_scale": {**cohort.rate_scale.to_config(), "steps": cohort.steps}}
+
+
+def _rate_scale_and_steps(entry: dict[str, Any]) -> tuple[RateScale, int]:
+    saved = dict(entry.get("rate_scale", {}))
+    steps = saved.pop("steps", 0)
+    return RateScale(**saved), steps
+
+
+def _on_device(key: str, value: Any, device: torch.device, group: Group) -> Any:
+    # torch keeps step counts on the CPU unless the maths itself runs on the device.
+    counts_on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
+    return value.to(device) if isinstance(value, Tensor) and not counts_on_cpu else value
