@@ -255,7 +255,10 @@ def _select_nearest(
     own = rows_of(tokens, vocabulary)
     lengths = np.linalg.norm(vectors, axis=1)
     divisors = np.where(lengths > 0, lengths, 1)
-    closeness = (vectors @ (vectors[own].T / divisors[own])).max(axis=1) / divisors
+    # A vector of zeros has no direction: among the given it would be nearer than an opposite one.
+    given = own[lengths[own] > 0]
+    cosines = vectors @ (vectors[given].T / divisors[given])
+    closeness = cosines.max(axis=1, initial=-np.inf if given.size else 0) / divisors
     closeness[lengths == 0] = -np.inf  # padding is near to nothing
     closeness[own] = np.inf
     order = np.argsort(-closeness, kind="stable")

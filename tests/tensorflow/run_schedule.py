@@ -39,9 +39,9 @@ STAGES: list[dict[str, Any]] = [
         "lr_scale": 2,
     },
 ]
-PACE = ("lr", "warmup")
+RATE_KEYS = ("lr_scale", "warmup_steps")
 if kind != "rate_scales":
-    STAGES = [{k: v for k, v in stage.items() if k not in PACE} for stage in STAGES]
+    STAGES = [{k: v for k, v in stage.items() if k not in RATE_KEYS} for stage in STAGES]
 SCHEDULE = {"stages": STAGES}
 
 

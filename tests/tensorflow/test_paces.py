@@ -211,6 +211,6 @@ def test_a_pace_that_nobody_keeps_is_refused() -> None:
     with pytest.raises(InputError, match=r"Received another optimizer for 'words'"):
         plain.apply(gradients, layer.trainable_variables)
     rowwise(keras.optimizers.SGD()).build(layer.trainable_variables)
-    with pytest.raises(InputError, match="a rate_scale is what rowwise"):
+    with pytest.raises(InputError, match="a learning rate of rows is what rowwise"):
         layer.set_trainable_rows([3], rate_scale=RateScale(warmup_steps=5))
     assert layer.trainable_rows.tolist() == [1, 2]
