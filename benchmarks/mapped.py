@@ -4,14 +4,15 @@
 
 The file is sparse: it is as large as the table and takes no room on the disk. Each figure is taken
 in a process of its own, beyond what the imports and a first small step take. The floor is an
-`nn.Embedding` of the trainable rows alone, in memory, with the same optimizer and batches; rows that
-lie apart need their whole pages, which is added to it. Linux only.
+`nn.Embedding` of the trainable rows alone, in memory, with the same optimizer and batches; rows
+that lie apart need their whole pages, which is added to it. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -89,7 +90,10 @@ def beyond_rows(rows: np.ndarray, dim: int) -> int:
 
 def in_a_process(*arguments: object) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # Blocks that are let go return to the system at once, so that figures do not depend on luck.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    return json.loads(done.stdout)
 
 
 def report(num_rows: int, dim: int, count: int) -> str:
