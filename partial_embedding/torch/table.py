@@ -198,6 +198,11 @@ class PartialTable(nn.Module):
         ids = ids[ids != self._padding_row()]
         if self._row_set is None and len(ids) == self._most_trainable(self.weight.shape[0]):
             return  # every row trains already, with no bookkeeping to keep
+        if self._row_set is None:
+            # Those that stay are the first cohort. All rows, which leave, are not written down.
+            of_first = {0: torch.tensor(ids, device="cpu")}
+            self.row_set = RowSet(self.weight.shape[0], of_first, 1)
+            return
         before = self.row_set
         self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
         for told in self._shared.before_training:
