@@ -156,7 +156,9 @@ def _input_embeddings(model: Any, candidates: dict[str, Any]) -> dict[str, Any]:
     if not callable(getattr(model, "get_input_embeddings", None)):
         return embeddings
     try:
-        within = set(model.get_input_embeddings().modules())
+        asked = model.get_input_embeddings()
+        # Of one that has another for some of its tokens, as IDEFICS has, itself.
+        within = {asked} if isinstance(asked, nn.Embedding) else set(asked.modules())
     except (NotImplementedError, AttributeError):  # a model without words, such as one for sound
         return embeddings
     return {name: module for name, module in embeddings.items() if module in within}
@@ -291,9 +293,9 @@ def train_only(model: nn.Module, table: Any, ids: Ids, sparse: bool) -> dict[str
     for module in users.values():
         if isinstance(module, tuple(_PARTIAL)) and not isinstance(module, PartialTable):
             _make_partial(module, sparse)
+    table.set_trainable_ids(ids)
     if getattr(model, "peft_config", None):
         _stand_beside_adapters(model)
-    table.set_trainable_ids(ids)
     if len(ids):
         table.weight.requires_grad_(True)
         for module in users.values():
