@@ -165,8 +165,8 @@ def test_a_look_at_the_base_model_leaves_the_gradient_alone() -> None:
 def test_the_base_rows_cost_no_more_than_the_rows() -> None:
     model, *_ = adapted()
     part = model.get_input_embeddings().token_adapter
-    held = [v for v in vars(part).values() if isinstance(v, Tensor)] + list(part._base.values())
-    assert sum(v.numel() for v in held) == len(NEW) * (8 + 1)
+    assert not part._hidden
+    assert sum(v.numel() for v in (part._ids, *part._base.values())) == len(NEW) * (8 + 1)
 
 
 def test_a_table_that_was_there_before_is_known_to_peft_too() -> None:
@@ -180,6 +180,88 @@ def test_a_table_that_was_there_before_is_known_to_peft_too() -> None:
     assert table.weight.requires_grad
     train(model, words)
     assert rows_that_differ(before.get_input_embeddings().weight, table.weight) == [3, 4]
+    with model.disable_adapter():
+        assert_same_bits(logits_of(model, words), logits_of(before, words), "logits")
+
+
+@ORDERS
+def test_each_adapter_has_its_rows_and_begins_with_those_that_there_are(lora_first: bool) -> None:
+    # As TRL takes the reference of an adapter that was trained before: from a copy of it.
+    model, words = language_model("Llama"), tokenizer()
+    if not lora_first:
+        add_tokens(model, words, NEW)
+    model = peft.get_peft_model(model, lora(), adapter_name="mine")
+    if lora_first:
+        add_tokens(model, words, NEW)
+    base = copy.deepcopy(model.get_input_embeddings().weight.detach())
+    train(model, words)
+    begun = model.get_input_embeddings().weight.detach().clone()
+    model.add_adapter("ref", lora())
+    train(model, words)
+    learned = model.get_input_embeddings().weight.detach().clone()
+    for _ in range(2):
+        for name, expected in (("ref", begun), ("mine", learned)):
+            model.set_adapter(name)
+            assert_same_bits(model.get_input_embeddings().weight, expected, name)
+            with model.disable_adapter():
+                assert_same_bits(model.get_input_embeddings().weight, base, "the base model's")
+            assert_same_bits(model.get_input_embeddings().weight, expected, name)
+    model.set_adapter("ref")
+    train(model, words)
+    model.set_adapter("mine")
+    assert_same_bits(model.get_input_embeddings().weight, learned, "of the first adapter")
+    model.delete_adapter("mine")
+    assert rows_that_differ(model.get_input_embeddings().weight, learned) == NEW_ROWS
+
+
+def test_an_adapter_is_loaded_beside_the_rows_of_another(tmp_path: Path) -> None:
+    other, words, _ = adapted()
+    train(other, words)
+    other.save_pretrained(tmp_path)
+    model, words, _ = adapted(lora_first=False)
+    train(model, words, steps=1)
+    own = logits_of(model, words)
+    model.load_adapter(tmp_path, "other")
+    assert_same_bits(logits_of(model, words), own, "logits of the first adapter")
+    model.set_adapter("other")
+    assert_same_bits(logits_of(model, words), logits_of(other, words), "logits of the other")
+    model.set_adapter("default")
+    assert_same_bits(logits_of(model, words), own, "logits of the first adapter")
+
+
+@TIED
+def test_the_tokens_of_an_adapter_that_peft_made_are_served_by_the_table(
+    tied: bool, tmp_path: Path
+) -> None:
+    # Tutorials add tokens and name them in the configuration of LoRA.
+    plain, words = language_model("Llama", tied), tokenizer()
+    add_tokens(plain, words, NEW)
+    restore_embedding(plain)
+    tables = {"embed_tokens": [3, *NEW_ROWS], **({} if tied else {"lm_head": [3, *NEW_ROWS]})}
+    theirs = peft.get_peft_model(plain, lora(trainable_token_indices=tables))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter += torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+
+    model, words = language_model("Llama", tied), tokenizer()
+    add_tokens(model, words, NEW)
+    before = copy.deepcopy(model)
+    model = peft.get_peft_model(model, lora(trainable_token_indices=tables))
+    assert isinstance(model.get_input_embeddings(), PartialEmbedding)
+    train(model, words)
+    for table, old in (
+        (model.get_input_embeddings(), before.get_input_embeddings()),
+        (model.get_output_embeddings(), before.get_output_embeddings()),
+    ):
+        assert table.trainable_rows.tolist() == [3, *NEW_ROWS]
+        assert rows_that_differ(old.weight, table.weight) == [3, *NEW_ROWS]
+    own = logits_of(model, words)
+    model.load_adapter(tmp_path, "theirs")
+    assert_same_bits(logits_of(model, words), own, "logits of the first adapter")
+    model.set_adapter("theirs")
+    torch.testing.assert_close(logits_of(model, words), logits_of(theirs, words))
     with model.disable_adapter():
         assert_same_bits(logits_of(model, words), logits_of(before, words), "logits")
 
