@@ -34,7 +34,7 @@ class CohortTrack:
         size: How many rows they are.
         drift: How far they went from where they were unfrozen, divided by the length of a typical
             row.
-        numbers: The other measurements by name, as `TableWatch` lists them.
+        numbers: The other measurements by name, as `TableSample` lists them.
     """
 
     unfrozen_at: float
@@ -62,7 +62,7 @@ class BandTrack:
 
 @dataclass
 class MovedRow:
-    """A row that went far, and its nearest neighbours among the rows that are watched.
+    """A row that went far, and its nearest neighbours among the rows that are sampled.
 
     Args:
         token: What the row means, or its number.
@@ -92,7 +92,7 @@ class RowTrack:
         cohorts: The rows that were unfrozen together, by number.
         bands: The rows by how often they occur, by name.
         moved: The rows that went farthest, the farthest first.
-        watched: How many rows were compared to find these.
+        sampled: How many rows were compared to find these.
         end: Where training stands.
 
     Example:
@@ -109,17 +109,18 @@ class RowTrack:
     cohorts: dict[int, CohortTrack] = field(default_factory=dict)
     bands: dict[str, BandTrack] = field(default_factory=dict)
     moved: list[MovedRow] = field(default_factory=list)
-    watched: int = 0
+    sampled: int = 0
     end: float = 0.0
 
     def thin(self) -> None:
         """Drop every second point where there are very many."""
-        self.token_share = _thinned(self.token_share)
+        self.trainable = thinned(self.trainable)
+        self.token_share = thinned(self.token_share)
         for cohort in self.cohorts.values():
-            cohort.drift = _thinned(cohort.drift)
-            cohort.numbers = {name: _thinned(series) for name, series in cohort.numbers.items()}
+            cohort.drift = thinned(cohort.drift)
+            cohort.numbers = {name: thinned(series) for name, series in cohort.numbers.items()}
         for band in self.bands.values():
-            band.drift = _thinned(band.drift)
+            band.drift = thinned(band.drift)
 
     def to_state(self) -> dict[str, Any]:
         """Plain values for a checkpoint or a JSON file."""
@@ -232,5 +233,16 @@ def _points(points: list[Any]) -> list[Any]:
     return [tuple(point) for point in points]
 
 
-def _thinned(points: list[Point]) -> list[Point]:
-    return points if len(points) <= _MOST_POINTS else points[::2]
+def thinned(points: list[Point]) -> list[Point]:
+    """Drop every second point, but the last, until there are no longer very many.
+
+    Args:
+        points: Anything in order.
+
+    Example:
+        >>> len(thinned(list(range(5000)))), thinned([1, 2])
+        (626, [1, 2])
+    """
+    while len(points) > _MOST_POINTS:
+        points = [*points[:-1:2], points[-1]]
+    return points
