@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("jinja2")
 
 from partial_embedding import InputError
-from partial_embedding.monitor.figures import Line, chart, standalone, trainable_chart
+from partial_embedding.monitor.figures import Line, figure, standalone, trainable_figure
 from partial_embedding.monitor.page import comparison, main_metric, page
 from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import BandTrack, CohortTrack, MovedRow, RowTrack
@@ -178,7 +178,7 @@ def test_an_axis_ends_at_the_tables_size_unless_few_rows_train(
     num_rows: int, trainable: int, expected: list[str]
 ) -> None:
     line = Line("rows", [(0, trainable), (3, trainable)], stepped=True)
-    assert labels(trainable_chart([line], num_rows, 3.0, "epoch", "rows")) == expected
+    assert labels(trainable_figure([line], num_rows, 3.0, "epoch", "rows")) == expected
 
 
 @pytest.mark.parametrize("points", [[], [(0, 5)], [(0, 5), (1, 5)], [(0, 0), (2, 1e9)], [(0, -3)]])
@@ -186,13 +186,13 @@ def test_an_axis_ends_at_the_tables_size_unless_few_rows_train(
 @pytest.mark.parametrize("end", [0.0, 0.5, 1e6])
 def test_a_picture_is_drawn_of_any_numbers(points: Any, bottom: float | None, end: float) -> None:
     line = Line("a", points, [(x, y, y) for x, y in points], dotted=True)
-    svg = chart([line], title="n", alt="n", unit="step", end=end, bottom=bottom)
+    svg = figure([line], title="n", alt="n", unit="step", end=end, bottom=bottom)
     ET.fromstring(standalone(svg))
 
 
 def test_long_lines_are_drawn_with_few_points() -> None:
     line = Line("a", [(i, i % 7) for i in range(100_000)])
-    assert len(chart([line], title="n", alt="n", unit="step", end=1e5)) < 20_000
+    assert len(figure([line], title="n", alt="n", unit="step", end=1e5)) < 20_000
 
 
 # Several runs

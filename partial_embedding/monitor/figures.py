@@ -90,7 +90,7 @@ def ramp(i: int, of: int) -> str:
     return f"hsl({265 - 200 * i / max(of - 1, 1):.0f} 55% var(--tone))"
 
 
-def chart(
+def figure(
     lines: Sequence[Line],
     *,
     title: str,
@@ -102,7 +102,7 @@ def chart(
     shade: Points = (),
     marks: Sequence[float] = (),
 ) -> str:
-    """Draw lines over training.
+    """Draw lines over training, with a legend below where there are several.
 
     Args:
         lines: What is drawn.
@@ -116,11 +116,11 @@ def chart(
         marks: Places that are marked.
 
     Returns:
-        An SVG of its own.
+        An HTML figure that holds an SVG.
 
     Example:
-        >>> svg = chart([Line("a", [(0, 1), (2, 3)])], title="n", alt="a", unit="epoch", end=2)
-        >>> svg.startswith("<svg"), "epochs of training" in svg
+        >>> html = figure([Line("a", [(0, 1), (2, 3)])], title="n", alt="a", unit="epoch", end=2)
+        >>> html.startswith("<figure><svg"), "epochs of training" in html
         (True, True)
     """
     lines = [line.finite() for line in lines]
@@ -136,7 +136,7 @@ def chart(
     if top is not None:  # it means something, such as the size of a table
         ticks = [*(tick for tick in ticks if tick < 0.9 * top), top]
     parts = [
-        f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" role="img" '
+        f'<figure><svg class="chart" xmlns="http://www.w3.org/2000/svg" role="img" '
         f'viewBox="0 0 {_WIDTH} {_HEIGHT}"><title>{_text(alt)}</title>',
         f'<text x="0" y="16">{_text(title)}</text>',
     ]
@@ -162,10 +162,10 @@ def chart(
         parts.append(f'<path class="mark" d="M{x} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
     for line in lines:
         parts.append(f'<g style="--own:{line.color}">{_drawn(line, frame)}</g>')
-    return "".join(parts) + "</svg>"
+    return "".join(parts) + f"</svg>{_legend(lines)}</figure>"
 
 
-def trainable_chart(lines: Sequence[Line], num_rows: int, end: float, unit: str, alt: str) -> str:
+def trainable_figure(lines: Sequence[Line], num_rows: int, end: float, unit: str, alt: str) -> str:
     """Draw how many rows train over training.
 
     Args:
@@ -182,7 +182,7 @@ def trainable_chart(lines: Sequence[Line], num_rows: int, end: float, unit: str,
         top = step * math.ceil(most / step)
     shade = [(place, count / top) for place, count in lines[0].points]
     title = f"trainable rows, of {num_rows:,}"
-    return chart(lines, title=title, alt=alt, unit=unit, end=end, top=top, shade=shade)
+    return figure(lines, title=title, alt=alt, unit=unit, end=end, top=top, shade=shade)
 
 
 def lasting(points: Sequence[tuple[float, float]], end: float) -> Points:
@@ -195,19 +195,27 @@ def lasting(points: Sequence[tuple[float, float]], end: float) -> Points:
     return [*points, (end, points[-1][1])] if points else []
 
 
-def named(lines: Sequence[Line]) -> Sequence[Line]:
-    """The lines that a legend names: all of a few, the ends of the scale of many."""
-    return lines if len(lines) <= _MOST_NAMED else [lines[0], lines[-1]]
-
-
-def standalone(svg: str) -> str:
-    """A picture as a file of its own.
+def standalone(html: str) -> str:
+    """The picture of a figure as a file of its own.
 
     Args:
-        svg: What `chart` drew.
+        html: What `figure` drew.
     """
-    head, _, rest = svg.partition("<title>")
-    return f"{head}<style>{STYLE}svg {{ background: var(--page); }}</style><title>{rest}\n"
+    head, _, rest = html[html.index("<svg") : html.index("</svg>")].partition("<title>")
+    return f"{head}<style>{STYLE}svg {{ background: var(--page); }}</style><title>{rest}</svg>\n"
+
+
+def _legend(lines: Sequence[Line]) -> str:
+    if len(lines) < 2:
+        return ""
+    # All of a few, the ends of the scale of many.
+    named = lines if len(lines) <= _MOST_NAMED else [lines[0], lines[-1]]
+    entries = (
+        f'<span style="--own:{line.color}"><i{" class=dashed" * line.dashed}></i>'
+        f"{_text(line.label)}</span>"
+        for line in named
+    )
+    return f"<figcaption>{''.join(entries)}</figcaption>"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,11 +15,10 @@ from partial_embedding.errors import InputError
 from partial_embedding.monitor.figures import (
     STYLE,
     Line,
-    chart,
+    figure,
     lasting,
-    named,
     ramp,
-    trainable_chart,
+    trainable_figure,
 )
 from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import Drift, MovedRow, RowTrack
@@ -29,17 +28,12 @@ from partial_embedding.schedule.preview import Planned
 # A number of a metric gets better downwards if its name says so.
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse")
 _NONE = "-"
+_QUANTILES = ("median", "10 to 90 %")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers in columns.
-
-    Args:
-        caption: What they are.
-        columns: The heads.
-        rows: The cells, as they are shown.
-    """
+    """What a caption says, in columns, as it is shown."""
 
     caption: str
     columns: Sequence[str]
@@ -53,20 +47,12 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A picture with its legend."""
-
-    lines: Sequence[Line]
-    svg: Markup
-
-
-@dataclass(frozen=True)
 class Section:
-    """What a page says of one thing; each part of it may be left out."""
+    """What a page says of one thing; each part but the title may be left out."""
 
     title: str
     text: str = ""
-    figure: Figure | None = None
+    figure: str = ""
     tables: Sequence[Table] = ()
     moved: Sequence[MovedRow] = ()
     config: str = ""
@@ -74,15 +60,12 @@ class Section:
 
 
 def page(record: RowRecord, title: str, settings: str = "") -> str:
-    """Make the page of a run.
+    """Make the page of a run, as HTML.
 
     Args:
         record: What was seen of the run.
         title: What the page is called, such as the folder of the run.
         settings: The run's configuration, to be shown as it is.
-
-    Returns:
-        The HTML.
 
     Example:
         >>> record = RowRecord({"words": RowTrack(10, 1.0, trainable=[(0, 4)])})
@@ -90,22 +73,29 @@ def page(record: RowRecord, title: str, settings: str = "") -> str:
         >>> html.startswith("<!doctype html>"), html.count("<svg")
         (True, 1)
     """
-    sections = []
+    facts, sections = [], []
     for name, track in record.tables.items():
-        sections += [Section(f"Table {name}", level=1)] if len(record.tables) > 1 else []
+        several = len(record.tables) > 1
+        what = f"rows of {name}" if several else "rows"
+        facts.append((f"{track.count:,}", f"{what} trainable at the end, of {track.num_rows:,}"))
+        sections += [Section(f"Table {name}", level=1)] if several else []
         sections += _of_table(name, track, record)
-    return _html(title, _facts(record), [*sections, _audit(record)], settings)
+    if record.tables:
+        unit = next(iter(record.tables.values())).unit
+        facts.append((f"{record.end:g}", f"{unit}s of training"))
+    if (metric := main_metric(record.scores)) is not None:
+        facts.append((f"{_best(metric, record.scores).metrics[metric]:.4g}", f"best {metric}"))
+    if record.audit:
+        facts.append((f"{_changed(record):,}", "frozen rows that changed a bit"))
+    return _html(title, facts, [*sections, _audit(record)], settings)
 
 
 def comparison(records: Mapping[str, RowRecord], title: str) -> str:
-    """Make one page of several runs: what each reached, and with which rows.
+    """Make one page of several runs, as HTML: what each reached, and with which rows.
 
     Args:
         records: What was seen of each run, by what it is called.
         title: What the page is called.
-
-    Returns:
-        The HTML.
 
     Raises:
         InputError: Some runs count epochs and others steps.
@@ -123,79 +113,40 @@ def comparison(records: Mapping[str, RowRecord], title: str) -> str:
             f"runs are compared over one unit of training. Received: {shown}. Compare those whose "
             "data has a length, or those whose data has none, among themselves."
         )
-    metric = main_metric([score for run in records.values() for score in run.scores])
+    unit = next(iter(units), "epoch")
+    metric = main_metric([score for run in records.values() for score in run.scores]) or ""
     rows, lines = [], []
     for i, (name, run) in enumerate(records.items()):
-        scored = [score for score in run.scores if metric in score.metrics]
-        points = [(score.place, score.metrics[metric]) for score in scored if metric]
-        lines += [Line(name, points, color=ramp(i, len(records)), dotted=True)] if points else []
-        best = _best(metric, scored) if metric and scored else None
-        rows.append(
-            [
-                name,
-                _percent(*_trainable(run)),
-                f"{_end(run):g}",
-                *(
-                    [_NONE] * 3
-                    if metric is None or best is None
-                    else [
-                        f"{best.metrics[metric]:.4g}",
-                        f"{best.place:g}",
-                        f"{points[-1][1]:.4g}",
-                    ]
-                ),
-                f"{sum(result.changed for result in run.audit):,}" if run.audit else _NONE,
-            ]
-        )
-    unit = next(iter(units), "epoch")
+        measured = [_NONE] * 3
+        if scored := [score for score in run.scores if metric in score.metrics]:
+            points = [(score.place, score.metrics[metric]) for score in scored]
+            lines.append(Line(name, points, color=ramp(i, len(records)), dotted=True))
+            best = _best(metric, scored)
+            measured = [f"{best.metrics[metric]:.4g}", f"{best.place:g}", f"{points[-1][1]:.4g}"]
+        trained, changed = _percent(run.trainable, run.num_rows), f"{_changed(run):,}"
+        rows.append([name, trained, f"{run.end:g}", *measured, changed if run.audit else _NONE])
     columns = ["run", "rows at the end", f"{unit}s", "best", f"at {unit}", "last", "frozen changed"]
-    figure = None
-    if lines and metric:
-        alt = "; ".join(f"{line.label}: last {line.points[-1][1]:.4g}" for line in lines)
-        svg = chart(
-            lines, title=metric, alt=f"{metric} over training. {alt}.", unit=unit,
-            end=max(map(_end, records.values())), bottom=None,
-        )  # fmt: skip
-        figure = Figure(lines, Markup(svg))
-    title_of = f"{_readable(metric)} of {len(rows)} runs" if metric else f"{len(rows)} runs"
-    caption = f"Best and last: {metric}" if metric else "No run was validated"
-    return _html(
-        title, [], [Section(title_of, figure=figure, tables=[Table(caption, columns, rows)])]
-    )
+    ends = "; ".join(f"{line.label}: {line.points[-1][1]:.4g}" for line in lines)
+    drawn = lines and figure(
+        lines, title=metric, alt=f"{metric} over training. At the end: {ends}.", unit=unit,
+        end=max(run.end for run in records.values()), bottom=None,
+    )  # fmt: skip
+    about = f"{_readable(metric)} of {len(rows)} runs" if metric else f"{len(rows)} runs"
+    table = Table(f"Best and last: {metric}" if metric else "No run was validated", columns, rows)
+    return _html(title, [], [Section(about, figure=drawn or "", tables=[table])])
 
 
 # Sections
 
 
-def _facts(record: RowRecord) -> list[tuple[str, str]]:
-    facts = []
-    for name, track in record.tables.items():
-        of_which = f"rows of {name}" if len(record.tables) > 1 else "rows"
-        now = f"{_trainable_in(track):,}"
-        facts.append((now, f"{of_which} trainable at the end, of {track.num_rows:,}"))
-    if record.tables:
-        facts.append(
-            (f"{_end(record):g}", f"{next(iter(record.tables.values())).unit}s of training")
-        )
-    if (metric := main_metric(record.scores)) is not None:
-        facts.append((f"{_best(metric, record.scores).metrics[metric]:.4g}", f"best {metric}"))
-    if record.audit:
-        changed = sum(result.changed for result in record.audit)
-        facts.append((f"{changed:,}", "frozen rows that changed a bit"))
-    return facts
-
-
 def _of_table(name: str, track: RowTrack, record: RowRecord) -> list[Section]:
     sections = [_schedule(name, track, record)]
     if track.moved:
-        sections.append(
-            Section(
-                "The tokens that moved most",
-                f"Among {track.sampled:,} rows that were sampled. A neighbour that is new is "
-                "marked; one that is gone is struck out.",
-                moved=track.moved,
-            )
+        text = (
+            f"Among {track.sampled:,} rows that were sampled. A neighbour that is new is marked; "
+            "one that is gone is struck out."
         )
+        sections.append(Section("The tokens that moved most", text, moved=track.moved))
     if (metric := main_metric(record.scores)) is not None:
         sections.append(_scores(metric, track, record))
     if any(cohort.drift for cohort in track.cohorts.values()):
@@ -207,39 +158,27 @@ def _of_table(name: str, track: RowTrack, record: RowRecord) -> list[Section]:
 
 
 def _schedule(name: str, track: RowTrack, record: RowRecord) -> Section:
-    planned = record.plans.get(name, [])
-    title = "The schedule, as planned and as it happened"
-    tables = []
-    if planned:
-        rows = [_planned_row(step, track.num_rows) for step in planned]
-        columns = ["planned", "rows", "share", "join", "leave", "of the tokens", "rate"]
-        used = [i for i in range(7) if i < 3 or any(row[i] != _NONE for row in rows)]
-        tables.append(
-            Table("As planned", [columns[i] for i in used], [[r[i] for i in used] for r in rows])
-        )
-    config = record.schedules.get(name, "")
+    title, unit = "The schedule, as planned and as it happened", track.unit
+    planned, config = record.plans.get(name, []), record.schedules.get(name, "")
     plan = [(step.position.step / (record.epoch_steps or 1), step.trainable) for step in planned]
     if not any(count for _, count in [*track.trainable, *plan]):
         return Section(title, "No row of this table was to train, and none did.", config=config)
-    end = max(track.end, float(record.length or 0) if track.unit == "epoch" else 0.0)
-    lines = [Line("as it happened", lasting(track.trainable, track.end), stepped=True)]
+    end = max(track.end, float(record.length or 0) if unit == "epoch" else 0.0)
+    lines, tables = [Line("as it happened", lasting(track.trainable, track.end), stepped=True)], []
     if plan:
         points = lasting(plan, end)
         lines.append(Line("as planned", points, (), "var(--second)", stepped=True, dashed=True))
-    tables.append(
-        Table(
-            "As it happened",
-            [f"from {track.unit}", "rows", "share"],
-            [
-                [f"{place:g}", f"{count:,}", _percent(count, track.num_rows)]
-                for place, count in track.trainable
-            ],
-        )
-    )
-    said = "; ".join(f"{count:,} from {track.unit} {place:g}" for place, count in track.trainable)
+        rows = [_planned_row(step, track.num_rows) for step in planned]
+        columns = ["planned", "rows", "share", "join", "leave", "of the tokens", "rate"]
+        used = [i for i in range(7) if i < 3 or any(row[i] != _NONE for row in rows)]
+        shown = [[row[i] for i in used] for row in rows]
+        tables.append(Table("As planned", [columns[i] for i in used], shown))
+    rows = [[f"{p:g}", f"{n:,}", _percent(n, track.num_rows)] for p, n in track.trainable]
+    tables.append(Table("As it happened", [f"from {unit}", "rows", "share"], rows))
+    said = "; ".join(f"{count:,} from {unit} {place:g}" for place, count in track.trainable[:20])
     alt = f"Trainable rows in {name} over training: {said}."
-    svg = trainable_chart(lines, track.num_rows, end, track.unit, alt)
-    return Section(title, figure=Figure(lines, Markup(svg)), tables=tables, config=config)
+    drawn = trainable_figure(lines, track.num_rows, end, unit, alt)
+    return Section(title, figure=drawn, tables=tables, config=config)
 
 
 def _planned_row(step: Planned, num_rows: int) -> list[str]:
@@ -257,99 +196,81 @@ def _planned_row(step: Planned, num_rows: int) -> list[str]:
 
 
 def _scores(metric: str, track: RowTrack, record: RowRecord) -> Section:
-    _, num_rows = _trainable(record)
     scored = [score for score in record.scores if metric in score.metrics]
     points = [(score.place, score.metrics[metric]) for score in scored]
     # The rows that trained before a validation are what it measured.
     starts = [0.0, *(score.place for score in scored)]
-    shares = [score.trainable / max(num_rows, 1) for score in scored]
-    shade = lasting(list(zip(starts, shares, strict=False)), starts[-1])
-    line = Line(metric, points, color="var(--second)", dotted=True)
-    alt = (
-        f"{metric} over training, from {points[0][1]:.4g} to {points[-1][1]:.4g}, over the share "
-        "of trainable rows."
-    )
-    svg = chart(
-        [line], title=metric, alt=alt, unit=track.unit, end=_end(record), bottom=None, shade=shade
+    shares = [score.trainable / max(record.num_rows, 1) for score in scored]
+    drawn = figure(
+        [Line(metric, points, color="var(--second)", dotted=True)],
+        title=metric,
+        alt=f"{metric} over training, from {points[0][1]:.4g} to {points[-1][1]:.4g}, over the "
+        "share of trainable rows.",
+        unit=track.unit,
+        end=record.end,
+        bottom=None,
+        shade=lasting(list(zip(starts, shares, strict=False)), starts[-1]),
     )
     rows = []
     for trainable in dict.fromkeys(score.trainable for score in scored):
         within = [score for score in scored if score.trainable == trainable]
-        numbers = [score.metrics[metric] for score in within]
-        spread = [numbers[0], _best(metric, within).metrics[metric], numbers[-1]]
-        share = _percent(trainable, num_rows)
-        rows.append([f"{trainable:,}", share, str(len(within)), *(f"{n:.4g}" for n in spread)])
+        spread = (within[0], _best(metric, within), within[-1])
+        numbers = [f"{score.metrics[metric]:.4g}" for score in spread]
+        share = _percent(trainable, record.num_rows)
+        rows.append([f"{trainable:,}", share, str(len(within)), *numbers])
     columns = ["trainable rows", "share", "validations", "first", "best", "last"]
     return Section(
         f"{_readable(metric)} against trainable rows",
         "Shaded: the share of all rows that trained, up to the full height.",
-        Figure((), Markup(svg)),
+        drawn,
         [Table(metric, columns, rows)],
     )
 
 
 def _cohorts(track: RowTrack) -> Section:
-    labels = {
-        f"{cohort.size:,} trainable from {track.unit} {cohort.unfrozen_at:g}": cohort.drift
-        for cohort in track.cohorts.values()
-    }
-    rows = []
+    drifts, rows = {}, []
     for number, cohort in track.cohorts.items():
+        since = f"{track.unit} {cohort.unfrozen_at:g}"
+        drifts[f"{cohort.size:,} trainable from {since}"] = cohort.drift
         last = {key: series[-1][1] for key, series in cohort.numbers.items() if series}
-        rows.append(
-            [
-                str(number),
-                f"{track.unit} {cohort.unfrozen_at:g}",
-                f"{cohort.size:,}",
-                *_quantiles(cohort.drift),
-                *(
-                    f"{last[key]:.3g}" if key in last else _NONE
-                    for key in ("update_ratio", "gradient_norm", "lr")
-                ),
-                f"{100 * last['neighbours_kept']:.0f} %" if "neighbours_kept" in last else _NONE,
-            ]
-        )
-    columns = ["cohort", "from", "rows", "median", "10 to 90 %", "update", "gradient", "lr", "kept"]
+        keys = ("update_ratio", "gradient_norm", "lr")
+        numbers = [f"{last[key]:.3g}" if key in last else _NONE for key in keys]
+        kept = f"{100 * last['neighbours_kept']:.0f} %" if "neighbours_kept" in last else _NONE
+        size = f"{cohort.size:,}"
+        rows.append([str(number), since, size, *_quantiles(cohort.drift), *numbers, kept])
+    columns = ["cohort", "from", "rows", *_QUANTILES, "update", "gradient", "lr", "kept"]
     return Section(
         "How far rows moved since they were unfrozen",
         "Line: the median; band: the middle 80 % of rows, in lengths of a typical row.",
-        _drift(labels, track, "Rows that were unfrozen together"),
+        _drift(drifts, track, "Rows that were unfrozen together"),
         [Table("The last measurement of each cohort", columns, rows)],
     )
 
 
 def _bands(track: RowTrack) -> Section:
-    labels = {key: _band_label(band.low, band.high) for key, band in track.bands.items()}
-    drifts = {
-        f"{labels[key]} ({band.size:,} {'row' if band.size == 1 else 'rows'})": band.drift
-        for key, band in track.bands.items()
-    }
-    rows = [
-        [labels[key], f"{band.size:,}", *_quantiles(band.drift)]
-        for key, band in track.bands.items()
-    ]
-    columns = ["in the training data", "rows", "median", "10 to 90 %"]
+    drifts, rows = {}, []
+    for band in track.bands.values():
+        label = f"{band.low:,} times or more" if band.high is None else "never"
+        if band.high:
+            label = f"{band.low:,} to {band.high:,} times"
+        drifts[f"{label} ({band.size:,} {'row' if band.size == 1 else 'rows'})"] = band.drift
+        rows.append([label, f"{band.size:,}", *_quantiles(band.drift)])
     return Section(
         "Drift by frequency",
         "How far rows are from where training began, trainable or not.",
         _drift(drifts, track, "Rows by how often they occur"),
-        [Table("At the end, in lengths of a typical row", columns, rows)],
+        [Table("In the training data", ["occur", "rows", *_QUANTILES], rows)],
     )
 
 
-def _drift(drifts: Mapping[str, Drift], track: RowTrack, what: str) -> Figure:
-    lines = [
-        Line(
-            label,
-            [(place, middle) for place, _, middle, _ in drift],
-            [(place, low, high) for place, low, _, high in drift],
-            ramp(i, len(drifts)),
-        )
-        for i, (label, drift) in enumerate(drifts.items())
-        if drift
-    ]
+def _drift(drifts: Mapping[str, Drift], track: RowTrack, what: str) -> str:
+    lines = []
+    for i, (label, drift) in enumerate(drifts.items()):
+        middle = [(place, middle) for place, _, middle, _ in drift]
+        band = [(place, low, high) for place, low, _, high in drift]
+        lines += [Line(label, middle, band, ramp(i, len(drifts)))] if drift else []
     ends = "; ".join(f"{line.label}: median {line.points[-1][1]:.2f}" for line in lines)
-    svg = chart(
+    return figure(
         lines,
         title="distance, in typical rows",
         alt=f"{what}, and how far they moved over training. At the end, in typical rows: {ends}.",
@@ -357,28 +278,19 @@ def _drift(drifts: Mapping[str, Drift], track: RowTrack, what: str) -> Figure:
         end=track.end,
         marks=[place for place, _ in track.trainable[1:]],
     )
-    return Figure(named(lines), Markup(svg))
 
 
 def _audit(record: RowRecord) -> Section:
     if not record.audit:
-        return Section(
-            "The audit",
-            "This run was not audited. RowUnfreezing(…, audit=True) compares the bits of frozen "
-            "rows.",
-        )
-    changed = sum(result.changed for result in record.audit)
+        text = "This run was not audited. RowUnfreezing(…, audit=True) compares frozen rows' bits."
+        return Section("The audit", text)
+    changed = _changed(record)
     verdict = (
         f"{changed:,} frozen rows changed a bit." if changed else "No frozen row changed a bit."
     )
-    rows = [
-        [result.table, str(result.stage), f"{result.frozen:,}", f"{result.changed:,}"]
-        for result in record.audit
-    ]
     columns = ["table", "stage", "frozen rows", "changed a bit"]
-    return Section(
-        "The audit", verdict, tables=[Table("Frozen rows of each stage that ended", columns, rows)]
-    )
+    rows = [[a.table, str(a.stage), f"{a.frozen:,}", f"{a.changed:,}"] for a in record.audit]
+    return Section("The audit", verdict, "", [Table("Each stage that ended", columns, rows)])
 
 
 # Numbers
@@ -409,18 +321,8 @@ def _best(metric: str, scores: Sequence[Score]) -> Score:
     return (min if lower else max)(scored, key=lambda score: score.metrics[metric])
 
 
-def _trainable_in(track: RowTrack) -> int:
-    return track.trainable[-1][1] if track.trainable else 0
-
-
-def _trainable(record: RowRecord) -> tuple[int, int]:
-    """The rows that trained at the end, and all rows, in all tables together."""
-    tracks = record.tables.values()
-    return sum(map(_trainable_in, tracks)), sum(track.num_rows for track in tracks)
-
-
-def _end(record: RowRecord) -> float:
-    return max((track.end for track in record.tables.values()), default=0.0)
+def _changed(record: RowRecord) -> int:
+    return sum(result.changed for result in record.audit)
 
 
 def _quantiles(drift: Drift) -> list[str]:
@@ -432,12 +334,6 @@ def _quantiles(drift: Drift) -> list[str]:
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole if whole else 0:.1f} %"
-
-
-def _band_label(low: int, high: int | None) -> str:
-    if high == low:
-        return "never" if not low else f"{low:,} times"
-    return f"{low:,} times or more" if high is None else f"{low:,} to {high:,} times"
 
 
 def _readable(metric: str) -> str:
@@ -460,9 +356,9 @@ def _html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template("page.html.j2")
-    return template.render(
-        title=title, facts=facts, sections=sections, settings=settings, style=Markup(STYLE)
+    drawn = [replace(section, figure=Markup(section.figure)) for section in sections]
+    return environment.get_template("page.html.j2").render(
+        title=title, facts=facts, sections=drawn, settings=settings, style=Markup(STYLE)
     )
 
 

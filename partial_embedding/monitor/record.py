@@ -69,6 +69,21 @@ class RowRecord:
     length: int | None = None
     epoch_steps: int | None = None
 
+    @property
+    def trainable(self) -> int:
+        """How many rows train where training stands, in all tables together."""
+        return sum(track.count for track in self.tables.values())
+
+    @property
+    def num_rows(self) -> int:
+        """The rows of all tables together."""
+        return sum(track.num_rows for track in self.tables.values())
+
+    @property
+    def end(self) -> float:
+        """Where training stands."""
+        return max((track.end for track in self.tables.values()), default=0.0)
+
     def to_state(self) -> dict[str, Any]:
         """Plain values for a checkpoint or a JSON file."""
         return {"format": _FORMAT, **asdict(self)}
@@ -184,10 +199,9 @@ class RunRecorder:
         if not self._samples:
             return
         finite = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
-        tracks = self.tracks.values()
-        place = max(track.end for track in tracks)
-        trainable = sum(track.trainable[-1][1] for track in tracks if track.trainable)
-        self._record.scores = thinned([*self._record.scores, Score(place, trainable, finite)])
+        seen = replace(self._record, tables=self.tracks)
+        score = Score(seen.end, seen.trainable, finite)
+        self._record.scores = thinned([*self._record.scores, score])
 
     def to_state(self) -> dict[str, Any]:
         """What was seen so far, as plain values and arrays."""

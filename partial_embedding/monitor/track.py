@@ -15,8 +15,6 @@ from partial_embedding.rows.vocabulary import Ids
 QUANTILES = (0.1, 0.5, 0.9)
 # A track that grows longer than this loses every second point.
 _MOST_POINTS = 1000
-# Rows that occur more often than this share the last band.
-_LAST_BAND = 100_000
 
 Point = TypeVar("Point")
 # Where in training, and the `QUANTILES` of how far rows went.
@@ -111,6 +109,11 @@ class RowTrack:
     moved: list[MovedRow] = field(default_factory=list)
     sampled: int = 0
     end: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many rows train where training stands."""
+        return self.trainable[-1][1] if self.trainable else 0
 
     def thin(self) -> None:
         """Drop every second point where there are very many."""
@@ -208,25 +211,17 @@ def frequency_bands(counts: Ids, ids: Ids) -> dict[str, tuple[BandTrack, Ids]]:
         >>> {name: members.tolist() for name, (_, members) in bands.items()}
         {'seen_0': [1], 'seen_1_to_9': [0, 3], 'seen_10_to_99': [2]}
     """
-    edges: list[tuple[int, int | None]] = [(0, 0)]
-    low = 1
-    while low < _LAST_BAND:
-        edges.append((low, 10 * low - 1))
-        low *= 10
-    edges.append((_LAST_BAND, None))
+    lows = [0, *(10**power for power in range(6))]
+    highs = [0, *(10 * low - 1 for low in lows[1:-1]), None]
+    band_of = np.searchsorted(lows, counts[ids], side="right") - 1
     bands = {}
-    for low, high in edges:
-        occurs = counts[ids]
-        within = (occurs >= low) if high is None else (occurs >= low) & (occurs <= high)
-        if within.any():
-            bands[_band_name(low, high)] = (BandTrack(low, high, int(within.sum())), ids[within])
+    for band, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        members = ids[band_of == band]
+        last = "or_more" if high is None else f"to_{high}"
+        name = f"seen_{low}_{last}" if low else "seen_0"
+        if members.size:
+            bands[name] = (BandTrack(low, high, members.size), members)
     return bands
-
-
-def _band_name(low: int, high: int | None) -> str:
-    if high is None:
-        return f"seen_{low}_or_more"
-    return f"seen_{low}" if high == low else f"seen_{low}_to_{high}"
 
 
 def _points(points: list[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ import yaml
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_chart
+from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
 from partial_embedding.recipes.command import CommandParser
 from partial_embedding.recipes.prepare_texts import PADDING_ID
 from partial_embedding.recipes.text_classifier import TextData
@@ -64,7 +64,9 @@ def schedule_command(args: Sequence[str]) -> None:
         ]
         end = float(epochs * (steps or 1) if by_step else epochs)
         lines = [Line("as planned", lasting(points, end), stepped=True)]
-        svg = trainable_chart(lines, num_rows, end, "step" if by_step else "epoch", str(given.file))
+        svg = trainable_figure(
+            lines, num_rows, end, "step" if by_step else "epoch", str(given.file)
+        )
         with write_atomically(given.picture) as temporary:
             temporary.write_text(standalone(svg), encoding="utf-8")
         print(f"picture: {given.picture}")

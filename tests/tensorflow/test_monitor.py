@@ -66,7 +66,7 @@ def test_it_logs_the_numbers_of_each_cohort_and_band(tmp_path: Path) -> None:
         (2.0, 4),
     ]
     assert numbers["words/cohort_0/lr"] == pytest.approx([RATE] * 2)
-    # Row 6 occurs twice and row 7 once in each of two batches of an epoch, and then both are frozen.
+    # Row 6 occurs twice and row 7 once in each of two batches of an epoch, until both are frozen.
     distances = np.array([2, 1]) * 2 * 2 * RATE * D**0.5 / track.typical_length
     expected = np.quantile(distances, [0.1, 0.5, 0.9])
     for name, value in zip(("p10", "p50", "p90"), expected, strict=True):
