@@ -78,8 +78,6 @@ def schedule_drawings() -> str:
         about = " ".join(line.lstrip("# ") for line in said)
         title = path.stem.replace("_", " ").capitalize()
         link = f"[{path.name}](../configs/schedules/{path.name})"
-        figure = (
-            f'<figure markdown="0" title="{escape(title)}">{draw(Schedule.parse(path))}</figure>'
-        )
+        figure = f'<figure markdown="0">{draw(Schedule.parse(path))}</figure>'
         parts.append(f"### {title}\n\n{about} {link}\n\n{figure}\n\n```yaml\n{body}\n```")
     return "\n\n".join(parts)
