@@ -23,6 +23,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "refused_optimizers": site_tables.refused_optimizers,
     "keras_optimizers": site_tables.keras_optimizers,
     "cost": site_tables.cost,
+    "examples": site_tables.examples,
     "schedules": schedule_drawings,
 }
 _MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORDS, MISSING, BANDS = 6000, 600, 50
 EPOCHS, STEPS = 10, 80
 _WIDTH, _HEIGHT = 600, 150
-# Where each band of words lies, and how high it is; the missing ones have a strip of their own.
-_STRIPS = [(_HEIGHT * band / BANDS, _HEIGHT / BANDS) for band in range(BANDS)] + [
-    (_HEIGHT + 6.0, 8.0)
-]
+_STRIP = (_HEIGHT + 6.0, _HEIGHT + 14.0)  # the missing words have a strip of their own
 
 
 def vocabulary() -> Vocabulary:
@@ -42,10 +41,9 @@ def draw(schedule: Schedule) -> str:
         mask = np.zeros(WORDS, np.float32)
         mask[rows] = 1
         shares = [*mask[:-MISSING].reshape(BANDS, -1).mean(1), mask[-MISSING:].mean()]
-        for (top, height), share in zip(_STRIPS, shares, strict=True):
-            if share:
-                trains.append(_rectangle(begin, end, top, height, f'opacity="{share:.2f}"'))
-    tables = [_rectangle(0, EPOCHS, 0, _HEIGHT), _rectangle(0, EPOCHS, *_STRIPS[-1])]
+        for (top, bottom), share in _merged(shares):
+            trains.append(_rectangle(begin, end, top, bottom, f'opacity="{share:.2f}"'))
+    tables = [_rectangle(0, EPOCHS, 0, _HEIGHT), _rectangle(0, EPOCHS, *_STRIP)]
     names = [("frequent", 10), ("rare", _HEIGHT - 2), ("missing", _HEIGHT + 13)]
     ticks = [(epoch, _WIDTH * epoch // EPOCHS) for epoch in range(0, EPOCHS + 1, 2)]
     return "".join(
@@ -60,10 +58,21 @@ def draw(schedule: Schedule) -> str:
     )
 
 
-def _rectangle(begin: float, end: float, top: float, height: float, more: str = "") -> str:
+def _merged(shares: Sequence[float]) -> Iterator[tuple[tuple[float, float], float]]:
+    """Bands of words that train alike, as one: where they begin and end, and what share trains."""
+    bands = groupby(enumerate(shares[:BANDS]), key=lambda band: band[1])
+    for share, group in bands:
+        places = [band for band, _ in group]
+        if share:
+            yield (_HEIGHT * places[0] / BANDS, _HEIGHT * (places[-1] + 1) / BANDS), share
+    if shares[BANDS]:
+        yield _STRIP, shares[BANDS]
+
+
+def _rectangle(begin: float, end: float, top: float, bottom: float, more: str = "") -> str:
     x, width = _WIDTH * begin / EPOCHS, _WIDTH * (end - begin) / EPOCHS
     return (
-        f'<rect x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height + 0.3:.1f}" {more}/>'
+        f'<rect x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" height="{bottom - top:.1f}" {more}/>'
     )
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Tests are imported by name, as pytest does it, and benchmarks as scripts.
-sys.path += [str(ROOT / folder) for folder in ("tests/torch", "benchmarks")]
+
+
+def _imported(folder: str, name: str) -> Any:
+    """A module of the tests or benchmarks, which import each other by name from their folder."""
+    sys.path.insert(0, str(ROOT / folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / folder))
 
 
 def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
@@ -20,10 +29,9 @@ def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 def torch_optimizers() -> str:
     """What torch ships, in how many configurations it is tested, and what `lazy` does with it."""
-    from cases import CASES
-
-    tested = Counter(case.name for case in CASES)
-    lazy = {case.name: case.element_wise for case in CASES}
+    cases = _imported("tests/torch", "cases").CASES
+    tested = Counter(case.name for case in cases)
+    lazy = {case.name: case.element_wise for case in cases}
     rows = [
         [f"`torch.optim.{name}`", str(count), "yes" if lazy[name] else "no"]
         for name, count in sorted(tested.items())
@@ -33,10 +41,8 @@ def torch_optimizers() -> str:
 
 def other_optimizers() -> str:
     """Optimizers of other packages that are served exactly."""
-    from test_other_optimizers import FROM_ELSEWHERE
-
     rows = []
-    for name, case in FROM_ELSEWHERE.items():
+    for name, case in _imported("tests/torch", "test_other_optimizers").FROM_ELSEWHERE.items():
         options = ", ".join(f"{key}={value}" for key, value in case.options.items())
         rows.append([f"`{name.partition('-')[0]}`", f"`{options}`" if options else "defaults"])
     return _markdown_table(["optimizer", "with"], rows)
@@ -45,19 +51,19 @@ def other_optimizers() -> str:
 def refused_optimizers() -> str:
     """Optimizers that are refused, in the words of the error."""
     import schedulefree
-    from test_other_optimizers import BlockwiseAdam
 
     from partial_embedding import InputError
     from partial_embedding.torch import PartialEmbedding, rowwise
 
+    blockwise = _imported("tests/torch", "test_other_optimizers").BlockwiseAdam
     rows = []
-    for kind in (schedulefree.AdamWScheduleFree, BlockwiseAdam):
+    for kind in (schedulefree.AdamWScheduleFree, blockwise):
         table = PartialEmbedding(12, 5, trainable_rows=[3, 4])
         try:
             rowwise(kind(table.parameters()), table)
         except InputError as error:
             message = " ".join(str(error).split())
-            said = kind.__doc__.split("\n")[0] if kind is BlockwiseAdam else "Schedule-free AdamW."
+            said = kind.__doc__.split("\n")[0] if kind is blockwise else "Schedule-free AdamW."
             rows.append([said, message])
         else:
             raise AssertionError(f"{kind.__name__} is served: say so on the page")
@@ -83,7 +89,17 @@ def keras_optimizers() -> str:
 
 def cost() -> str:
     """The table of the README."""
-    from report import readme_section
-
     results = json.loads((ROOT / "benchmarks/results.json").read_text(encoding="utf-8"))
-    return str(readme_section(results))
+    return str(_imported("benchmarks", "report").readme_section(results))
+
+
+def examples() -> str:
+    """Each file in `examples/`, whole."""
+    parts = []
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        code = path.read_text(encoding="utf-8")
+        title = path.stem.replace("_", " ").capitalize()
+        parts.append(
+            f"## {title}\n\n[{path.name}](../examples/{path.name})\n\n```python\n{code}```"
+        )
+    return "\n\n".join(parts)

@@ -1,8 +1,11 @@
-"""What the README and the configs show is run."""
+"""What the README, the pages of the site and the configs show is run."""
 
+import os
 import re
+import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,13 @@ import yaml
 from partial_embedding import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"python", "diff", "yaml", "bash"}
+# A block in a tab is indented. A comment before it ties it to the one before, or says why it is not
+# run.
 _FENCE = re.compile(
-    r"(?P<continues><!-- continues -->\n+)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
+    r"(?:^(?P<comment>[ ]*<!-- (?:continues|not run: [^\n]+) -->)\n+)?"
+    r"^(?P<indent>[ ]*)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
 _TENSORFLOW = re.compile(
@@ -31,6 +38,13 @@ class Snippet:
     code: str
     line: int
     before: "Snippet | None" = None
+    not_run: str = ""
+
+    @property
+    def for_tensorflow(self) -> bool:
+        """Whether this or what it continues imports TensorFlow."""
+        earlier = self.before is not None and self.before.for_tensorflow
+        return earlier or bool(_TENSORFLOW.search(self.code))
 
 
 def snippets_of(text: str) -> list[Snippet]:
@@ -38,61 +52,85 @@ def snippets_of(text: str) -> list[Snippet]:
     found: list[Snippet] = []
     last: dict[str, Snippet] = {}
     for match in _FENCE.finditer(text):
-        language, code = match["language"], match["code"]
+        language, comment = match["language"], (match["comment"] or "").strip(" <>!-")
+        code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
         before = None
-        if match["continues"]:
+        if comment == "continues":
             assert language in last, f"nothing comes before the {language} block that continues"
             before = last[language]
         line = text.count("\n", 0, match.start("code")) + 1
-        last[language] = Snippet(language, code, line, before)
+        reason = comment.removeprefix("not run: ") if comment.startswith("not run") else ""
+        last[language] = Snippet(language, code, line, before, reason)
         found.append(last[language])
     return found
 
 
+def versions_of(snippet: Snippet) -> Iterator[Snippet]:
+    """The Python of a block: one text, or what a diff leads from and to."""
+    if snippet.language != "diff":
+        yield snippet
+        return
+    for sign, other in ("-+", "+-"):
+        lines = snippet.code.splitlines()
+        # A line that is not of this version stays as an empty one, for the numbers of lines.
+        kept = ["" if line.startswith(other) else line.removeprefix(sign) for line in lines]
+        kept = [line.removeprefix(" ") if line == lines[i] else line for i, line in enumerate(kept)]
+        yield replace(snippet, language="python", code="\n".join(kept) + "\n")
+
+
 def execute(snippet: Snippet, name: str) -> dict[str, Any]:
     """Run a block of Python in the names of those it continues; a traceback shows its own line."""
-    namespace = execute(snippet.before, name) if snippet.before else {"__name__": "readme"}
+    namespace = execute(snippet.before, name) if snippet.before else {"__name__": "page"}
     padded = "\n" * (snippet.line - 1) + snippet.code
     exec(compile(padded, name, "exec"), namespace)
     return namespace
 
 
-SNIPPETS = snippets_of(README.read_text(encoding="utf-8")) if README.exists() else []
+SNIPPETS = {path: snippets_of(path.read_text(encoding="utf-8")) for path in PAGES}
 
 
-def of(language: str) -> list[Any]:
-    chosen = [snippet for snippet in SNIPPETS if snippet.language == language]
-    return [pytest.param(snippet, id=f"line_{snippet.line}") for snippet in chosen]
+def of(*languages: str) -> list[Any]:
+    return [
+        pytest.param(path, snippet, id=f"{path.name}_{snippet.line}")
+        for path, snippets in SNIPPETS.items()
+        for snippet in snippets
+        if snippet.language in languages
+    ]
 
 
-def test_the_readme_shows_python_yaml_and_commands() -> None:
-    languages = {snippet.language for snippet in SNIPPETS}
-    assert {"python", "yaml", "bash"} <= languages
-    # Each fence is opened and closed, and none was overlooked.
-    fences = README.read_text(encoding="utf-8").count("\n```")
-    assert fences == 2 * len(SNIPPETS)
-    assert languages <= {"python", "yaml", "bash"}, "a block of another language would not be run"
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_no_block_of_a_page_is_overlooked(path: Path) -> None:
+    fences = re.findall(r"^ *```", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(fences) == 2 * len(SNIPPETS[path])
+    assert {snippet.language for snippet in SNIPPETS[path]} <= LANGUAGES, "it would not be run"
 
 
-@pytest.mark.parametrize("snippet", of("python"))
-def test_python_in_the_readme_runs(
-    snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_not_run_says_why() -> None:
+    reasons = {s.not_run for snippets in SNIPPETS.values() for s in snippets if s.not_run}
+    assert reasons == {"TensorFlow Addons has ended, and does not install beside TensorFlow 2.21"}
+
+
+@pytest.mark.parametrize(("path", "snippet"), of("python", "diff"))
+def test_python_in_a_page_runs(
+    path: Path, snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for_tensorflow = bool(_TENSORFLOW.search(snippet.code))
-    framework = "tensorflow" if for_tensorflow else "torch"
+    if snippet.not_run:
+        pytest.skip(snippet.not_run)
+    framework = "tensorflow" if snippet.for_tensorflow else "torch"
     if find_spec(framework) is None:
         pytest.skip(f"this snippet runs in the {framework} environment")
-    if for_tensorflow and "torch" in sys.modules:
+    if snippet.for_tensorflow and "torch" in sys.modules:
         pytest.skip("torch and TensorFlow in one process can crash; runs where torch is not loaded")
     monkeypatch.chdir(tmp_path)
-    execute(snippet, "README.md")
+    for version in versions_of(snippet):
+        execute(version, path.name)
 
 
-@pytest.mark.parametrize("snippet", of("yaml"))
-def test_yaml_in_the_readme_is_accepted(snippet: Snippet, tmp_path: Path) -> None:
-    path = tmp_path / "readme.yaml"
-    path.write_text(snippet.code, encoding="utf-8")
-    assert_accepted(path)
+@pytest.mark.parametrize(("path", "snippet"), of("yaml"))
+def test_yaml_in_a_page_is_accepted(path: Path, snippet: Snippet, tmp_path: Path) -> None:
+    written = tmp_path / "page.yaml"
+    written.write_text(snippet.code, encoding="utf-8")
+    assert_accepted(written)
 
 
 def assert_accepted(path: Path) -> None:
@@ -141,9 +179,9 @@ def test_configs_are_accepted_and_come_back_as_they_were_written(
             assert printed[part][key] == value, f"{part}.{key}"
 
 
-def test_commands_in_the_readme_exist() -> None:
-    bash = "\n".join(snippet.code for snippet in SNIPPETS if snippet.language == "bash")
-    commands = re.findall(r"^(\w[\w-]*) ([\w-]+)", bash, re.MULTILINE)
+@pytest.mark.parametrize(("path", "snippet"), of("bash"))
+def test_commands_in_a_page_exist(path: Path, snippet: Snippet) -> None:
+    commands = re.findall(r"^(\w[\w-]*) ([^\s]+)", snippet.code, re.MULTILINE)
     assert commands
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for program, argument in commands:
@@ -153,15 +191,58 @@ def test_commands_in_the_readme_exist() -> None:
             assert argument in {"fit", "validate", "test", "predict", "schedule", "report"}
         else:
             assert program in {"pip", "python", "git", "cd"}
-    for config in re.findall(r"configs/[\w./-]+", bash):
+    for config in re.findall(r"configs/[\w./-]+", snippet.code):
         assert (ROOT / config).is_file(), config
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_links_lead_to_files_that_exist(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
+WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
+def test_links_lead_to_files_that_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+# The site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built so that a warning is an error."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("torch")  # tables are made of its tests' data
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_has_each_page_and_nothing_is_left_to_generate(site: Path) -> None:
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = re.findall(r"([\w/-]+)\.md$", config.partition("\nnav:\n")[2], re.MULTILINE)
+    assert len(pages) > 20
+    for page in pages:
+        html = site / page.removesuffix("index") / "index.html"
+        text = html.read_text(encoding="utf-8")
+        assert "generated:" not in text, page
+        # Nothing is loaded from elsewhere.
+        assert re.findall(r'(?:src|rel="stylesheet" href)="(https?:[^"]+)"', text) == [], page
+
+
+def test_the_reference_has_all_public_names(site: Path) -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (site / "api").rglob("index.html"))
+    for module in ("", ".torch", ".tensorflow"):
+        source = ROOT / "partial_embedding" / module.strip(".") / "__init__.py"
+        names = re.findall(r'^    "(\w+)",$', source.read_text(encoding="utf-8"), re.MULTILINE)
+        assert names
+        for name in set(names) - {"__version__", "gradients"}:
+            assert f'id="partial_embedding{module}.{name}"' in text, f"{module}.{name}"
 
 
 # The runner itself: it must not pass by running nothing.
@@ -205,6 +286,36 @@ def test_the_runner_chains_blocks_and_fails_where_they_fail() -> None:
     last = failed.traceback[-1]
     assert Path(last.path).name == "sample.md"
     assert SAMPLE.splitlines()[last.lineno] == 'raise RuntimeError("reached")'
+
+
+def test_the_runner_reads_blocks_in_tabs_and_both_sides_of_a_diff() -> None:
+    text = """
+=== "Tab"
+
+    ```python
+    if True:
+        x = 1
+    ```
+
+```diff
+ x = 1
+-y = x + 1
++y = x + 2
+ assert y == 2
+```
+
+<!-- not run: it has no package -->
+```python
+import missing
+```
+"""
+    tab, diff, missing = snippets_of(text)
+    assert execute(tab, "sample")["x"] == 1
+    before, after = versions_of(diff)
+    assert execute(before, "sample")["y"] == 2
+    with pytest.raises(AssertionError):
+        execute(after, "sample")
+    assert (tab.not_run, missing.not_run) == ("", "it has no package")
 
 
 def test_the_runner_knows_which_blocks_are_for_tensorflow() -> None:
