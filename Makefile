@@ -67,6 +67,7 @@ lint: $(LIGHTNING)/.ready-for-tests
 
 types: $(LIGHTNING)/.ready-for-tests
 	$(LIGHTNING)/bin/mypy
+	$(LIGHTNING)/bin/mypy tests/typing
 
 # A few minutes on two cores, or half an hour; the machine should have nothing else to do.
 BENCH ?= runs/bench

@@ -2,12 +2,17 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -243,6 +248,59 @@ def test_the_reference_has_all_public_names(site: Path) -> None:
         assert names
         for name in set(names) - {"__version__", "gradients"}:
             assert f'id="partial_embedding{module}.{name}"' in text, f"{module}.{name}"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """A folder at an address of this machine, since scripts of a page may not read files."""
+    handler = partial(_Quiet, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_request(self, *args: Any) -> None:
+        """Say nothing of each request."""
+
+
+def console_of(folder: Path, pages: list[str], profile: Path) -> list[str]:
+    """What Chromium says on its console about pages, each in a frame of its own."""
+    if CHROMIUM is None:
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing("no Chromium to open pages in; `apt-get install chromium` brings it")
+    frames = "".join(f'<iframe src="{page}" width=1200 height=800></iframe>' for page in pages)
+    (folder / "frames.html").write_text(f"<!doctype html>{frames}<p>framed", encoding="utf-8")
+    flags = [
+        "headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run",
+        f"user-data-dir={profile}", "enable-logging=stderr", "virtual-time-budget=5000",
+    ]  # fmt: skip
+    with served(folder) as address:
+        done = subprocess.run(
+            [CHROMIUM, *(f"--{flag}" for flag in flags), "--dump-dom", f"{address}/frames.html"],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=True,
+        )
+    assert "framed" in done.stdout
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_no_page_says_anything_on_the_console_of_a_browser(site: Path, tmp_path: Path) -> None:
+    pages = [str(path.relative_to(site)) for path in site.rglob("index.html")]
+    assert len(pages) > 20
+    assert console_of(site, pages, tmp_path / "profile") == []
+    (site / "broken.html").write_text("<script>missing()</script>", encoding="utf-8")
+    assert console_of(site, ["broken.html"], tmp_path / "profile")
 
 
 # The runner itself: it must not pass by running nothing.
