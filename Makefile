@@ -14,7 +14,7 @@ SELECT ?= -m "not full"
 WORKERS ?= 2
 
 .PHONY: quickstart quickstart-keras test test-full test-lightning test-keras test-floors test-wheel \
-  lint types docs coverage clean bench bench-full bench-torch bench-keras bench-readme
+  lint types docs pictures coverage clean bench bench-full bench-torch bench-keras bench-readme
 
 # One thread: the tensors are small, and threads would wait for each other.
 quickstart: $(LIGHTNING)/.installed
@@ -68,6 +68,11 @@ lint: $(LIGHTNING)/.ready-for-tests
 types: $(LIGHTNING)/.ready-for-tests
 	$(LIGHTNING)/bin/mypy
 	$(LIGHTNING)/bin/mypy tests/typing
+
+# What the README and the site show of a run; needs Chromium.
+pictures: $(LIGHTNING)/.ready-for-tests
+	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python docs/quickstart.py
+	$(LIGHTNING)/bin/python docs/late_unfreeze.py
 
 # A few minutes on two cores, or half an hour; the machine should have nothing else to do.
 BENCH ?= runs/bench
