@@ -22,6 +22,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "other_optimizers": site_tables.other_optimizers,
     "refused_optimizers": site_tables.refused_optimizers,
     "keras_optimizers": site_tables.keras_optimizers,
+    "command_help": site_tables.command_help,
     "cost": site_tables.cost,
     "examples": site_tables.examples,
     "schedules": schedule_drawings,

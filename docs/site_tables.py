@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import io
 import json
 import sys
 from collections import Counter
@@ -91,6 +93,16 @@ def cost() -> str:
     """The table of the README."""
     results = json.loads((ROOT / "benchmarks/results.json").read_text(encoding="utf-8"))
     return str(_imported("benchmarks", "report").readme_section(results))
+
+
+def command_help() -> str:
+    """What `partial-embedding --help` prints."""
+    from partial_embedding.cli import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main(["--help"])
+    return f"```text\n{printed.getvalue()}```"
 
 
 def examples() -> str:

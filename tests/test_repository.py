@@ -97,6 +97,13 @@ def test_the_citation_names_this_version() -> None:
     assert citation["version"] == partial_embedding.__version__
 
 
+def test_the_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:tests|docs|benchmarks|partial_embedding)/[\w./-]*)`", text))
+    assert named
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
 # The changelog
 
 
