@@ -9,6 +9,7 @@ from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.optimizer import average_gradients, detach_rowwise, rowwise
 from partial_embedding.torch.replace import replace_embedding, restore_embedding
 from partial_embedding.torch.tokens import add_tokens
+from partial_embedding.torch.transfer import transfer_vocabulary
 
 __all__ = [
     "FrozenRowAudit",
@@ -25,4 +26,5 @@ __all__ = [
     "replace_embedding",
     "restore_embedding",
     "rowwise",
+    "transfer_vocabulary",
 ]
