@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.torch.row_parameters import row_parameters_in
+from partial_embedding.torch.table import row_parameters_in
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.tokens import grow
 
@@ -206,9 +206,9 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The trainable rows of each parameter, by its name in the `state_dict`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rows = {
-        names[id(part.weight)]: part.row_set.ids
-        for _, part in row_parameters_in(model)
-        if part.table.has_frozen_rows
+        names[id(parameter)]: table.row_set.ids
+        for _, table, parameter in row_parameters_in(model)
+        if table.has_frozen_rows
     }
     if not any(map(len, rows.values())):
         raise InputError(
