@@ -92,7 +92,7 @@ def test_callbacks_are_imported_from_the_package() -> None:
 # From the ground up: a room imports rooms below its own floor, and no others.
 FLOORS = (
     {"errors", "version"},
-    {"files"},
+    {"files", "mapped"},
     {"rows"},
     {"schedule"},
     {"monitor"},
@@ -102,7 +102,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-PURE = ("errors", "version", "files", "rows", "schedule", "monitor")
+PURE = ("errors", "version", "files", "mapped", "rows", "schedule", "monitor")
 FRAMEWORKS_OF = {"torch": {"torch"}, "tensorflow": {"tensorflow", "keras"}}
 
 
