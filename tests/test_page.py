@@ -217,9 +217,9 @@ def test_several_runs_share_one_table_and_one_picture() -> None:
     assert html.count("<table>") == 1
     cells = [re.findall(r"<td[^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*)</tr>", html)]
     assert cells[1:] == [
-        ["frozen", "0.0 %", "3", "0.5", "1", "0.5", "-"],
-        ["all", "100.0 %", "3", "0.75", "1", "0.625", "0"],
-        ["unmeasured", "40.0 %", "3", "-", "-", "-", "-"],
+        ["frozen", "0.5", "1", "0.5", "0.0 %", "3", "-"],
+        ["all", "0.75", "1", "0.625", "100.0 %", "3", "0"],
+        ["unmeasured", "-", "-", "-", "40.0 %", "3", "-"],
     ]
 
 
