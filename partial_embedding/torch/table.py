@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -32,6 +32,8 @@ class _Shared:
 
     row_set: RowSet | None = None
     padding_row: int | None = None
+    # Called with the rows that train, before they move.
+    before_training: list[Callable[[Tensor], None]] = field(default_factory=list)
 
 
 class PartialTable(nn.Module):
@@ -196,8 +198,15 @@ class PartialTable(nn.Module):
         ids = ids[ids != self._padding_row()]
         if self._row_set is None and len(ids) == self._most_trainable(self.weight.shape[0]):
             return  # every row trains already, with no bookkeeping to keep
+        if self._row_set is None:
+            # Those that stay are the first cohort. All rows, which leave, are not written down.
+            of_first = {0: torch.tensor(ids, device="cpu")}
+            self.row_set = RowSet(self.weight.shape[0], of_first, 1)
+            return
         before = self.row_set
         self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
+        for told in self._shared.before_training:
+            told(self.row_set.ids)
 
     def check_rate_scale(self, rate_scale: RateScale | None) -> None:
         """Refuse a rate_scale that the table's optimizer cannot keep.
