@@ -13,7 +13,7 @@ from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.rows.vocabulary import Vocabulary, find_vocabulary
 from partial_embedding.schedule import AnySchedule, schedules_by_table
-from partial_embedding.schedule.messages import StageReport
+from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
 from partial_embedding.torch.ddp import wrap
@@ -96,9 +96,9 @@ class RowUnfreezing(Callback):
         return self._generate_state_key(tables=sorted(map(str, self.schedules)))
 
     @property
-    def reports(self) -> list[StageReport]:
+    def audit_results(self) -> list[AuditResult]:
         """What the audit found in the stages that ended."""
-        return [] if self._runner is None else self._runner.reports
+        return [] if self._runner is None else self._runner.audit_results
 
     # Before the first step
 
