@@ -23,10 +23,10 @@ from partial_embedding import Schedule
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "diff", "yaml", "bash"}
-# A block in a tab is indented. A comment before it ties it to the one before, or says why it is not
-# run.
+# A block in a tab is indented. A comment before it ties it to the one before (`continues: 1`, to the
+# first of the page), or says why it is not run.
 _FENCE = re.compile(
-    r"(?:^(?P<comment>[ ]*<!-- (?:continues|not run: [^\n]+) -->)\n+)?"
+    r"(?:^(?P<comment>[ ]*<!-- (?:continues(?:: 1)?|not run: [^\n]+) -->)\n+)?"
     r"^(?P<indent>[ ]*)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -60,9 +60,10 @@ def snippets_of(text: str) -> list[Snippet]:
         language, comment = match["language"], (match["comment"] or "").strip(" <>!-")
         code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
         before = None
-        if comment == "continues":
+        if comment.startswith("continues"):
             assert language in last, f"nothing comes before the {language} block that continues"
-            before = last[language]
+            first = next(s for s in found if s.language == language)
+            before = first if comment.endswith(": 1") else last[language]
         line = text.count("\n", 0, match.start("code")) + 1
         reason = comment.removeprefix("not run: ") if comment.startswith("not run") else ""
         last[language] = Snippet(language, code, line, before, reason)
