@@ -90,7 +90,7 @@ bench-torch: $(LIGHTNING)/.ready-for-bench
 bench-keras: $(KERAS)/.installed
 	$(KERAS)/bin/python benchmarks/keras_step.py $(KERAS_STEP)
 
-bench-readme: $(LIGHTNING)/.installed
+bench-readme: $(LIGHTNING)/.ready-for-bench
 	$(LIGHTNING)/bin/python benchmarks/report.py benchmarks/results.json --readme README.md
 
 define make-venv
@@ -112,8 +112,14 @@ $(LIGHTNING)/.ready-for-tests: $(LIGHTNING)/.installed
 
 # A contender that cannot be installed is named as missing in the report.
 $(LIGHTNING)/.ready-for-bench: $(LIGHTNING)/.installed
+<<<<<<< HEAD
+	$(LIGHTNING)/bin/python $(INSTALL) matplotlib
+	-$(LIGHTNING)/bin/python $(INSTALL) peft
+	-$(LIGHTNING)/bin/python $(INSTALL) fbgemm-gpu-cpu
+=======
 	-$(LIGHTNING)/bin/python $(PINNED) peft
 	-$(LIGHTNING)/bin/python $(PINNED) fbgemm-gpu-cpu
+>>>>>>> front
 	@touch $@
 
 $(KERAS)/.installed: pyproject.toml constraints.txt
