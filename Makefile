@@ -112,6 +112,7 @@ $(LIGHTNING)/.ready-for-tests: $(LIGHTNING)/.installed
 
 # A contender that cannot be installed is named as missing in the report.
 $(LIGHTNING)/.ready-for-bench: $(LIGHTNING)/.installed
+	$(LIGHTNING)/bin/python $(PINNED) matplotlib
 <<<<<<< HEAD
 	$(LIGHTNING)/bin/python $(INSTALL) matplotlib
 	-$(LIGHTNING)/bin/python $(INSTALL) peft
