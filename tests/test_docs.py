@@ -23,8 +23,8 @@ from partial_embedding import Schedule
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "diff", "yaml", "bash"}
-# A block in a tab is indented. A comment before it ties it to the one before (`continues: 1`, to the
-# first of the page), or says why it is not run.
+# A block in a tab is indented. A comment before it ties it to the one before (`continues: 1`, to
+# the first of the page), or says why it is not run.
 _FENCE = re.compile(
     r"(?:^(?P<comment>[ ]*<!-- (?:continues(?:: 1)?|not run: [^\n]+) -->)\n+)?"
     r"^(?P<indent>[ ]*)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
