@@ -205,6 +205,11 @@ WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECU
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
+def test_no_line_becomes_a_heading_by_its_number(path: Path) -> None:
+    assert re.findall(r"^#\d.*", path.read_text(encoding="utf-8"), re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
 def test_links_lead_to_files_that_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
