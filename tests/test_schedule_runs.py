@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from partial_embedding import Position, Rows, Schedule
 from partial_embedding.rows.growth import Growth
-from partial_embedding.schedule import Evaluation, Plateau, RateScale, StageState, changes
+from partial_embedding.schedule import Evaluation, Plateau, RateScale, StageState
+from partial_embedding.schedule.messages import changes
 
 CHOICES: tuple[Any, ...] = (
     "all",

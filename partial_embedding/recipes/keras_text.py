@@ -337,7 +337,7 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
     model = text_classifier(data, schedule, lazy=config["rows"]["lazy"], **config["model"])
     batches = TextBatches(data.training, config["data"]["batch_size"], seed)
     folder = Path(f"{config['trainer']['default_root_dir']}-keras")
-    unfreezing = RowUnfreezing(schedule, data.vocabulary, audit=config["rows"]["audit"])
+    unfreezing = RowUnfreezing(schedule, vocabulary=data.vocabulary, audit=config["rows"]["audit"])
     model.fit(
         batches,
         validation_data=TextBatches(data.validation, config["data"]["batch_size"]),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.rows.kinds import by_frequency, is_whole, rows_of, shown
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
@@ -105,11 +105,11 @@ class Growth:
         if isinstance(value, Growth):
             return value
         given = {"shape": value} if isinstance(value, str) else value
-        keys = set(Growth.__dataclass_fields__)
-        if not isinstance(given, Mapping) or not set(given) <= keys:
+        keys = sorted(Growth.__dataclass_fields__)
+        if not isinstance(given, Mapping) or not set(given) <= set(keys):
             raise InputError(
-                f"growth is one of {list(_SHAPES)}, or a mapping with the keys {sorted(keys)}. "
-                f"Received: {value!r}."
+                f"growth is one of {list(_SHAPES)}, or a mapping with the keys {keys}. "
+                f"Received: {value!r}.{did_you_mean(given, keys)}"
             )
         return Growth(**given)
 

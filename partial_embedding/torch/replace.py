@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
@@ -15,6 +17,9 @@ from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbedding
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.table import PartialTable
+
+# The name of the part by which `peft` knows a table; its own wrapper has one of this name.
+ADAPTER = "token_adapter"
 
 _PARTIAL: dict[type[nn.Module], type[PartialTable]] = {
     nn.Embedding: PartialEmbedding,
@@ -195,6 +200,12 @@ def _check_weight(name: str, module: Any) -> None:
             f"Received {name!r}, whose weight is a {kind}. Load the model without quantization "
             "and sharding."
         )
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
+        raise InputError(
+            "a partly trainable weight stays on its device. Received "
+            f"{name!r}, which is off-loaded between its uses. Keep it on a device in device_map."
+        )
     if weight.dim() != 2:
         raise InputError(
             f"a table is a matrix of rows by columns. Received {name!r} of the shape "
@@ -280,6 +291,8 @@ def train_only(model: nn.Module, table: Any, ids: Ids, sparse: bool) -> dict[str
     for module in users.values():
         if isinstance(module, tuple(_PARTIAL)) and not isinstance(module, PartialTable):
             _make_partial(module, sparse)
+    if getattr(model, "peft_config", None):
+        _stand_beside_adapters(model)
     table.set_trainable_ids(ids)
     if len(ids):
         table.weight.requires_grad_(True)
@@ -299,6 +312,7 @@ def _make_partial(module: Any, sparse: bool) -> None:
 
 def _make_plain(table: Any, plain: type[nn.Module]) -> None:
     table.leave_weight()
+    table._modules.pop(ADAPTER, None)
     if isinstance(table, PartialLinear):
         vars(table).pop("sparse", None)
     else:
@@ -347,3 +361,44 @@ def _reduce(table: Any, protocol: int) -> tuple[Any, ...]:
 def _remade(plain: type[nn.Module]) -> PartialTable:
     partial = _partial_class(plain)
     return partial.__new__(partial)
+
+
+# What happens to a module from outside. No hook of the module itself is asked when another takes
+# its place, or when `peft` adapts the model that it is in, so these are hooks of the process.
+
+
+def _stay_partial(parent: nn.Module, name: str, new: Any) -> None:
+    """Where a plain module takes a table's place with its rows in another number, train the same.
+
+    `transformers.resize_token_embeddings` does so to a head that is not tied.
+    """
+    old: Any = parent._modules.get(name)
+    if not isinstance(old, PartialTable) or _PARTIAL.get(type(new)) is not type(old):
+        return
+    rows, before = new.weight, old.weight
+    count = min(len(rows), len(before))
+    if len(rows) == len(before) or rows.shape[1:] != before.shape[1:] or rows.is_meta:
+        return
+    if torch.equal(rows[:count], before[:count].to(rows)):
+        _make_partial(new, old.sparse)  # type: ignore[arg-type]  # every kind of table has it
+        new.row_set = old.row_set.resized_to(len(rows)).to(rows.device)
+
+
+def _meet_peft(parent: nn.Module, name: str, part: nn.Module | None) -> None:
+    """Let `peft` know the tables of a model before it adapts it, and let their rows learn after."""
+    tuner = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTuner", ())
+    if isinstance(part, tuner) or (isinstance(parent, tuner) and name == "model"):
+        _stand_beside_adapters(part, adapted=isinstance(part, tuner))
+
+
+def _stand_beside_adapters(model: Any, adapted: bool = False) -> None:
+    # Not at the top: peft is an optional package, and loads many others.
+    from partial_embedding.torch.adapter_rows import let_rows_learn, stand_beside_adapters
+
+    stand_beside_adapters(model)
+    if adapted:
+        let_rows_learn(model)
+
+
+register_module_module_registration_hook(_stay_partial)
+register_module_module_registration_hook(_meet_peft)

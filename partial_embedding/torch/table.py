@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -37,6 +37,8 @@ class _Shared:
     # `state_dict` then holds no more than the rows that did.
     origin: Origin | None = None
     saves_rows: bool = False
+    # Called with the rows that train, before they move.
+    before_training: list[Callable[[Tensor], None]] = field(default_factory=list)
 
 
 class PartialTable(nn.Module):
@@ -130,8 +132,12 @@ class PartialTable(nn.Module):
     @_row_set.setter
     def _row_set(self, row_set: RowSet | None) -> None:
         self._shared.row_set = row_set
-        if row_set is not None and self._shared.origin is not None:
+        if row_set is None:
+            return
+        if self._shared.origin is not None:
             self._shared.origin.include(self.weight, row_set.ids)
+        for told in self._shared.before_training:
+            told(row_set.ids)
 
     @property
     def row_set(self) -> RowSet:

@@ -108,7 +108,7 @@ def test_a_stage_may_begin_at_a_share_of_the_run(limits: dict[str, int]) -> None
 def test_a_share_of_an_endless_run_is_refused_before_any_step() -> None:
     net = Net().build()
     schedule = {"stages": [{"share": 0, "rows": [1]}, {"share": 0.75, "rows": [2]}]}
-    with pytest.raises(InputError, match=r"run without end.*max_steps"):
+    with pytest.raises(InputError, match=r"run of unknown length.*max_steps"):
         watch(net, schedule, max_epochs=-1, max_time={"seconds": 20})
     assert net.steps_begun == 0
 

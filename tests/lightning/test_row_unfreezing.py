@@ -94,7 +94,7 @@ def test_rows_that_need_a_vocabulary_find_it(owner: str) -> None:
     vocabulary = Vocabulary(map(str, range(12)), counts=range(12), missing=[2, 5])
     schedule = stages(epoch_0="missing", epoch_1={"union": ["missing", {"most_frequent": 3}]})
     net, witness = Net().build(), Witness()
-    callback = RowUnfreezing(schedule, vocabulary if owner == "argument" else None)
+    callback = RowUnfreezing(schedule, vocabulary=vocabulary if owner == "argument" else None)
     datamodule = pl.LightningDataModule()
     datamodule.train_dataloader = lambda: loader(data())
     if owner != "argument":
@@ -112,7 +112,7 @@ def test_lines_say_what_trains_when_stages_begin_and_what_the_audit_found(
 ) -> None:
     vocabulary = Vocabulary(map(str, range(12)), counts=[1] * 10 + [5] * 2)
     net = Net().build()
-    fit(net, unfreezing=RowUnfreezing(SCHEDULE, vocabulary, audit=True))
+    fit(net, unfreezing=RowUnfreezing(SCHEDULE, vocabulary=vocabulary, audit=True))
     assert capsys.readouterr().out.splitlines() == [
         "words: 3 of 12 rows train (12 of 48 parameters), 15 parameters elsewhere",
         "words: stage 0 from epoch 0: 3 rows train, 25.0 % of the table, 15.0 % of training tokens",

@@ -34,7 +34,7 @@ def fit(folder: Path, **options: Any) -> tuple[RowMonitor, Any]:
     )
     model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
     model.compile(keras.optimizers.SGD(RATE), lambda _, value: keras.ops.sum(value))
-    unfreezing = RowUnfreezing(SCHEDULE, VOCABULARY, audit=True)
+    unfreezing = RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY, audit=True)
     monitor = RowMonitor(folder, vocabulary=VOCABULARY, unfreezing=unfreezing, **options)
     callbacks = [unfreezing, monitor]
     model.fit(
@@ -125,7 +125,7 @@ def test_a_cohort_of_another_pace_has_another_rate(tmp_path: Path) -> None:
     monitor = RowMonitor(tmp_path, every_n_steps=1)
     model.fit(
         IDS, np.zeros((4, 1)), epochs=4, batch_size=2, verbose=0,
-        callbacks=[RowUnfreezing(schedule, VOCABULARY), monitor],
+        callbacks=[RowUnfreezing(schedule, vocabulary=VOCABULARY), monitor],
     )  # fmt: skip
     cohorts = monitor.tracks["words"].cohorts
     assert [rate for _, rate in cohorts[0].numbers["lr"]] == [RATE] * 4
