@@ -11,7 +11,7 @@ import yaml
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.monitor.figures import trainable_picture
+from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
 from partial_embedding.recipes.command import CommandParser
 from partial_embedding.recipes.prepare_texts import PADDING_ID
 from partial_embedding.recipes.text_classifier import TextData
@@ -63,9 +63,12 @@ def schedule_command(args: Sequence[str]) -> None:
             for step in planned
         ]
         end = float(epochs * (steps or 1) if by_step else epochs)
-        figure = trainable_picture(points, num_rows, end, "step" if by_step else "epoch")
+        lines = [Line("as planned", lasting(points, end), stepped=True)]
+        svg = trainable_figure(
+            lines, num_rows, end, "step" if by_step else "epoch", str(given.file)
+        )
         with write_atomically(given.picture) as temporary:
-            figure.savefig(temporary)
+            temporary.write_text(standalone(svg), encoding="utf-8")
         print(f"picture: {given.picture}")
 
 
@@ -84,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=_positive, help="the epochs of the run")
     parser.add_argument("--steps-per-epoch", type=_positive, help="optimizer steps in an epoch")
     parser.add_argument("--padding", type=int, help="a row that never trains")
-    parser.add_argument("--picture", type=_picture, help="draw to this file: png, svg or pdf")
+    parser.add_argument("--picture", type=_picture, help="draw to this .svg file")
     return parser
 
 
@@ -96,8 +99,8 @@ def _positive(text: str) -> int:
 
 def _picture(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"a .png, .svg or .pdf file. Received: {text!r}")
+    if path.suffix != ".svg":
+        raise argparse.ArgumentTypeError(f"an .svg file. Received: {text!r}")
     return path
 
 

@@ -22,6 +22,7 @@ from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.recipes.export import ExportVectors
+from partial_embedding.recipes.report_command import write_page
 from partial_embedding.recipes.resume import RandomState
 from partial_embedding.recipes.text_classifier import TextClassifier, TextData
 
@@ -90,7 +91,7 @@ class TextCLI(LightningCLI):
     """Text classification with a partly trainable table of word vectors.
 
     Every option of the trainer, the model, the data and the callbacks can stand in a YAML file and
-    on the command line. A fit keeps its log, checkpoints, vectors and picture in one folder,
+    on the command line. A fit keeps its log, checkpoints, vectors and page in one folder,
     `version_N` below `trainer.default_root_dir`.
 
     Args:
@@ -170,7 +171,7 @@ class TextCLI(LightningCLI):
             "checkpoint": made.last.best_model_path,
             "best checkpoint": made.best.best_model_path,
             "vectors": made.export.path,
-            "picture": made.monitor.path,
+            "page": made.monitor.path and write_page(made.monitor.path.parent),
         }
         if self.trainer.is_global_zero:
             if (accuracy := self.trainer.callback_metrics.get("val_accuracy")) is not None:

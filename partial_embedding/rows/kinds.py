@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from partial_embedding.errors import InputError
+from partial_embedding.rows.cosines import cosines_of
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
 
@@ -254,11 +255,10 @@ def _select_nearest(
     vectors = _known("vectors", vocabulary).astype(np.float32, copy=False)
     own = rows_of(tokens, vocabulary)
     lengths = np.linalg.norm(vectors, axis=1)
-    divisors = np.where(lengths > 0, lengths, 1)
     # A vector of zeros has no direction: among the given it would be nearer than an opposite one.
     given = own[lengths[own] > 0]
-    cosines = vectors @ (vectors[given].T / divisors[given])
-    closeness = cosines.max(axis=1, initial=-np.inf if given.size else 0) / divisors
+    cosines = cosines_of(vectors, vectors[given])
+    closeness = cosines.max(axis=1, initial=-np.inf if given.size else 0)
     closeness[lengths == 0] = -np.inf  # padding is near to nothing
     closeness[own] = np.inf
     order = np.argsort(-closeness, kind="stable")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, Literal, Union
 
 import numpy as np
 
@@ -22,6 +22,14 @@ from partial_embedding.rows.kinds import (
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
 Config = str | dict[str, Any]
+RowsLike = Union[
+    "Rows",
+    Literal["all", "none", "missing"],
+    Iterable[int],  # ids, or a mask, whose entries are integers too
+    slice,
+    Mapping[str, Any],
+]
+"""What `Rows.parse` reads, for type checkers and editors: a misspelt name is seen there."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,7 +107,7 @@ def lightning(model: Any, words: Any, folder: Path) -> None:
         default_root_dir=folder,  # where the monitor writes its record
         accelerator="cpu",
         gradient_clip_val=1.0,
-        callbacks=[RowUnfreezing(schedule, audit=True), RowMonitor(picture=None)],
+        callbacks=[RowUnfreezing(schedule, audit=True), RowMonitor()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
