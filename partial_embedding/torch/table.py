@@ -345,6 +345,11 @@ class PartialTable(nn.Module):
 
     # What a file holds
 
+    @property
+    def origin(self) -> Origin | None:
+        """What the table held before its rows trained, where that is remembered."""
+        return self._shared.origin
+
     def remember_origin(self) -> None:
         """Remember, from here on, what rows hold before they train."""
         if self._shared.origin is None:

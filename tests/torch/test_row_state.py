@@ -9,7 +9,8 @@ from torch import nn
 
 from partial_embedding import InputError
 from partial_embedding.torch import PartialEmbedding, PartialLinear, rowwise
-from partial_embedding.torch.row_state import remember_origins, rows_saved_alone
+from partial_embedding.torch.row_state import rows_saved_alone
+from partial_embedding.torch.table import tables_in
 
 V, D = 40, 3
 
@@ -31,9 +32,14 @@ def train(model: nn.Sequential, steps: int = 3) -> None:
         optimizer.step()
 
 
+def remember_origins(model: nn.Module) -> None:
+    for _, table in tables_in(model):
+        table.remember_origin()
+
+
 def saved_rows_of(model: nn.Module) -> dict[str, Any]:
     """The state_dict as it comes back from a file."""
-    with rows_saved_alone(model):
+    with rows_saved_alone(table for _, table in tables_in(model)):
         return copy.deepcopy(dict(model.state_dict()))
 
 
@@ -170,9 +176,9 @@ def test_a_copy_remembers_what_the_original_does() -> None:
 
 def test_what_is_saved_follows_the_rows_that_trained() -> None:
     table = PartialEmbedding(10_000, 8, trainable_rows=range(10))
-    remember_origins(table)
+    table.remember_origin()
     table.set_trainable_rows(range(100, 130))
-    with rows_saved_alone(table):
+    with rows_saved_alone([table]):
         sizes = [value.numel() * value.element_size() for value in table.state_dict().values()]
     assert sum(sizes) == 40 * (8 + 4 * 8) + 3 * 8
 
@@ -180,7 +186,7 @@ def test_what_is_saved_follows_the_rows_that_trained() -> None:
 def test_tied_tables_are_saved_once() -> None:
     model = model_of(tied=True)
     remember_origins(model)
-    with rows_saved_alone(model):
+    with rows_saved_alone([model[0]]):
         saved = model.state_dict()
     for entry in ("ids", "rows", "others"):
         assert saved[f"0.weight.{entry}"] is saved[f"2.weight.{entry}"]
