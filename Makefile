@@ -111,14 +111,9 @@ $(LIGHTNING)/.ready-for-tests: $(LIGHTNING)/.installed
 
 # A contender that cannot be installed is named as missing in the report.
 $(LIGHTNING)/.ready-for-bench: $(LIGHTNING)/.installed
-<<<<<<< HEAD
-	$(LIGHTNING)/bin/python $(INSTALL) matplotlib
-	-$(LIGHTNING)/bin/python $(INSTALL) peft
-	-$(LIGHTNING)/bin/python $(INSTALL) fbgemm-gpu-cpu
-=======
+	$(LIGHTNING)/bin/python $(PINNED) matplotlib
 	-$(LIGHTNING)/bin/python $(PINNED) peft
 	-$(LIGHTNING)/bin/python $(PINNED) fbgemm-gpu-cpu
->>>>>>> front
 	@touch $@
 
 $(KERAS)/.installed: pyproject.toml constraints.txt

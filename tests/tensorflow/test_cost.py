@@ -10,8 +10,9 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402  # after the skip
 from partial_embedding.tensorflow.listening import StepListener  # noqa: E402
+
+from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402  # after the skip
 
 NUM_ROWS, WIDTH = 1000, 8
 
