@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import WeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from small_runs import STAGES, Core, V, data, loader, same_bits, trainer
 
 from partial_embedding import InputError
@@ -139,7 +139,6 @@ def test_a_run_that_goes_on_from_a_whole_table_says_that_it_saves_whole_ones(
 def test_averaged_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="WeightAveraging"):
         run(tmp_path, None, None, WeightAveraging())
-    run(tmp_path, None, None, WeightAveraging(), checkpoint="table", max_epochs=1)
 
 
 def test_an_unknown_checkpoint_is_refused() -> None:
