@@ -16,6 +16,7 @@ from partial_embedding.rows import Rows
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.hooks import RowHook, hooks_on, tables_of
+from partial_embedding.torch.origin import Origin, SavedRows
 from partial_embedding.torch.rowset import RowSet, shown
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
@@ -31,6 +32,10 @@ class _Shared:
 
     row_set: RowSet | None = None
     padding_row: int | None = None
+    # What the weight held before its rows trained, where that is remembered, and whether a
+    # `state_dict` then holds no more than the rows that did.
+    origin: Origin | None = None
+    saves_rows: bool = False
     # Called with the rows that train, before they move.
     before_training: list[Callable[[Tensor], None]] = field(default_factory=list)
 
@@ -135,6 +140,12 @@ class PartialTable(nn.Module):
     @_row_set.setter
     def _row_set(self, row_set: RowSet | None) -> None:
         self._shared.row_set = row_set
+        if row_set is None:
+            return
+        if self._shared.origin is not None:
+            self._shared.origin.include(self.weight, row_set.ids)
+        for told in self._shared.before_training:
+            told(row_set.ids)
 
     @property
     def row_set(self) -> RowSet:
@@ -216,8 +227,6 @@ class PartialTable(nn.Module):
             return
         before = self.row_set
         self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
-        for told in self._shared.before_training:
-            told(self.row_set.ids)
 
     def check_rate_scale(self, rate_scale: RateScale | None) -> None:
         """Refuse a rate_scale that the table's optimizer cannot keep.
@@ -310,7 +319,7 @@ class PartialTable(nn.Module):
                 self._unhook(name)
         if before is not weight:
             # No longer tied to whoever has the old weight.
-            rows = self.__dict__["_shared"] = replace(rows, padding_row=None)
+            rows = self.__dict__["_shared"] = replace(rows, padding_row=None, origin=None)
         rows.padding_row = self.padding_row
         for other in list(tables_of(weight)):
             if other is not self:
@@ -408,6 +417,50 @@ class PartialTable(nn.Module):
         super().register_parameter(name, param)
         if name in self.row_parameters:
             self._wire()
+
+    # What a file holds
+
+    @property
+    def origin(self) -> Origin | None:
+        """What the table held before its rows trained, where that is remembered."""
+        return self._shared.origin
+
+    def remember_origin(self) -> None:
+        """Remember, from here on, what rows hold before they train."""
+        if self._shared.origin is None:
+            origin = self._shared.origin = Origin(self.weight)
+            every = self._row_set is None
+            origin.include(self.weight, self._all_ids() if every else self.row_set.ids)
+
+    @property
+    def saves_rows(self) -> bool:
+        """Whether a `state_dict` holds the rows that ever trained in the place of all."""
+        return self._shared.saves_rows
+
+    @saves_rows.setter
+    def saves_rows(self, alone: bool) -> None:
+        self._shared.saves_rows = alone
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._shared.saves_rows and self._shared.origin is not None:
+            saved = SavedRows.of(self.weight, self._shared.origin)
+            saved.put_into(destination, f"{prefix}weight")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        name = f"{prefix}weight"
+        if (saved := SavedRows.taken_from(state_dict, name)) is not None:
+            origin = self._shared.origin or Origin(self.weight)
+            saved.restore(self.weight, origin, name)
+            self._shared.origin = origin
+            state_dict[name] = self.weight  # which torch then copies to itself, and does nothing
+        elif name in state_dict:
+            self._shared.origin = None  # what it held before is of no use for another table
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _WIRING}

@@ -10,7 +10,6 @@ from oracle import assert_same_bits
 from torch import nn
 
 from partial_embedding import InputError
-from partial_embedding.schedule import RateScale
 from partial_embedding.torch import PartialEmbedding, rowwise
 
 OPTIMIZERS = {
