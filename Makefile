@@ -55,7 +55,8 @@ test-wheel: $(LIGHTNING)/.ready-for-tests
 
 # Of both halves together, since the pure parts are tested in either.
 coverage:
-	$(MAKE) test COVER="--cov --cov-report="
+	$(MAKE) test-lightning COVER="--cov --cov-report="
+	$(MAKE) test-keras COVER="--cov --cov-append --cov-report="
 	$(LIGHTNING)/bin/coverage report
 
 docs: $(LIGHTNING)/.ready-for-tests

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from partial_embedding.monitor.record import RECORD, RunRecorder, write_record
 from partial_embedding.monitor.sampling import TableSample
 from partial_embedding.monitor.track import RowTrack
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
+from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
 from partial_embedding.tensorflow.adapter import innermost
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.tables import tables_in
@@ -55,7 +55,8 @@ class RowMonitor(keras.callbacks.Callback):
         log_dir: The folder of the logs.
         every_n_steps: Batches between measurements. The last batch of an epoch is measured too.
         sample: The most rows of a cohort or frequency band that are measured.
-        vocabulary: The tokens of the rows and how often they occur; by default `model.vocabulary`.
+        vocabulary: The tokens of the rows and how often they occur, as `Vocabulary.of` reads it; by
+            default `model.vocabulary`.
         unfreezing: The `RowUnfreezing` of the run, whose plan and audit the record then holds;
             Keras shows callbacks no others.
 
@@ -73,14 +74,14 @@ class RowMonitor(keras.callbacks.Callback):
         *,
         every_n_steps: int = 50,
         sample: int = 256,
-        vocabulary: Vocabulary | None = None,
+        vocabulary: Any = None,
         unfreezing: RowUnfreezing | None = None,
     ) -> None:
         super().__init__()
         self.log_dir = fspath(log_dir)
         self.every_n_steps = every_n_steps
         self.sample = sample
-        self.vocabulary = vocabulary
+        self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.unfreezing = unfreezing
         self._run = RunRecorder()
         self._tables: dict[str, _Table] = {}
@@ -95,14 +96,13 @@ class RowMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Look at the tables."""
-        vocabulary = self.vocabulary or getattr(self.model, "vocabulary", None)
         batches = self.params.get("steps")
         accumulated = innermost(self.model.optimizer).gradient_accumulation_steps or 1
         self._run = RunRecorder(
             self.params.get("epochs"),
             None if batches is None else math.ceil(batches / accumulated),
             self.sample,
-            vocabulary if isinstance(vocabulary, Vocabulary) else None,
+            find_vocabulary(self.vocabulary, self.model),
         )
         self._writer = tf.summary.create_file_writer(self.log_dir)
         self._tables = {}

@@ -309,12 +309,12 @@ def _make_partial(module: Any, sparse: bool) -> None:
         module._sparse_before = module.sparse
     module.sparse = sparse
     module.__class__ = _partial_class(type(module))
-    module.take_weight()
+    module.attach()
 
 
 def _make_plain(table: Any, plain: type[nn.Module]) -> None:
-    table.leave_weight()
     table._modules.pop(ADAPTER, None)
+    table.detach()
     if isinstance(table, PartialLinear):
         vars(table).pop("sparse", None)
     else:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.torch.row_parameters import row_parameters_in
 from partial_embedding.torch.rowset import shown
+from partial_embedding.torch.table import row_parameters_in
 from partial_embedding.torch.tokens import put_into, tokenizer_of
 from partial_embedding.torch.vocabulary_tables import VocabularyTables
 
@@ -234,9 +234,9 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The trainable rows of each parameter, by its name in the model itself."""
     names = {id(own): name for name, own in reversed(_parameters(model).items())}
     rows = {
-        names[id(part.weight)]: part.row_set.ids
-        for _, part in row_parameters_in(model)
-        if part.table.has_frozen_rows
+        names[id(parameter)]: table.row_set.ids
+        for _, table, parameter in row_parameters_in(model)
+        if table.has_frozen_rows
     }
     if not any(map(len, rows.values())):
         raise InputError(

@@ -290,7 +290,7 @@ def run(name: str, folder: Path) -> None:
         "ignored_later": list(getattr(net, "_ddp_params_and_buffers_to_ignore", [])),
         "averaged": calls,
         "optimizer": optimizer.state_dict(),
-        "reports": [(r.frozen, r.changed) for r in callback.reports if r.table == "words"],
+        "reports": [(r.frozen, r.changed) for r in callback.audit_results if r.table == "words"],
     }
     torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
 
