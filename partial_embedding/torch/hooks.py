@@ -180,6 +180,4 @@ def _hold_rows_of(parameter: Tensor) -> None:
         # Its rows cannot be read without losing what a second derivative needs.
         parameter.grad = grad.to_dense()
         return
-    parameter.grad = RowGradient(
-        grad._indices()[0], grad._values(), len(grad), grad.is_coalesced()
-    )
+    parameter.grad = RowGradient(grad._indices()[0], grad._values(), len(grad), grad.is_coalesced())

@@ -106,9 +106,7 @@ class PartialTable(nn.Module):
         """
         self.set_trainable_ids(self._resolve(rows), RateScale(lr_scale, warmup_steps))
 
-    def unfreeze_rows(
-        self, rows: object, *, lr_scale: float = 1.0, warmup_steps: int = 0
-    ) -> None:
+    def unfreeze_rows(self, rows: object, *, lr_scale: float = 1.0, warmup_steps: int = 0) -> None:
         """Train these rows too, as a cohort of their own.
 
         Args:
@@ -476,7 +474,9 @@ class PartialTable(nn.Module):
 
     def extra_repr(self) -> str:
         """The plain module's description, and how many rows train."""
-        every = self._most_trainable(self.leaf_weight.shape[0])  # counted without making bookkeeping
+        every = self._most_trainable(
+            self.leaf_weight.shape[0]
+        )  # counted without making bookkeeping
         count = every if self._row_set is None else len(self.row_set)
         return f"{super().extra_repr()}, trainable_rows={count}"
 
