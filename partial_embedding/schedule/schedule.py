@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from partial_embedding.errors import InputError
+from partial_embedding.rows.growth import GrownRows
 from partial_embedding.rows.rows import Rows
 from partial_embedding.schedule.position import Evaluation, Position
 from partial_embedding.schedule.presets import from_preset
@@ -251,7 +252,7 @@ class Schedule:
             return rows
         following = self.stages[stage_state.stage + 1]
         assert following.growth is not None
-        return Rows.grown(
+        return GrownRows(
             rows, following.rows, following.growth, stage_state.increment, stage_state.increments
         )
 
