@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.torch.table import row_parameters_in
 from partial_embedding.torch.rowset import shown
+from partial_embedding.torch.table import row_parameters_in
 from partial_embedding.torch.tokens import grow
 
 _FORMAT = "partial_embedding rows 1"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.table_state import TableState
 from partial_embedding.torch.inspection import Group, State
+from partial_embedding.torch.table_state import TableState
 
 KEY = "rowwise"
 
