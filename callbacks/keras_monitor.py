@@ -16,9 +16,9 @@ from partial_embedding.monitor.record import RECORD, RowRecord, planned_stages, 
 from partial_embedding.monitor.sampling import TableWatch
 from partial_embedding.monitor.track import RowTrack
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
-from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.tensorflow.listening import Heard, StepListener
-from partial_embedding.tensorflow.tables import tables_in
+from partial_embedding.tensorflow.adapter import innermost
+from partial_embedding.tensorflow.embedding import PartialEmbedding, tables_in
+from partial_embedding.tensorflow.optimizer import Rowwise
 
 if TYPE_CHECKING:
     from partial_embedding.callbacks.keras import RowUnfreezing
@@ -26,12 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Watched:
-    """One layer, what watches and hears it, the rows that trained last, the rates of cohorts."""
+    """One layer, what watches it, the rows that trained last, the rates of cohorts."""
 
     layer: PartialEmbedding
     watch: TableWatch
-    heard: Heard
-    live: Ids | None = None
+    rows: Ids | None = None
     rates: dict[int, float] = field(default_factory=dict)
 
 
@@ -44,13 +43,10 @@ class RowMonitor(keras.callbacks.Callback):
     partial_embedding.recipes.report_command` makes a page, where matplotlib is installed. A run
     that is resumed is watched from there on.
 
-    Keras shows callbacks neither batches nor gradients, so while `fit` runs, the model trains by a
-    function that also notes them where a batch is measured; afterwards it has its own again. Tokens
-    equal to 0 are padding under `freeze_padding` or `mask_zero`. A gradient is unscaled, averaged
-    over accumulated batches and not yet clipped; a batch that ends without an optimizer step has
-    none. With `steps_per_execution=n`, n batches are measured together, with the gradient of their
-    last step. `tokens_that_train` and `gradient_norm` are left out on several replicas, and the
-    latter for optimizers that do not come by Keras's clipping.
+    Keras shows callbacks neither batches nor gradients. So there is no `tokens_that_train`, and the
+    `gradient_norm` comes from the optimizer where `rowwise` made it: of gradients that are
+    unscaled, averaged over accumulated batches and not yet clipped, in the last step of the
+    batches that Keras makes at once. A model that `fit` has trained before is traced anew once.
 
     Put it after `RowUnfreezing` in the list of callbacks.
 
@@ -91,7 +87,7 @@ class RowMonitor(keras.callbacks.Callback):
         self.record = RowRecord()
         self._writer: Any = None
         self._watched: dict[str, _Watched] = {}
-        self._listener: StepListener | None = None
+        self._optimizer: Rowwise | None = None
         self._epoch = 0
         self._due = False
 
@@ -105,9 +101,7 @@ class RowMonitor(keras.callbacks.Callback):
         vocabulary = self.vocabulary or getattr(self.model, "vocabulary", None)
         self._writer = tf.summary.create_file_writer(self.log_dir)
         self._watched = {}
-        tables = tables_in(self.model)
-        self._listener = StepListener(self.model, tables.values())
-        for (name, layer), heard in zip(tables.items(), self._listener.heard, strict=True):
+        for name, layer in tables_in(self.model).items():
             watch = TableWatch(
                 _Reader(layer),
                 layer.input_dim,
@@ -116,11 +110,17 @@ class RowMonitor(keras.callbacks.Callback):
                 vocabulary if isinstance(vocabulary, Vocabulary) else None,
                 _padding(layer),
             )
-            self._watched[name] = _Watched(layer, watch, heard)
+            self._watched[name] = _Watched(layer, watch)
         self.record = RowRecord(self.tracks)
         self.record.length = self.params.get("epochs")
         self.record.epoch_steps = self.params.get("steps")
-        self._listener.attach()
+        optimizer = innermost(self.model.optimizer)
+        if isinstance(optimizer, Rowwise):
+            self._optimizer = optimizer
+            if not optimizer.is_measurable:
+                # What measures is part of a step that is traced from now on.
+                self.model.make_train_function(force=True)
+            optimizer.measure_gradients(False)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Know where training stands."""
@@ -128,14 +128,15 @@ class RowMonitor(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Note which rows were unfrozen, and what rows hold before a step that is measured."""
-        self._listening.is_due = self._due = self._is_due(batch)
+        self._due = self._is_due(batch)
+        if self._optimizer is not None and self._due:
+            self._optimizer.measure_gradients(True)
         for watched in self._watched.values():
-            # Replaced whenever rows change; its copy, `trainable_rows`, costs K numbers a batch.
-            live = watched.layer._live
-            if watched.live is not live:
-                watched.live = live
+            rows = watched.layer.trainable_rows
+            if watched.rows is None or not np.array_equal(watched.rows, rows):
+                watched.rows = rows
                 trainable = np.zeros(watched.layer.input_dim, np.bool_)
-                trainable[live] = True
+                trainable[rows] = True
                 watched.watch.note_rows(trainable, self._place(watched.watch.track, batch))
             if self._due:
                 watched.watch.before_step()
@@ -148,11 +149,8 @@ class RowMonitor(keras.callbacks.Callback):
             watched.watch.track.end = place
             if self._due:
                 self._measure(name, watched, place)
-
-    @property
-    def _listening(self) -> StepListener:
-        assert self._listener is not None, "Keras calls on_train_begin first"
-        return self._listener
+        if self._optimizer is not None and self._due:
+            self._optimizer.measure_gradients(False)
 
     def _is_due(self, batch: int) -> bool:
         """Whether a batch is measured among those that this one begins."""
@@ -167,10 +165,10 @@ class RowMonitor(keras.callbacks.Callback):
         return float(self._epoch + batch / self.params["steps"])
 
     def _measure(self, name: str, watched: _Watched, place: float) -> None:
-        watch, heard = watched.watch, watched.heard
-        squares = heard.row_squares()
+        watch, optimizer = watched.watch, self._optimizer
+        squares = None if optimizer is None else optimizer.row_squares(watched.layer)
         gradients = None if squares is None else watch.gradient_norms(*squares)
-        numbers = watch.measure(place, heard.token_share(), gradients, watched.rates)
+        numbers = watch.measure(place, None, gradients, watched.rates)
         with self._writer.as_default(step=int(self.model.optimizer.iterations.numpy())):
             for key, value in numbers.items():
                 tf.summary.scalar(f"{name}/{key}", value)
@@ -183,7 +181,6 @@ class RowMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Write the record, and close the log."""
-        self._listening.detach()
         self._writer.close()
         if self.unfreezing is not None:
             self._take_over(self.unfreezing)
@@ -209,15 +206,15 @@ def _rates(optimizer: Any, watched: _Watched) -> dict[int, float]:
     # Under a distribution strategy, what Keras gives is no number.
     rate = float(tf.convert_to_tensor(optimizer.learning_rate))
     rows = watched.watch.any_row_of()
-    split = watched.layer._split
-    rate_scales = None if split is None else split.rate_scales
-    if rate_scales is None or not rows:
+    state = watched.layer.table_state
+    if state is None or state.optimizer is None or not rows:
         return dict.fromkeys(rows, rate)
+    scales = state.optimizer.row_scales(state.rows)
     slots = np.searchsorted(watched.layer.reserved_rows, list(rows.values()))
-    joined = rate_scales.joined_at.numpy()[slots]
+    joined = scales.joined_at.numpy()[slots]
     # Rows that have made no step yet have not joined.
     ages = np.where(joined >= 0, int(optimizer.iterations.numpy()) - joined, 0)
-    rates = rate_scales.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
+    rates = scales.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
     return dict(zip(rows, map(float, rates), strict=True))
 
 

@@ -13,9 +13,8 @@ from partial_embedding.rows.vocabulary import Ids, Vocabulary
 from partial_embedding.schedule import Position, RateScale, Schedule, StageState
 from partial_embedding.schedule.runner import BaseScheduledTables, Say
 from partial_embedding.tensorflow.audit import FrozenRowAudit
-from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.tensorflow.embedding import PartialEmbedding, tables_in
 from partial_embedding.tensorflow.optimizer import Rowwise
-from partial_embedding.tensorflow.tables import tables_in
 
 # More steps than a run has, where the length of an epoch is not known.
 _NEVER = 1 << 40
@@ -73,12 +72,10 @@ class ScheduledTables(BaseScheduledTables[PartialEmbedding]):
         if not scaled:
             return
         optimizer = innermost(self.model.optimizer)
-        if not isinstance(optimizer, Rowwise) or not optimizer.rate_scales:
+        if not isinstance(optimizer, Rowwise):
             raise InputError(
-                f"{scaled[0]}: lr_scale and warmup_steps are what rowwise(optimizer, "
-                f"rate_scales=True) keeps. Received the optimizer {type(optimizer).__name__}"
-                f"{' with rate_scales=False' if isinstance(optimizer, Rowwise) else ''}. "
-                "Compile the model with one."
+                f"{scaled[0]}: lr_scale and warmup_steps are what rowwise(optimizer) keeps. "
+                f"Received the optimizer {type(optimizer).__name__}. Compile the model with one."
             )
         if not optimizer.built:
             if not self.model.built:
@@ -119,7 +116,9 @@ class ScheduledTables(BaseScheduledTables[PartialEmbedding]):
         return self.tables[name].check_trainable_rows(super()._ids_at(name, stage_state))
 
     def _train(self, table: PartialEmbedding, ids: Ids, rate_scale: RateScale) -> None:
-        table.set_trainable_rows(ids, rate_scale=rate_scale)
+        table.set_trainable_rows(
+            ids, lr_scale=rate_scale.lr_scale, warmup_steps=rate_scale.warmup_steps
+        )
         if table.name not in self._stage_states:
             self._tell_size(table.name)
 
