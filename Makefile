@@ -55,7 +55,8 @@ test-wheel: $(LIGHTNING)/.ready-for-tests
 
 # Of both halves together, since the pure parts are tested in either.
 coverage:
-	$(MAKE) test COVER="--cov --cov-report="
+	$(MAKE) test-lightning COVER="--cov --cov-report="
+	$(MAKE) test-keras COVER="--cov --cov-append --cov-report="
 	$(LIGHTNING)/bin/coverage report
 
 docs: $(LIGHTNING)/.ready-for-tests
@@ -111,14 +112,9 @@ $(LIGHTNING)/.ready-for-tests: $(LIGHTNING)/.installed
 
 # A contender that cannot be installed is named as missing in the report.
 $(LIGHTNING)/.ready-for-bench: $(LIGHTNING)/.installed
-<<<<<<< HEAD
-	$(LIGHTNING)/bin/python $(INSTALL) matplotlib
-	-$(LIGHTNING)/bin/python $(INSTALL) peft
-	-$(LIGHTNING)/bin/python $(INSTALL) fbgemm-gpu-cpu
-=======
+	$(LIGHTNING)/bin/python $(PINNED) matplotlib
 	-$(LIGHTNING)/bin/python $(PINNED) peft
 	-$(LIGHTNING)/bin/python $(PINNED) fbgemm-gpu-cpu
->>>>>>> front
 	@touch $@
 
 $(KERAS)/.installed: pyproject.toml constraints.txt

@@ -29,9 +29,8 @@ def try_wheel(wheel: Path, extras: str) -> None:
         wanted = f"{wheel.resolve()}[{extras}]" if extras else str(wheel.resolve())
         subprocess.run([python, "-m", "pip", "install", "--quiet", wanted], check=True)
         # `main` ends the process after its help, well.
-        subprocess.run(
-            [python, "-I", "-c", TRIED[extras]], check=True, cwd=folder, stdout=sys.stderr
-        )
+        tried = [python, "-I", "-c", TRIED[extras]]
+        subprocess.run(tried, check=True, cwd=folder, stdout=sys.stderr)
         print(f"installed and used: {wheel.name}[{extras}]", flush=True)
 
 

@@ -57,22 +57,19 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         self.lazy = lazy
         self.audit = audit
         self._runner: Runner | None = None
+        self._tables: TorchTables | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check every stage against the tables, set the first rows, and prepare the optimizer."""
+        """Check every stage against the tables, and set the first rows."""
         tables = TorchTables(kwargs["model"])
         runner = Runner(tables, self.schedules, self.vocabulary, self.audit, say=print)
         _check_arguments(args, tables)
         _check_metrics(args, state, runner)
         tables.check_backend(runner.schedules)
         self._go_on(runner, state)
-        optimizer = kwargs["optimizer"]
-        # Accelerate wraps the optimizer that steps.
-        tables.prepare(runner.schedules, [getattr(optimizer, "optimizer", optimizer)], self.lazy)
-        runner.check_rate_scales()
-        self._runner = runner
+        self._runner, self._tables = runner, tables
 
     def _go_on(self, runner: Runner, state: TrainerState) -> None:
         """Set the rows to which the optimizer's state belongs."""
@@ -96,8 +93,15 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the rows of this epoch, and say so where a stage begins."""
-        if self._runner is not None:
-            self._runner.advance(int(state.epoch or 0), state.global_step)
+        if self._runner is None or self._tables is None:
+            return
+        if not self._runner.has_begun:
+            # The optimizer has its state already, which belongs to the rows that every callback
+            # of this kind has set by now. Accelerate wraps the optimizer that steps.
+            optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+            self._tables.prepare(self._runner.schedules, [optimizer], self.lazy)
+            self._runner.check_rate_scales()
+        self._runner.advance(int(state.epoch or 0), state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

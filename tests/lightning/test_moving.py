@@ -1,6 +1,7 @@
 """`RowUnfreezing` along every kind of schedule: steps, shares, plateaus, growth and rate_scales."""
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from pytorch_lightning.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from small_runs import (
     BATCHES,
     EPOCHS,
     Net,
     Parts,
+    Witness,
     assert_same_run,
     data,
     fit,
@@ -166,6 +173,43 @@ def test_cycles_begin_again() -> None:
     assert watch(Net().build(), schedule).rows == 4 * [[1], [1], [2]]
 
 
+HALVES = {"stages": [{"share": 0, "rows": [1]}, {"share": 0.5, "rows": [1, 2, 3]}]}
+
+
+@pytest.mark.parametrize("schedule", [HALVES, BY_STEP], ids=["shares", "steps"])
+@pytest.mark.parametrize("step", [2, 4, 7])
+def test_a_run_resumed_within_an_epoch_trains_on_the_batches_that_were_left(
+    schedule: Any, step: int, tmp_path: Path
+) -> None:
+    def run(*more: pl.Callback, **options: Any) -> tuple[Any, Witness]:
+        ids, labels = data().tensors
+        batches = ReplayableLoader(
+            lambda chosen: (ids[torch.from_numpy(chosen)], labels[torch.from_numpy(chosen)]),
+            size=len(ids),
+            batch_size=4,
+            seed=3,
+        )
+        net, witness = Net().build(), Witness()
+        checkpoint = options.pop("ckpt_path", None)
+        made = trainer(RowUnfreezing(schedule), witness, *more, **options)
+        made.fit(net, batches, ckpt_path=checkpoint)
+        return net, witness
+
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, seen = run(saving, enable_checkpointing=True)
+    resumed, rest = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert_same_run(rest, seen.seen[step:])
+    assert same_bits(resumed.words.weight, whole.words.weight)
+
+
+def test_a_run_names_the_stages_that_it_did_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
+    waits = {"plateau": {"monitor": "val_loss", "patience": 9}, "rows": [2]}
+    stages = [{"epoch": 0, "rows": [1]}, waits, {"step": 8, "rows": [3]}, {"epoch": 9, "rows": [4]}]
+    watch(validated(1.0), {"stages": stages})
+    told = "words: the run ended before stage 1, at a plateau of val_loss; stage 3, at epoch 9"
+    assert told in capsys.readouterr().out.splitlines()
+
+
 # Metrics
 
 
@@ -203,6 +247,40 @@ def test_a_metric_that_is_not_logged_is_one_error_that_lists_what_was() -> None:
         watch(net, PLATEAU)
     assert "\n" not in str(refused.value)
     assert net.steps_begun == BATCHES
+
+
+WITHOUT_VALIDATION: dict[str, tuple[type[Net], bool, dict[str, Any]]] = {
+    "no_validation_data": (Validated, False, {}),
+    "no_validation_step": (Net, True, {}),
+    "no_batch_of_it": (Validated, True, {"limit_val_batches": 0}),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_VALIDATION)
+def test_stages_that_wait_are_refused_where_nothing_validates(case: str) -> None:
+    kind, with_data, options = WITHOUT_VALIDATION[case]
+    net = kind().build()
+    made = trainer(RowUnfreezing(PLATEAU), **options)
+    with pytest.raises(InputError, match=r"'val_loss'.* never validates: .*limit_val_batches=0"):
+        made.fit(net, loader(data()), loader(data(1)) if with_data else None)
+    assert net.steps_begun == 0
+
+
+def test_early_stopping_by_the_metric_that_stages_wait_for_is_warned_of() -> None:
+    class Gentle(EarlyStopping):
+        """A subclass of one's own."""
+
+    def run(*more: pl.Callback, schedule: Any = PLATEAU) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            watch(validated(1.0), schedule, *more)
+        return [str(w.message) for w in caught if "end the run" in str(w.message)]
+
+    (told,) = run(Gentle("val_loss", patience=9))
+    assert told.startswith("Gentle may end the run before stages that wait for a plateau of val_")
+    # As it says: another metric, or none.
+    assert run(EarlyStopping("lr", strict=False)) == run() == []
+    assert run(EarlyStopping("val_loss"), schedule=BY_STEP) == []
 
 
 def test_a_validation_outside_fit_counts_for_nothing() -> None:

@@ -215,9 +215,9 @@ def test_a_pace_is_refused_through_whichever_module_has_the_weight() -> None:
     optimizer = rowwise(torch.optim.LBFGS(tied.parameters()), tied)
     for module in (tied.table, tied.head):
         with pytest.raises(InputError, match="LBFGS"):
-            module.unfreeze_rows([0], rate_scale=RateScale(lr_scale=0.5))
+            module.unfreeze_rows([0], lr_scale=0.5)
     detach_rowwise(optimizer)
-    tied.head.unfreeze_rows([0], rate_scale=RateScale(lr_scale=0.5))
+    tied.head.unfreeze_rows([0], lr_scale=0.5)
 
 
 def test_head_and_table_that_are_tied_have_the_same_rows() -> None:
