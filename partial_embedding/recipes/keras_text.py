@@ -277,7 +277,6 @@ def text_classifier(
         rowwise(
             keras.optimizers.AdamW(lr, weight_decay=weight_decay),
             lazy=lazy,
-            rate_scales=any(not stage.rate_scale.is_plain for stage in schedule.stages),
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
