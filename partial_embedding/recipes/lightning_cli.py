@@ -37,7 +37,7 @@ from partial_embedding.recipes.run_folder import RunLogger
 # Imported so that configurations can name them without their module.
 from partial_embedding.recipes.text_classifier import TextClassifier, TextData
 
-_DEFAULT_CLASSES = {
+_DEFAULT_CLASSES: dict[str, dict[str, Any]] = {
     "data": {"class_path": "TextData"},
     "model": {"class_path": "TextClassifier", "init_args": {"export": "vec"}},
 }

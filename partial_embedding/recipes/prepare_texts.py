@@ -230,12 +230,15 @@ def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTex
     vocabulary = count_tokens(documents, settings.min_count)
     cache, seed = settings.cache_folder, settings.seed
     found = (
-        read_vectors(settings.vectors, settings.dimension)
+        read_vectors(settings.vectors, settings.dimension, cache)
         if settings.vectors
         else train_vectors(
             documents, settings.dimension or _TRAINED_DIMENSION, seed=seed, cache=cache
         )
     )
+    if say is not None:
+        for note in found.notes:
+            say(f"{settings.vectors}: {note}")
     table, vocabulary = build_table(vocabulary, found, seed, scale=settings.missing_scale)
     return PreparedTexts(vocabulary, table, training, validation)
 
