@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any, Literal, Union
+from typing import Any, Literal, SupportsIndex, Union
 
 import numpy as np
 
@@ -23,7 +23,7 @@ Config = str | dict[str, Any]
 RowsLike = Union[
     "Rows",
     Literal["all", "none", "missing"],
-    Iterable[int],  # ids, or a mask, whose entries are integers too
+    Iterable[SupportsIndex],  # ids, or a mask; also an array or a tensor of either
     slice,
     Mapping[str, Any],
 ]
