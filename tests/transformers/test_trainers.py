@@ -1,7 +1,7 @@
 """New tokens in the trainers that people use, as they come."""
 
-import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_same_bits, rows_that_differ  # noqa: E402
+from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
 from tiny_language_models import (  # noqa: E402
     NEW,
     NEW_ROWS,
@@ -22,6 +22,7 @@ from tiny_language_models import (  # noqa: E402
     training_arguments,
 )
 from torch import Tensor, nn  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 from partial_embedding.torch import add_tokens  # noqa: E402
 from partial_embedding.torch.row_gradient import RowGradient  # noqa: E402
@@ -62,10 +63,26 @@ class Gradients(transformers.TrainerCallback):  # type: ignore[misc,name-defined
         for name, table in tables_in(given["model"]):
             self.kinds.setdefault(name, set()).add(type(table.weight.grad))
 
+    def check_the_input(self) -> None:
+        """Fail if an input table that is not tied had a whole gradient.
+
+        TRL takes a head's weight into a function of its own, which makes it a whole one.
+        """
+        (kinds, *of_head) = self.kinds.values()
+        assert not of_head or kinds == {RowGradient}
+
 
 def examples(words: Any, count: int = 8) -> list[dict[str, Tensor]]:
     batch = {name: value[0] for name, value in inputs(words, NEW_TEXT).items()}
     return [batch] * count
+
+
+def logits_of(model: Any, words: Any) -> Tensor:
+    training = model.training
+    with torch.no_grad():
+        logits: Tensor = model.eval()(**inputs(words, NEW_TEXT)).logits
+    model.train(training)
+    return logits
 
 
 def assert_new_rows_learned(model: nn.Module, before: dict[str, Tensor]) -> None:
@@ -94,9 +111,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("order", ["no_lora", "lora_first", "tokens_first"])
 @TIED
-def test_the_trainer_of_transformers(
-    tied: bool, order: str, options: str, tmp_path: Path
-) -> None:
+def test_the_trainer_of_transformers(tied: bool, order: str, options: str, tmp_path: Path) -> None:
     model, words = language_model("Llama", tied), tokenizer()
     if order == "lora_first":
         model = pytest.importorskip("peft").get_peft_model(model, lora())
@@ -107,9 +122,7 @@ def test_the_trainer_of_transformers(
         model = pytest.importorskip("peft").get_peft_model(model, lora())
     seen = Gradients()
     arguments = training_arguments(tmp_path, **{**QUIET, **OPTIONS[options]})
-    transformers.Trainer(
-        model, arguments, train_dataset=examples(words), callbacks=[seen]
-    ).train()
+    transformers.Trainer(model, arguments, train_dataset=examples(words), callbacks=[seen]).train()
     assert_new_rows_learned(model, before)
     # No gradient is as large as the table.
     assert len(seen.kinds) == (1 if tied else 2)
@@ -185,7 +198,7 @@ def lightning(model: Any, words: Any, folder: Path) -> Any:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-    ).fit(Module(), [inputs(words, NEW_TEXT)] * 8)
+    ).fit(Module(), DataLoader([inputs(words, NEW_TEXT)] * 8, batch_size=None))
     return model
 
 
@@ -199,8 +212,10 @@ def sft(model: Any, words: Any, folder: Path) -> Any:
         train_dataset=data,
         processing_class=words,
         peft_config=lora(),
+        callbacks=[seen := Gradients()],
     )
     trainer.train()
+    seen.check_the_input()
     return trainer.model
 
 
@@ -222,6 +237,37 @@ def test_other_trainers(tied: bool, loop: str, tmp_path: Path) -> None:
     assert_new_rows_learned(trained, before)
 
 
+def test_the_trainer_of_sentence_transformers(tmp_path: Path) -> None:
+    st = pytest.importorskip("sentence_transformers")
+    datasets = pytest.importorskip("datasets")
+    from sentence_transformers.base.modules.transformer import Transformer
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules.pooling import Pooling
+
+    bert = language_model("BERT").bert
+    bert.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    modules = [Transformer(str(tmp_path / "model"), max_seq_length=16), Pooling(8)]
+    model = st.SentenceTransformer(modules=modules, device="cpu")
+    inner = next(m for m in model.modules() if isinstance(m, transformers.BertModel))
+    assert add_tokens(inner, model.tokenizer, NEW) == NEW_ROWS
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pairs = {
+        "anchor": ["the numbat sat", "a dog ran", "quokkas ran", "the cat"],
+        "positive": ["a numbat ran", "the dog sat", "quokkas sat on", "a cat"],
+    }
+    arguments = st.SentenceTransformerTrainingArguments(str(tmp_path / "run"), **QUIET)
+    st.SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict(pairs),
+        loss=MultipleNegativesRankingLoss(model),
+        callbacks=[seen := Gradients()],
+    ).train()
+    assert_new_rows_learned(model, before)
+    assert list(seen.kinds.values()) == [{RowGradient}]
+
+
 @pytest.fixture
 def preferences() -> Iterator[Any]:
     datasets = pytest.importorskip("datasets")
@@ -236,9 +282,15 @@ def preferences() -> Iterator[Any]:
 @pytest.mark.parametrize("lora_is", ["given_to_trl", "put_on_before"])
 @TIED
 def test_the_reference_of_dpo_is_the_base_model_at_every_step(
-    tied: bool, lora_is: str, preferences: Any, tmp_path: Path
+    tied: bool,
+    lora_is: str,
+    preferences: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trl = pytest.importorskip("trl")
+    from trl.trainer import dpo_trainer
+
     model, words = language_model("Llama", tied), tokenizer()
     given_to_trl = lora_is == "given_to_trl"
     if not given_to_trl:
@@ -249,21 +301,28 @@ def test_the_reference_of_dpo_is_the_base_model_at_every_step(
     reference = language_model("Llama", tied)
     add_tokens(reference, tokenizer(), NEW)
 
-    class Trainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
-        seen: list[tuple[Tensor, Tensor]] = []
+    seen = []
+    use_adapter = dpo_trainer.use_adapter
 
-        def compute_ref_log_probs(self, inputs: Any) -> Any:
-            found = super().compute_ref_log_probs(inputs)
-            self.seen.append((inputs, found))
-            return found
+    @contextmanager
+    def seen_through(model: Any, adapter_name: str | None) -> Iterator[None]:
+        with use_adapter(model, adapter_name):
+            seen.append(logits_of(model, words))
+            yield
 
-    trainer = Trainer(
+    monkeypatch.setattr(dpo_trainer, "use_adapter", seen_through)
+    trainer = trl.DPOTrainer(
         model,
         args=trl.DPOConfig(str(tmp_path), max_length=32, **QUIET),
         train_dataset=preferences,
         processing_class=words,
+        callbacks=[kinds := Gradients()],
         **({"peft_config": lora()} if given_to_trl else {}),
     )
     trainer.train()
+    kinds.check_the_input()
     assert_new_rows_learned(trainer.model, before)
-    assert trainer.seen is not None
+    assert len(seen) == QUIET["max_steps"]
+    for logits in seen:
+        assert_same_bits(logits, logits_of(reference, words), "logits of the reference")
+    assert not same_bits(logits_of(trainer.model, words), logits_of(reference, words))
