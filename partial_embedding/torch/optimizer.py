@@ -591,7 +591,7 @@ def _before_any_step(
     if not tables:
         return None
     if not vars(optimizer).get("_masked_gradient_only"):
-        if any(table.has_frozen_rows for _, table in tables):
+        if any(table.has_frozen_rows or table.earlier_sizes for _, table in tables):
             Rowwise(optimizer, False, {})
             return None
     parameters = [parameter for parameter, _ in tables]

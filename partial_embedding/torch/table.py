@@ -173,19 +173,20 @@ class PartialTable(TableFiles):
         """The rows by which the table grew last, sorted, or None."""
         return self._shared.new_rows
 
-    def grown_from(self, before: RowSet, trainable: bool) -> None:
-        """Know that the weight grew.
+    @property
+    def earlier_sizes(self) -> tuple[int, ...]:
+        """How many rows there were each time before the table grew."""
+        return self._shared.earlier_sizes
+
+    def note_growth(self, earlier_size: int, new_rows: Ids) -> None:
+        """Know that rows were added.
 
         Args:
-            before: The rows that trained until then.
-            trainable: Whether the new rows train, too.
+            earlier_size: How many rows there were before.
+            new_rows: The rows that are new, sorted, int64.
         """
-        size = self.leaf_weight.shape[0]
-        self._shared.earlier_sizes += (before.num_rows,)
-        self._shared.new_rows = np.arange(before.num_rows, size, dtype=np.int64)
-        self.row_set = before.resized_to(size)
-        if trainable:
-            self.set_trainable_ids(np.append(before.ids.cpu().numpy(), self._shared.new_rows))
+        self._shared.earlier_sizes += (earlier_size,)
+        self._shared.new_rows = new_rows
 
     def _most_trainable(self, num_rows: int) -> int:
         # While a graph is traced the size of an axis is a tensor, which takes no bool away.

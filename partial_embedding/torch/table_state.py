@@ -323,15 +323,17 @@ class TableState:
             InputError: The table has another size, other rows train, or the optimizer cannot keep
                 their rate_scale.
         """
-        if saved["num_rows"] != self.parameter.shape[0]:
+        size = saved["num_rows"]
+        if size not in (self.parameter.shape[0], *self.table.earlier_sizes):
             raise InputError(
                 f"optimizer state belongs to a table of one size. Received state for "
-                f"{saved['num_rows']} rows and {self.name!r} with {self.parameter.shape[0]}. "
+                f"{size} rows and {self.name!r} with {self.parameter.shape[0]}. "
                 "Load the checkpoint's vocabulary first."
             )
         ids = [cohort["rows"].cpu() for cohort in saved["cohorts"]]
         saved_ids = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).sort().values
         rows = self.table.row_set.ids.cpu()
+        rows = rows[rows < size]  # by which the table grew since has no state yet
         if not torch.equal(saved_ids, rows):
             raise InputError(
                 "optimizer state belongs to the rows that trained. Received state for "
@@ -361,9 +363,17 @@ class TableState:
             for n, cohort in self.cohorts.items()
             if not cohort.rate_scale.is_plain
         }
-        after = max([*numbers, self.table.row_set.next_number - 1]) + 1
+        now = self.table.row_set
+        after = max([*numbers, now.next_number - 1]) + 1
         self._rows = RowSet(self.parameter.shape[0], numbers, after, device, rate_scales)
-        self.table.row_set = self._rows
+        # Rows by which the table grew since begin now.
+        for number, ids in now.cohorts.items():
+            if len(newer := ids[ids >= saved["num_rows"]]):
+                numbers[after] = newer
+                rate_scales[after] = now.rate_scales.get(number, RateScale())
+                after += 1
+        self.table.row_set = RowSet(self.parameter.shape[0], numbers, after, device, rate_scales)
+        self.sync()
 
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
         """Go on with the state of shape V×D that a plain optimizer has for the whole table.
@@ -377,7 +387,10 @@ class TableState:
             clear_history(optimizer)  # as long as the whole table
             return
         state = optimizer.state.pop(self.parameter, {})
+        heights = [len(value) for key, value in state.items() if key in self.layout.per_row]
         for cohort in self.cohorts.values():
+            if len(cohort.ids) and cohort.ids[0] >= min(heights, default=len(self.parameter)):
+                continue  # by which the table grew since
             cohort.state = {
                 key: value.index_select(0, cohort.ids.to(value.device))
                 if key in self.layout.per_row
