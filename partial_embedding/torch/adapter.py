@@ -152,6 +152,14 @@ class TorchTables:
         ids: Ids = self.tables[name].row_set.ids.cpu().numpy()
         return ids
 
+    def new_rows(self, name: str) -> Ids | None:
+        """The rows by which the table grew last, rising, int64, or None.
+
+        Args:
+            name: The table's name.
+        """
+        return self.tables[name].new_rows
+
     def set_rows(
         self, name: str, ids: Ids, rate_scale: RateScale, *, all_join: bool = False
     ) -> None:

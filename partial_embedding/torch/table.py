@@ -398,11 +398,11 @@ class PartialTable(TableFiles):
             # Perhaps for this one call, so what was hooked before stays so: its backward may come.
             self._hook_up("weight", weight)
             return None
-        in_use: Tensor = self.weight
-        if self._row_set is None:
-            return in_use
+        if not self.has_frozen_rows:
+            return None
         if weight is None and not self._hooks_on(self.leaf_weight):
             self._hook_up("weight", self.leaf_weight)  # a copy, which parametrizations make alone
+        in_use: Tensor = self.weight
         return torch.where(self.row_set.mask.unsqueeze(-1), in_use, in_use.detach())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -427,6 +427,10 @@ class PartialTable(TableFiles):
             origin = self._shared.origin = Origin(self.leaf_weight)
             every = self._row_set is None
             origin.include(self.leaf_weight, self._all_ids() if every else self.row_set.ids)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts its shards past `register_parameter` where this is nn.Module's own method.
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _WIRING}
