@@ -221,7 +221,7 @@ class GrownRows(Rows):
         Args:
             num_rows: The number of rows V of the table.
             vocabulary: What the rows mean.
-            new: The rows by which the table grew last.
+            new: The rows by which the table grew last, if it did.
 
         Raises:
             InputError: As for `Rows.resolve`, or the order does not fit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -83,8 +84,7 @@ class PartialEmbedding(keras.layers.Embedding):
         self._check_reserved(self._first_rows)
         self._check_lora(bool(self.lora_rank))
         if weights is not None:
-            self.build()
-            self.set_weights(weights if isinstance(weights, list) else [weights])
+            self._build_of(weights if isinstance(weights, list) else [weights])
 
     @classmethod
     def from_matrix(
@@ -300,6 +300,17 @@ class PartialEmbedding(keras.layers.Embedding):
         self._reserved, self._reserves = reserved, True
         if self.built and (is_other or self.table_state is None):
             self._split_again()
+
+    def _build_of(self, weights: list[Any]) -> None:
+        """Build with a table as the first value: drawn ones would be as much memory again."""
+        if len(weights) == 1 and np.shape(weights[0]) == (self.input_dim, self.output_dim):
+            configured = self.embeddings_initializer
+            self.embeddings_initializer = partial(_first_value, weights[0])
+            self.build()
+            self.embeddings_initializer = configured
+        else:
+            self.build()
+            self.set_weights(weights)  # which says what is wrong with them
 
     @property
     def reserves_rows(self) -> bool:
@@ -552,6 +563,11 @@ class PartialEmbedding(keras.layers.Embedding):
                 "a wish for it on a table of which only reserved rows may train. Use "
                 "keras.layers.Embedding for LoRA, or leave it out."
             )
+
+
+def _first_value(matrix: Any, shape: Any, dtype: Any = None) -> Any:
+    """A given table as an initializer."""
+    return tf.cast(tf.convert_to_tensor(matrix), dtype)
 
 
 def tables_in(model: Any) -> dict[str, PartialEmbedding]:
