@@ -27,6 +27,7 @@ if keras.config.backend() != "tensorflow":
 from partial_embedding.tensorflow import gradients
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.tensorflow.grow import grow_table
 from partial_embedding.tensorflow.optimizer import Rowwise, rowwise
 from partial_embedding.tensorflow.plain_model import (
     plain_weights,
@@ -40,6 +41,7 @@ __all__ = [
     "PartialEmbedding",
     "Rowwise",
     "gradients",
+    "grow_table",
     "plain_weights",
     "rowwise",
     "schedule_rows",

@@ -58,6 +58,7 @@ class PartialEmbedding(keras.layers.Embedding):
     """
 
     built: bool
+    embeddings_initializer: Any
 
     def __init__(
         self,
@@ -74,6 +75,8 @@ class PartialEmbedding(keras.layers.Embedding):
         self.freeze_padding = freeze_padding
         # The rows by which the table grew last.
         self.new_rows: Ids | None = None
+        # How many rows there were each time before it grew.
+        self.earlier_sizes: tuple[int, ...] = ()
         # What a layer is built with. Once it is, its variables know which rows train.
         self._first_rows: Ids = self._resolve(trainable_rows)
         self._reserved: Ids = self._first_rows
@@ -312,6 +315,37 @@ class PartialEmbedding(keras.layers.Embedding):
             self.build()
             self.set_weights(weights)  # which says what is wrong with them
 
+    def grow(self, rows: Any, trainable: bool) -> None:
+        """Add rows; `partial_embedding.tensorflow.grow_table` does it in a model.
+
+        Args:
+            rows: What they begin from, shape (n, D).
+            trainable: Whether they train from here on.
+
+        Raises:
+            InputError: They are not to train, and the layer can freeze none.
+        """
+        if self.built and self.table_state is None and not trainable:
+            raise InputError(
+                "rows of a table that was built with every row trainable and none reserved cannot "
+                "be frozen. Received trainable=False. Make the layer with reserve_rows='all'."
+            )
+        (matrix,) = self.get_weights()
+        before = self.input_dim
+        self.input_dim = before + len(rows)
+        self.earlier_sizes += (before,)
+        self.new_rows = np.arange(before, self.input_dim, dtype=np.int64)
+        trained = self.trainable_rows
+        self._first_rows = np.append(trained, self.new_rows) if trainable else trained
+        self._reserved = np.append(self._reserved, self.new_rows)
+        self._tracker.unlock()
+        state = self.table_state
+        parts = [self._embeddings] if state is None else [state.table, state.rows, state.unfrozen]
+        for variable in parts:
+            self._untrack_variable(variable)
+        self.built = False
+        self._build_of([np.concatenate([matrix, rows.astype(matrix.dtype)])])
+
     @property
     def reserves_rows(self) -> bool:
         """Whether it was said which rows may train at any time."""
@@ -395,6 +429,7 @@ class PartialEmbedding(keras.layers.Embedding):
 
     def set_weights(self, weights: list[Any]) -> None:
         """Write the table, one array of shape (V, D) in a list, as the plain layer takes it."""
+        weights = [self._grown_since(matrix) for matrix in weights]
         if self.table_state is None:
             super().set_weights(weights)
             return
@@ -404,6 +439,13 @@ class PartialEmbedding(keras.layers.Embedding):
                 f"Received the shapes {[np.shape(w) for w in weights]}. Was the vocabulary resized?"
             )
         self.embeddings.assign(weights[0])
+
+    def _grown_since(self, matrix: Any) -> Any:
+        """A table from before this one grew, with the rows of now that it did not have."""
+        if np.ndim(matrix) != 2 or len(matrix) not in self.earlier_sizes:
+            return matrix
+        (now,) = self.get_weights()
+        return np.concatenate([matrix, now[len(matrix) :]])
 
     @property
     def trainable_weights(self) -> list[Any]:
@@ -429,7 +471,7 @@ class PartialEmbedding(keras.layers.Embedding):
 
     def load_own_variables(self, store: Any) -> None:
         """Read one matrix, as the plain layer does."""
-        if self.table_state is None:
+        if self.table_state is None and not self.earlier_sizes:
             super().load_own_variables(store)
             return
         if list(store.keys()) != ["0"]:
