@@ -293,6 +293,16 @@ def test_a_validation_outside_fit_counts_for_nothing() -> None:
     assert unfreezing.state_dict()["position"]["evaluations"] == seen == [[0, 3, {"val_loss": 1.0}]]
 
 
+def test_a_fit_begins_anew_after_a_checkpoint_was_validated(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    alone = watch(validated(1.0), PLATEAU, saving, enable_checkpointing=True)
+    witness, net = RowWitness(), validated(1.0)
+    made = trainer(RowUnfreezing(PLATEAU), witness)
+    made.validate(net, loader(data(1)), ckpt_path=tmp_path / "epoch=2.ckpt")
+    made.fit(net, loader(data()), loader(data(1)))
+    assert witness.rows == alone.rows
+
+
 @pytest.mark.parametrize("interval", [1, 2, 3])
 @pytest.mark.parametrize("step", range(1, STEPS))
 def test_no_validation_is_left_out_or_counted_twice_on_resume(

@@ -499,27 +499,6 @@ def test_a_callback_serves_one_fit_after_another(
     assert capsys.readouterr().out == printed
 
 
-def test_a_fit_begins_anew_after_a_checkpoint_was_validated(tmp_path: Path) -> None:
-    class Validated(Net):
-        """Validates, whatever it finds."""
-
-        def validation_step(self, batch: Any, index: int) -> None:
-            pass
-
-    def run(unfreezing: RowUnfreezing, checkpoint: Path | None) -> Witness:
-        net, witness = Validated().build(), Witness()
-        made = trainer(unfreezing, witness)
-        if checkpoint is not None:
-            made.validate(net, loader(data()), ckpt_path=checkpoint)
-            net.load_state_dict(Validated().build().state_dict())
-        made.fit(net, loader(data()))
-        return witness
-
-    fit(Net().build(), Keep(tmp_path))
-    alone = run(RowUnfreezing(SCHEDULE, audit=1), None)
-    assert_same_run(run(RowUnfreezing(SCHEDULE, audit=1), tmp_path / "2.ckpt"), alone.seen)
-
-
 def test_a_trainer_goes_on_where_it_stopped() -> None:
     expected = reference_run(Net().build())
     net, witness = Net().build(), Witness()
