@@ -16,7 +16,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.rows.vocabulary import Vocabulary, find_vocabulary
 from partial_embedding.schedule import AnySchedule, Position, schedules_by_table
-from partial_embedding.schedule.messages import StageReport
+from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.tensorflow.adapter import KerasTables
 
@@ -100,9 +100,9 @@ class RowUnfreezing(keras.callbacks.Callback):
         self._logs: dict[str, float] = {}
 
     @property
-    def reports(self) -> list[StageReport]:
+    def audit_results(self) -> list[AuditResult]:
         """What the audit found in the stages that ended."""
-        return [] if self._runner is None else self._runner.reports
+        return [] if self._runner is None else self._runner.audit_results
 
     @property
     def position(self) -> Position:

@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.rows.vocabulary import Vocabulary, find_vocabulary
 from partial_embedding.schedule import AnySchedule, schedules_by_table
-from partial_embedding.schedule.messages import StageReport
+from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
 from partial_embedding.torch.ddp import wrap
 from partial_embedding.torch.optimizer import prepared
-from partial_embedding.torch.table import tables_in
+from partial_embedding.torch.row_state import check_checkpoint, remember_origins, rows_saved_alone
+from partial_embedding.torch.table import PartialTable, tables_in
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
 
@@ -58,6 +59,12 @@ class RowUnfreezing(Callback):
         audit: Compare the bits of frozen rows at the end of each stage; a number n compares them
             every n optimizer steps of the run too. One comparison reads the frozen part of the
             table once.
+        checkpoint: What a checkpoint holds of a table that follows a schedule: `"table"`, all of
+            it, or `"rows"`, those that ever trained, and a fingerprint of the others. Such a
+            checkpoint is loaded, in `fit`, `test` or `load_from_checkpoint`, by a module whose
+            tables are made as they were made for the run; another table is refused. Of the rows
+            that trained a copy is kept on the CPU, as they were. Checkpoints of weights alone
+            (`save_weights_only`) hold tables whole.
 
     Raises:
         InputError: The schedule is malformed. When `fit` starts: it does not fit the module, an
@@ -77,11 +84,13 @@ class RowUnfreezing(Callback):
         vocabulary: Any = None,
         lazy: bool = False,
         audit: bool | int = False,
+        checkpoint: str = "table",
     ) -> None:
         self.schedules = schedules_by_table(schedule)
         self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.lazy = lazy
         self.audit = audit
+        self.checkpoint = check_checkpoint(checkpoint)
         self._runner: Runner | None = None
         self._restored: dict[str, Any] | None = None
         # The epoch of a validation that follows the last batch.
@@ -96,9 +105,9 @@ class RowUnfreezing(Callback):
         return self._generate_state_key(tables=sorted(map(str, self.schedules)))
 
     @property
-    def reports(self) -> list[StageReport]:
+    def audit_results(self) -> list[AuditResult]:
         """What the audit found in the stages that ended."""
-        return [] if self._runner is None else self._runner.reports
+        return [] if self._runner is None else self._runner.audit_results
 
     # Before the first step
 
@@ -134,11 +143,14 @@ class RowUnfreezing(Callback):
 
         def configure_ddp() -> None:
             vars(strategy).pop("configure_ddp", None)
-            model, names = strategy.model, self.schedules
-            tables = [t for name, t in tables_in(model) if name in names or None in names]
-            wrap(model, tables, make)
+            model = strategy.model
+            wrap(model, self._followed_in(model), make)
 
         strategy.configure_ddp = configure_ddp
+
+    def _followed_in(self, model: nn.Module) -> list[PartialTable]:
+        names = self.schedules
+        return [table for name, table in tables_in(model) if name in names or None in names]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check every stage against the tables, set the first rows, and prepare the optimizers."""
@@ -154,6 +166,9 @@ class RowUnfreezing(Callback):
             self._validation_due = self._restored["validation_due"]
         # Before the optimizers load their state, which belongs to the rows of that position.
         runner.place()
+        if self.checkpoint == "rows":
+            followed = {name: tables.tables[name] for name in runner.schedules}
+            remember_origins(followed, pl_module.print, resumed=self._restored is not None)
         tables.prepare(runner.schedules, trainer.optimizers, self.lazy)
         runner.check_rate_scales()
         if not trainer.enable_validation:
@@ -165,6 +180,11 @@ class RowUnfreezing(Callback):
 
     def _check_others(self, trainer: Trainer, runner: Runner) -> None:
         for other in _callbacks_of(trainer):
+            if self.checkpoint == "rows" and "WeightAveraging" in _kinds(other):
+                raise InputError(
+                    "a checkpoint of averaged weights holds tables whole. Received "
+                    f"checkpoint='rows' beside {type(other).__name__}. Leave checkpoint out."
+                )
             if "EarlyStopping" in _kinds(other):
                 runner.warn_of_stopper(type(other).__name__, vars(other)["monitor"])
             if not isinstance(other, RowUnfreezing) or other is self:
@@ -280,6 +300,14 @@ class RowUnfreezing(Callback):
         if self._runner is None:
             return self._restored or {}
         return {**self._runner.state(), "validation_due": self._validation_due}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the rows that ever trained in the place of whole tables, if so asked."""
+        if self.checkpoint == "rows":
+            with rows_saved_alone(self._followed_in(pl_module)):
+                checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where the schedule stood until `fit` starts.

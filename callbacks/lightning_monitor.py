@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from partial_embedding.monitor.record import RECORD, RunRecorder, write_record
 from partial_embedding.monitor.sampling import TableSample
 from partial_embedding.monitor.track import RowTrack
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
+from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
 from partial_embedding.torch.optimizer import prepared
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable, tables_in
@@ -55,8 +55,8 @@ class RowMonitor(Callback):
         every_n_steps: Batches between measurements; by default the trainer's `log_every_n_steps`.
             The last batch of an epoch is measured too.
         sample: The most rows of a cohort or frequency band that are measured.
-        vocabulary: The tokens of the rows and how often they occur; by default the `vocabulary` of
-            the datamodule or of the module.
+        vocabulary: The tokens of the rows and how often they occur, as `Vocabulary.of` reads it; by
+            default the `vocabulary` of the datamodule or of the module.
 
     Raises:
         OSError: The record cannot be written.
@@ -71,11 +71,11 @@ class RowMonitor(Callback):
         *,
         every_n_steps: int | None = None,
         sample: int = 256,
-        vocabulary: Vocabulary | None = None,
+        vocabulary: Any = None,
     ) -> None:
         self.every_n_steps = every_n_steps
         self.sample = sample
-        self.vocabulary = vocabulary
+        self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.path: Path | None = None
         self._run = RunRecorder()
         self._tables: dict[str, _Table] = {}
@@ -100,7 +100,7 @@ class RowMonitor(Callback):
             if batches == float("inf")
             else math.ceil(batches / trainer.accumulate_grad_batches),
             self.sample,
-            self._find_vocabulary(trainer, pl_module),
+            find_vocabulary(self.vocabulary, getattr(trainer, "datamodule", None), pl_module),
             _as_arrays(self._restored),
         )
         self._restored = None
@@ -109,11 +109,6 @@ class RowMonitor(Callback):
             padding = getattr(table, "padding_idx", None)
             sample = self._run.add_table(name, _Reader(table), table.weight.shape[0], padding)
             self._tables[name] = _Table(table, sample)
-
-    def _find_vocabulary(self, trainer: Trainer, pl_module: LightningModule) -> Vocabulary | None:
-        owners = (self, getattr(trainer, "datamodule", None), pl_module)
-        found = (getattr(owner, "vocabulary", None) for owner in owners)
-        return next((one for one in found if isinstance(one, Vocabulary)), None)
 
     # Catching a step that is measured
 

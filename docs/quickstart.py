@@ -1,4 +1,4 @@
-"""Draw `quickstart.png` and `report.png`: run the quickstart, and open its page in a browser.
+"""Draw `quickstart.svg` and `report.png`: run the quickstart, and open its page in a browser.
 
 make pictures
 """
@@ -6,20 +6,20 @@ make pictures
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 from partial_embedding.cli import main
+from partial_embedding.monitor.figures import standalone
 
 DOCS = Path(__file__).resolve().parent
 
 
-def screenshot(page: Path, picture: Path, width: int = 1100, height: int = 1500) -> None:
-    """Draw what Chromium shows of a page, in the light scheme."""
+def screenshot(page: Path, picture: Path, width: int = 1000, height: int = 1700) -> None:
+    """Draw what Chromium shows of a page."""
     flags = [
-        "headless", "no-sandbox", "disable-gpu", "hide-scrollbars", "force-device-scale-factor=1",
+        "headless", "no-sandbox", "disable-gpu", "hide-scrollbars",
         f"window-size={width},{height}", f"screenshot={picture}",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as profile:
@@ -27,11 +27,19 @@ def screenshot(page: Path, picture: Path, width: int = 1100, height: int = 1500)
         subprocess.run([*command, page.absolute().as_uri()], check=True, capture_output=True)
 
 
+def draw(folder: Path) -> None:
+    """Draw both from the one run below a folder."""
+    (record,) = folder.rglob("rows.json")
+    main(["report", str(record.parent), "--title", "quickstart"])
+    page = record.with_name("report.html")
+    html = page.read_text(encoding="utf-8")
+    drift = html[html.index("<h2>How far rows moved") :]
+    (DOCS / "quickstart.svg").write_text(standalone(drift), encoding="utf-8")
+    screenshot(page, DOCS / "report.png")
+
+
 if __name__ == "__main__":
     config = DOCS.parent / "configs" / "quickstart.yaml"
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         main(["fit", "--config", str(config)])
-        run = next(Path("runs").rglob("rows.json")).parent
-        main(["report", str(run)])
-        shutil.copy(next(run.glob("rows*.png")), DOCS / "quickstart.png")
-        screenshot(next(run.glob("report*.html")), DOCS / "report.png")
+        draw(Path(folder))

@@ -16,7 +16,7 @@ from partial_embedding.monitor.page import comparison, main_metric, page
 from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import BandTrack, CohortTrack, MovedRow, RowTrack
 from partial_embedding.schedule import Position, RateScale
-from partial_embedding.schedule.messages import StageReport
+from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.preview import Planned
 
 HOSTILE = "<script>alert('&')</script>"
@@ -91,7 +91,7 @@ def test_what_a_run_is_called_and_holds_is_text_and_no_markup() -> None:
         {HOSTILE: HOSTILE},
         {HOSTILE: [planned(0, 4, HOSTILE)]},
         [Score(1.0, 4, {HOSTILE: 1.0})],
-        [StageReport(HOSTILE, 0, 6, 0)],
+        [AuditResult(HOSTILE, 0, 6, 0)],
     )
     for html in (
         page(record, HOSTILE, settings=HOSTILE),
@@ -105,7 +105,7 @@ def test_what_would_not_be_seen_is_shown_escaped() -> None:
     record = RowRecord(
         {UNSEEN: track(moved=[MovedRow(UNSEEN, 1, 2.0, [UNSEEN], [UNSEEN])])},
         scores=[Score(1.0, 4, {UNSEEN: 1.0})],
-        audit=[StageReport(UNSEEN, 0, 6, 0)],
+        audit=[AuditResult(UNSEEN, 0, 6, 0)],
     )
     for html in (page(record, UNSEEN, settings=UNSEEN), comparison({UNSEEN: record}, UNSEEN)):
         assert SHOWN in html
@@ -114,7 +114,7 @@ def test_what_would_not_be_seen_is_shown_escaped() -> None:
 
 
 def test_rows_that_moved_in_spite_of_the_audit_are_named() -> None:
-    html = page(RowRecord({"w": track()}, audit=[StageReport("w", 0, 6, 2)]), "a run")
+    html = page(RowRecord({"w": track()}, audit=[AuditResult("w", 0, 6, 2)]), "a run")
     assert "2 frozen rows changed a bit." in html
     assert "No frozen row" not in html
 
@@ -204,7 +204,7 @@ RUNS = {
     "all": RowRecord(
         {"words": track(trainable=[(0.0, 10)])},
         scores=[Score(1.0, 10, {"acc": 0.75}), Score(3.0, 10, {"acc": 0.625})],
-        audit=[StageReport("words", 0, 0, 0)],
+        audit=[AuditResult("words", 0, 0, 0)],
     ),
     "unmeasured": RowRecord({"words": track()}),
 }
@@ -217,9 +217,9 @@ def test_several_runs_share_one_table_and_one_picture() -> None:
     assert html.count("<table>") == 1
     cells = [re.findall(r"<td[^>]*>([^<]*)", row) for row in re.findall(r"<tr>(.*)</tr>", html)]
     assert cells[1:] == [
-        ["frozen", "0.0 %", "3", "0.5", "1", "0.5", "-"],
-        ["all", "100.0 %", "3", "0.75", "1", "0.625", "0"],
-        ["unmeasured", "40.0 %", "3", "-", "-", "-", "-"],
+        ["frozen", "0.5", "1", "0.5", "0.0 %", "3", "-"],
+        ["all", "0.75", "1", "0.625", "100.0 %", "3", "0"],
+        ["unmeasured", "-", "-", "-", "40.0 %", "3", "-"],
     ]
 
 

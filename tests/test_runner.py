@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from partial_embedding import InputError, Position, RateScale, Rows, Schedule
-from partial_embedding.schedule.messages import StageReport
+from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.schedule.runner import Runner
 
@@ -112,7 +112,7 @@ def test_a_stage_reports_the_rows_that_were_frozen_when_it_began() -> None:
     for step in range(9):
         runner.advance(0, step)
     runner.finish(9)
-    assert runner.reports == [StageReport("words", 0, 8, 0), StageReport("words", 1, 2, 0)]
+    assert runner.audit_results == [AuditResult("words", 0, 8, 0), AuditResult("words", 1, 2, 0)]
     assert said[0] == "words: 2 of 10 rows train (8 of 40 parameters), 0 parameters elsewhere"
     assert said[-1] == "audit: words: frozen rows by stage: 8, 2; changed a bit: 0"
     assert [line.partition(":")[2].partition(":")[0] for line in said[1:-1]] == [

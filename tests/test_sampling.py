@@ -16,7 +16,7 @@ from partial_embedding.monitor.record import (
 )
 from partial_embedding.monitor.sampling import TableSample, nearest, share_kept
 from partial_embedding.monitor.track import frequency_bands
-from partial_embedding.schedule.messages import StageReport
+from partial_embedding.schedule.messages import AuditResult
 
 V, D = 60, 5
 
@@ -173,9 +173,9 @@ class Moving:
 
     vocabulary = None
 
-    def __init__(self, schedule: Any, audit: list[StageReport] | None = None) -> None:
+    def __init__(self, schedule: Any, audit: list[AuditResult] | None = None) -> None:
         self.schedules: dict[str | None, Schedule] = {None: Schedule.parse(schedule)}
-        self.reports = audit or []
+        self.audit_results = audit or []
 
 
 def recorded(
@@ -240,7 +240,7 @@ def full_record() -> RowRecord:
     sample.before_step()
     sample.measure(1.0, 0.5, {0: 2.0}, {0: 0.1})
     run.add_score({"val_loss": 0.25, "broken": float("nan")})
-    return run.finished(Moving(GROWN, [StageReport("words", 0, 58, 0)]))
+    return run.finished(Moving(GROWN, [AuditResult("words", 0, 58, 0)]))
 
 
 def test_a_record_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_record_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
     write_record(tmp_path / "rows.json", record)
     assert read_record(tmp_path) == record == read_record(tmp_path / "rows.json")
     assert record.scores == [Score(1.0, 2, {"val_loss": 0.25})]
-    assert record.audit == [StageReport("words", 0, 58, 0)]
+    assert record.audit == [AuditResult("words", 0, 58, 0)]
 
 
 def test_a_restored_recorder_goes_on_as_one_that_never_stopped() -> None:

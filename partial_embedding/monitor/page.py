@@ -124,8 +124,8 @@ def comparison(records: Mapping[str, RowRecord], title: str) -> str:
             best = _best(metric, scored)
             measured = [f"{best.metrics[metric]:.4g}", f"{best.place:g}", f"{points[-1][1]:.4g}"]
         trained, changed = _percent(run.trainable, run.num_rows), f"{_changed(run):,}"
-        rows.append([name, trained, f"{run.end:g}", *measured, changed if run.audit else _NONE])
-    columns = ["run", "rows at the end", f"{unit}s", "best", f"at {unit}", "last", "frozen changed"]
+        rows.append([name, *measured, trained, f"{run.end:g}", changed if run.audit else _NONE])
+    columns = ["run", "best", f"at {unit}", "last", "rows at the end", f"{unit}s", "frozen changed"]
     ends = "; ".join(f"{line.label}: {line.points[-1][1]:.4g}" for line in lines)
     drawn = lines and figure(
         lines, title=metric, alt=f"{metric} over training. At the end: {ends}.", unit=unit,

@@ -18,7 +18,7 @@ from partial_embedding.monitor.sampling import TableSample, Values
 from partial_embedding.monitor.track import RowTrack, thinned
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 from partial_embedding.schedule import Position, RateScale, Schedule
-from partial_embedding.schedule.messages import StageReport
+from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.preview import Planned, plan
 
 RECORD = "rows.json"
@@ -65,7 +65,7 @@ class RowRecord:
     schedules: dict[str, str] = field(default_factory=dict)
     plans: dict[str, list[Planned]] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
-    audit: list[StageReport] = field(default_factory=list)
+    audit: list[AuditResult] = field(default_factory=list)
     length: int | None = None
     epoch_steps: int | None = None
 
@@ -100,7 +100,7 @@ class RowRecord:
             dict(state["schedules"]),
             {name: list(map(_planned, steps)) for name, steps in state["plans"].items()},
             [Score(**score) for score in state["scores"]],
-            [StageReport(**result) for result in state["audit"]],
+            [AuditResult(**result) for result in state["audit"]],
             state["length"],
             state["epoch_steps"],
         )
@@ -120,7 +120,7 @@ class Moving(Protocol):
     vocabulary: Vocabulary | None
 
     @property
-    def reports(self) -> list[StageReport]:
+    def audit_results(self) -> list[AuditResult]:
         """What the audit found in the stages that ended."""
 
 
@@ -218,7 +218,7 @@ class RunRecorder:
         record = replace(self._record, tables=tables)
         if moving is None:
             return record
-        record.audit = list(moving.reports)
+        record.audit = list(moving.audit_results)
         for name, track in tables.items():
             schedule = moving.schedules.get(name, moving.schedules.get(None))
             if schedule is None:

@@ -18,7 +18,7 @@ from partial_embedding.schedule.starts import Plateau
 
 
 @dataclass(frozen=True)
-class StageReport:
+class AuditResult:
     """What happened to a table's frozen rows during one stage.
 
     Args:
@@ -156,22 +156,22 @@ def resumed_lines(
     return [f"{table}: the schedule is not the checkpoint's: {change}" for change in changed]
 
 
-def audit_line(reports: Sequence[StageReport]) -> str:
+def audit_line(results: Sequence[AuditResult]) -> str:
     """The proof at the end of a run: frozen rows of each stage, and how many changed a bit.
 
     Args:
-        reports: One for each table and stage, in order.
+        results: One for each table and stage, in order.
 
     Example:
-        >>> audit_line([StageReport("words", 0, 90, 0), StageReport("words", 1, 40, 0)])
+        >>> audit_line([AuditResult("words", 0, 90, 0), AuditResult("words", 1, 40, 0)])
         'audit: words: frozen rows by stage: 90, 40; changed a bit: 0'
     """
-    tables = dict.fromkeys(report.table for report in reports)
+    tables = dict.fromkeys(result.table for result in results)
     parts = []
     for table in tables:
-        own = [report for report in reports if report.table == table]
-        frozen = ", ".join(f"{report.frozen:,}" for report in own)
-        changed = sum(report.changed for report in own)
+        own = [result for result in results if result.table == table]
+        frozen = ", ".join(f"{result.frozen:,}" for result in own)
+        changed = sum(result.changed for result in own)
         parts.append(f"{table}: frozen rows by stage: {frozen}; changed a bit: {changed:,}")
     return "audit: " + "; ".join(parts)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
 from partial_embedding.errors import InputError
+from partial_embedding.rows.fingerprint import fingerprint_of
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule.schedule import StageState
 
@@ -37,9 +37,9 @@ def digest(ids: Ids) -> str:
 
     Example:
         >>> digest(np.array([2, 5]))
-        '2 rows (02719806)'
+        '2 rows (5f4dd592)'
     """
-    return f"{len(ids):,} rows ({blake2b(ids.tobytes(), digest_size=4).hexdigest()})"
+    return f"{len(ids):,} rows ({fingerprint_of(ids) % 2**32:08x})"
 
 
 def check_ranks(views: Sequence[RankView]) -> None:

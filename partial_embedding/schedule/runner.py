@@ -18,7 +18,7 @@ from partial_embedding.rows.rows import Rows
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 from partial_embedding.schedule.adapter import Adapter, Audit
 from partial_embedding.schedule.messages import (
-    StageReport,
+    AuditResult,
     audit_line,
     not_reached_line,
     place_text,
@@ -76,7 +76,7 @@ class Runner:
         self.vocabulary = vocabulary
         self.audit = audit
         self.say = say
-        self.reports: list[StageReport] = []
+        self.audit_results: list[AuditResult] = []
         followed = self.schedules.values()
         self.metrics = tuple(dict.fromkeys(m for one in followed for m in one.metrics))
         self.total_steps: int | None = None
@@ -376,14 +376,14 @@ class Runner:
             schedule = self.schedules[name]
             if stages := schedule.not_reached(self.position):
                 self.say(not_reached_line(name, schedule, stages))
-        if self.reports:
-            self.say(audit_line(self.reports))
+        if self.audit_results:
+            self.say(audit_line(self.audit_results))
 
     def _close(self, name: str, step: int) -> None:
         if (audit := self._audits.pop(name, None)) is not None:
             audit.check(step)
             stage, frozen = self._stage_states[name].stage, self._frozen.pop(name)
-            self.reports.append(StageReport(name, stage, frozen, changed=0))
+            self.audit_results.append(AuditResult(name, stage, frozen, changed=0))
 
     # Keeping
 

@@ -51,7 +51,7 @@ def table_fingerprint(weight: Tensor, num_rows: int, dtype: torch.dtype | None =
         rows = weight.detach()[start : min(start + step, num_rows)]
         ids = torch.arange(start, start + len(rows), device=weight.device)
         total += rows_fingerprint(rows.to(dtype or weight.dtype), ids)
-    return _signed(total)
+    return wrapped(total)
 
 
 @torch.no_grad()
@@ -67,17 +67,26 @@ def rows_fingerprint(rows: Tensor, ids: Tensor) -> int:
 
     Example:
         >>> table, ids = torch.eye(4), torch.tensor([1, 3])
-        >>> others = [0, 2]
+        >>> others = torch.tensor([0, 2])
         >>> whole = table_fingerprint(table, 4)
-        >>> whole == rows_fingerprint(table[ids], ids) + rows_fingerprint(
-        ...     table[others], torch.tensor(others)
-        ... )
+        >>> parts = [rows_fingerprint(table[some], some) for some in (ids, others)]
+        >>> whole == wrapped(sum(parts))
         True
     """
     if not len(ids):
         return 0
     # An odd factor for each place, so that rows which change places change the sum.
     return int((_prints(rows) * (2 * ids + 1)).sum())
+
+
+def wrapped(number: int) -> int:
+    """A whole number modulo 2⁶⁴, as a signed integer of 64 bits.
+
+    Example:
+        >>> wrapped(2**63 + 1) == 1 - 2**63
+        True
+    """
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _rows_at_once(weight: Tensor) -> int:
@@ -91,7 +100,3 @@ def _prints(rows: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0x5EED)
     factors = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator) * 2 + 1
     return (words.long() * factors.to(rows.device)).sum(1)
-
-
-def _signed(number: int) -> int:
-    return (number + 2**63) % 2**64 - 2**63

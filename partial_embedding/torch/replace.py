@@ -156,7 +156,9 @@ def _input_embeddings(model: Any, candidates: dict[str, Any]) -> dict[str, Any]:
     if not callable(getattr(model, "get_input_embeddings", None)):
         return embeddings
     try:
-        within = set(model.get_input_embeddings().modules())
+        asked = model.get_input_embeddings()
+        # Of one that has another for some of its tokens, as IDEFICS has, itself.
+        within = {asked} if isinstance(asked, nn.Embedding) else set(asked.modules())
     except (NotImplementedError, AttributeError):  # a model without words, such as one for sound
         return embeddings
     return {name: module for name, module in embeddings.items() if module in within}
@@ -291,9 +293,9 @@ def train_only(model: nn.Module, table: Any, ids: Ids, sparse: bool) -> dict[str
     for module in users.values():
         if isinstance(module, tuple(_PARTIAL)) and not isinstance(module, PartialTable):
             _make_partial(module, sparse)
+    table.set_trainable_ids(ids)
     if getattr(model, "peft_config", None):
         _stand_beside_adapters(model)
-    table.set_trainable_ids(ids)
     if len(ids):
         table.weight.requires_grad_(True)
         for module in users.values():
@@ -307,12 +309,12 @@ def _make_partial(module: Any, sparse: bool) -> None:
         module._sparse_before = module.sparse
     module.sparse = sparse
     module.__class__ = _partial_class(type(module))
-    module.take_weight()
+    module.attach()
 
 
 def _make_plain(table: Any, plain: type[nn.Module]) -> None:
-    table.leave_weight()
     table._modules.pop(ADAPTER, None)
+    table.detach()
     if isinstance(table, PartialLinear):
         vars(table).pop("sparse", None)
     else:
@@ -384,11 +386,24 @@ def _stay_partial(parent: nn.Module, name: str, new: Any) -> None:
         new.row_set = old.row_set.resized_to(len(rows)).to(rows.device)
 
 
-def _meet_peft(parent: nn.Module, name: str, part: nn.Module | None) -> None:
+def _meet_peft(parent: nn.Module, name: str, part: nn.Module | None) -> nn.Module | None:
     """Let `peft` know the tables of a model before it adapts it, and let their rows learn after."""
-    tuner = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTuner", ())
+    if "peft.tuners.tuners_utils" not in sys.modules:
+        return None
+    tuner, tokens = (
+        getattr(sys.modules[f"peft.{module}"], kind, ())
+        for module, kind in (
+            ("tuners.tuners_utils", "BaseTuner"),
+            ("utils.other", "TrainableTokensWrapper"),
+        )
+    )
     if isinstance(part, tuner) or (isinstance(parent, tuner) and name == "model"):
         _stand_beside_adapters(part, adapted=isinstance(part, tuner))
+    elif isinstance(part, tokens) and isinstance(table := parent._modules.get(name), PartialTable):
+        from partial_embedding.torch.adapter_rows import serve_tokens
+
+        return serve_tokens(table, part)
+    return None
 
 
 def _stand_beside_adapters(model: Any, adapted: bool = False) -> None:
@@ -401,4 +416,4 @@ def _stand_beside_adapters(model: Any, adapted: bool = False) -> None:
 
 
 register_module_module_registration_hook(_stay_partial)
-register_module_module_registration_hook(_meet_peft)
+register_module_module_registration_hook(_meet_peft)  # type: ignore[arg-type]  # torch takes what it returns

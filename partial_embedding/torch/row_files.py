@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.torch.row_parameters import row_parameters_in
 from partial_embedding.torch.rowset import shown
+from partial_embedding.torch.table import row_parameters_in
 from partial_embedding.torch.tokens import put_into, tokenizer_of
 from partial_embedding.torch.vocabulary_tables import VocabularyTables
 
@@ -124,12 +124,12 @@ def export_peft(model: Any, folder: Path_) -> None:
     its own `save_pretrained`.
 
     Args:
-        model: A model with partly trainable tables that train the same rows.
+        model: A model with partly trainable tables.
         folder: Where `adapter_config.json` and `adapter_model.safetensors` go; made if missing.
 
     Raises:
-        InputError: Tables train different rows, or a head's bias trains, for which PEFT's format
-            has no place.
+        InputError: No table is partly trainable, or rows of a head's bias train, for which PEFT's
+            format has no place.
         OSError: A file cannot be written.
     """
     rows = _trained(model)
@@ -142,26 +142,24 @@ def export_peft(model: Any, folder: Path_) -> None:
         # The whole tables are left out: their rows that learned are in the adapter.
         model.save_pretrained(folder, save_embedding_layers=False)
         return
-    first, *others = rows.values()
-    if any(not torch.equal(first, ids) for ids in others):
-        raise InputError(
-            "an adapter trains the same rows of each table. Received different ones for "
-            f"{', '.join(rows)}. Use save_rows."
-        )
-    modules = [key.removesuffix(".weight") for key in rows]
+    # An adapter of LoRA without any: of PEFT's two places for tokens the one that can be one of
+    # several adapters of a model with a tied head, and in which each table has rows of its own.
+    names = [key.removesuffix(".weight") for key in rows]
     config = {
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
-        "init_weights": True,
-        "peft_type": "TRAINABLE_TOKENS",
-        "target_modules": modules,
+        "peft_type": "LORA",
+        "r": 1,
+        "target_modules": "dummy-target-modules",
         "task_type": None,
-        "token_indices": first.tolist(),
+        "trainable_token_indices": {name: rows[f"{name}.weight"].tolist() for name in names},
     }
     parameters = _parameters(model)
     tensors = {
-        f"{_PEFT_PREFIX}{name}.{_PEFT_NAME}": parameters[f"{name}.weight"].detach()[first].cpu()
-        for name in modules
+        f"{_PEFT_PREFIX}{name}.token_adapter.{_PEFT_NAME}": parameters[f"{name}.weight"]
+        .detach()[rows[f"{name}.weight"]]
+        .cpu()
+        for name in names
     }
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -236,9 +234,9 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The trainable rows of each parameter, by its name in the model itself."""
     names = {id(own): name for name, own in reversed(_parameters(model).items())}
     rows = {
-        names[id(part.weight)]: part.row_set.ids
-        for _, part in row_parameters_in(model)
-        if part.table.has_frozen_rows
+        names[id(parameter)]: table.row_set.ids
+        for _, table, parameter in row_parameters_in(model)
+        if table.has_frozen_rows
     }
     if not any(map(len, rows.values())):
         raise InputError(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.inspection import Group, State
 from partial_embedding.torch.table_state import TableState
-from partial_embedding.torch.trial import Group, State
 
 KEY = "rowwise"
 
@@ -37,7 +37,7 @@ def into_state_dict(optimizer: Optimizer, tables: Tables, state_dict: State) -> 
         if not here:
             continue
         saved[KEY] = [{"position": i, **table.dump()} for i, table in here.items()]
-        if any(table.anatomy.flat for table in here.values()):
+        if any(table.layout.flat for table in here.values()):
             # A history of the rows that train is of no length that a plain optimizer could use.
             saved[KEY][0]["history"] = state_dict["state"]
             state_dict["state"] = {}

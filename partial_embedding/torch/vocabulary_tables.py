@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from partial_embedding.errors import InputError
 from partial_embedding.torch.replace import find_table, users_of
 
+# What models and configurations call the number of rows.
+_SIZES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "n_words")
+
 
 class VocabularyTables:
     """Input embeddings, output heads, and what else has an entry for each token of a vocabulary.
@@ -47,6 +50,8 @@ class VocabularyTables:
         for module in model.modules():
             for name in ("get_input_embeddings", "get_per_layer_input_embeddings"):
                 self._add_embedding(_asked(module, name))
+            # What BART and its like make their tables of, and Marian keeps beside its own two.
+            self._add_embedding(getattr(module, "shared", None))
         for module in model.modules():
             self._add_head(_asked(module, "get_output_embeddings"))
         self._check_one_vocabulary()
@@ -205,9 +210,9 @@ class VocabularyTables:
         owners: dict[int, Any] = {}
         for module in self.model.modules():
             owners[id(module)] = module
-            owners |= {id(config): config for config in _configs(getattr(module, "config", None))}
+            owners |= {id(config): config for config in configs_of(getattr(module, "config", None))}
         for owner in owners.values():
-            for name in ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"):
+            for name in _SIZES:
                 now = vars(owner).get(name)
                 if type(now) is int and now in sizes:
                     setattr(owner, name, sizes[now])
@@ -234,10 +239,14 @@ def _parent_of(model: nn.Module, module: nn.Module) -> nn.Module:
     return model.get_submodule(path.rpartition(".")[0])
 
 
-def _configs(config: Any) -> Iterator[Any]:
-    """A configuration and those within it."""
+def configs_of(config: Any) -> Iterator[Any]:
+    """A configuration of `transformers` and those within it.
+
+    Args:
+        config: The configuration, or anything else, which has none.
+    """
     if not hasattr(config, "to_dict"):
         return
     yield config
     for value in vars(config).values():
-        yield from _configs(value)
+        yield from configs_of(value)

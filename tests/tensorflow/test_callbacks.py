@@ -327,12 +327,8 @@ def test_a_pace_needs_an_optimizer_that_keeps_it() -> None:
     rule = r"words: stages\[1\]: lr_scale and warmup_steps .* AdamW\. Compile"
     with pytest.raises(InputError, match=rule):
         _fit(_model(), RowUnfreezing(schedule))
-    model = _model()
-    model.compile(rowwise(keras.optimizers.SGD(0.1)), "mse")
-    with pytest.raises(InputError, match=r"Rowwise with rate_scales=False\. Compile"):
-        _fit(model, RowUnfreezing(schedule))
     unbuilt = keras.Sequential([PartialEmbedding(8, 2, reserve_rows="all", name="words")])
-    unbuilt.compile(rowwise(keras.optimizers.SGD(0.1), rate_scales=True), "mse")
+    unbuilt.compile(rowwise(keras.optimizers.SGD(0.1)), "mse")
     with pytest.raises(InputError, match=r"in a built model"):
         unbuilt.fit(IDS, np.ones((4, 2, 2)), verbose=0, callbacks=[RowUnfreezing(schedule)])
 

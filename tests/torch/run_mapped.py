@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from partial_embedding import Position, Schedule, open_vectors
+from partial_embedding import Schedule, open_vectors
+from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch import FrozenRowAudit, PartialEmbedding, rowwise
-from partial_embedding.torch.adapter import ScheduledTables
+from partial_embedding.torch.adapter import TorchTables
 
 PATH, NUM_ROWS, WIDTH = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
@@ -66,9 +67,9 @@ train(table, torch.arange(100), optimizer)
 after_training = private() - begun
 
 stages = [{"epoch": 0, "rows": {"range": [0, 100]}}, {"epoch": 1, "rows": {"range": [-50, None]}}]
-tables = ScheduledTables(torch.nn.Sequential(table), {None: Schedule(stages)})
+runner = Runner(TorchTables(torch.nn.Sequential(table)), {None: Schedule(stages)})
 for epoch in range(2):
-    tables.move_to(Position(epoch))
+    runner.advance(epoch, step=9 * epoch)
     train(table, torch.arange(NUM_ROWS - 100, NUM_ROWS), optimizer)
 audit = FrozenRowAudit(table)
 train(table, table.trainable_rows, optimizer)

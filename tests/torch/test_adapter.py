@@ -25,7 +25,7 @@ def test_an_audited_run_can_begin_anew() -> None:
     again.place()
     again.advance(0, 0)
     again.finish(1)
-    assert [(report.stage, report.changed) for report in again.reports] == [(0, 0)]
+    assert [(result.stage, result.changed) for result in again.audit_results] == [(0, 0)]
 
 
 def test_the_first_rows_join_with_their_rate_whatever_trained_before() -> None:

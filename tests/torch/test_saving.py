@@ -10,7 +10,6 @@ from oracle import assert_same_bits
 from torch import nn
 
 from partial_embedding import InputError
-from partial_embedding.schedule import RateScale
 from partial_embedding.torch import PartialEmbedding, rowwise
 
 OPTIMIZERS = {
@@ -57,7 +56,7 @@ def test_rows_that_changed_since_the_last_step_are_saved_as_they_are_now(name: s
 def test_a_plain_run_in_between_makes_the_rows_state_stale(name: str) -> None:
     table, optimizer = made(name, "none")
     if name != "LBFGS":
-        table.set_trainable_rows([1, 2], rate_scale=RateScale(warmup_steps=9))
+        table.set_trainable_rows([1, 2], warmup_steps=9)
     else:
         table.set_trainable_rows([1, 2])
     steps(table, optimizer, 2)
@@ -86,10 +85,10 @@ def test_a_plain_run_in_between_makes_the_rows_state_stale(name: str) -> None:
 
 def test_a_saved_rate_scale_is_refused_by_an_optimizer_that_cannot_keep_it() -> None:
     table, optimizer = made("AdamW", "none")
-    table.set_trainable_rows([1], rate_scale=RateScale(lr_scale=0.5))
+    table.set_trainable_rows([1], lr_scale=0.5)
     steps(table, optimizer, 1)
     saved = optimizer.state_dict()
     _, other = made("LBFGS", [1])
     saved["state"] = {}
-    with pytest.raises(InputError, match=r"lr=0\.5.*LBFGS"):
+    with pytest.raises(InputError, match=r"lr_scale=0\.5.*LBFGS"):
         other.load_state_dict(saved)
