@@ -13,8 +13,9 @@ from partial_embedding.rows.vocabulary import Ids, Vocabulary
 from partial_embedding.schedule import Position, RateScale, Schedule, StageState
 from partial_embedding.schedule.runner import BaseScheduledTables, Say
 from partial_embedding.tensorflow.audit import FrozenRowAudit
-from partial_embedding.tensorflow.embedding import PartialEmbedding, tables_in
-from partial_embedding.tensorflow.optimizer import Rowwise
+from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.row_optimizer import Rowwise
 
 # More steps than a run has, where the length of an epoch is not known.
 _NEVER = 1 << 40
