@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -339,3 +340,15 @@ def test_a_comparison_by_what_was_not_measured_is_refused(
     assert main(["compare", "config.yaml", "--metric=val_f1"]) == 2
     line = error_line(capfd)
     assert "val_accuracy, val_loss. Received: 'val_f1'" in line
+
+
+def test_the_bar_keeps_one_line_of_80_columns(
+    small_run: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    small_run.remove("--trainer.enable_progress_bar=false")
+    assert main(["fit", *small_run, "--trainer.max_epochs=3"]) == 0
+    out = capfd.readouterr().out
+    bars = [line for line in re.split(r"[\r\n]", out) if "val_accuracy: 0" in line]
+    assert bars
+    assert all(re.match(r"Epoch \d", line) and len(line) <= 80 for line in bars)
