@@ -1,5 +1,6 @@
 """What the README, the pages of the site and the configs show is run."""
 
+import ast
 import os
 import re
 import shutil
@@ -255,6 +256,33 @@ def test_the_reference_has_all_public_names(site: Path) -> None:
         assert names
         for name in set(names) - {"__version__", "gradients"}:
             assert f'id="partial_embedding{module}.{name}"' in text, f"{module}.{name}"
+
+
+def shown_by(module: str) -> dict[str, str | None]:
+    """The docstrings of the classes and functions that a package shows, without importing it."""
+    package = ROOT / "partial_embedding" / module.replace(".", "/")
+    lines = ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body
+    docstrings: dict[str, str | None] = {}
+    for line in lines:
+        if not isinstance(line, ast.ImportFrom) or line.module is None:
+            continue
+        path = (ROOT / line.module.replace(".", "/")).with_suffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8")) if path.exists() else ast.Module([])
+        names = {alias.name for alias in line.names}
+        docstrings |= {
+            node.name: ast.get_docstring(node)
+            for node in tree.body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names
+        }
+    return docstrings
+
+
+@pytest.mark.parametrize("module", ["", "schedule", "rows", "torch"])
+def test_what_a_package_shows_has_an_example(module: str) -> None:
+    docstrings = shown_by(module)
+    assert docstrings
+    lacking = {name for name, text in docstrings.items() if "Example:" not in (text or "")}
+    assert lacking == set()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

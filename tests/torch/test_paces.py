@@ -323,7 +323,9 @@ def test_an_optimizer_without_a_rate_for_each_group_refuses_a_pace(
         with pytest.raises(InputError, match=rf"warmup=3.*{name}"):
             change([2], warmup_steps=3)
     assert not len(table.trainable_rows)
-    table.set_trainable_rows([1], )
+    table.set_trainable_rows(
+        [1],
+    )
     # Another optimizer may follow, and a copy has none yet.
     copy.deepcopy(table).unfreeze_rows([2], lr_scale=0.5)
     detach_rowwise(optimizer)
