@@ -21,7 +21,7 @@ quickstart: $(LIGHTNING)/.installed
 	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/partial-embedding fit --config configs/quickstart.yaml
 
 quickstart-keras: $(KERAS)/.installed
-	TF_CPP_MIN_LOG_LEVEL=3 $(KERAS)/bin/python -m partial_embedding.recipes.keras_text configs/quickstart.yaml
+	TF_CPP_MIN_LOG_LEVEL=3 $(KERAS)/bin/partial-embedding fit --config configs/quickstart.yaml
 
 test: test-lightning test-keras
 

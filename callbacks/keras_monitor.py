@@ -18,8 +18,8 @@ from partial_embedding.monitor.sampling import TableSample
 from partial_embedding.monitor.track import RowTrack
 from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
 from partial_embedding.tensorflow.adapter import innermost
-from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.tensorflow.tables import tables_in
+from partial_embedding.tensorflow.embedding import PartialEmbedding, tables_in
+from partial_embedding.tensorflow.optimizer import Rowwise
 
 if TYPE_CHECKING:
     from partial_embedding.callbacks.keras import RowUnfreezing
@@ -31,7 +31,7 @@ class _Table:
 
     layer: PartialEmbedding
     sample: TableSample
-    live: Ids | None = None
+    rows: Ids | None = None
     rates: dict[int, float] = field(default_factory=dict)
 
 
@@ -40,16 +40,19 @@ class RowMonitor(keras.callbacks.Callback):
 
     The metrics are those of the Lightning callback, under the same names, as
     `LAYER/trainable_rows` and so on; `TableSample` in `partial_embedding.monitor.sampling` lists
-    them. Keras shows callbacks neither batches nor gradients, so that `tokens_that_train` and
-    `gradient_norm` are left out. When `fit` ends, all that was seen is written to the same folder
-    as `rows.json`, of which `partial-embedding report` makes a page. A run that is resumed is
-    measured from there on.
+    them. When `fit` ends, all that was seen is written to the same folder as `rows.json`, of which
+    `partial-embedding report` makes a page. A run that is resumed is measured from there on.
+
+    Keras shows callbacks neither batches nor gradients. So there is no `tokens_that_train`, and the
+    `gradient_norm` comes from the optimizer where `rowwise` made it: of gradients that are
+    unscaled, averaged over accumulated batches and not yet clipped, in the last step of the
+    batches that Keras makes at once. A model that `fit` has trained before is traced anew once.
 
     Put it after `RowUnfreezing` in the list of callbacks.
 
     A measurement reads a bounded sample, at most `sample` rows of each cohort and frequency band,
-    whatever the size of the table. Between measurements, a batch asks whether it is measured, and
-    does no more. With `steps_per_execution=n`, n batches are measured together.
+    whatever the size of the table, and sums the gradient of one step by row. Between measurements,
+    a step asks whether it is measured, and does no more.
 
     Args:
         log_dir: The folder of the logs.
@@ -86,6 +89,7 @@ class RowMonitor(keras.callbacks.Callback):
         self._run = RunRecorder()
         self._tables: dict[str, _Table] = {}
         self._writer: Any = None
+        self._optimizer: Rowwise | None = None
         self._epoch = 0
         self._due = False
 
@@ -110,6 +114,13 @@ class RowMonitor(keras.callbacks.Callback):
             padding = 0 if layer.freeze_padding else None
             sample = self._run.add_table(name, _Reader(layer), layer.input_dim, padding)
             self._tables[name] = _Table(layer, sample)
+        optimizer = innermost(self.model.optimizer)
+        self._optimizer = optimizer if isinstance(optimizer, Rowwise) else None
+        if self._optimizer is not None:
+            # What measures is part of a step that is traced from now on.
+            if not self._optimizer.is_measurable:
+                self.model.make_train_function(force=True)
+            self._optimizer.measure_gradients(False)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Know where training stands."""
@@ -118,13 +129,14 @@ class RowMonitor(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Note which rows were unfrozen, and what rows hold before a step that is measured."""
         self._due = self._is_due(batch)
+        if self._optimizer is not None and self._due:
+            self._optimizer.measure_gradients(True)
         for one in self._tables.values():
-            # Replaced whenever rows change; its copy, `trainable_rows`, costs K numbers a batch.
-            live = one.layer._live
-            if one.live is not live:
-                one.live = live
+            rows = one.layer.trainable_rows
+            if one.rows is None or not np.array_equal(one.rows, rows):
+                one.rows = rows
                 trainable = np.zeros(one.layer.input_dim, np.bool_)
-                trainable[live] = True
+                trainable[rows] = True
                 one.sample.note_rows(trainable, self._place(batch))
             if self._due:
                 one.sample.before_step()
@@ -136,10 +148,16 @@ class RowMonitor(keras.callbacks.Callback):
         for name, one in self._tables.items():
             one.sample.track.end = place
             if self._due:
-                numbers = one.sample.measure(place, rates=one.rates)
+                numbers = one.sample.measure(place, None, self._gradient_norms(one), one.rates)
                 with self._writer.as_default(step=int(self.model.optimizer.iterations.numpy())):
                     for key, value in numbers.items():
                         tf.summary.scalar(f"{name}/{key}", value)
+        if self._optimizer is not None and self._due:
+            self._optimizer.measure_gradients(False)
+
+    def _gradient_norms(self, one: _Table) -> dict[int, float] | None:
+        squares = None if self._optimizer is None else self._optimizer.row_squares(one.layer)
+        return None if squares is None else one.sample.gradient_norms(*squares)
 
     def _is_due(self, batch: int) -> bool:
         """Whether a batch is measured among those that this one begins."""
@@ -170,15 +188,15 @@ def _rates(optimizer: Any, one: _Table) -> dict[int, float]:
     # Under a distribution strategy, what Keras gives is no number.
     rate = float(tf.convert_to_tensor(optimizer.learning_rate))
     rows = one.sample.any_row_of()
-    split = one.layer._split
-    rate_scales = None if split is None else split.rate_scales
-    if rate_scales is None or not rows:
+    state = one.layer.table_state
+    if state is None or state.optimizer is None or not rows:
         return dict.fromkeys(rows, rate)
+    scales = state.optimizer.row_scales(state.rows)
     slots = np.searchsorted(one.layer.reserved_rows, list(rows.values()))
-    joined = rate_scales.joined_at.numpy()[slots]
+    joined = scales.joined_at.numpy()[slots]
     # Rows that have made no step yet have not joined.
     ages = np.where(joined >= 0, int(optimizer.iterations.numpy()) - joined, 0)
-    rates = rate_scales.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
+    rates = scales.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
     return dict(zip(rows, map(float, rates), strict=True))
 
 

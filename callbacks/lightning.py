@@ -201,8 +201,6 @@ class RowUnfreezing(Callback):
         # Only now: asked before, Lightning would make the data loaders at once, and not give them
         # the state of the checkpoint, so that a resumed run would train on the wrong batches.
         self._active.start(trainer.estimated_stepping_batches)
-        # A finder went back to its own checkpoint, of this place.
-        self._restored = None
         if self._validation_due is not None:
             _validate(trainer)
 
@@ -313,6 +311,8 @@ class RowUnfreezing(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where the schedule stood until `fit` starts.
+
+        Finders restore a checkpoint of their own after that; it is of the same place.
 
         Args:
             state_dict: What `state_dict` gave.

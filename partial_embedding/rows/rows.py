@@ -10,12 +10,10 @@ from typing import Any, Literal, SupportsIndex, Union
 import numpy as np
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows.growth import Growth
 from partial_embedding.rows.kinds import (
     CHOICES,
     Choice,
     flat_array,
-    is_whole,
     read_ids,
     read_tokens,
 )
@@ -158,27 +156,6 @@ class Rows:
         """
         return _make("most_frequent", amount)
 
-    @staticmethod
-    def grown(before: Rows, after: Rows, growth: Growth, increment: int, increments: int) -> Rows:
-        """Rows on their way from one choice to another: those of the first, and some that join.
-
-        Args:
-            before: The rows that train at first, and stay so.
-            after: The rows that will train at last.
-            growth: How many train, and in which order they are unfrozen.
-            increment: The increments that have begun, 0 to `increments`.
-            increments: In how many increments the rows are unfrozen.
-
-        Raises:
-            InputError: There is no such increment.
-
-        Example:
-            >>> before, growth = Rows.parse([9]), Growth(order="ids")
-            >>> Rows.grown(before, Rows.all(), growth, increment=1, increments=3).resolve(10)
-            array([0, 1, 2, 9])
-        """
-        return Rows("grown", _Grown(before, after, growth, increment, increments))
-
     def resolve(self, num_rows: int, vocabulary: Vocabulary | None = None) -> Ids:
         """Evaluate the choice for one table.
 
@@ -313,69 +290,17 @@ def _select_not(choice: Rows, num_rows: int, vocabulary: Vocabulary | None) -> I
     return np.flatnonzero(mask)
 
 
-@dataclass(frozen=True)
-class _Grown:
-    """Rows on their way from one choice to another."""
-
-    before: Rows
-    after: Rows
-    growth: Growth
-    increment: int
-    increments: int
-
-    def __post_init__(self) -> None:
-        increment, increments = self.increment, self.increments
-        if not (is_whole(increment) and is_whole(increments) and 0 <= increment <= increments >= 1):
-            raise InputError(
-                f"an increment is one of 0 to all. Received: {increment!r} of {increments!r}."
-            )
-
-
-_GROWN_KEYS = {"from", "to", "growth", "increment", "increments"}
-
-
-def _check_grown(argument: Any) -> _Grown:
-    if not isinstance(argument, Mapping) or argument.keys() != _GROWN_KEYS:
-        raise InputError(
-            f"rows that grow have the keys {sorted(_GROWN_KEYS)}. Received: {argument!r}."
-        )
-    before, after = Rows.parse(argument["from"]), Rows.parse(argument["to"])
-    growth = Growth.parse(argument["growth"])
-    return _Grown(before, after, growth, argument["increment"], argument["increments"])
-
-
-def _select_grown(grown: _Grown, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    before = grown.before.resolve(num_rows, vocabulary)
-    joining = np.setdiff1d(grown.after.resolve(num_rows, vocabulary), before, assume_unique=True)
-    total = before.size + joining.size
-    trainable = grown.growth.trainable(grown.increment, grown.increments, before.size, total)
-    order = grown.growth.arranged(joining, num_rows, vocabulary)
-    return np.sort(np.concatenate([before, order[: trainable - before.size]]))
-
-
-def _write_grown(grown: _Grown) -> dict[str, Any]:
-    return {
-        "from": grown.before.to_config(),
-        "to": grown.after.to_config(),
-        "growth": grown.growth.to_config(),
-        "increment": grown.increment,
-        "increments": grown.increments,
-    }
-
-
 _CHOICES: Mapping[str, Choice] = {
     **CHOICES,
     "union": Choice(_check_choices, _select_union),
     "intersection": Choice(_check_choices, _select_intersection),
     "difference": Choice(_check_choices, _select_difference),
     "not": Choice(Rows.parse, _select_not),
-    "grown": Choice(_check_grown, _select_grown),
 }
 # How an argument is written that is no plain list of values.
 _WRITTEN: Mapping[str, Callable[[Any], Any]] = {
     "random": lambda pair: {"amount": pair[0], "seed": pair[1]},
     "nearest": lambda pair: {"tokens": list(pair[0]), "amount": pair[1]},
-    "grown": _write_grown,
 }
 # Files, how each is read, and the kind of choice that is in it.
 _READ: Mapping[str, tuple[Callable[[str], Any], str | None]] = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from partial_embedding.errors import InputError
+from partial_embedding.files import read_yaml
+from partial_embedding.rows.growth import GrownRows
 from partial_embedding.rows.rows import Rows
 from partial_embedding.schedule.position import Evaluation, Position
 from partial_embedding.schedule.presets import from_preset
@@ -256,7 +256,7 @@ class Schedule:
             return rows
         following = self.stages[stage_state.stage + 1]
         assert following.growth is not None
-        return Rows.grown(
+        return GrownRows(
             rows, following.rows, following.growth, stage_state.increment, stage_state.increments
         )
 
@@ -325,22 +325,15 @@ class Schedule:
                 "a schedule is a mapping with the key 'stages' or 'preset', or a YAML file. "
                 f"Received: {value!r}."
             )
+        loaded = read_yaml(value, "schedule")
         try:
-            loaded = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
             if not isinstance(loaded, Mapping):
                 raise InputError(
                     f"a schedule is a mapping with the key 'stages'. Received: {loaded!r}."
                 )
             return Schedule.parse(loaded)
-        except OSError as error:
-            raise InputError(
-                f"{value}: the schedule cannot be read: {error.strerror}. Check the path."
-            ) from None
         except InputError as error:
             raise InputError(f"{value}: {error}") from None
-        except (yaml.YAMLError, ValueError) as error:  # a day that no month has is a ValueError
-            reason = " ".join(str(error).split())
-            raise InputError(f"{value}: a schedule is YAML in UTF-8. Received: {reason}.") from None
 
 
 # What `Schedule.parse` reads.

@@ -12,8 +12,8 @@ from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.tensorflow.audit import FrozenRowAudit
+from partial_embedding.tensorflow.embedding import tables_in
 from partial_embedding.tensorflow.optimizer import Rowwise
-from partial_embedding.tensorflow.tables import tables_in
 
 
 class KerasTables:
@@ -105,12 +105,10 @@ class KerasTables:
         if rate_scale.is_plain:
             return
         optimizer = innermost(self.model.optimizer)
-        if not isinstance(optimizer, Rowwise) or not optimizer.rate_scales:
+        if not isinstance(optimizer, Rowwise):
             raise InputError(
-                "lr_scale and warmup_steps are what rowwise(optimizer, rate_scales=True) keeps. "
-                f"Received the optimizer {type(optimizer).__name__}"
-                f"{' with rate_scales=False' if isinstance(optimizer, Rowwise) else ''}. "
-                "Compile the model with one."
+                "lr_scale and warmup_steps are what rowwise(optimizer) keeps. Received the "
+                f"optimizer {type(optimizer).__name__}. Compile the model with one."
             )
         if not optimizer.built:
             if not self.model.built:
@@ -140,7 +138,9 @@ class KerasTables:
             rate_scale: How fast those of them learn that join.
             all_join: Whether rows that train already join, too; until they make a step, rows do.
         """
-        self.tables[name].set_trainable_rows(ids, rate_scale=rate_scale)
+        self.tables[name].set_trainable_rows(
+            ids, lr_scale=rate_scale.lr_scale, warmup_steps=rate_scale.warmup_steps
+        )
 
     def watch(self, name: str) -> FrozenRowAudit:
         """Keep what the frozen rows hold now.

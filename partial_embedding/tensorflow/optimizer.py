@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
-from partial_embedding.tensorflow.lr_scale import RowRates
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.tensorflow.lr_scale import RowScales
 from partial_embedding.tensorflow.sparse_update import (
     HeldRows,
     first_value,
+    row_squares,
     state_of,
     summed,
     worker,
 )
-from partial_embedding.tensorflow.table_state import Split
+from partial_embedding.tensorflow.table_state import TableState
 
 # They move each element by itself, with no state but one value per element and a count of steps.
 _SERVED = (
@@ -51,27 +56,27 @@ _PIPELINE = (
 )
 
 
-def rowwise(optimizer: Any, lazy: bool = False, rate_scales: bool = False) -> Rowwise:
+def rowwise(optimizer: Any, lazy: bool = False) -> Any:
     """Make a Keras optimizer begin afresh for rows of a `PartialEmbedding` that begin to train.
 
     Keras counts steps once for the whole optimizer. With Adam, rows that join after many steps
     would move by several learning rates at first, since their young moments are not corrected. Here
     each row's steps count from the one that it joined at, and its state begins there. Clipping,
-    weight decay, moving averages and accumulation are those of the optimizer.
+    weight decay, moving averages and accumulation are those of the optimizer. So are learning rates
+    of rows that joined with an `lr_scale` or `warmup_steps`, times their factor, and with them the
+    weight decay of these rows. Momentum is Keras's, which holds what was learned at the rate of its
+    time.
 
     Args:
-        optimizer: A Keras optimizer that moves each element by itself, not yet built. It is left
-            as it is.
+        optimizer: A Keras optimizer that moves each element by itself, not yet built, or its name.
+            It is left as it is. Of a `LossScaleOptimizer` the inner one is wrapped, and of a
+            `MultiOptimizer` those that step tables.
         lazy: Step only the rows that the batch touched, as TensorFlow Addons' LazyAdam did, so that
             the cost does not depend on how many rows train. Moments and weight decay of a row stand
             still while no batch touches it.
-        rate_scales: Keep a `RateScale` for each reserved row, so that rows which join later may
-            learn more slowly or warm up: the learning rate of a row, and with it its weight decay,
-            is the optimizer's times the factor of its rate_scale. Momentum is Keras's, which holds
-            what was learned at the rate of its time.
 
     Returns:
-        A Keras optimizer, for `compile`, `LossScaleOptimizer` or a loop of your own.
+        A Keras optimizer, for `compile` or a loop of your own.
 
     Raises:
         InputError: The optimizer looks across rows, keeps other state, or is built; or `lazy` is
@@ -81,65 +86,152 @@ def rowwise(optimizer: Any, lazy: bool = False, rate_scales: bool = False) -> Ro
         >>> optimizer = rowwise(keras.optimizers.Adam(0.1, weight_decay=0.01), lazy=True)
         >>> float(optimizer.learning_rate), optimizer.weight_decay
         (0.10000000149011612, 0.01)
+        >>> type(rowwise("adam")).__name__
+        'Rowwise'
     """
-    return Rowwise(optimizer, lazy, rate_scales)
+    optimizer = keras.optimizers.get(optimizer)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return keras.optimizers.LossScaleOptimizer(
+            rowwise(optimizer.inner_optimizer, lazy),
+            optimizer.initial_scale,
+            optimizer.dynamic_growth_steps,
+        )
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        tables = TableOptimizers(optimizer._optimizer_map, lazy)
+        return keras.optimizers.MultiOptimizer(tables, optimizer.loss_scale_factor)
+    return Rowwise(optimizer, lazy)
+
+
+@keras.saving.register_keras_serializable("partial_embedding.tensorflow")
+class TableOptimizers:
+    """Chooses the optimizer of a variable for a `MultiOptimizer`, wrapped where it is of a table.
+
+    Args:
+        choose: What gives the optimizer of a variable: a `keras.optimizers.OptimizerMap`, or a
+            function.
+        lazy: As for `rowwise`.
+    """
+
+    def __init__(self, choose: Any, lazy: bool = False) -> None:
+        self.choose = choose
+        self.lazy = lazy
+        self._wrapped: list[tuple[Any, Any]] = []
+
+    def __call__(self, variable: Any) -> Any:
+        """The optimizer of a variable."""
+        optimizer = self.choose(variable)
+        if not hasattr(variable, "table_state"):
+            return optimizer
+        for own, wrapped in self._wrapped:
+            if own is optimizer:
+                return wrapped
+        self._wrapped.append((optimizer, Rowwise(optimizer, self.lazy)))
+        return self._wrapped[-1][1]
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"choose": keras.saving.serialize_keras_object(self.choose), "lazy": self.lazy}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TableOptimizers:
+        """Make what `get_config` was taken from."""
+        return cls(keras.saving.deserialize_keras_object(config["choose"]), config["lazy"])
+
+
+def optimizer_of(model: Any, variable: Any) -> Any:
+    """The optimizer of a model that was built to step a variable.
+
+    Args:
+        model: A `keras.Model`, whose optimizers are its attributes.
+        variable: A Keras variable.
+
+    Returns:
+        The innermost optimizer, whose `iterations` count the steps of the variable; None where none
+        of them was built for it.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        >>> model.compile("sgd", "mse")
+        >>> optimizer_of(model, model.trainable_variables[0]) is None
+        True
+        >>> model.optimizer.build(model.trainable_variables)
+        >>> optimizer_of(model, model.trainable_variables[0]) is model.optimizer
+        True
+    """
+    waiting = [v for v in vars(model).values() if isinstance(v, keras.optimizers.Optimizer)]
+    while waiting:
+        optimizer = waiting.pop(0)
+        inner = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
+        if inner := [one for one in inner if one is not None]:
+            waiting += inner
+        elif any(v is variable for v in optimizer._trainable_variables):
+            return optimizer
+    return None
 
 
 @dataclass
 class _Table:
     """A partial table, and the optimizer of its rows."""
 
-    split: Split
-    weights: Any
+    state: TableState
+    rows: Any
     optimizer: Any
     # The optimizer step at which each reserved row joined, or -1; shape (R,).
     joined_at: Any
-    # The signature of the rows that trained at the last step.
-    seen: Any
-    rate_scales: RowRates | None
+    scales: RowScales
+    # The sum of squares of each row's last gradient, float32, shape (R,), where it is measured.
+    squares: Any = None
 
 
 @dataclass
 class _Parts:
-    """The optimizers behind the wrapper, where Keras does not look: it would save them twice."""
+    """The optimizers behind the wrapper, whose variables are its own."""
 
     rest: Any
     # One entry for each variable; None for one that is no table.
     tables: list[_Table | None]
 
 
-@keras.saving.register_keras_serializable("partial_embedding")
+@dataclass
+class _Step:
+    """What is known of a step while it is traced. Nothing of it is state, so none is tracked."""
+
+    is_made: bool = False
+    variables: list[Any] = field(default_factory=list)
+    # A variable; None where nothing ever measures.
+    is_measured: Any = None
+
+
+@keras.saving.register_keras_serializable("partial_embedding.tensorflow")
 class Rowwise(keras.optimizers.Optimizer):
     """The optimizer that `rowwise` makes.
 
     Args:
-        optimizer: As for `rowwise`.
+        optimizer: As for `rowwise`, but no optimizer of optimizers.
         lazy: As for `rowwise`.
-        rate_scales: As for `rowwise`.
 
     Raises:
         InputError: As for `rowwise`.
     """
 
-    def __init__(self, optimizer: Any, lazy: bool = False, rate_scales: bool = False) -> None:
+    def __init__(self, optimizer: Any, lazy: bool = False) -> None:
         _check(optimizer, lazy)
         rate = optimizer._learning_rate
         super().__init__(
             learning_rate=float(rate.numpy()) if isinstance(rate, keras.Variable) else rate,
             **{key: getattr(optimizer, key) for key in _PIPELINE},
         )
-        self.wrapped = optimizer
         self.lazy = lazy
-        self.rate_scales = rate_scales
-        # The wrapper averages and accumulates; the copies hold state and do the maths of a step.
-        # Read now, since Keras may build optimizers while it traces, where nothing can be read.
-        config = {
-            **optimizer.get_config(),
-            "use_ema": False,
-            "gradient_accumulation_steps": None,
-        }
-        self._copy = partial(type(optimizer).from_config, config)
+        # The wrapper averages, accumulates and knows the learning rate; the copies hold state and
+        # do the maths of a step.
+        off = {"use_ema": False, "gradient_accumulation_steps": None}
+        kind: Any = type(optimizer)
+        self._copy = partial(kind, **{**_settings(optimizer), **off})
+        for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+            if name in vars(optimizer):
+                self.__dict__[name] = vars(optimizer)[name]
         self._parts: _Parts | None = None
+        self._step = _Step()
 
     def build(self, variables: list[Any]) -> None:
         """Make the state of each table and of all other variables."""
@@ -152,45 +244,56 @@ class Rowwise(keras.optimizers.Optimizer):
                 "lazy=True on several replicas needs an optimizer that is built before the first "
                 "step. Received one that is not. Call optimizer.build(model.trainable_variables)."
             )
+        states = [state_in(variable) for variable in variables]
+        for state in states:
+            if self.lazy and state is not None and state.constrained:
+                raise InputError(
+                    "lazy=True steps touched rows only, a constraint looks at all. Received a "
+                    "PartialEmbedding with embeddings_constraint. Use one of the two."
+                )
         super().build(variables)
-        others = [v for v in variables if not hasattr(v, "partial_rows")]
         rest = self._copy()
-        rest.build(others)
-        tables = [self._table(v) if hasattr(v, "partial_rows") else None for v in variables]
+        rest.build([v for v, state in zip(variables, states, strict=True) if state is None])
+        tables = [
+            None if state is None else self._table(v, state)
+            for v, state in zip(variables, states, strict=True)
+        ]
+        for optimizer in (*(table.optimizer for table in tables if table), rest):
+            for variable in state_of(optimizer):
+                # As a variable of its own: whatever saves, restores or counts an optimizer's
+                # variables finds all of them in the one list that every Keras optimizer has.
+                self._track_variable(variable)
         self._parts = _Parts(rest, tables)
 
-    def _table(self, weights: Any) -> _Table:
+    def _table(self, rows: Any, state: TableState) -> _Table:
         optimizer = self._copy()
-        optimizer.build([weights])
-        split = weights.partial_rows
-        split.sparse_gradient = self.lazy
-        if self.lazy and split.constrained:
-            raise InputError(
-                "lazy=True steps touched rows only, a constraint looks at all. Received a "
-                "PartialEmbedding with embeddings_constraint. Use one of the two."
-            )
+        optimizer.build([rows])
+        shape, name = (rows.shape[0],), rows.path.replace("/", "_")
         never = keras.initializers.Constant(-1)
-        shape = (weights.shape[0],)
-        count = self.add_variable(shape, never, "int64", name="joined_at")
-        seen = self.add_variable((), "zeros", "int64", name="seen")
-        split.rate_scales = None
-        if self.rate_scales:
-            lr = self.add_variable(shape, "ones", "float32", name="lr_factor")
-            warmup = self.add_variable(shape, "ones", "int64", name="warmup")
-            split.rate_scales = RowRates(count, lr, warmup)
-        return _Table(split, weights, optimizer, count, seen, split.rate_scales)
+        joined_at = self.add_variable(shape, never, "int64", name=f"{name}_joined_at")
+        scale = self.add_variable(shape, "ones", "float32", name=f"{name}_lr_scale")
+        warmup = self.add_variable(shape, "ones", "int64", name=f"{name}_warmup_steps")
+        state.optimizer = self
+        return _Table(state, rows, optimizer, joined_at, RowScales(joined_at, scale, warmup))
 
     @property
     def _tables(self) -> list[_Table]:
         return [table for table in self._parts.tables if table] if self._parts else []
 
     @property
-    def variables(self) -> list[Any]:
-        """The wrapper's variables, then the state of the tables, then that of the others."""
-        optimizers = [table.optimizer for table in self._tables]
-        if self._parts is not None:
-            optimizers.append(self._parts.rest)
-        return [*super().variables, *(v for one in optimizers for v in state_of(one))]
+    def is_stepping(self) -> bool:
+        """Whether a step of this optimizer is being traced or made."""
+        return self._step.is_made
+
+    def row_scales(self, rows: Any) -> RowScales:
+        """What factors the learning rates of a table's rows have.
+
+        Args:
+            rows: The variable of its reserved rows, of those that this was built with.
+        """
+        table = self._table_of(rows)
+        assert table is not None, "asked for variables of tables alone"
+        return table.scales
 
     # The pipeline of an optimizer step, in the order in which Keras goes through it
 
@@ -213,22 +316,28 @@ class Rowwise(keras.optimizers.Optimizer):
     def _stepping(self) -> Iterator[None]:
         """Make the tables known as stepped by this optimizer, and lazily without pinning.
 
-        Pinning reads all reserved rows, while lazily no other row than live ones move. Keras asks
-        for constraints while it traces the step, so nothing remains changed.
+        Pinning reads all reserved rows, while lazily no other row than unfrozen ones move. Keras
+        asks for constraints while it traces the step, so nothing remains changed.
         """
-        constraints = [table.weights.constraint for table in self._tables]
-        for table in self._tables:
-            table.split.is_stepped_rowwise = True
-            if self.lazy:
-                table.weights.constraint = None
+        constraints = [table.rows.constraint for table in self._tables]
+        self._step.is_made = True
+        if self.lazy:
+            for table in self._tables:
+                table.rows.constraint = None
         try:
             yield
         finally:
+            self._step.is_made = False
             for table, constraint in zip(self._tables, constraints, strict=True):
-                table.split.is_stepped_rowwise = False
-                table.weights.constraint = constraint
+                table.rows.constraint = constraint
+
+    def _backend_apply_gradients(self, grads: list[Any], variables: list[Any]) -> None:
+        self._step.variables = variables
+        super()._backend_apply_gradients(grads, variables)
 
     def _clip_gradients(self, grads: list[Any]) -> list[Any]:
+        # Unscaled, averaged over accumulated batches, and only in steps that are made.
+        self._measure(grads)
         values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads]
         return [
             tf.IndexedSlices(v, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else v
@@ -238,17 +347,9 @@ class Rowwise(keras.optimizers.Optimizer):
     def _apply_weight_decay(self, variables: list[Any]) -> None:
         # The last call before the maths: state that begins at the weights begins before they decay.
         self._each(variables, self._welcome)
-        dense = [v for v in variables if not self._is_lazy(v)]
-        super()._apply_weight_decay([v for v in dense if not self._is_scaled(v)])
-        if self.weight_decay is not None:
-            self._each([v for v in dense if self._is_scaled(v)], self._decay)
-
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
-        """Exclude variables from weight decay, as every Keras optimizer does."""
-        self.wrapped.exclude_from_weight_decay(var_list, var_names)
-
-    def _use_weight_decay(self, variable: Any) -> bool:
-        return bool(self.wrapped._use_weight_decay(variable))
+        super()._apply_weight_decay([v for v in variables if self._table_of(v) is None])
+        if self.weight_decay is not None and not self.lazy:
+            self._each(variables, self._decay)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Step one variable."""
@@ -267,9 +368,8 @@ class Rowwise(keras.optimizers.Optimizer):
             self._step_some(table, tf.IndexedSlices(gradient, rows), variable, learning_rate)
         else:
             ages = self._ages(table.joined_at)[:, tf.newaxis]
-            if table.rate_scales is not None:
-                learning_rate = table.rate_scales.rates(learning_rate, ages)
-            worker(table.optimizer, ages).update_step(gradient, variable, learning_rate)
+            rates = table.scales.rates(learning_rate, ages)
+            worker(table.optimizer, ages).update_step(gradient, variable, rates)
 
     def _update_model_variables_moving_average(self, variables: list[Any]) -> None:
         if not self.use_ema:
@@ -280,13 +380,65 @@ class Rowwise(keras.optimizers.Optimizer):
             kept = tf.cast(steps != 0, average.dtype) * self.ema_momentum
             average.assign(kept * average + (1 - kept) * variable)
 
+    # Gradients by row, for what watches a run
+
+    def measure_gradients(self, measure: bool) -> None:
+        """Keep the squares of each row's gradient in the steps to come, or no longer.
+
+        What keeps them is part of a step that is traced after the first call; later calls trace
+        nothing again.
+
+        Args:
+            measure: Whether to keep them.
+        """
+        if self._step.is_measured is None:
+            self._step.is_measured = tf.Variable(measure, trainable=False)
+        self._step.is_measured.assign(measure)
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether steps that are traced now can be measured."""
+        return self._step.is_measured is not None
+
+    def row_squares(self, layer: Any) -> tuple[Ids, NDArray[np.float32]] | None:
+        """The rows whose last measured gradient is not zero, and the sums of its squares.
+
+        Args:
+            layer: A `PartialEmbedding`.
+
+        Returns:
+            Sorted ids, int64, shape (n,), and float32, shape (n,); None if none was measured.
+        """
+        for table in self._tables:
+            if table.squares is not None and table.state is layer.table_state:
+                squares = table.squares.numpy()
+                slots = np.flatnonzero(squares)
+                return table.state.reserved[slots], squares[slots]
+        return None
+
+    def _measure(self, grads: list[Any]) -> None:
+        if not self.is_measurable:
+            return
+        pairs = [
+            (table, gradient)
+            for gradient, variable in zip(grads, self._step.variables, strict=True)
+            if (table := self._table_of(variable)) is not None
+        ]
+        for table, _ in pairs:
+            if table.squares is None:
+                with tf.init_scope():
+                    table.squares = tf.Variable(tf.zeros(table.rows.shape[0]), trainable=False)
+
+        def note() -> None:
+            for table, gradient in pairs:
+                table.squares.assign(row_squares(gradient, table.rows.shape[0]))
+
+        tf.cond(self._step.is_measured, note, lambda: None)
+
     # Rows
 
     def _is_lazy(self, variable: Any) -> bool:
         return self.lazy and self._table_of(variable) is not None
-
-    def _is_scaled(self, variable: Any) -> bool:
-        return self.rate_scales and self._table_of(variable) is not None
 
     def _table_of(self, variable: Any) -> _Table | None:
         index: int = self._get_variable_index(variable)
@@ -321,27 +473,26 @@ class Rowwise(keras.optimizers.Optimizer):
 
     def _welcome(self, table: _Table, weights: Any) -> None:
         """Begin afresh for rows that train since the last step."""
+        trains = table.state.is_unfrozen()
+        joined_at = tf.convert_to_tensor(table.joined_at)
 
         def begin() -> None:
-            live = table.split.live()
-            joins = live & (table.joined_at < 0)
+            joins = trains & (joined_at < 0)
             for state in state_of(table.optimizer):
                 first = first_value(table.optimizer, state, weights)
                 state.assign(tf.where(joins[:, tf.newaxis], first, state))
-            now = tf.cast(self.iterations, tf.int64)
-            since = tf.where(joins, now, table.joined_at)
-            table.joined_at.assign(tf.where(live, since, -1))
-            table.seen.assign(table.split.signature)
+            since = tf.where(joins, tf.cast(self.iterations, tf.int64), joined_at)
+            table.joined_at.assign(tf.where(trains, since, -1))
 
-        tf.cond(tf.equal(table.seen, table.split.signature), lambda: None, begin)
+        # From the two variables alone, so that it is right after either of them was restored.
+        tf.cond(tf.reduce_any(trains != (joined_at >= 0)), begin, lambda: None)
 
     def _decay(self, table: _Table, weights: Any) -> None:
         """Decay weights as Keras does, at the learning rate of each row."""
-        if not self._use_weight_decay(weights) or table.rate_scales is None:
+        if not self._use_weight_decay(weights):
             return
-        rates = table.rate_scales.rates(
-            self.learning_rate, self._ages(table.joined_at)[:, tf.newaxis]
-        )
+        ages = self._ages(table.joined_at)[:, tf.newaxis]
+        rates = table.scales.rates(self.learning_rate, ages)
         decay = tf.cast(self.weight_decay, weights.dtype)
         weights.assign_sub(weights * decay * tf.cast(rates, weights.dtype))
 
@@ -361,8 +512,7 @@ class Rowwise(keras.optimizers.Optimizer):
         slots = tf.where(is_void, tf.zeros_like(indices), indices)
         before = [tf.gather(v, slots) for v in (variable, *(s.value for s in states))]
         ages = self._ages(tf.gather(table.joined_at.value, slots))[:, tf.newaxis]
-        if table.rate_scales is not None:
-            rate = table.rate_scales.rates(rate, ages, slots)
+        rate = table.scales.rates(rate, ages, slots)
         key = self._var_key(variable)
         weights, *held = (HeldRows(rows, key) for rows in before)
         if self.weight_decay is not None and self._use_weight_decay(variable):
@@ -377,9 +527,11 @@ class Rowwise(keras.optimizers.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         """The wrapped optimizer, at the learning rate of now."""
-        wrapped = keras.saving.serialize_keras_object(self.wrapped)
-        wrapped["config"]["learning_rate"] = super().get_config()["learning_rate"]
-        return {"optimizer": wrapped, "lazy": self.lazy, "rate_scales": self.rate_scales}
+        wrapped = keras.saving.serialize_keras_object(self._copy())
+        own = {key: getattr(self, key) for key in _PIPELINE}
+        rate = super().get_config()["learning_rate"]
+        wrapped["config"].update({**own, "learning_rate": rate})
+        return {"optimizer": wrapped, "lazy": self.lazy}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Rowwise:
@@ -387,7 +539,25 @@ class Rowwise(keras.optimizers.Optimizer):
         optimizer = keras.saving.deserialize_keras_object(
             config["optimizer"], custom_objects=custom_objects
         )
-        return cls(optimizer, config["lazy"], config.get("rate_scales", False))
+        return cls(optimizer, config["lazy"])
+
+
+def state_in(variable: Any) -> TableState | None:
+    """The table that a variable is the reserved rows of.
+
+    Args:
+        variable: A Keras or TensorFlow variable.
+    """
+    return getattr(variable, "table_state", None)
+
+
+def _settings(optimizer: Any) -> dict[str, Any]:
+    """The constructor's arguments of a Keras optimizer, without its learning rate.
+
+    Keras writes them in `get_config`, which fails for rates that are functions or unknown to it.
+    """
+    known = set(signature(type(optimizer).__init__).parameters) & set(vars(optimizer))
+    return {name: getattr(optimizer, name) for name in known | set(_PIPELINE)}
 
 
 def _check(optimizer: Any, lazy: bool) -> None:
@@ -395,8 +565,7 @@ def _check(optimizer: Any, lazy: bool) -> None:
     if type(optimizer) is not getattr(keras.optimizers, name, None) or name not in _SERVED:
         raise InputError(
             f"rowwise serves {', '.join(_SERVED)}, which move each row by itself. Received: {name}."
-            " Compile with it as it is: frozen rows keep their bits all the same. A"
-            " LossScaleOptimizer goes around rowwise."
+            " Compile with it as it is: frozen rows keep their bits all the same."
         )
     if optimizer.built:
         raise InputError(

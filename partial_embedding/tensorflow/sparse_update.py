@@ -8,20 +8,81 @@ import keras
 import tensorflow as tf
 
 
+@tf.RegisterGradient("PartialEmbeddingRows")
+def _gradient_of_rows(operation: Any, upstream: Any, *_: Any) -> tuple[Any, ...]:
+    _, _, slots, shape = operation.inputs
+    return None, tf.IndexedSlices(upstream, slots, shape), None, None
+
+
+def gather_rows(variable: Any, slots: Any, sparse: bool) -> Any:
+    """Gather rows of a variable; rows with a negative slot are unspecified and get no gradient.
+
+    Args:
+        variable: A `tf.Variable` of shape (R, D).
+        slots: Its rows, or -1, int64, any shape.
+        sparse: Make the gradient of the variable `tf.IndexedSlices` with these slots, -1 among
+            them, rather than a dense one.
+
+    Returns:
+        A tensor of shape (*slots.shape, D). What is done to rows with a negative slot must stop
+        their gradients, as `tf.where` does.
+    """
+    places = tf.maximum(slots, 0)
+    if not sparse:
+        # Keras never sums the duplicates of IndexedSlices, which makes most of its optimizers wrong
+        # for an id that occurs twice. The gradient of a reshape is dense, and so sums them.
+        return tf.gather(tf.reshape(variable, variable.shape), places)
+    width = variable.shape[1]
+    flat = tf.reshape(slots, [-1])
+    if tf.executing_eagerly():
+        rows = _gather_eagerly(tf.convert_to_tensor(variable), flat)
+    else:
+        rows = tf.stop_gradient(tf.gather(variable, tf.reshape(places, [-1])))
+        rows = _carrier(variable)(rows, variable.handle, flat)
+    return tf.reshape(rows, tf.concat([tf.shape(slots), [width]], 0))
+
+
+def _carrier(variable: Any) -> Any:
+    """A function that gives back rows, and whose gradient is that of the variable.
+
+    `tf.custom_gradient` would register a function at each trace, which TensorFlow never frees, and
+    with it the table. The gradient here is registered once, and names no variable. It has to be
+    looked up by a function's own backward pass, as tapes do not ask for registered gradients.
+    """
+    shape, dtype = tuple(variable.shape), variable.dtype
+
+    def carry(rows: Any, handle: Any, slots: Any) -> Any:
+        graph = tf.compat.v1.get_default_graph()
+        with graph.gradient_override_map({"IdentityN": "PartialEmbeddingRows"}):
+            return tf.identity_n([rows, handle, slots, tf.constant(shape, tf.int64)])[0]
+
+    return tf.function(carry, autograph=False).get_concrete_function(
+        tf.TensorSpec([None, shape[1]], dtype),
+        tf.TensorSpec([], tf.resource),
+        tf.TensorSpec([None], tf.int64),
+    )
+
+
+@tf.custom_gradient  # registers nothing in eager mode
+def _gather_eagerly(weights: Any, slots: Any) -> tuple[Any, Any]:
+    def gradient(upstream: Any) -> tuple[Any, None]:
+        return tf.IndexedSlices(upstream, slots, tf.shape(weights)), None
+
+    return tf.gather(weights, tf.maximum(slots, 0)), gradient
+
+
 def summed(slices: Any, num_rows: int) -> Any:
     """`tf.IndexedSlices` with one entry for each row, and void entries behind them.
 
-    XLA needs static shapes, so the number of entries stays. Void entries come in as -0.0 for any
-    row, and go out as zeros for the row `num_rows`, which there is not.
+    XLA needs static shapes, so the number of entries stays. Void entries come in for rows below 0,
+    and go out for the row `num_rows`, which there is not.
 
     Args:
         slices: Entries of shape (N, D) for rows that may occur several times, and void ones.
         num_rows: The number of rows.
     """
-    # Comparisons take -0.0 for 0.
-    is_void = tf.reduce_all((slices.values == 0) & (1 / slices.values < 0), axis=1)
     beyond = tf.cast(num_rows, slices.indices.dtype)
-    indices = tf.where(is_void, beyond, slices.indices)
+    indices = tf.where(slices.indices < 0, beyond, slices.indices)
     order = tf.argsort(indices, stable=True)
     indices = tf.gather(indices, order)
     is_first = tf.concat([tf.ones_like(indices[:1]), indices[1:] - indices[:-1]], 0) > 0
@@ -31,6 +92,25 @@ def summed(slices: Any, num_rows: int) -> Any:
     rows = tf.math.unsorted_segment_max(indices, segments, number)
     # The largest of no entries is the least number that there is.
     return tf.IndexedSlices(values, tf.where(rows < 0, beyond, rows), slices.dense_shape)
+
+
+def row_squares(gradient: Any, num_rows: int) -> Any:
+    """The sum of squares of each row of a gradient.
+
+    Args:
+        gradient: Dense, shape (R, D), or `tf.IndexedSlices` as `summed` makes them.
+        num_rows: The number of rows R.
+
+    Returns:
+        float32, shape (R,).
+    """
+    is_sparse = isinstance(gradient, tf.IndexedSlices)
+    values = tf.cast(gradient.values if is_sparse else gradient, tf.float32)
+    squares = tf.reduce_sum(tf.square(values), axis=1)
+    if not is_sparse:
+        return squares
+    slots = tf.where(gradient.indices < num_rows, gradient.indices, -1)
+    return tf.math.unsorted_segment_sum(squares, slots, num_rows)
 
 
 class HeldRows:

@@ -13,6 +13,7 @@ from partial_embedding.torch.optimizer import (
 )
 from partial_embedding.torch.replace import replace_embedding, restore_embedding
 from partial_embedding.torch.tokens import add_tokens
+from partial_embedding.torch.transfer import transfer_vocabulary
 
 __all__ = [
     "FrozenRowAudit",
@@ -28,4 +29,5 @@ __all__ = [
     "replace_embedding",
     "restore_embedding",
     "rowwise",
+    "transfer_vocabulary",
 ]

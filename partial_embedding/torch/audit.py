@@ -81,6 +81,6 @@ class FrozenRowAudit:
         if len(self.frozen) and self.frozen[-1] >= self.table.leaf_weight.shape[0]:
             return "a vocabulary that was made smaller; call restart() after that"
         return (
-            "an optimizer that was let do with masked_gradient_only, or a write into the weight from outside "
-            "(a callback that averages or swaps weights, load_state_dict, code of your own)"
+            "an optimizer with masked_gradient_only, or a write into the weight from outside (a "
+            "callback that averages or swaps weights, load_state_dict, code of your own)"
         )

@@ -92,18 +92,18 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
 
     def _counts_by_row(self, input: Tensor) -> bool:  # noqa: A002  # as in `forward`
         """Whether to compute gradients by row; otherwise the hook masks the whole one."""
-        if not (self.has_frozen_rows and torch.is_grad_enabled()):
-            return False
-        if not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return False
         # What reads the graph or transforms it knows `linear`, and not a function of ours.
-        return not (
+        if (
             isinstance(input, torch.fx.Proxy)
-            or torch.jit.is_tracing()
+            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             or torch.compiler.is_exporting()
             or torch._C._are_functorch_transforms_active()
             or torch.autograd.forward_ad._current_level >= 0
-        )
+        ):
+            return False
+        if not (self.has_frozen_rows and torch.is_grad_enabled()):
+            return False
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def _masked_bias(self) -> Tensor | None:
         if self.bias is None or not self.has_frozen_rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -168,8 +168,8 @@ def _is_left_to_ddp(table: PartialTable) -> bool:
     return dist.is_available() and dist.is_initialized() and not table.is_wrapped
 
 
-def _queue(call: object) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
+def _queue(call: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def _hold_rows_of(parameter: Tensor) -> None:
@@ -180,6 +180,4 @@ def _hold_rows_of(parameter: Tensor) -> None:
         # Its rows cannot be read without losing what a second derivative needs.
         parameter.grad = grad.to_dense()
         return
-    parameter.grad = RowGradient(
-        grad._indices()[0], grad._values(), len(grad), grad.is_coalesced()
-    )
+    parameter.grad = RowGradient(grad._indices()[0], grad._values(), len(grad), grad.is_coalesced())

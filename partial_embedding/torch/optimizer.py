@@ -329,8 +329,8 @@ class Rowwise:
             params: list[nn.Parameter] = []
             names: list[str] = []
             for i, parameter in enumerate(group["params"]):
-                state = self.tables.get(id(parameter))
-                made = [parameter] if state is None else self._blocks_of(state, group, lent)
+                served = self.tables.get(id(parameter))
+                made = [parameter] if served is None else self._blocks_of(served, group, lent)
                 params += made
                 names += [group["param_names"][i]] * len(made) if "param_names" in group else []
             if not params and isinstance(self.optimizer, LBFGS):
@@ -344,8 +344,8 @@ class Rowwise:
         self, state: TableState, group: Group, groups: list[Group]
     ) -> list[nn.Parameter]:
         if state.kind != (kind := kind_of(group)):
-            state.layout, state.unscaled = self._layout_of(state.parameter, group)
-            state.kind = kind
+            layout, state.unscaled = self._layout_of(state.parameter, group)
+            state.change_layout(layout, kind)
         state.sync()
         shared: list[nn.Parameter] = []
         for block in state.blocks(self.optimizer, group):
@@ -456,13 +456,17 @@ class Rowwise:
                 if table is not None and table.layout.eager:
                     self.optimizer.state[param] = first_state(self.optimizer, group, param)
 
-    # TODO-merge
+    # What the Lightning callback calls until it is written anew.
+
     def average(self) -> None:
+        """Average the gradients of tables."""
         average(_held_tables(self.optimizer))
 
-    def enter(self) -> None: ...
+    def enter(self) -> None:
+        """Do nothing."""
 
-    def leave(self) -> None: ...
+    def leave(self) -> None:
+        """Do nothing."""
 
 
 class _Lent:
@@ -573,14 +577,14 @@ def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
 
 
 def _check_averaged(state: TableState) -> None:
-    if state.parameter.grad is not None and state.table.awaits_average:
-        if is_averaged_here(state.parameter, state.table):
-            raise InputError(
-                "gradients of tables are averaged over all processes before a step. Received "
-                f"that of {state.name!r} as this process made it. Call "
-                "average_gradients(optimizer) after backward; in Lightning, call "
-                "self.manual_backward(loss) for loss.backward()."
-            )
+    is_own = state.parameter.grad is not None and state.table.awaits_average
+    if is_own and is_averaged_here(state.parameter, state.table):
+        raise InputError(
+            "gradients of tables are averaged over all processes before a step. Received "
+            f"that of {state.name!r} as this process made it. Call "
+            "average_gradients(optimizer) after backward; in Lightning, call "
+            "self.manual_backward(loss) for loss.backward()."
+        )
 
 
 def _why_unscaled(optimizer: Optimizer, layout: StateLayout, group: Group) -> str | None:
@@ -605,10 +609,10 @@ def _before_any_step(
     tables = _held_tables(optimizer)
     if not tables:
         return None
-    if not vars(optimizer).get("_masked_gradient_only"):
-        if any(table.has_frozen_rows for _, table in tables):
-            Rowwise(optimizer, False, {})
-            return None
+    exact = not vars(optimizer).get("_masked_gradient_only")
+    if exact and any(table.has_frozen_rows for _, table in tables):
+        Rowwise(optimizer, False, {})
+        return None
     parameters = [parameter for parameter, _ in tables]
     return _with_gradients(args, kwargs, lambda: _settle_gradients(optimizer, parameters))
 

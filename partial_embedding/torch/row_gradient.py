@@ -62,10 +62,10 @@ class RowGradient(Tensor):
     _held: _Rows
 
     # Functions come straight to `__torch_dispatch__`, and what they give is a plain tensor.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(
+    def __new__(  # noqa: D102  # the class describes its arguments
         cls, ids: Tensor | None, values: Tensor, num_rows: int, summed: bool = False
     ) -> RowGradient:
         shape = (num_rows, *values.shape[1:])
@@ -106,7 +106,7 @@ class RowGradient(Tensor):
         held.values, held.summed = torch.cat([held.values, other.values]), False
         self._summed()
 
-    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:  # type: ignore[override]
+    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         """The dense gradient, a tensor of its own.
 
         Args:
@@ -141,7 +141,7 @@ class RowGradient(Tensor):
             is_coalesced=True,
         )
 
-    def to_sparse(self, sparse_dim: int = 1, **options: Any) -> Tensor:  # type: ignore[override]
+    def to_sparse(self, sparse_dim: int = 1, **options: Any) -> Tensor:
         """A sparse tensor.
 
         Args:
@@ -171,7 +171,7 @@ class RowGradient(Tensor):
 
     # What a tensor without memory of its own must say for itself
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         held = self._held
         if held.ids is None:
             return f"RowGradient({held.values!r})"
@@ -180,7 +180,8 @@ class RowGradient(Tensor):
         return f"RowGradient({shape})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowGradient:
-        return memo.setdefault(id(self), self.clone())
+        copied: RowGradient = memo.setdefault(id(self), self.clone())
+        return copied
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         held = self._summed()
@@ -198,7 +199,7 @@ class RowGradient(Tensor):
         """As for a dense gradient."""
         return self.to_dense().tolist()
 
-    @property  # type: ignore[override]
+    @property
     def data(self) -> Tensor:
         """The same gradient, past autograd."""
         return self.detach()
@@ -232,7 +233,7 @@ class RowGradient(Tensor):
     # What torch's functions do
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a placeholder
         cls,
         func: Any,
         types: Iterable[type],

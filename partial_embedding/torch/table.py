@@ -396,11 +396,11 @@ class PartialTable(nn.Module):
             # Perhaps for this one call, so what was hooked before stays so: its backward may come.
             self._hook_up("weight", weight)
             return None
-        in_use: Tensor = self.weight
-        if self._row_set is None:
-            return in_use
+        if not self.has_frozen_rows:
+            return None
         if weight is None and not self._hooks_on(self.leaf_weight):
             self._hook_up("weight", self.leaf_weight)  # a copy, which parametrizations make alone
+        in_use: Tensor = self.weight
         return torch.where(self.row_set.mask.unsqueeze(-1), in_use, in_use.detach())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -463,6 +463,10 @@ class PartialTable(nn.Module):
             self._shared.origin = None  # what it held before is of no use for another table
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts its shards past `register_parameter` where this is nn.Module's own method.
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _WIRING}
 
@@ -477,7 +481,9 @@ class PartialTable(nn.Module):
 
     def extra_repr(self) -> str:
         """The plain module's description, and how many rows train."""
-        every = self._most_trainable(self.leaf_weight.shape[0])  # counted without making bookkeeping
+        every = self._most_trainable(
+            self.leaf_weight.shape[0]
+        )  # counted without making bookkeeping
         count = every if self._row_set is None else len(self.row_set)
         return f"{super().extra_repr()}, trainable_rows={count}"
 

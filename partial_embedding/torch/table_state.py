@@ -148,6 +148,20 @@ class TableState:
                 "warmup_steps, or take another optimizer."
             )
 
+    def change_layout(self, layout: StateLayout, kind: object) -> None:
+        """Go on under options that were changed; what is remembered already stays.
+
+        Args:
+            layout: How the optimizer keeps its state from now on.
+            kind: What of the options that follows from.
+        """
+        self.layout = replace(
+            layout,
+            keys=layout.keys | self.layout.keys,
+            per_row=layout.per_row | self.layout.per_row,
+        )
+        self.kind = kind
+
     def sync(self) -> bool:
         """Take over the table's row set: new cohorts begin, rows that left lose their state.
 

@@ -77,8 +77,7 @@ def add_tokens(
         check_replaceable(model, table, sparse)
     tokenizer = tokenizer_of(tokenizer)
     names = _names(tokens)
-    if not isinstance(init, Tensor) and init not in ("pieces", "mean"):
-        raise InputError(f"init is 'pieces', 'mean' or vectors, a tensor. Received: {init!r}.")
+    check_init(init, ("pieces", "mean"))
     rows = _rows_to_be(tokenizer, tokens, names, len(tables.input.weight))
     count = _growth(tables, max(rows) + 1, pad_to_multiple_of)
     if count:
@@ -212,7 +211,8 @@ def _beginnings(
             continue
         seen.add(id(parameter))
         if isinstance(init, Tensor) and table is tables.input:
-            begun[table, attribute] = _given(init, len(pieces), parameter)
+            check_vectors(init, len(pieces), parameter)
+            begun[table, attribute] = init
         elif isinstance(init, str) and init == "mean":
             begun[table, attribute] = _drawn(parameter.detach()[:known].float(), len(pieces))
         else:
@@ -234,13 +234,37 @@ def means_of_pieces(rows: Tensor, pieces: list[list[int]]) -> Tensor:
     return torch.stack([rows[own].float().mean(0) if own else every for own in pieces])  # type: ignore[misc]  # there is one where it is needed
 
 
-def _given(vectors: Tensor, count: int, weight: Tensor) -> Tensor:
+def check_init(init: object, names: tuple[str, ...]) -> None:
+    """Refuse what rows cannot begin from.
+
+    Args:
+        init: What was asked for.
+        names: What may be asked for by name.
+
+    Raises:
+        InputError: It is neither one of these nor a tensor.
+    """
+    if not isinstance(init, Tensor) and init not in names:
+        listed = ", ".join(map(repr, names))
+        raise InputError(f"init is {listed} or vectors, a tensor. Received: {init!r}.")
+
+
+def check_vectors(vectors: Tensor, count: int, weight: Tensor) -> None:
+    """Refuse vectors that new rows cannot begin from.
+
+    Args:
+        vectors: What was given.
+        count: The number n of new rows.
+        weight: The table, shape (V, D).
+
+    Raises:
+        InputError: They are not of the shape (n, D).
+    """
     if vectors.shape != (count, weight.shape[1]):
         raise InputError(
             f"init has a vector for each token, {(count, weight.shape[1])}. Received: "
             f"{tuple(vectors.shape)}."
         )
-    return vectors
 
 
 def _drawn(rows: Tensor, count: int) -> Tensor:

@@ -210,7 +210,7 @@ class VocabularyTables:
         owners: dict[int, Any] = {}
         for module in self.model.modules():
             owners[id(module)] = module
-            owners |= {id(config): config for config in _configs(getattr(module, "config", None))}
+            owners |= {id(config): config for config in configs_of(getattr(module, "config", None))}
         for owner in owners.values():
             for name in _SIZES:
                 now = vars(owner).get(name)
@@ -239,10 +239,14 @@ def _parent_of(model: nn.Module, module: nn.Module) -> nn.Module:
     return model.get_submodule(path.rpartition(".")[0])
 
 
-def _configs(config: Any) -> Iterator[Any]:
-    """A configuration and those within it."""
+def configs_of(config: Any) -> Iterator[Any]:
+    """A configuration of `transformers` and those within it.
+
+    Args:
+        config: The configuration, or anything else, which has none.
+    """
     if not hasattr(config, "to_dict"):
         return
     yield config
     for value in vars(config).values():
-        yield from _configs(value)
+        yield from configs_of(value)

@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 from reference import ACCUMULATOR, EPSILON, Array, Batch, Optimizer
 
-from partial_embedding import Schedule
 from partial_embedding.callbacks.keras import RowUnfreezing
 from partial_embedding.schedule import RateScale
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
@@ -28,7 +27,7 @@ class Training:
         optimizer: What steps it.
         ever: What may ever train, and is reserved.
         padded: Whether row 0 is the padding row.
-        scaled: Whether rows may have a rate_scale of their own.
+        scaled: Whether rows may have a rate scale of their own; Keras need not know.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Training:
             mask_zero=padded,
             freeze_padding=padded,
         )
-        self._optimizer = rowwise(_made(optimizer), lazy=optimizer.lazy, rate_scales=scaled)
+        self._optimizer = rowwise(_made(optimizer), lazy=optimizer.lazy)
         self._optimizer.build(self._layer.trainable_variables)
 
     @property
@@ -66,11 +65,11 @@ class Training:
 
     def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows and no others."""
-        self._layer.set_trainable_rows(rows, rate_scale=rate_scale)
+        self._layer.set_trainable_rows(rows, **vars(rate_scale or RateScale()))
 
     def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows too."""
-        self._layer.unfreeze_rows(rows, rate_scale=rate_scale)
+        self._layer.unfreeze_rows(rows, **vars(rate_scale or RateScale()))
 
     def freeze(self, rows: object) -> None:
         """Train these rows no longer."""
@@ -118,10 +117,9 @@ def fit(
         matrix, reserve_rows=ever, trainable_rows=ever, name="words"
     )
     model = keras.Sequential([keras.Input((None,), dtype="int64"), layer])
-    scaled = any(not stage.rate_scale.is_plain for stage in Schedule.parse(schedule).stages)
     metric = _Measured(measured)
     model.compile(
-        rowwise(_made(optimizer), lazy=optimizer.lazy, rate_scales=scaled),
+        rowwise(_made(optimizer), lazy=optimizer.lazy),
         loss=_product,
         metrics=[metric],
     )

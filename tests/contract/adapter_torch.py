@@ -1,6 +1,7 @@
 """The contract's verbs in PyTorch and Lightning."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,11 @@ class Training:
 
     def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows and no others."""
-        self._embedding.set_trainable_rows(rows, rate_scale=rate_scale)
+        self._embedding.set_trainable_rows(rows, **asdict(rate_scale or RateScale()))
 
     def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows too."""
-        self._embedding.unfreeze_rows(rows, rate_scale=rate_scale)
+        self._embedding.unfreeze_rows(rows, **asdict(rate_scale or RateScale()))
 
     def freeze(self, rows: object) -> None:
         """Train these rows no longer."""

@@ -60,7 +60,7 @@ WITHIN: dict[str, Callable[[], pl.Callback]] = {
 def check(found: tuple[Any, Witness, Any], alone: tuple[Any, Witness, Any]) -> None:
     net, witness, unfreezing = found
     assert_same_run(witness, alone[1].seen)
-    assert unfreezing.reports == alone[2].reports
+    assert unfreezing.audit_results == alone[2].reports
     searched = len(net.rows) - len(alone[0].rows)
     assert searched > 2
     assert net.rows[searched:] == alone[0].rows
@@ -87,7 +87,7 @@ def test_a_callback_that_was_in_a_run_begins_anew_after_a_search(
 ) -> None:
     alone = run(tmp_path)
     _, _, unfreezing = used = run(tmp_path)
-    assert used[2].reports
+    assert used[2].audit_results
     net, witness = Searched().build(), Witness()
     made = trainer(unfreezing, witness, default_root_dir=tmp_path)
     search(Tuner(made), net)

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -521,7 +522,7 @@ def test_a_plain_loop_follows_the_same_file(tmp_path: Path) -> None:
             position = Position(epoch, step)
             net.words.set_trainable_rows(
                 schedule.trainable_rows(position),
-                rate_scale=schedule.rate_scale_at(schedule.state_at(position)),
+                **asdict(schedule.rate_scale_at(schedule.state_at(position))),
             )
             optimizer.zero_grad()
             net.loss(batch).backward()

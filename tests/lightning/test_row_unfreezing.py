@@ -134,8 +134,8 @@ def test_two_callbacks_move_two_tables_as_one_would(saved_after: int, tmp_path: 
     first, second = two_callbacks()
     got = fit(two, second, Keep(tmp_path), unfreezing=first)
     assert_same_run(got, expected.seen)
-    assert [report.table for report in first.reports] == 3 * ["words"]
-    assert [report.table for report in second.reports] == 2 * ["items"]
+    assert [report.table for report in first.audit_results] == 3 * ["words"]
+    assert [report.table for report in second.audit_results] == 2 * ["items"]
     first, second = two_callbacks()
     resumed = Net().build(tables, seed=9)
     rest = fit(resumed, second, unfreezing=first, ckpt_path=tmp_path / f"{saved_after}.ckpt")

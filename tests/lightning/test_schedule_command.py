@@ -53,7 +53,7 @@ def test_a_configuration_brings_its_own_texts(
     assert main(["fit", *small_run]) == 0
     trained = capsys.readouterr().out
     stages = [line.split(": ", 1)[1] for line in trained.splitlines() if ": stage " in line]
-    assert planned.startswith("30 rows, 6 epochs")
+    assert "\n30 rows, 6 epochs\n" in planned
     for stage in stages:
         place, _, rest = stage.partition(": ")
         assert f"{place}  " in planned

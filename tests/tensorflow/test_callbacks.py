@@ -14,7 +14,8 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
 from partial_embedding import InputError, Vocabulary  # noqa: E402
-from partial_embedding.callbacks.keras import RowUnfreezing  # noqa: E402
+from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
+from partial_embedding.monitor.record import read_record  # noqa: E402
 from partial_embedding.tensorflow import (  # noqa: E402
     FrozenRowsMoved,
     PartialEmbedding,
@@ -299,17 +300,35 @@ def test_a_schedule_that_changed_since_the_backup_is_told_or_refused(
         _resume(tmp_path, SCHEDULE, 2)
 
 
+def test_a_vocabulary_may_be_a_plain_list_of_tokens() -> None:
+    model = _model()
+    schedule = {"stages": [{"epoch": 0, "rows": {"tokens": ["b", "h"]}}]}
+    _fit(model, RowUnfreezing(schedule, vocabulary=list("abcdefgh")), epochs=1)
+    assert model.layers[0].trainable_rows.tolist() == [1, 7]
+
+
+def test_the_record_of_a_run_and_that_of_a_monitor_share_a_folder(tmp_path: Path) -> None:
+    waits = {"stages": [{"epoch": 0, "rows": [1]}, {"plateau": "loss", "rows": [2]}]}
+    for epochs in (2, 4):
+        unfreezing = RowUnfreezing(waits, backup_dir=tmp_path)
+        _model().fit(
+            IDS,
+            np.ones((4, 2, 1)),
+            epochs=epochs,
+            initial_epoch=epochs - 2,
+            verbose=0,
+            callbacks=[unfreezing, RowMonitor(tmp_path)],
+        )
+    assert read_record(tmp_path).tables.keys() == {"words"}
+
+
 def test_a_pace_needs_an_optimizer_that_keeps_it() -> None:
     schedule = {"stages": [{"epoch": 0, "rows": [6]}, {"epoch": 1, "rows": [7], "lr_scale": 0.5}]}
     rule = r"words: stages\[1\]: lr_scale and warmup_steps .* AdamW\. Compile"
     with pytest.raises(InputError, match=rule):
         _fit(_model(), RowUnfreezing(schedule))
-    model = _model()
-    model.compile(rowwise(keras.optimizers.SGD(0.1)), "mse")
-    with pytest.raises(InputError, match=r"Rowwise with rate_scales=False\. Compile"):
-        _fit(model, RowUnfreezing(schedule))
     unbuilt = keras.Sequential([PartialEmbedding(8, 2, reserve_rows="all", name="words")])
-    unbuilt.compile(rowwise(keras.optimizers.SGD(0.1), rate_scales=True), "mse")
+    unbuilt.compile(rowwise(keras.optimizers.SGD(0.1)), "mse")
     with pytest.raises(InputError, match=r"in a built model"):
         unbuilt.fit(IDS, np.ones((4, 2, 2)), verbose=0, callbacks=[RowUnfreezing(schedule)])
 

@@ -50,6 +50,13 @@ def factor_of(rate_scale: RateScale | None) -> Callable[[int], float] | None:
     )
 
 
+def options_of(rate_scale: RateScale | None) -> dict[str, Any]:
+    """What a user writes for a rate."""
+    if rate_scale is None:
+        return {}
+    return {"lr_scale": rate_scale.lr_scale, "warmup_steps": rate_scale.warmup_steps}
+
+
 def build(case: Case, sparse: bool = True, **options: Any) -> tuple[Model, torch.optim.Optimizer]:
     table = PartialEmbedding.from_pretrained(
         starting_table(), freeze=False, sparse=sparse, trainable_rows="none"
@@ -78,7 +85,7 @@ def follow_paces(
     for step, batch in enumerate(batches()):
         if step in stages:
             rows, rate_scale = stages[step]
-            model.table.set_trainable_rows(rows, rate_scale=rate_scale)
+            model.table.set_trainable_rows(rows, **options_of(rate_scale))
             oracle.set_rows(rows, factor_of(rate_scale))
         (group,) = optimizer.param_groups
         oracle.group = {k: v for k, v in group.items() if k in ("lr", "betas", "momentum")}
@@ -236,7 +243,7 @@ def test_a_restored_warm_up_goes_on_where_it_stood(name: str, cut: int, lazy: bo
     def go(model: Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             if step in STAGES:
-                model.table.set_trainable_rows(STAGES[step][0], rate_scale=STAGES[step][1])
+                model.table.set_trainable_rows(STAGES[step][0], **options_of(STAGES[step][1]))
             train(case, model, optimizer, batches()[step])
 
     whole, optimizer = build(case, lazy=lazy)
@@ -264,7 +271,7 @@ def test_lazy_rows_have_a_pace_too(name: str) -> None:
         model, optimizer = build(case, lazy=lazy)
         for step, batch in enumerate(made):
             if step in STAGES:
-                model.table.set_trainable_rows(STAGES[step][0], rate_scale=STAGES[step][1])
+                model.table.set_trainable_rows(STAGES[step][0], **options_of(STAGES[step][1]))
             train(case, model, optimizer, batch)
         tables.append(model.table.weight.detach())
     assert_same_bits(*tables, "the table")
@@ -314,18 +321,16 @@ def test_an_optimizer_without_a_rate_for_each_group_refuses_a_pace(
     name = make([nn.Parameter(torch.ones(1))]).__class__.__name__
     scaled = PartialEmbedding(6, 4, trainable_rows="none")
     scaled.set_trainable_rows([1], lr_scale=0.5)
-    with pytest.raises(InputError, match=rf"lr=0\.5.*{name}"):
+    with pytest.raises(InputError, match=rf"lr_scale=0\.5.*{name}"):
         rowwise(make(scaled.parameters()), scaled)
 
     table = PartialEmbedding(6, 4, trainable_rows="none")
     optimizer = rowwise(make(table.parameters()), table)
     for change in (table.set_trainable_rows, table.unfreeze_rows):
-        with pytest.raises(InputError, match=rf"warmup=3.*{name}"):
+        with pytest.raises(InputError, match=rf"warmup_steps=3.*{name}"):
             change([2], warmup_steps=3)
     assert not len(table.trainable_rows)
-    table.set_trainable_rows(
-        [1],
-    )
+    table.set_trainable_rows([1])
     # Another optimizer may follow, and a copy has none yet.
     copy.deepcopy(table).unfreeze_rows([2], lr_scale=0.5)
     detach_rowwise(optimizer)
@@ -334,8 +339,8 @@ def test_an_optimizer_without_a_rate_for_each_group_refuses_a_pace(
 
 def test_a_pace_that_is_none_is_refused() -> None:
     table = PartialEmbedding(6, 4)
-    with pytest.raises(InputError, match=r"Received: 0\.5"):
-        table.set_trainable_rows([1], rate_scale=0.5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"Received: -0\.5"):
+        table.set_trainable_rows([1], lr_scale=-0.5)
     assert len(table.trainable_rows) == 6
 
 

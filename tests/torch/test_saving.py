@@ -90,5 +90,5 @@ def test_a_saved_rate_scale_is_refused_by_an_optimizer_that_cannot_keep_it() -> 
     saved = optimizer.state_dict()
     _, other = made("LBFGS", [1])
     saved["state"] = {}
-    with pytest.raises(InputError, match=r"lr=0\.5.*LBFGS"):
+    with pytest.raises(InputError, match=r"lr_scale=0\.5.*LBFGS"):
         other.load_state_dict(saved)
