@@ -213,18 +213,22 @@ class GrownRows(Rows):
                 f"an increment is one of 0 to all. Received: {increment!r} of {increments!r}."
             )
 
-    def resolve(self, num_rows: int, vocabulary: Vocabulary | None = None) -> Ids:
+    def resolve(
+        self, num_rows: int, vocabulary: Vocabulary | None = None, *, new: Ids | None = None
+    ) -> Ids:
         """Evaluate the choice for one table, as `Rows.resolve` does.
 
         Args:
             num_rows: The number of rows V of the table.
             vocabulary: What the rows mean.
+            new: The rows by which the table grew last, if it did.
 
         Raises:
             InputError: As for `Rows.resolve`, or the order does not fit.
         """
-        before = self.before.resolve(num_rows, vocabulary)
-        joining = np.setdiff1d(self.after.resolve(num_rows, vocabulary), before, assume_unique=True)
+        before = self.before.resolve(num_rows, vocabulary, new=new)
+        after = self.after.resolve(num_rows, vocabulary, new=new)
+        joining = np.setdiff1d(after, before, assume_unique=True)
         total = before.size + joining.size
         trainable = self.growth.trainable(self.increment, self.increments, before.size, total)
         order = self.growth.arranged(joining, num_rows, vocabulary)

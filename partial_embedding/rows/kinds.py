@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 def _no_argument(argument: Any) -> None:
     if argument is not None:
         raise InputError(
-            f"'all', 'none' and 'missing' take no argument. Received: {argument!r}. "
+            f"'all', 'none', 'missing' and 'new' take no argument. Received: {argument!r}. "
             "Write the word alone."
         )
 
@@ -206,6 +206,13 @@ def _select_missing(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Id
     return ids.copy()
 
 
+def _select_new(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
+    raise InputError(
+        "new rows are those by which a table grew. Received a table that did not. Call grow_table "
+        "first, or name the rows otherwise, as {range: [-20, null]} names the last twenty."
+    )
+
+
 def _select_most_frequent(amount: int | float, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
     return np.sort(by_frequency(vocabulary)[: number_of_rows(amount, num_rows)])
 
@@ -275,6 +282,7 @@ CHOICES: Mapping[str, Choice] = {
     "tokens": Choice(_check_tokens, _select_tokens),
     "matching": Choice(_check_pattern, _select_matching),
     "missing": Choice(_no_argument, _select_missing),
+    "new": Choice(_no_argument, _select_new),
     "most_frequent": Choice(check_amount, _select_most_frequent),
     "least_frequent": Choice(check_amount, _select_least_frequent),
     "covering": Choice(_check_covered, _select_covering),

@@ -43,7 +43,7 @@ class Rows:
       `.npy` file of ids or a mask, or text with one id a line;
     - `tokens: [the, of]`, `token_file: PATH` with one token a line, and `matching: "^@"`, a regular
       expression that is searched for in each token;
-    - `missing`, the rows that had no pre-trained vector;
+    - `missing`, the rows that had no pre-trained vector; `new`, those by which the table grew last;
     - `most_frequent: 1000` and `least_frequent: 0.2`, a number or a share of all rows;
       `covering: 0.9`, the fewest rows that make up this share of the training data's tokens;
       `min_count: 5`, those that occur at least so often;
@@ -156,12 +156,15 @@ class Rows:
         """
         return _make("most_frequent", amount)
 
-    def resolve(self, num_rows: int, vocabulary: Vocabulary | None = None) -> Ids:
+    def resolve(
+        self, num_rows: int, vocabulary: Vocabulary | None = None, *, new: Ids | None = None
+    ) -> Ids:
         """Evaluate the choice for one table.
 
         Args:
             num_rows: The number of rows V of the table.
             vocabulary: What the rows mean, for choices that ask for it.
+            new: The rows by which the table grew last, sorted ids, int64, if it did.
 
         Returns:
             Sorted ids without duplicates, int64, shape (K,).
@@ -181,7 +184,18 @@ class Rows:
                 f"a vocabulary has one token per row. Received {len(vocabulary)} tokens for "
                 f"{num_rows} rows. Build the table from this vocabulary."
             )
-        return _CHOICES[self.kind].select(self.argument, num_rows, vocabulary)
+        choice = self if new is None else self._knowing_new(new)
+        return _CHOICES[choice.kind].select(choice.argument, num_rows, vocabulary)
+
+    def _knowing_new(self, new: Ids) -> Rows:
+        """The same choice, with the ids of new rows in the place of their name."""
+        if self.kind == "new":
+            return Rows("ids", new) if new.size else Rows("none")
+        if isinstance(self.argument, Rows):
+            return Rows(self.kind, self.argument._knowing_new(new))
+        if self.kind in ("union", "intersection", "difference"):
+            return Rows(self.kind, tuple(choice._knowing_new(new) for choice in self.argument))
+        return self
 
     def to_config(self) -> Config:
         """Write the choice as plain YAML values; the inverse of `parse`.

@@ -4,6 +4,7 @@ from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.ddp import distributed_data_parallel
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
+from partial_embedding.torch.grow import grow_table
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.optimizer import (
     average_gradients,
@@ -25,6 +26,7 @@ __all__ = [
     "average_gradients",
     "detach_rowwise",
     "distributed_data_parallel",
+    "grow_table",
     "masked_gradient_only",
     "replace_embedding",
     "restore_embedding",

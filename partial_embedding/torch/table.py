@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -17,28 +17,13 @@ from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.hooks import RowHook, hooks_on, tables_of
-from partial_embedding.torch.origin import Origin, SavedRows
+from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import RowSet, shown
+from partial_embedding.torch.shared_rows import SharedRows
+from partial_embedding.torch.table_files import TableFiles
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
 _WIRING = ("_hooked", "_steppers", "_wrapper", "awaits_average")
-
-
-@dataclass(eq=False)
-class _Shared:
-    """Which rows of a weight train: one object for all tables that have this weight.
-
-    None stands for "every row but padding", for which no bookkeeping exists.
-    """
-
-    row_set: RowSet | None = None
-    padding_row: int | None = None
-    # What the weight held before its rows trained, where that is remembered, and whether a
-    # `state_dict` then holds no more than the rows that did.
-    origin: Origin | None = None
-    saves_rows: bool = False
-    # Called with the rows that train, before they move.
-    before_training: list[Callable[[Tensor], None]] = field(default_factory=list)
 
 
 class Stepper(Protocol):
@@ -52,7 +37,7 @@ class Stepper(Protocol):
         """
 
 
-class PartialTable(nn.Module):
+class PartialTable(TableFiles):
     """A mix-in that freezes rows of `weight`, a parameter of shape (V, D).
 
     It stands before the module class that owns the weight. The row set is neither a parameter nor a
@@ -66,7 +51,7 @@ class PartialTable(nn.Module):
     # The parameters with an entry for each row.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
 
-    _shared: _Shared
+    _shared: SharedRows
     _hooked: Mapping[str, nn.Parameter] = {}
 
     # Whether backward left a gradient here since `ddp.average` last made it that of all processes.
@@ -144,7 +129,7 @@ class PartialTable(nn.Module):
         if row_set is None:
             return
         if self._shared.origin is not None:
-            self._shared.origin.include(self.weight, row_set.ids)
+            self._shared.origin.include(self.leaf_weight, row_set.ids)
         for told in self._shared.before_training:
             told(row_set.ids)
 
@@ -186,6 +171,25 @@ class PartialTable(nn.Module):
             return False
         return len(self.row_set) < self._most_trainable(self.leaf_weight.shape[0])
 
+    @property
+    def new_rows(self) -> Ids | None:
+        """The rows by which the table grew last, sorted, or None."""
+        return self._shared.new_rows
+
+    def grown_from(self, before: RowSet, trainable: bool) -> None:
+        """Know that the weight grew.
+
+        Args:
+            before: The rows that trained until then.
+            trainable: Whether the new rows train, too.
+        """
+        size = self.leaf_weight.shape[0]
+        self._shared.earlier_sizes += (before.num_rows,)
+        self._shared.new_rows = np.arange(before.num_rows, size, dtype=np.int64)
+        self.row_set = before.resized_to(size)
+        if trainable:
+            self.set_trainable_ids(np.append(before.ids.cpu().numpy(), self._shared.new_rows))
+
     def _most_trainable(self, num_rows: int) -> int:
         # While a graph is traced the size of an axis is a tensor, which takes no bool away.
         return num_rows - int(self.padding_row is not None)
@@ -205,7 +209,7 @@ class PartialTable(nn.Module):
     def _resolve(self, rows: RowsLike) -> Ids:
         if isinstance(rows, Tensor):
             rows = rows.detach().cpu().numpy()
-        return Rows.parse(rows).resolve(self.leaf_weight.shape[0])
+        return Rows.parse(rows).resolve(self.leaf_weight.shape[0], new=self._shared.new_rows)
 
     def set_trainable_ids(self, ids: Ids, rate_scale: RateScale | None = None) -> None:
         """Train exactly these rows, given as `Rows.resolve` gives them; there may be none.
@@ -313,7 +317,7 @@ class PartialTable(nn.Module):
         if not any(self._parameters.get(n) is not None for n in ("weight", "weight_orig")):
             return
         weight = self.leaf_weight
-        rows = self.__dict__.setdefault("_shared", _Shared())
+        rows = self.__dict__.setdefault("_shared", SharedRows())
         before = self._hooked.get("weight", weight)
         for name in self.row_parameters:
             if name in self._hooked and self._hooked[name] is not self._row_parameter(name):
@@ -419,49 +423,12 @@ class PartialTable(nn.Module):
         if name in self.row_parameters:
             self._wire()
 
-    # What a file holds
-
-    @property
-    def origin(self) -> Origin | None:
-        """What the table held before its rows trained, where that is remembered."""
-        return self._shared.origin
-
     def remember_origin(self) -> None:
-        """Remember, from here on, what rows hold before they train."""
+        """Remember, from here on, what rows hold before they train; see `TableFiles`."""
         if self._shared.origin is None:
-            origin = self._shared.origin = Origin(self.weight)
+            origin = self._shared.origin = Origin(self.leaf_weight)
             every = self._row_set is None
-            origin.include(self.weight, self._all_ids() if every else self.row_set.ids)
-
-    @property
-    def saves_rows(self) -> bool:
-        """Whether a `state_dict` holds the rows that ever trained in the place of all."""
-        return self._shared.saves_rows
-
-    @saves_rows.setter
-    def saves_rows(self, alone: bool) -> None:
-        self._shared.saves_rows = alone
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._shared.saves_rows and self._shared.origin is not None:
-            saved = SavedRows.of(self.weight, self._shared.origin)
-            saved.put_into(destination, f"{prefix}weight")
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        name = f"{prefix}weight"
-        if (saved := SavedRows.taken_from(state_dict, name)) is not None:
-            origin = self._shared.origin or Origin(self.weight)
-            saved.restore(self.weight, origin, name)
-            self._shared.origin = origin
-            state_dict[name] = self.weight  # which torch then copies to itself, and does nothing
-        elif name in state_dict:
-            self._shared.origin = None  # what it held before is of no use for another table
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            origin.include(self.leaf_weight, self._all_ids() if every else self.row_set.ids)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts its shards past `register_parameter` where this is nn.Module's own method.
@@ -481,9 +448,7 @@ class PartialTable(nn.Module):
 
     def extra_repr(self) -> str:
         """The plain module's description, and how many rows train."""
-        every = self._most_trainable(
-            self.leaf_weight.shape[0]
-        )  # counted without making bookkeeping
+        every = self._most_trainable(self.leaf_weight.shape[0])  # counted without bookkeeping
         count = every if self._row_set is None else len(self.row_set)
         return f"{super().extra_repr()}, trainable_rows={count}"
 
