@@ -140,6 +140,13 @@ def detach_rowwise(optimizer: Optimizer) -> None:
 
     Raises:
         InputError: It was not prepared.
+
+    Example:
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
+        >>> optimizer = rowwise(torch.optim.AdamW(table.parameters()))
+        >>> detach_rowwise(optimizer)
+        >>> optimizer = rowwise(optimizer, lazy=True)
     """
     handle = prepared(optimizer)
     if handle is None:
@@ -162,6 +169,14 @@ def average_gradients(optimizer: Optimizer) -> None:
 
     Raises:
         InputError: Processes train different rows.
+
+    Example:
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
+        >>> optimizer = torch.optim.AdamW(table.parameters())
+        >>> table(torch.tensor([7])).sum().backward()
+        >>> average_gradients(optimizer)  # one process alone has nothing to average
+        >>> optimizer.step()
     """
     average(_held_tables(_inside(optimizer)))
 
