@@ -27,11 +27,12 @@ if keras.config.backend() != "tensorflow":
 from partial_embedding.tensorflow import gradients
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.tensorflow.optimizer import Rowwise, rowwise
-from partial_embedding.tensorflow.plain_model import (
+from partial_embedding.tensorflow.models import (
     plain_weights,
     set_plain_weights,
 )
+from partial_embedding.tensorflow.optimizer import rowwise
+from partial_embedding.tensorflow.row_optimizer import Rowwise
 from partial_embedding.tensorflow.table_state import schedule_rows
 
 __all__ = [

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.table import PartialTable
 
 
@@ -55,7 +56,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         dtype: torch.dtype | None = None,
         *,
         sparse: bool = True,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.sparse = sparse

@@ -130,16 +130,8 @@ class RowGradient(Tensor):
 
     def coalesce(self) -> Tensor:
         """A sparse tensor with each row once."""
-        held = self._summed()
-        if held.ids is None:
-            return held.values.to_sparse(1).coalesce()
-        return torch.sparse_coo_tensor(
-            held.ids.unsqueeze(0),
-            held.values,
-            self.shape,
-            check_invariants=False,
-            is_coalesced=True,
-        )
+        self._summed()
+        return self.to_sparse()
 
     def to_sparse(self, sparse_dim: int = 1, **options: Any) -> Tensor:
         """A sparse tensor.
@@ -148,9 +140,16 @@ class RowGradient(Tensor):
             sparse_dim: How many axes are sparse, by default that of the rows.
             options: As for `torch.Tensor.to_sparse`.
         """
-        if sparse_dim == 1 and not options:
-            return self.coalesce()
-        return self.to_dense().to_sparse(sparse_dim, **options)
+        held = self._held
+        if sparse_dim != 1 or options or held.ids is None:
+            return self.to_dense().to_sparse(sparse_dim, **options)
+        return torch.sparse_coo_tensor(
+            held.ids.unsqueeze(0),
+            held.values,
+            self.shape,
+            check_invariants=False,
+            is_coalesced=held.summed,
+        )
 
     def is_coalesced(self) -> bool:
         """Whether each row is held once."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.hooks import RowHook, hooks_on, tables_of
@@ -64,7 +65,7 @@ class PartialTable(TableFiles):
         return self.row_set.ids.clone()
 
     def set_trainable_rows(
-        self, rows: object, *, lr_scale: float = 1.0, warmup_steps: int = 0
+        self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
     ) -> None:
         """Train exactly these rows from the next step on.
 
@@ -91,7 +92,9 @@ class PartialTable(TableFiles):
         """
         self.set_trainable_ids(self._resolve(rows), RateScale(lr_scale, warmup_steps))
 
-    def unfreeze_rows(self, rows: object, *, lr_scale: float = 1.0, warmup_steps: int = 0) -> None:
+    def unfreeze_rows(
+        self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
+    ) -> None:
         """Train these rows too, as a cohort of their own.
 
         Args:
@@ -105,7 +108,7 @@ class PartialTable(TableFiles):
         ids = np.union1d(self.row_set.ids.cpu().numpy(), self._resolve(rows))
         self.set_trainable_ids(ids, RateScale(lr_scale, warmup_steps))
 
-    def freeze_rows(self, rows: object) -> None:
+    def freeze_rows(self, rows: RowsLike) -> None:
         """Stop training these rows; they lose their optimizer state.
 
         Args:
@@ -203,7 +206,7 @@ class PartialTable(TableFiles):
         own: int | None = getattr(self, "padding_idx", None)
         return self._shared.padding_row if own is None else own
 
-    def _resolve(self, rows: object) -> Ids:
+    def _resolve(self, rows: RowsLike) -> Ids:
         if isinstance(rows, Tensor):
             rows = rows.detach().cpu().numpy()
         return Rows.parse(rows).resolve(self.leaf_weight.shape[0], new=self._shared.new_rows)

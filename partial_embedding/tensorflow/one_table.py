@@ -1,13 +1,86 @@
-"""The table of a split layer, seen as one variable."""
+"""A layer that shows its table as one, wherever it keeps the rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from partial_embedding.errors import InputError
 from partial_embedding.tensorflow.table_state import TableState
+
+
+class OneTable(keras.layers.Embedding):
+    """An Embedding whose table and weights are those of the plain layer, whether split or not."""
+
+    # What rows are where; None for a table of one variable.
+    table_state: TableState | None = None
+
+    @property
+    def embeddings(self) -> Any:
+        """The table of shape (V, D): the variable of a plain table, one view of a split one.
+
+        The view is read, assigned and differentiated like a variable; each reads or writes the
+        whole table. A head tied to it, `x @ transpose(layer.embeddings)`, trains the trainable rows
+        where it reads it in the `call` of a layer or model.
+        """
+        if self.table_state is None:
+            return super().embeddings
+        return TableVariable(self.table_state, f"{self.path}/embeddings")
+
+    def get_weights(self) -> list[Any]:
+        """The table as one array of shape (V, D) in a list, as the plain layer gives it."""
+        if self.table_state is None:
+            return super().get_weights()  # type: ignore[no-any-return]
+        return [self.embeddings.numpy()]
+
+    def set_weights(self, weights: list[Any]) -> None:
+        """Write the table, one array of shape (V, D) in a list, as the plain layer takes it."""
+        if self.table_state is None:
+            super().set_weights(weights)
+            return
+        if len(weights) != 1 or np.shape(weights[0]) != (self.input_dim, self.output_dim):
+            raise InputError(
+                f"the weights are one table of shape {(self.input_dim, self.output_dim)}. "
+                f"Received the shapes {[np.shape(w) for w in weights]}. Was the vocabulary resized?"
+            )
+        self.embeddings.assign(weights[0])
+
+    @property
+    def trainable_weights(self) -> list[Any]:
+        """The variable of the reserved rows, or none where the layer does not train."""
+        return WeightList(super().trainable_weights, self)
+
+    @property
+    def non_trainable_weights(self) -> list[Any]:
+        """The other variables."""
+        return WeightList(super().non_trainable_weights, self)
+
+    def count_params(self) -> int:
+        """The size of the table, V * D."""
+        split = self.table_state is not None
+        return int(self.input_dim * self.output_dim if split else super().count_params())
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write one matrix, as the plain layer does."""
+        if self.table_state is None:
+            super().save_own_variables(store)
+        else:
+            store["0"] = self.embeddings.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read one matrix, as the plain layer does."""
+        if self.table_state is None:
+            super().load_own_variables(store)
+            return
+        if list(store.keys()) != ["0"]:
+            raise InputError(
+                f"a file holds one table for the layer {self.name!r}. Received "
+                f"{len(store.keys())} arrays. Was it saved from a model of another structure?"
+            )
+        self.set_weights([store["0"]])
 
 
 class TableVariable(keras.Variable):
