@@ -106,7 +106,8 @@ class TableState:
     @property
     def trainable_rows(self) -> Ids:
         """Ids of the rows that train now: sorted, int64, shape (K,)."""
-        ids: Ids = self.reserved[self.unfrozen.numpy() > 0]
+        with tf.init_scope():  # also while a graph is traced
+            ids: Ids = self.reserved[self.unfrozen.numpy() > 0]
         return ids
 
     def is_unfrozen(self) -> Any:
