@@ -92,7 +92,7 @@ def test_callbacks_are_imported_from_the_package() -> None:
 # From the ground up: a room imports rooms below its own floor, and no others.
 FLOORS = (
     {"errors", "version"},
-    {"files"},
+    {"files", "mapped"},
     {"rows"},
     {"schedule"},
     {"monitor"},
@@ -102,7 +102,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-PURE = ("errors", "version", "files", "rows", "schedule", "monitor")
+PURE = ("errors", "version", "files", "mapped", "rows", "schedule", "monitor")
 FRAMEWORKS_OF = {"torch": {"torch"}, "tensorflow": {"tensorflow", "keras"}}
 
 
@@ -236,6 +236,9 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], s
     stem = f"partial_embedding-{partial_embedding.__version__}"
     assert sdist.name == f"{stem}.tar.gz"
     assert wheel.name == f"{stem}-py3-none-any.whl"
+    pytest.importorskip("twine")
+    # What an index would show: metadata, and the README as the long description.
+    assert "WARNING" not in python("-m", "twine", "check", "--strict", str(sdist), str(wheel))
     with tarfile.open(sdist) as archive:
         in_sdist = {member.partition("/")[2] for member in archive.getnames()}
     with zipfile.ZipFile(wheel) as archive:
@@ -255,7 +258,8 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(
     info = f"partial_embedding-{partial_embedding.__version__}.dist-info"
     assert {name.partition("/")[0] for name in wheel} == {"partial_embedding", info}
     assert "partial_embedding/callbacks/lightning.py" in wheel
-    modules = {installed_name(path) for path in SOURCES} | {"partial_embedding/py.typed"}
+    modules = {installed_name(path) for path in SOURCES}
+    modules |= {"partial_embedding/py.typed", "partial_embedding/monitor/page.html.j2"}
     assert {name for name in wheel if not name.startswith(info)} == modules
     assert any("LICENSE" in name for name in wheel)
 

@@ -14,6 +14,7 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor
 
 from partial_embedding.errors import InputError
+from partial_embedding.files import shown
 from partial_embedding.recipes.resume import ReplayableLoader
 from partial_embedding.recipes.small_language_model import small_language_model
 from partial_embedding.recipes.text import stdlib_docstrings
@@ -307,6 +308,7 @@ class NewTokens(LightningModule):
             folder.mkdir(parents=True, exist_ok=True)
             self.rows_path = folder / "rows.safetensors"
             save_rows(self.model, self.rows_path, self.tokenizer)
+            print(f"rows: {shown(self.rows_path)}")
 
     # Training
 

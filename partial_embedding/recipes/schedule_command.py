@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from partial_embedding.errors import InputError
-from partial_embedding.files import write_atomically
-from partial_embedding.monitor.figures import trainable_picture
+from partial_embedding.files import read_yaml, write_atomically
+from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
 from partial_embedding.recipes.command import CommandParser
-from partial_embedding.recipes.prepare_texts import PADDING_ID
-from partial_embedding.recipes.text_classifier import TextData
+from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
+from partial_embedding.recipes.settings import checked, read_config
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.rows.vocabulary_file import read_vocabulary
 from partial_embedding.schedule import Schedule, Start, schedules_by_table
@@ -31,9 +29,14 @@ def schedule_command(args: Sequence[str]) -> None:
         InputError: The schedule, the vocabulary or an argument is refused.
     """
     given = _parser().parse_args(args)
-    config = _read(given.file)
+    config = read_yaml(given.file, "schedule")
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f"{given.file}: a schedule is a mapping with the key 'stages' or 'preset'. "
+            f"Received: {config!r}."
+        )
     schedule = _chosen(given.file, config, given.table)
-    vocabulary, found = _surroundings(config) if given.vocab is None else (None, {})
+    vocabulary, found = _surroundings(given.file, config) if given.vocab is None else (None, {})
     if given.vocab is not None:
         vocabulary = read_vocabulary(given.vocab)
     num_rows = given.rows or (len(vocabulary) if vocabulary is not None else 0)
@@ -63,9 +66,12 @@ def schedule_command(args: Sequence[str]) -> None:
             for step in planned
         ]
         end = float(epochs * (steps or 1) if by_step else epochs)
-        figure = trainable_picture(points, num_rows, end, "step" if by_step else "epoch")
+        lines = [Line("as planned", lasting(points, end), stepped=True)]
+        svg = trainable_figure(
+            lines, num_rows, end, "step" if by_step else "epoch", str(given.file)
+        )
         with write_atomically(given.picture) as temporary:
-            figure.savefig(temporary)
+            temporary.write_text(standalone(svg), encoding="utf-8")
         print(f"picture: {given.picture}")
 
 
@@ -84,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=_positive, help="the epochs of the run")
     parser.add_argument("--steps-per-epoch", type=_positive, help="optimizer steps in an epoch")
     parser.add_argument("--padding", type=int, help="a row that never trains")
-    parser.add_argument("--picture", type=_picture, help="draw to this file: png, svg or pdf")
+    parser.add_argument("--picture", type=_picture, help="draw to this .svg file")
     return parser
 
 
@@ -96,27 +102,9 @@ def _positive(text: str) -> int:
 
 def _picture(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"a .png, .svg or .pdf file. Received: {text!r}")
+    if path.suffix != ".svg":
+        raise argparse.ArgumentTypeError(f"an .svg file. Received: {text!r}")
     return path
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: the schedule cannot be read: {error.strerror}. Check the path."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: a schedule is YAML in UTF-8. Received: {reason}.") from None
-    if not isinstance(config, Mapping):
-        raise InputError(
-            f"{path}: a schedule is a mapping with the key 'stages' or 'preset'. "
-            f"Received: {config!r}."
-        )
-    return config
 
 
 def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedule:
@@ -139,16 +127,22 @@ def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedul
     return schedules[table]
 
 
-def _surroundings(config: Mapping[str, Any]) -> tuple[Vocabulary | None, dict[str, int]]:
+def _surroundings(
+    path: Path, config: Mapping[str, Any]
+) -> tuple[Vocabulary | None, dict[str, int]]:
     """The vocabulary and the length of the run that a configuration of `fit` describes."""
-    if not isinstance(data := config.get("data"), Mapping) or "class_path" in data:
+    if "rows" not in config:
         return None, {}
-    texts = TextData(**data)
-    texts.setup("fit")
-    found = {"padding": PADDING_ID, "steps_per_epoch": len(texts.train_dataloader())}
-    trainer = config.get("trainer")
-    if isinstance(trainer, Mapping) and isinstance(epochs := trainer.get("max_epochs"), int):
+    parts, found = read_config(path), {}
+    if isinstance(epochs := parts.get("trainer", {}).get("max_epochs"), int):
         found["epochs"] = epochs
+    data = config.get("data") or {}
+    if not str(data.get("class_path", "TextData")).endswith("TextData"):
+        return None, found  # of a class that only its framework can make
+    settings = TextSettings(**checked(TextSettings, parts.get("data", {}), "data"))
+    texts = prepare_texts(settings, print)
+    found["padding"] = PADDING_ID
+    found["steps_per_epoch"] = -(-len(texts.training) // settings.batch_size)
     return texts.vocabulary, found
 
 

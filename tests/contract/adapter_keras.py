@@ -1,7 +1,9 @@
 """The contract's verbs in Keras on TensorFlow."""
 
+import json
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -90,7 +92,10 @@ def fit(
     epochs: int,
     ever: object,
     measured: Sequence[float] = (),
-) -> list[Array]:
+    audit: bool | int = True,
+    write: tuple[int, int] | None = None,
+    folder: Path | None = None,
+) -> tuple[list[Array], Any]:
     """Train a table named "words" along a schedule with the callback, and its audit.
 
     Args:
@@ -101,9 +106,12 @@ def fit(
         epochs: How many.
         ever: What may ever train, and is reserved.
         measured: What validations log as `val_measured`, epoch by epoch.
+        audit: As the callback takes it.
+        write: A step and a row; the row is written to before the step.
+        folder: Where the run is kept, and goes on if it was kept there before.
 
     Returns:
-        The table after each epoch.
+        The table after each epoch, and what is kept of the schedule.
     """
     layer = PartialEmbedding.from_matrix(
         matrix, reserve_rows=ever, trainable_rows=ever, name="words"
@@ -116,19 +124,41 @@ def fit(
         metrics=[metric],
     )
     tables: list[Array] = []
-    begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: metric.begin(epoch))
-    keep = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: tables.append(np.array(layer.get_weights()[0]))
-    )
+    callbacks = [
+        keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: metric.begin(epoch)),
+        RowUnfreezing(schedule, audit=audit, backup_dir=folder),
+        keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: tables.append(np.array(layer.get_weights()[0]))
+        ),
+    ]
+    if write is not None:
+        callbacks.append(_Writes(*write))
+    if folder is not None:
+        callbacks.append(keras.callbacks.BackupAndRestore(folder, delete_checkpoint=False))
     model.fit(
         _Batches(batches),
         epochs=epochs,
         shuffle=False,
         verbose=0,
         validation_data=_Batches(batches[:1]) if measured else None,
-        callbacks=[begin, RowUnfreezing(schedule, audit=True), keep],
+        callbacks=callbacks,
     )
-    return tables
+    if folder is None:
+        return tables, None
+    kept = json.loads((folder / "row_unfreezing.json").read_text(encoding="utf-8"))
+    return tables, kept["runner"]
+
+
+class _Writes(keras.callbacks.Callback):
+    def __init__(self, step: int, row: int) -> None:
+        super().__init__()
+        self.step, self.row = step, row
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if int(self.model.optimizer.iterations) == self.step:
+            (matrix,) = self.model.layers[0].get_weights()
+            matrix[self.row] += 1
+            self.model.layers[0].set_weights([matrix])
 
 
 class _Measured(keras.metrics.Metric):

@@ -1,6 +1,7 @@
 """The language-model recipe: its data, its module, and the command that runs both."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch  # noqa: E402  # after the packages that may be missing
 from pytorch_lightning import Trainer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from partial_embedding import cli  # noqa: E402
 from partial_embedding.cli import main  # noqa: E402
 from partial_embedding.errors import InputError  # noqa: E402
 from partial_embedding.recipes import language_model  # noqa: E402
@@ -118,7 +118,8 @@ def test_a_model_of_ones_own_and_files_of_texts_and_tokens(
     (tmp_path / "tokens.txt").write_text("quokka\n", encoding="utf-8")
     capsys.readouterr()
     arguments = {
-        "recipe": "language_model",
+        "model": "partial_embedding.recipes.language_model.NewTokens",
+        "data": "partial_embedding.recipes.language_model.TokenTexts",
         "model.name": tmp_path / "model",
         "data.path": tmp_path / "texts.txt",
         "data.tokens": tmp_path / "tokens.txt",
@@ -135,7 +136,6 @@ def test_a_model_of_ones_own_and_files_of_texts_and_tokens(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "images"], "a recipe is 'text' or 'language_model'. Received: 'images'"),
         (["--model.name", "no/such/model"], "a model is a name on the Hugging Face hub"),
         (["--data.tokens", "missing.txt"], "missing.txt: the file cannot be read"),
         (["--data.tokens", "['the']"], "not in the vocabulary. Received 'the'"),
@@ -169,6 +169,7 @@ def test_module_and_data_belong_together() -> None:
 def test_without_transformers_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, language_model.__name__)
     assert main(["fit", "--config", str(CONFIG)]) == 2
     assert "Install partial-embedding[transformers]" in capsys.readouterr().err

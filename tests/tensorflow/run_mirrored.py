@@ -65,7 +65,7 @@ def check_callbacks(strategy: Any, folder: str) -> None:
     unfreezing, monitor = RowUnfreezing(schedule, audit=True), RowMonitor(folder)
     targets, callbacks = np.zeros((16, 12)), [unfreezing, monitor]
     model.fit(IDS, targets, epochs=2, batch_size=8, verbose=0, callbacks=callbacks)
-    assert [report.changed for report in unfreezing.reports] == [0, 0]
+    assert [result.changed for result in unfreezing.audit_results] == [0, 0]
     track = monitor.tracks["words"]
     assert track.trainable == [(0.0, 1), (1.0, 2)]
     # What one replica hears is not what all of them look up.
