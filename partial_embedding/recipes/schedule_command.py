@@ -9,7 +9,6 @@ from typing import Any
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import read_yaml, write_atomically
-from partial_embedding.monitor.figures import trainable_picture
 from partial_embedding.recipes.command import CommandParser
 from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
 from partial_embedding.recipes.settings import checked, read_config
@@ -75,6 +74,9 @@ def schedule_command(args: Sequence[str]) -> None:
     if len(lines) > _MOST_LINES:
         print(f"and {len(lines) - _MOST_LINES:,} changes more")
     if given.picture is not None:
+        # The rest does without matplotlib.
+        from partial_embedding.monitor.figures import trainable_picture
+
         by_step = schedule.moves_within_epochs
         points = [
             (float(step.position.step if by_step else step.position.epoch), step.trainable)
