@@ -218,7 +218,6 @@ def text_classifier(
         rowwise(
             keras.optimizers.AdamW(lr, weight_decay=weight_decay),
             lazy=lazy,
-            rate_scales=any(not stage.rate_scale.is_plain for stage in schedule.stages),
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
@@ -311,7 +310,7 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
     )
     root = Path(trainer.default_root_dir)
     folder = root / f"version_{claim_version(root)}"
-    unfreezing = RowUnfreezing(schedule, data.vocabulary, audit=rows.audit)
+    unfreezing = RowUnfreezing(schedule, vocabulary=data.vocabulary, audit=rows.audit)
     model.fit(
         training,
         validation_data=validation,

@@ -32,6 +32,7 @@ from partial_embedding.recipes.checkpoints import (
 from partial_embedding.recipes.command import did_you_mean
 from partial_embedding.recipes.predictions import write_predictions
 from partial_embedding.recipes.prepare_texts import TextSettings
+from partial_embedding.recipes.report_command import write_page
 from partial_embedding.recipes.resume import RandomState
 from partial_embedding.recipes.run_folder import RunLogger
 
@@ -265,7 +266,7 @@ class RecipeCLI(LightningCLI):
             "log": trainer.log_dir,
             "checkpoint": made.last.best_model_path,
             "best checkpoint": made.best.best_model_path,
-            "picture": made.monitor.path,
+            "page": made.monitor.path and write_page(made.monitor.path.parent),
         }
         for name, place in places.items():
             if place:

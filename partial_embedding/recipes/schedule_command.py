@@ -9,6 +9,7 @@ from typing import Any
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import read_yaml, write_atomically
+from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
 from partial_embedding.recipes.command import CommandParser
 from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
 from partial_embedding.recipes.settings import checked, read_config
@@ -74,18 +75,18 @@ def schedule_command(args: Sequence[str]) -> None:
     if len(lines) > _MOST_LINES:
         print(f"and {len(lines) - _MOST_LINES:,} changes more")
     if given.picture is not None:
-        # The rest does without matplotlib.
-        from partial_embedding.monitor.figures import trainable_picture
-
         by_step = schedule.moves_within_epochs
         points = [
             (float(step.position.step if by_step else step.position.epoch), step.trainable)
             for step in planned
         ]
         end = float(epochs * (steps or 1) if by_step else epochs)
-        figure = trainable_picture(points, num_rows, end, "step" if by_step else "epoch")
+        lines = [Line("as planned", lasting(points, end), stepped=True)]
+        svg = trainable_figure(
+            lines, num_rows, end, "step" if by_step else "epoch", str(given.file)
+        )
         with write_atomically(given.picture) as temporary:
-            figure.savefig(temporary)
+            temporary.write_text(standalone(svg), encoding="utf-8")
         print(f"picture: {given.picture}")
 
 
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=_positive, help="the epochs of the run")
     parser.add_argument("--steps-per-epoch", type=_positive, help="optimizer steps in an epoch")
     parser.add_argument("--padding", type=int, help="a row that never trains")
-    parser.add_argument("--picture", type=_picture, help="draw to this file: png, svg or pdf")
+    parser.add_argument("--picture", type=_picture, help="draw to this .svg file")
     return parser
 
 
@@ -118,8 +119,8 @@ def _positive(text: str) -> int:
 
 def _picture(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"a .png, .svg or .pdf file. Received: {text!r}")
+    if path.suffix != ".svg":
+        raise argparse.ArgumentTypeError(f"an .svg file. Received: {text!r}")
     return path
 
 

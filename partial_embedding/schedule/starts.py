@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.rows.kinds import is_whole
 from partial_embedding.schedule.position import Evaluation, Position
 
@@ -144,7 +144,7 @@ class Plateau:
         if not isinstance(given, Mapping) or not set(given) <= set(keys) or "monitor" not in given:
             raise InputError(
                 f"a plateau is the name of a metric, or a mapping with monitor and any of {keys}."
-                f" Received: {value!r}."
+                f" Received: {value!r}.{did_you_mean(given, keys)}"
             )
         return Plateau(**given)
 

@@ -2,13 +2,19 @@
 
 from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.torch.audit import FrozenRowAudit
-from partial_embedding.torch.clipping import clip_grad_norm_, clip_grad_value_
 from partial_embedding.torch.ddp import distributed_data_parallel
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
+from partial_embedding.torch.grow import grow_table
 from partial_embedding.torch.head import PartialLinear
-from partial_embedding.torch.optimizer import average_gradients, detach_rowwise, rowwise
+from partial_embedding.torch.optimizer import (
+    average_gradients,
+    detach_rowwise,
+    masked_gradient_only,
+    rowwise,
+)
 from partial_embedding.torch.replace import replace_embedding, restore_embedding
 from partial_embedding.torch.tokens import add_tokens
+from partial_embedding.torch.transfer import transfer_vocabulary
 
 __all__ = [
     "FrozenRowAudit",
@@ -18,11 +24,12 @@ __all__ = [
     "PartialLinear",
     "add_tokens",
     "average_gradients",
-    "clip_grad_norm_",
-    "clip_grad_value_",
     "detach_rowwise",
     "distributed_data_parallel",
+    "grow_table",
+    "masked_gradient_only",
     "replace_embedding",
     "restore_embedding",
     "rowwise",
+    "transfer_vocabulary",
 ]

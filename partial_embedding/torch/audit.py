@@ -7,11 +7,9 @@ from torch import Tensor
 
 from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.schedule.messages import moved_text
+from partial_embedding.torch.fingerprint import fingerprints
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable
-
-# Rows are fingerprinted in chunks of about this many elements, which bounds the extra memory.
-_CHUNK = 1 << 22
 
 
 class FrozenRowAudit:
@@ -43,21 +41,21 @@ class FrozenRowAudit:
         """Watch the rows that are frozen now, as they are now."""
         self._rows: RowSet = self.table.row_set
         self.frozen: Tensor = (~self._rows.mask).nonzero().flatten()
-        self._dtype = self.table.weight.dtype
-        self._prints = fingerprints(self.table.weight, self.frozen)
+        self._dtype = self.table.leaf_weight.dtype
+        self._prints = fingerprints(self.table.leaf_weight, self.frozen)
 
     def changed(self) -> Tensor:
         """The watched rows that are not what they were, int64, shape (n,).
 
         A watched row that was unfrozen since is not watched any more.
         """
-        if self.table.weight.dtype != self._dtype:
+        if self.table.leaf_weight.dtype != self._dtype:
             return self.frozen
         # Lightning moves the model to the CPU when training ends.
-        frozen = self.frozen.to(self.table.weight.device)
-        there = frozen < self.table.weight.shape[0]  # all, but for a smaller vocabulary
+        frozen = self.frozen.to(self.table.leaf_weight.device)
+        there = frozen < self.table.leaf_weight.shape[0]  # all, but for a smaller vocabulary
         watched = frozen[there]
-        now = fingerprints(self.table.weight, watched)
+        now = fingerprints(self.table.leaf_weight, watched)
         changed = watched[now != self._prints.to(now.device)[there]]
         if self.table.row_set is not self._rows:
             changed = changed[~self.table.row_set.is_trainable(changed)]
@@ -78,38 +76,11 @@ class FrozenRowAudit:
         raise FrozenRowsMoved(moved_text(self.name, changed.tolist(), step, self._suspect()))
 
     def _suspect(self) -> str:
-        if self.table.weight.dtype != self._dtype:
-            return f"a cast of the model from {self._dtype} to {self.table.weight.dtype}"
-        if len(self.frozen) and self.frozen[-1] >= self.table.weight.shape[0]:
+        if self.table.leaf_weight.dtype != self._dtype:
+            return f"a cast of the model from {self._dtype} to {self.table.leaf_weight.dtype}"
+        if len(self.frozen) and self.frozen[-1] >= self.table.leaf_weight.shape[0]:
             return "a vocabulary that was made smaller; call restart() after that"
         return (
-            "an optimizer that rowwise did not prepare, or a write into the weight from outside "
-            "(a callback that averages or swaps weights, load_state_dict, code of your own)"
+            "an optimizer with masked_gradient_only, or a write into the weight from outside (a "
+            "callback that averages or swaps weights, load_state_dict, code of your own)"
         )
-
-
-@torch.no_grad()
-def fingerprints(weight: Tensor, ids: Tensor) -> Tensor:
-    """A number for each row that differs when any bit of the row does.
-
-    The row's words are summed with fixed odd factors modulo 2⁶⁴, so that a change of one word is
-    always seen, and one of several words but for a chance of 2⁻⁶⁴.
-
-    Args:
-        weight: Shape (V, D), any dtype.
-        ids: The rows, int64, shape (n,).
-
-    Returns:
-        int64, shape (n,).
-    """
-    if not len(ids):
-        return torch.zeros(0, dtype=torch.int64, device=weight.device)
-    width = weight.shape[1] * weight.element_size()
-    generator = torch.Generator().manual_seed(0x5EED)
-    factors = torch.randint(-(2**62), 2**62, (width,), generator=generator) * 2 + 1
-    factors = factors.to(weight.device)
-    parts = []
-    for chunk in ids.split(max(1, _CHUNK // max(1, width))):
-        words = weight.detach().index_select(0, chunk).contiguous().view(torch.uint8)
-        parts.append((words.view(len(chunk), width).long() * factors).sum(1))
-    return torch.cat(parts)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.head import PartialLinear
-from partial_embedding.torch.row_parameters import RowParameter
+from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
 from partial_embedding.torch.table import PartialTable, tables_in
 
@@ -135,13 +135,18 @@ def _check_max_norm(tables: Mapping[str, PartialTable]) -> None:
             )
 
 
-def group_of(parameter: RowParameter) -> Group | None:
-    """The processes over which the gradient of a parameter is averaged here, if it is.
+def is_averaged_here(parameter: nn.Parameter, table: PartialTable) -> bool:
+    """Whether a gradient is averaged here, and not by `DistributedDataParallel`.
 
     Args:
-        parameter: A table's weight, or another parameter with its rows.
+        parameter: The weight of a table, or another of its parameters.
+        table: The table.
     """
-    wrapper = _wrapper_of(parameter.table) if parameter.attribute == "weight" else None
+    return _group_of(parameter, table) is not None
+
+
+def _group_of(parameter: nn.Parameter, table: PartialTable) -> Group | None:
+    wrapper = _wrapper_of(table) if parameter is table.leaf_weight else None
     if wrapper is None or dist.get_world_size(wrapper.process_group) == 1:
         return None
     return wrapper.process_group
@@ -174,40 +179,45 @@ def _begin_alike(tables: Mapping[str, PartialTable], wrapper: DistributedDataPar
 
 
 @torch.no_grad()
-def average(tables: Mapping[str, RowParameter], group: Group) -> None:
+def average(tables: Iterable[tuple[nn.Parameter, PartialTable]]) -> None:
     """Replace the gradients of tables by their means over processes, which all call this.
 
-    Dense gradients cost K×D numbers, whatever V; of those that are sparse in each process, the rows
-    are exchanged that some process touched. A process without a gradient counts as zero, unless
-    none has one. As in DDP each process divides before the sum, for the sake of half precision.
+    Dense gradients cost K×D numbers, whatever V; of those that are held by row in each process, the
+    rows are exchanged that some process touched. A process without a gradient counts as zero,
+    unless none has one. As in DDP each process divides before the sum, for the sake of half
+    precision.
 
     Args:
-        tables: The tables' weights, by names for messages.
-        group: The processes.
+        tables: The parameters of an optimizer that belong to tables, in its order, with these.
 
     Raises:
         InputError: Processes train different rows; all raise the same.
     """
-    gradients = [_Gradient(name, parameter) for name, parameter in tables.items()]
-    _tell_each_other(gradients, group)
-    for alike in _alike(gradients, _DENSE):
-        _average_dense(alike, group)
-    for alike in _alike(gradients, _SPARSE):
-        _average_sparse(alike, group)
+    found: dict[Any, list[_Gradient]] = {}
+    for parameter, table in tables:
+        if (group := _group_of(parameter, table)) is not None:
+            found.setdefault(group, []).append(_Gradient(parameter, table))
+            table.awaits_average = False
+    for group, gradients in found.items():
+        _tell_each_other(gradients, group)
+        for alike in _alike(gradients, _DENSE):
+            _average_dense(alike, group)
+        for alike in _alike(gradients, _SPARSE):
+            _average_sparse(alike, group)
 
 
 class _Gradient:
     """What this process has for the mean of one table.
 
     Args:
-        name: The table's name.
-        parameter: Its weight.
+        weight: Its weight.
+        table: The table.
     """
 
-    def __init__(self, name: str, parameter: RowParameter) -> None:
-        self.name = name
-        self.weight = parameter.weight
-        self.rows = parameter.row_set
+    def __init__(self, weight: nn.Parameter, table: PartialTable) -> None:
+        self.name = repr(table)
+        self.weight = weight
+        self.rows = table.row_set
         self.grad = self.weight.grad
         # Where all rows train in their order, nothing needs to be gathered.
         in_order = len(self.rows) == self.rows.num_rows and len(self.rows.cohorts) == 1
@@ -219,12 +229,14 @@ class _Gradient:
         # What all processes have: how many of them each, and the widest kind.
         self.counts: list[int] = []
         self.kind_of_all = self.kind
-        if self.grad is not None:
-            self.kind = _SPARSE if self.grad.layout == torch.sparse_coo else _DENSE
-        if self.grad is not None and self.kind == _SPARSE:
-            slots = self.rows.slots.index_select(0, self.grad._indices()[0]).long()
+        entries = None if self.grad is None else entries_of(self.grad)
+        if self.grad is not None and entries is None:
+            self.kind, self.grad = _DENSE, as_tensor(self.grad)
+        if entries is not None:
+            self.kind = _SPARSE
+            slots = self.rows.slots.index_select(0, entries[0]).long()
             touched, places = distinct(slots, len(self.rows) + 1)
-            sums = sum_rows(places, self.grad._values(), len(touched))
+            sums = sum_rows(places, entries[1], len(touched))
             # The last slot is that of frozen rows.
             number = int(torch.searchsorted(touched, len(self.rows)))
             self.touched, self.sums = touched[:number], sums[:number]
@@ -249,10 +261,8 @@ class _Gradient:
 
     def become_sparse(self, slots: Tensor, mean: Tensor) -> None:
         """Take the mean of some slots, shapes (n,) and (n, …)."""
-        ids = self.rows.order.index_select(0, slots).unsqueeze(0)
-        self.weight.grad = torch.sparse_coo_tensor(
-            ids, mean, self.weight.shape, check_invariants=False
-        )
+        ids = self.rows.order.index_select(0, slots)
+        self.weight.grad = RowGradient(ids, mean, self.rows.num_rows)
 
 
 def _tell_each_other(gradients: Sequence[_Gradient], group: Group) -> None:

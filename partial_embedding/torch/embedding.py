@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.table import PartialTable
 
 
@@ -60,7 +61,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> None:
         if sparse and scale_grad_by_freq:
             raise InputError(
@@ -113,7 +114,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         scale_grad_by_freq: bool = False,
         sparse: bool = True,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> Self:
         """Make a table of given vectors.
 
@@ -192,7 +193,7 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> None:
         if sparse and (scale_grad_by_freq or mode == "max"):
             option = "scale_grad_by_freq" if scale_grad_by_freq else 'mode="max"'
@@ -265,7 +266,7 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         include_last_offset: bool = False,
         padding_idx: int | None = None,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> Self:
         """Make a table of given vectors.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.table import PartialTable
 
 
@@ -55,7 +56,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         dtype: torch.dtype | None = None,
         *,
         sparse: bool = True,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.sparse = sparse
@@ -73,22 +74,36 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         weight = self._weight_in_use()
         if weight is not None:
             return F.linear(input, weight, self._masked_bias())
-        learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if not (learns and self.has_frozen_rows and torch.is_grad_enabled()):
+        if not self._counts_by_row(input):
             return super().forward(input)
         rows = self.row_set.order
         # In two dimensions, where `linear` gives a tensor of its own and no view of one.
         features = input.reshape(-1, input.shape[-1])
-        bias = None if self.bias is None else self.bias.detach()
         scores: Tensor = _RowGradients.apply(  # type: ignore[no-untyped-call]  # torch's own
-            F.linear(features, self.weight.detach(), bias),
             features,
+            self.weight.detach(),
+            None if self.bias is None else self.bias.detach(),
             rows,
             # A lookup, since its backward pass makes the sparse gradient, compiled or not.
             F.embedding(rows, self.weight, sparse=self.sparse),
             None if self.bias is None else self.bias.index_select(0, rows),
         )
         return scores.view(*input.shape[:-1], scores.shape[1])
+
+    def _counts_by_row(self, input: Tensor) -> bool:  # noqa: A002  # as in `forward`
+        """Whether to compute gradients by row; otherwise the hook masks the whole one."""
+        # What reads the graph or transforms it knows `linear`, and not a function of ours.
+        if (
+            isinstance(input, torch.fx.Proxy)
+            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+            or torch.compiler.is_exporting()
+            or torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+        ):
+            return False
+        if not (self.has_frozen_rows and torch.is_grad_enabled()):
+            return False
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def _masked_bias(self) -> Tensor | None:
         if self.bias is None or not self.has_frozen_rows:
@@ -97,37 +112,38 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
 
 
 class _RowGradients(torch.autograd.Function):
-    """Leaves scores as they are, and gives rows of the weight and the bias their gradients.
+    """`linear`, whose weight and bias get their gradients by way of rows that were taken from them.
 
-    The scores come from a detached weight, so that autograd itself sends their gradient on to the
-    features, at whatever precision autocast chose.
+    The weight itself is given detached, so that nothing computes its gradient of V×D.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        scores: Tensor,
         features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         rows: Tensor,
         weight_rows: Tensor,
         bias_rows: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(features, rows)
-        ctx.dtype = weight_rows.dtype
-        # Not returned as a view, which users could not change in place.
-        ctx.mark_dirty(scores)
-        return scores
+        ctx.save_for_backward(features, weight, rows, weight_rows)
+        return F.linear(features, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        features, rows = ctx.saved_tensors
-        of_scores, _, _, of_weight, of_bias = ctx.needs_input_grad
+        (grad,) = grads  # in the dtype that autocast chose for the scores
+        features, weight, rows, weight_rows = ctx.saved_tensors
+        of_features, _, _, _, of_weight, of_bias = ctx.needs_input_grad
         part = grad.index_select(1, rows)
+        if of_features and torch.is_grad_enabled():
+            # A second derivative looks for the rows in the weight.
+            weight = weight.index_copy(0, rows, weight_rows)
         return (
-            grad if of_scores else None,
+            (grad @ weight.to(grad.dtype)).to(features.dtype) if of_features else None,
             None,
             None,
-            (part.t() @ features.to(part.dtype)).to(ctx.dtype) if of_weight else None,
-            part.sum(0).to(ctx.dtype) if of_bias else None,
+            None,
+            (part.t() @ features.to(part.dtype)).to(weight_rows.dtype) if of_weight else None,
+            part.sum(0).to(weight_rows.dtype) if of_bias else None,
         )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.trial import Group, State, Trial
+
+Group = dict[str, Any]
+State = dict[str, Any]
 
 # Refused by the package that they come from, since no probe on a small tensor shows what is wrong.
 _REFUSED = {
@@ -26,16 +31,24 @@ _WIDTH = 8
 # Enough for what appears late, such as slow weights, and for gradients to change their signs.
 _STEPS = 8
 
-TrialOf = Callable[[Tensor], Trial]
+# What every torch optimizer has; anything else an optimizer made for itself.
+_TORCHS_OWN = {"state", "param_groups", "defaults", "step"}
+# What a group has one of for each parameter, and which are no options.
+_LISTS = {"params", "param_names"}
+# What a checkpoint of ours has in a parameter group, and in the state of a table.
+KEY = "rowwise"
+# The rate may start at zero, and is none of what decides which state there is.
+_NO_OPTIONS = {*_LISTS, KEY, "lr", "initial_lr", "max_lr", "min_lr"}
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class StateLayout:
     """How an optimizer keeps what it remembers of one parameter.
 
     Args:
         keys: All keys of the state. Others that turn up later are refused.
         per_row: Keys whose first axis is rows; the others belong to the cohort as a whole.
+        shared: The others, with values that they once had.
         in_group: Keys of the parameter group that a step changes, such as a step count kept there.
         begun: What these keys are before the first step, where they exist then.
         eager: State is made by the constructor and not by the first step.
@@ -47,6 +60,7 @@ class Anatomy:
 
     keys: frozenset[str] = frozenset()
     per_row: frozenset[str] = frozenset()
+    shared: State = field(default_factory=dict)
     in_group: frozenset[str] = frozenset()
     begun: State = field(default_factory=dict)
     eager: bool = False
@@ -55,7 +69,7 @@ class Anatomy:
     sparse: bool = False
 
 
-def examine(optimizer: Optimizer, group: Group, weight: Tensor) -> Anatomy:
+def inspect_optimizer(optimizer: Optimizer, group: Group, weight: Tensor) -> StateLayout:
     """Find out how an optimizer keeps its state, without touching it.
 
     Args:
@@ -69,23 +83,43 @@ def examine(optimizer: Optimizer, group: Group, weight: Tensor) -> Anatomy:
     name = type(optimizer).__name__
     _refuse_by_sight(name, optimizer)
     if isinstance(optimizer, LBFGS):
-        return Anatomy(flat=True)
+        return StateLayout(flat=True)
     devices = [weight.device] if weight.is_cuda else []
     try:
         # An optimizer may draw noise; a user's random numbers must not depend on this library.
         with torch.random.fork_rng(devices):
-            return _examined(name, optimizer, group, weight)
+            return _inspected(name, optimizer, group, weight)
     except InputError:
         raise
     except Exception as error:  # whatever a foreign optimizer raises is its own way of refusing
-        raise _refusal(name, f"a trial step raised {type(error).__name__}: {error}") from error
+        raise _refusal(name, f"a dry run raised {type(error).__name__}: {error}") from error
+
+
+def kind_of(group: Group) -> tuple[Any, ...]:
+    """What of a group's options can change how state is kept: which are on, and not how large.
+
+    A momentum that a scheduler turns on makes state that was not there, one that it changes does
+    not.
+
+    Args:
+        group: A parameter group.
+    """
+    return tuple((key, _kind(value)) for key, value in group.items() if key not in _NO_OPTIONS)
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, int | float):
+        return value != 0
+    if isinstance(value, tuple | list):
+        return tuple(map(_kind, value))
+    return value if isinstance(value, str) else type(value)
 
 
 def first_state(optimizer: Optimizer, group: Group, block: nn.Parameter) -> State:
     """The state that the optimizer's constructor makes for a parameter.
 
     Args:
-        optimizer: An optimizer whose anatomy is eager.
+        optimizer: An optimizer whose layout is eager.
         group: The parameter group whose options count.
         block: The parameter.
     """
@@ -93,26 +127,26 @@ def first_state(optimizer: Optimizer, group: Group, block: nn.Parameter) -> Stat
 
 
 def untouched_row_state(
-    optimizer: Optimizer, anatomy: Anatomy, group: Group, weight: Tensor
+    optimizer: Optimizer, layout: StateLayout, group: Group, weight: Tensor
 ) -> dict[str, Tensor]:
     """The state of a row that training has not touched yet.
 
     Args:
         optimizer: The optimizer.
-        anatomy: What `examine` found.
+        layout: What `inspect_optimizer` found.
         group: The parameter group whose options count.
         weight: The table, for device, dtype and width.
 
     Returns:
-        One row, of shape (1, …), for each key of `anatomy.per_row`.
+        One row, of shape (1, …), for each key of `layout.per_row`.
     """
     block = nn.Parameter(weight.new_zeros(1, *weight.shape[1:]))
-    state = first_state(optimizer, group, block) if anatomy.eager else None
-    trial = Trial(optimizer, group, block, anatomy.sparse, state)
+    state = first_state(optimizer, group, block) if layout.eager else None
+    dry_run = DryRun(optimizer, group, block, layout.sparse, state)
     # A zero row with a zero gradient stays what the optimizer starts from.
     with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-        trial.step(torch.zeros_like(block))
-    return {key: trial.state[key] for key in anatomy.per_row}
+        dry_run.step(torch.zeros_like(block))
+    return {key: dry_run.state[key] for key in layout.per_row}
 
 
 def _refuse_by_sight(name: str, optimizer: Optimizer) -> None:
@@ -126,46 +160,47 @@ def _refuse_by_sight(name: str, optimizer: Optimizer) -> None:
         raise _refusal(name, "it wraps another optimizer, whose state is out of reach")
 
 
-def _examined(name: str, optimizer: Optimizer, group: Group, weight: Tensor) -> Anatomy:
+def _inspected(name: str, optimizer: Optimizer, group: Group, weight: Tensor) -> StateLayout:
     sparse = isinstance(optimizer, SparseAdam)
     eager = _is_eager(optimizer, group, weight, sparse)
-    trial_of = partial(_trial_of, optimizer, group, sparse, eager)
+    dry_run_of = partial(_dry_run_of, optimizer, group, sparse, eager)
     states = []
     for height in _HEIGHTS:
         # In the table's own dtype: some optimizers keep more for a half-precision parameter.
-        trial = trial_of(_scratch(height, weight).to(weight.dtype))
+        dry_run = dry_run_of(_scratch(height, weight).to(weight.dtype))
         for _ in range(_STEPS):
-            trial.step()
-        if trial.changed_attributes():
+            dry_run.step()
+        if dry_run.changed_attributes():
             raise _refusal(name, "it remembers something outside its state and groups")
-        states.append(trial.state)
+        states.append(dry_run.state)
     per_row = _keys_by_row(name, *states)
-    _check_closure(name, trial_of(_scratch(2, weight)))
-    counted = trial.changed_options()
+    _check_closure(name, dry_run_of(_scratch(2, weight)))
+    counted = dry_run.changed_options()
     # A count in the group is the same for every row; anything else there came from all of them.
-    counts_alone = all(_is_count(trial.group[key]) for key in counted)
-    return Anatomy(
+    counts_alone = all(_is_count(dry_run.group[key]) for key in counted)
+    return StateLayout(
         keys=frozenset(states[0].keys() | states[1].keys()),
         per_row=per_row,
+        shared={key: value for key, value in states[1].items() if key not in per_row},
         in_group=counted,
-        begun=_begun(optimizer, trial.block, counted),
+        begun=_begun(optimizer, dry_run.block, counted),
         eager=eager,
         elementwise=counts_alone and _is_elementwise(optimizer, group, weight, sparse, eager),
         sparse=sparse,
     )
 
 
-def _trial_of(
+def _dry_run_of(
     optimizer: Optimizer, group: Group, sparse: bool, eager: bool, values: Tensor
-) -> Trial:
+) -> DryRun:
     block = nn.Parameter(values.clone())
     state = first_state(optimizer, group, block) if eager else None
-    return Trial(optimizer, group, block, sparse, state)
+    return DryRun(optimizer, group, block, sparse, state)
 
 
 def _is_eager(optimizer: Optimizer, group: Group, weight: Tensor, sparse: bool) -> bool:
     try:
-        _trial_of(optimizer, group, sparse, False, _scratch(2, weight)).step()
+        _dry_run_of(optimizer, group, sparse, False, _scratch(2, weight)).step()
     except KeyError:  # the step looks for state that the constructor should have made
         return True
     return False
@@ -209,20 +244,20 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int | float) and float(value).is_integer()
 
 
-def _check_closure(name: str, trial: Trial) -> None:
+def _check_closure(name: str, dry_run: DryRun) -> None:
     """Refuse an optimizer that looks at parameters before its closure, where the table still is."""
-    table = nn.Parameter(trial.block.detach().clone())
-    table.grad = trial.as_gradient(torch.ones_like(table))
+    table = nn.Parameter(dry_run.block.detach().clone())
+    table.grad = dry_run.as_gradient(torch.ones_like(table))
     before = table.detach().clone()
-    trial.group["params"][:] = [table]
+    dry_run.group["params"][:] = [table]
 
     def closure() -> Tensor:
-        trial.group["params"][:] = [trial.block]
-        trial.block.grad = trial.as_gradient(trial.gradient())
-        return trial.block.new_zeros(())
+        dry_run.group["params"][:] = [dry_run.block]
+        dry_run.block.grad = dry_run.as_gradient(dry_run.gradient())
+        return dry_run.block.new_zeros(())
 
-    trial.run(closure)
-    if not torch.equal(table, before) or trial.clone.state.get(table):
+    dry_run.run(closure)
+    if not torch.equal(table, before) or dry_run.clone.state.get(table):
         raise _refusal(name, "it touches parameters before its closure runs")
 
 
@@ -239,10 +274,10 @@ def _is_elementwise(
     values = (_scratch(4, weight).view(4, -1) * scales).view_as(_scratch(4, weight))
 
     def moved(rows: Tensor) -> Tensor:
-        trial = _trial_of(optimizer, group, sparse, eager, rows)
+        dry_run = _dry_run_of(optimizer, group, sparse, eager, rows)
         for _ in range(_STEPS):
-            trial.step(trial.gradient() * rows)
-        return trial.block.detach()
+            dry_run.step(dry_run.gradient() * rows)
+        return dry_run.block.detach()
 
     alone = torch.cat([moved(row) for row in values.split(1)])
     # Vector instructions may round differently by position; rows that look at each other differ
@@ -259,15 +294,15 @@ def _begins_alike(
     blocks = []
     for value in (0.0, 1.0):
         start = torch.full_like(_scratch(2, weight), value)
-        trial = _trial_of(optimizer, still, sparse, eager, start)
-        trial.step(torch.zeros_like(start))
-        first = trial.state.keys()
-        trial.block.data.fill_(1.0)
+        dry_run = _dry_run_of(optimizer, still, sparse, eager, start)
+        dry_run.step(torch.zeros_like(start))
+        first = dry_run.state.keys()
+        dry_run.block.data.fill_(1.0)
         for _ in range(_STEPS):
-            trial.step()
-        if trial.state.keys() != first:
+            dry_run.step()
+        if dry_run.state.keys() != first:
             return False  # state that appears late would have only the rows touched just then
-        blocks.append(trial.block.detach())
+        blocks.append(dry_run.block.detach())
     return torch.allclose(blocks[0], blocks[1], rtol=1e-5, atol=1e-7)
 
 
@@ -281,6 +316,110 @@ def _scratch(height: int, weight: Tensor) -> Tensor:
 def _refusal(name: str, reason: str) -> InputError:
     return InputError(
         "rowwise serves optimizers whose state is per row or shared by all rows, and that move "
-        f"weights only in step(). Received {name}: {reason}. "
-        "All of torch.optim are served, such as AdamW."
+        f"weights only in step(). Received {name}: {reason}. All of torch.optim are served, such "
+        "as AdamW. Or call masked_gradient_only(optimizer): frozen rows then get no gradient, and "
+        "what else moves a weight, such as decay and momentum, moves them."
     )
+
+
+class DryRun:
+    """A copy of an optimizer over one parameter.
+
+    Args:
+        optimizer: The optimizer, stepped or not.
+        group: The parameter group whose options count.
+        block: The parameter.
+        sparse: Give sparse gradients.
+        state: The state to begin from.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        group: Group,
+        block: nn.Parameter,
+        sparse: bool = False,
+        state: State | None = None,
+    ) -> None:
+        self.block = block
+        self.sparse = sparse
+        self.steps = 0
+        self.options = {k: copy.deepcopy(v) for k, v in group.items() if k not in _LISTS}
+        self.group: Group = {**copy.deepcopy(self.options), "params": [block]}
+        if "param_names" in group:
+            self.group["param_names"] = ["weight"]
+        # Not `copy.copy`, which keeps only what torch's own optimizers have.
+        self.clone = object.__new__(type(optimizer))
+        own = {k: v for k, v in vars(optimizer).items() if k not in _TORCHS_OWN}
+        vars(self.clone).update({key: _copied(value) for key, value in own.items()})
+        self._attributes = {k: _copied(v) for k, v in own.items() if not k.startswith("_")}
+        self.clone.defaults = optimizer.defaults
+        self.clone.param_groups = [self.group]
+        self.clone.state = defaultdict(dict)
+        if state:
+            self.clone.state[block] = state
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            vars(self.clone)[hooks] = OrderedDict()
+
+    def step(self, grad: Tensor | None = None) -> None:
+        """Step with a gradient, by default one that depends on values and changes its signs."""
+        self.block.grad = self.as_gradient(self.gradient() if grad is None else grad)
+        self.steps += 1
+        self.run()
+
+    def run(self, *args: Callable[[], Tensor]) -> None:
+        """The optimizer's own maths, by the class: a scheduler binds `step` to the original."""
+        step: Callable[..., Any] = type(self.clone).step
+        step(self.clone, *args)
+
+    def gradient(self) -> Tensor:
+        """A gradient made of no random numbers, of the shape of the block."""
+        return torch.cos(self.block.detach() * 7 + 2 * self.steps)
+
+    def as_gradient(self, grad: Tensor) -> Tensor:
+        """A gradient in the layout that the optimizer takes."""
+        return grad.to_sparse(1) if self.sparse else grad
+
+    @property
+    def state(self) -> State:
+        """What the optimizer remembers of the block."""
+        return dict(self.clone.state[self.block])
+
+    def changed_options(self) -> frozenset[str]:
+        """The keys of the parameter group that steps have changed or added."""
+        after = {key: value for key, value in self.group.items() if key not in _LISTS}
+        before = self.options
+        return frozenset(k for k, v in after.items() if k not in before or differ(v, before[k]))
+
+    def changed_attributes(self) -> bool:
+        """Whether steps changed what lies neither in the block's state nor in the group."""
+        if any(key is not self.block for key in self.clone.state):
+            return True
+        now = vars(self.clone)
+        return any(differ(now.get(key), value) for key, value in self._attributes.items())
+
+
+def differ(a: Any, b: Any) -> bool:
+    """Whether two values of a state, group or attribute differ.
+
+    Args:
+        a: Tensors, numbers, or lists and dictionaries of them; other objects differ by identity.
+        b: Likewise.
+    """
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape != b.shape or not torch.equal(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) != len(b) or any(differ(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() != b.keys() or any(differ(a[key], b[key]) for key in a)
+    if isinstance(a, bool | int | float | str | set) and isinstance(
+        b, bool | int | float | str | set
+    ):
+        return a != b
+    return a is not b
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy.copy(value) if isinstance(value, dict | list | set) else value

@@ -3,40 +3,67 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.ddp import average, group_of
-from partial_embedding.torch.inspection import Anatomy, examine, first_state
-from partial_embedding.torch.row_parameters import RowParameter, row_parameters_in
-from partial_embedding.torch.saving import (
+from partial_embedding.torch.ddp import average, is_averaged_here
+from partial_embedding.torch.hooks import refuse_sharded, tables_of
+from partial_embedding.torch.inspection import (
     KEY,
-    check_state_dict,
-    from_state_dict,
-    into_state_dict,
+    Group,
+    State,
+    StateLayout,
+    first_state,
+    inspect_optimizer,
+    kind_of,
 )
+from partial_embedding.torch.row_gradient import RowGradient
+from partial_embedding.torch.saving import (
+    Entries,
+    check,
+    into_state_dict,
+    mark,
+    restore,
+    take_from,
+    without_tables,
+)
+from partial_embedding.torch.table import PartialTable, row_parameters_in
 from partial_embedding.torch.table_state import Block, TableState, clear_history
-from partial_embedding.torch.trial import Group, State
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+# What a group has one of for each parameter.
+_LISTS = ("params", "param_names")
+# Wrappers whose step is that of the optimizer inside, and where they keep it.
+_SEEN_THROUGH = {
+    "AcceleratedOptimizer": "optimizer",
+    "_FabricOptimizer": "_optimizer",
+    "LightningOptimizer": "_optimizer",
+}
 
 
-def rowwise(optimizer: OptimizerT, model: nn.Module, lazy: bool = False) -> OptimizerT:
-    """Make an optimizer step only the trainable rows of the tables in a model.
+def rowwise(
+    optimizer: OptimizerT, model: nn.Module | None = None, lazy: bool = False
+) -> OptimizerT:
+    """Make an optimizer step only the trainable rows of its tables.
 
-    While the optimizer's own maths runs, a table's entry in `param_groups` is replaced by compact
-    parameters, one for each cohort of rows; then the rows are written back and the entry returns.
-    Frozen rows are thus out of reach of weight decay, momentum and everything else, trainable ones
-    move as parameters of their own, and time and memory follow their number.
+    Any optimizer is made so the first time that it steps a table with frozen rows; this is for
+    `lazy`, and for learning early whether it can be. The optimizer's own maths then sees, in the
+    place of a table, compact parameters, one for each cohort of rows, and the rows are written back
+    after it. Frozen rows are thus out of reach of weight decay, momentum and everything else,
+    trainable ones move as parameters of their own, and time and memory follow their number.
 
     Args:
-        optimizer: Any `torch.optim.Optimizer` whose state is per row or shared by all rows.
-        model: The module whose `PartialEmbedding`s the optimizer holds.
+        optimizer: Any `torch.optim.Optimizer` whose state is per row or shared by all rows, wrapped
+            by Accelerate, Fabric or Lightning or not.
+        model: The module whose tables the optimizer holds, for their names in messages.
         lazy: Step only the rows that the batch touched, as `torch.optim.SparseAdam` does; the step
             count is shared by the cohort. For optimizers that move each row by itself.
 
@@ -44,36 +71,87 @@ def rowwise(optimizer: OptimizerT, model: nn.Module, lazy: bool = False) -> Opti
         The same optimizer. A deep copy of it is a plain one: torch copies no hooks.
 
     Raises:
-        InputError: The optimizer cannot be served exactly, is prepared already, or holds none of
-            the model's tables.
+        InputError: The optimizer cannot be served exactly, is prepared already, or holds no table;
+            or the weight of a table does not require gradients while rows are to train.
 
     Example:
         >>> from partial_embedding.torch import PartialEmbedding
         >>> table = PartialEmbedding(10, 4, trainable_rows=[7, 2])
         >>> before = table.weight.detach().clone()
-        >>> optimizer = rowwise(torch.optim.AdamW(table.parameters(), weight_decay=0.1), table)
+        >>> optimizer = rowwise(torch.optim.AdamW(table.parameters(), weight_decay=0.1))
         >>> table(torch.tensor([1, 2])).sum().backward()
         >>> optimizer.step()
         >>> (table.weight != before).any(dim=1).nonzero().flatten()
         tensor([2, 7])
     """
-    Rowwise(optimizer, model, lazy)
+    if prepared(optimizer) is not None:
+        raise InputError(
+            "an optimizer is prepared once. Received one that is: rowwise was called, or it has "
+            "stepped. Call detach_rowwise first."
+        )
+    named = {} if model is None else {id(p): name for name, _, p in row_parameters_in(model)}
+    Rowwise(_inside(optimizer), lazy, named)
+    return optimizer
+
+
+def masked_gradient_only(optimizer: OptimizerT) -> OptimizerT:
+    """Let an optimizer step tables with frozen rows as if they were plain ones.
+
+    A way out for optimizers that cannot be served. All that is kept is that frozen rows have no
+    gradient. What is given up: weight decay, momentum and the like still move them, rows that join
+    late begin with the step count and averages of the whole table, and time and memory follow V.
+
+    Args:
+        optimizer: An optimizer that was not prepared.
+
+    Returns:
+        The same optimizer.
+
+    Raises:
+        InputError: It was prepared.
+
+    Example:
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> table = PartialEmbedding(10, 4, trainable_rows=[2])
+        >>> sgd = masked_gradient_only(torch.optim.SGD(table.parameters(), weight_decay=0.1))
+        >>> before = table.weight.detach().clone()
+        >>> table(torch.tensor([1, 2])).sum().backward()
+        >>> sgd.step()
+        >>> bool((table.weight != before).any(dim=1).all())
+        True
+    """
+    if prepared(optimizer) is not None:
+        raise InputError(
+            "a masked gradient alone is for an optimizer that was not prepared. Received one that "
+            "keeps frozen rows exact. Call detach_rowwise first."
+        )
+    vars(_inside(optimizer))["_masked_gradient_only"] = True
     return optimizer
 
 
 def detach_rowwise(optimizer: Optimizer) -> None:
     """Make an optimizer a plain one again; its state of the tables begins afresh.
 
+    Its next step of a table with frozen rows prepares it again. This is for preparing it in another
+    way, and for `masked_gradient_only`.
+
     Args:
-        optimizer: An optimizer that `rowwise` prepared.
+        optimizer: An optimizer that was prepared.
 
     Raises:
         InputError: It was not prepared.
+
+    Example:
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
+        >>> optimizer = rowwise(torch.optim.AdamW(table.parameters()))
+        >>> detach_rowwise(optimizer)
+        >>> optimizer = rowwise(optimizer, lazy=True)
     """
     handle = prepared(optimizer)
     if handle is None:
         raise InputError(
-            f"only an optimizer that rowwise prepared can be detached. Received a plain "
+            f"only an optimizer that was prepared can be detached. Received a plain "
             f"{type(optimizer).__name__}."
         )
     handle.detach()
@@ -87,27 +165,29 @@ def average_gradients(optimizer: Optimizer) -> None:
     Nothing is done for tables that are not wrapped, or that `DistributedDataParallel` reduces.
 
     Args:
-        optimizer: An optimizer that `rowwise` prepared.
+        optimizer: An optimizer that holds tables.
 
     Raises:
-        InputError: It was not prepared, or processes train different rows.
+        InputError: Processes train different rows.
+
+    Example:
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
+        >>> optimizer = torch.optim.AdamW(table.parameters())
+        >>> table(torch.tensor([7])).sum().backward()
+        >>> average_gradients(optimizer)  # one process alone has nothing to average
+        >>> optimizer.step()
     """
-    handle = prepared(optimizer)
-    if handle is None:
-        raise InputError(
-            "gradients of tables are averaged for an optimizer that rowwise prepared. Received a "
-            f"plain {type(optimizer).__name__}. Call rowwise(optimizer, model) first."
-        )
-    handle.average()
+    average(_held_tables(_inside(optimizer)))
 
 
 def prepared(optimizer: Optimizer) -> Rowwise | None:
-    """What `rowwise` attached to an optimizer, or None.
+    """What keeps the frozen rows of an optimizer's tables exact, or None before it is prepared.
 
     Args:
-        optimizer: Any optimizer.
+        optimizer: Any optimizer, wrapped or not.
     """
-    return getattr(optimizer, "_rowwise", None)
+    return vars(_inside(optimizer)).get("_rowwise")
 
 
 class Rowwise:
@@ -115,35 +195,31 @@ class Rowwise:
 
     Args:
         optimizer: The optimizer to prepare.
-        model: The module whose tables it holds.
         lazy: Step only rows that the batch touched.
+        names: Names of parameters for messages, by their ids.
 
     Raises:
         InputError: As for `rowwise`.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, lazy: bool) -> None:
-        if prepared(optimizer) is not None:
-            raise InputError(
-                "an optimizer is prepared once. Received one that is. Call detach_rowwise first."
-            )
+    def __init__(self, optimizer: Optimizer, lazy: bool, names: Mapping[int, str]) -> None:
         self.optimizer = optimizer
-        self.tables: dict[int, TableState] = {}  # by the id of the weight
-        held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for name, table in row_parameters_in(model):
-            if (group := held.get(id(table.weight))) is not None:
-                self._add(name, table, group, lazy)
+        self.lazy = lazy
+        self.tables: dict[int, TableState] = {}  # by the id of the parameter
+        self._names = names
+        self._layouts: dict[Any, StateLayout] = {}
+        self._add_tables()
         if not self.tables:
             raise InputError(
                 f"the optimizer holds the weight of a table. Received {type(optimizer).__name__} "
-                "without any of the model's PartialEmbeddings. Build it from model.parameters()."
+                "without any PartialEmbedding. Build it from model.parameters()."
             )
         # Whatever the optimizer remembers already, of its own or from a checkpoint of ours.
-        check_state_dict(optimizer, self.tables, vars(optimizer))
-        from_state_dict(optimizer, self.tables)
-        self._entered: list[tuple[Group, list[nn.Parameter], list[str] | None]] = []
-        self._blocks: list[tuple[TableState, Block, Group, Group]] = []
-        self._stepping = False
+        _, entries = without_tables(vars(optimizer))
+        check(optimizer, self.tables, entries)
+        restore(optimizer, self.tables, take_from(optimizer))
+        self._loading: Entries = {}
+        self._blocks: list[_Lent] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -154,107 +230,175 @@ class Rowwise:
         ]
         vars(optimizer)["_rowwise"] = self
 
-    def _add(self, name: str, table: RowParameter, group: Group, lazy: bool) -> None:
+    def _add_tables(self) -> None:
+        """Serve all tables that the optimizer holds, of which some may have come later."""
+        new = [
+            (group, parameter, table)
+            for group, parameter, table in _held(self.optimizer)
+            if id(parameter) not in self.tables
+        ]
+        # All of them or none.
+        made = [self._state_of(parameter, table, group) for group, parameter, table in new]
+        for (group, parameter, table), state in zip(new, made, strict=True):
+            self.tables[id(parameter)] = state
+            table.stepped_by(state)
+            if hasattr(self, "_hooks"):
+                state.adopt_from(self.optimizer, group)
+        self._count = _count_parameters(self.optimizer)
+
+    def _state_of(self, parameter: nn.Parameter, table: PartialTable, group: Group) -> TableState:
+        name = self._names.get(id(parameter)) or _name_in(group, parameter) or repr(table)
+        refuse_sharded(parameter, table)
+        refuse_what_cannot_train(table, name)
+        layout, unscaled = self._layout_of(parameter, group)
+        return TableState(name, table, parameter, layout, self.lazy, unscaled, kind_of(group))
+
+    def _layout_of(self, parameter: nn.Parameter, group: Group) -> tuple[StateLayout, str | None]:
         options = {key: value for key, value in group.items() if key != KEY}
-        anatomy = examine(self.optimizer, options, table.weight)
-        if lazy and not anatomy.elementwise:
+        key = (kind_of(options), parameter.dtype, parameter.device, parameter.dim())
+        if key not in self._layouts:
+            self._layouts[key] = inspect_optimizer(self.optimizer, options, parameter)
+        layout = self._layouts[key]
+        if self.lazy and not layout.elementwise:
             raise InputError(
                 "lazy=True is for optimizers that move each row by itself. Received "
                 f"{type(self.optimizer).__name__}, which looks across rows. Leave lazy=False."
             )
-        unscaled = _why_unscaled(self.optimizer, anatomy, group)
-        self.tables[id(table.weight)] = TableState(name, table, anatomy, lazy, unscaled)
-
-    # Among several processes
-
-    def average(self) -> None:
-        """Average the gradients of tables that DDP leaves; all processes call this."""
-        found: dict[Any, dict[str, RowParameter]] = {}
-        for state in self.tables.values():
-            if (group := group_of(state.table)) is not None:
-                found.setdefault(group, {})[state.name] = state.table
-        for group, tables in found.items():
-            average(tables, group)
-            for parameter in tables.values():
-                parameter.table.is_averaged = True
-
-    def _check_averaged(self) -> None:
-        for state in self.tables.values():
-            parameter = state.table
-            if parameter.weight.grad is None or parameter.table.is_averaged:
-                continue
-            if group_of(parameter) is not None:
-                raise InputError(
-                    "gradients of tables are averaged over all processes before a step. Received "
-                    f"that of {state.name!r} as this process made it. Call "
-                    "average_gradients(optimizer) after backward; in Lightning, call "
-                    "self.manual_backward(loss) for loss.backward()."
-                )
+        return layout, _why_unscaled(self.optimizer, layout, group)
 
     # Around the optimizer's maths
 
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        if optimizer is not self.optimizer:
+            return None  # a step of the parent class, made by the stand-in in the midst of its own
+        self._forget_blocks()
+        self._check_held()
+        if _count_parameters(optimizer) != self._count:
+            self._add_tables()
+        self._follow_history()  # here, since LBFGS looks its history up before the closure
+        # The maths runs on a stand-in with groups of its own. The user's optimizer thus holds its
+        # tables at any time: while the closure runs, for other hooks, and after an exception.
+        self._stand_in = stand_in = self._make_stand_in()
+        args = (stand_in, *args[1:])
+        return _with_gradients(args, kwargs, lambda: self._gather(stand_in), self._scatter)
+
+    def _make_stand_in(self) -> Optimizer:
+        """The same optimizer, but for groups of its own where there are tables."""
+        groups, lists = [], {}
+        for group in self.optimizer.param_groups:
+            if any(id(p) in self.tables for p in group["params"]):
+                own = group["params"]
+                group = {**group, "params": list(own)}
+                lists[id(own)] = group["params"]
+            groups.append(group)
+        stand_in: Optimizer = object.__new__(type(self.optimizer))
+        # LBFGS keeps the list of its parameters as an attribute too.
+        attributes = {k: lists.get(id(v), v) for k, v in vars(self.optimizer).items()}
+        vars(stand_in).update(attributes, param_groups=groups)
+        self._attributes = dict(vars(stand_in))
+        return stand_in
+
+    def _take_over(self) -> None:
+        """Give the user's optimizer what the maths wrote into the stand-in."""
+        for key, value in vars(self._stand_in).items():
+            if value is not self._attributes.get(key):
+                vars(self.optimizer)[key] = value
+        groups = zip(self.optimizer.param_groups, self._stand_in.param_groups, strict=False)
+        for group, seen in groups:
+            if group is not seen:
+                group.update({key: v for key, v in seen.items() if key not in _LISTS})
+
+    def _check_held(self) -> None:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for key, state in self.tables.items():
+            if key not in held or state.parameter.shape[1:] != state.row_shape:
+                raise InputError(
+                    "a prepared optimizer holds its tables, whole, for as long as it steps. "
+                    f"Received {type(self.optimizer).__name__} without {state.name!r}, which an "
+                    "engine that flattens or shards parameters takes out (FSDP, DeepSpeed), or "
+                    "your own code. Keep the table out of the engine, in an optimizer of its own; "
+                    "or call detach_rowwise(optimizer) if it is to go."
+                )
+
     @torch.no_grad()
-    def enter(self) -> None:
+    def _gather(self, stand_in: Optimizer) -> None:
         """Put compact parameters in the place of the tables.
 
         Raises:
             InputError: A gradient that the processes should share was not averaged.
         """
-        self.leave()
-        self._check_averaged()
-        for group in list(self.optimizer.param_groups):
-            params: list[nn.Parameter] = group["params"]
-            if not any(id(p) in self.tables for p in params):
+        for state in self.tables.values():
+            _check_averaged(state)
+        own, lent = self.optimizer.param_groups, stand_in.param_groups
+        for group, seen in zip(own, lent[: len(own)], strict=True):
+            if not any(id(p) in self.tables for p in group["params"]):
                 continue
-            names = group.get("param_names")
-            self._entered.append((group, list(params), names))
-            stand_ins: list[nn.Parameter] = []
-            stand_in_names: list[str] = []
-            for i, param in enumerate(params):
-                table = self.tables.get(id(param))
-                made = [param] if table is None else self._stand_in(table, group)
-                stand_ins += made
-                stand_in_names += [names[i]] * len(made) if names else []
-            if not stand_ins and isinstance(self.optimizer, LBFGS):
+            # A closure may have set a rate.
+            seen.update({key: value for key, value in group.items() if key not in _LISTS})
+            params: list[nn.Parameter] = []
+            names: list[str] = []
+            for i, parameter in enumerate(group["params"]):
+                served = self.tables.get(id(parameter))
+                made = [parameter] if served is None else self._blocks_of(served, group, lent)
+                params += made
+                names += [group["param_names"][i]] * len(made) if "param_names" in group else []
+            if not params and isinstance(self.optimizer, LBFGS):
                 # It cannot flatten nothing, and a gradient of zero ends its step at once.
-                stand_ins.append(nn.Parameter(torch.zeros(1, device=params[0].device)))
-            if names:
-                group["param_names"] = stand_in_names
-            params[:] = stand_ins  # in place: LBFGS keeps the list itself
+                params.append(nn.Parameter(group["params"][0].new_zeros(1)))
+            seen["params"][:] = params  # in place: LBFGS keeps the list itself
+            if "param_names" in group:
+                seen["param_names"] = names
 
-    def _stand_in(self, table: TableState, group: Group) -> list[nn.Parameter]:
-        table.follow_rows()
-        blocks = list(table.blocks(self.optimizer, group))
+    def _blocks_of(
+        self, state: TableState, group: Group, groups: list[Group]
+    ) -> list[nn.Parameter]:
+        if state.kind != (kind := kind_of(group)):
+            layout, state.unscaled = self._layout_of(state.parameter, group)
+            state.change_layout(layout, kind)
+        state.sync()
         shared: list[nn.Parameter] = []
-        for block in blocks:
-            if not table.anatomy.flat:
-                self.optimizer.state[block.parameter] = table.lend_state(block)
-            stepped_in = group
+        for block in state.blocks(self.optimizer, group):
+            if not state.layout.flat:
+                self.optimizer.state[block.parameter] = state.gather_state(block)
+            alone: Group | None = None
             cohort = block.cohort
-            alone = table.anatomy.in_group or not cohort.rate_scale.is_plain
-            if alone or (group.get("fused") and cohort.is_new):
+            if (
+                state.layout.in_group
+                or not cohort.rate_scale.is_plain
+                or (group.get("fused") and cohort.is_new)
+            ):
                 # A count or a rate kept in the group would be one for all cohorts, and fused
                 # kernels cannot mix first steps with later ones: such a cohort steps in a group of
                 # its own, which no learning-rate scheduler sees.
-                stepped_in = self._group_for(block, table, group)
-                self.optimizer.param_groups.append(stepped_in)
+                alone = self._group_for(block, state, group)
+                groups.append(alone)
             else:
                 shared.append(block.parameter)
-            self._blocks.append((table, block, group, stepped_in))
+            self._blocks.append(_Lent(state, block, group, alone))
         return shared
 
-    def _group_for(self, block: Block, table: TableState, group: Group) -> Group:
-        own = {k: v for k, v in group.items() if k not in table.anatomy.in_group}
-        begun = copy.deepcopy(table.anatomy.begun)  # some optimizers count in place
+    def _group_for(self, block: Block, state: TableState, group: Group) -> Group:
+        own = {k: v for k, v in group.items() if k not in state.layout.in_group}
+        begun = copy.deepcopy(state.layout.begun)  # some optimizers count in place
         if "param_names" in own:
-            own["param_names"] = [table.name]
+            own["param_names"] = [state.name]
         if not (rate_scale := block.cohort.rate_scale).is_plain:
             own["lr"] = own["lr"] * rate_scale.factor(block.cohort.steps)
         return {**own, **begun, **block.cohort.group_state, "params": [block.parameter]}
 
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer is not self.optimizer:
+            return
+        self._count_steps()
+        self._take_over()
+        self._scatter()
+        mark(optimizer, self.tables)
+
     def _count_steps(self) -> None:
         """Count a step for each cohort that warms up; called when one was really made."""
-        scaled = [block for _, block, _, _ in self._blocks if not block.cohort.rate_scale.is_plain]
+        scaled = [lent.block for lent in self._blocks if not lent.block.cohort.rate_scale.is_plain]
         if not scaled:
             return
         # A fused optimizer is called by the scaler also where it then skips the step by itself.
@@ -264,121 +408,245 @@ class Rowwise:
         for block in scaled:
             block.cohort.steps += block.parameter.grad is not None
 
+    @torch.no_grad()
+    def _scatter(self) -> None:
+        """Write the rows back, and take their state."""
+        lent_out = self._blocks
+        states = self._forget_blocks()
+        for lent, state in zip(lent_out, states, strict=True):
+            lent.state.check_state(state, self.optimizer)
+        for lent, state in zip(lent_out, states, strict=True):
+            cohort = lent.block.cohort
+            lent.state.scatter(lent.block, state, self.optimizer, lent.options)
+            if lent.alone is not None:
+                keys = lent.state.layout.in_group & lent.alone.keys()
+                cohort.group_state = {key: lent.alone[key] for key in keys}
+
+    def _forget_blocks(self) -> list[State]:
+        """Take the blocks' state out of the optimizer, after a step or one that was cut short."""
+        lent_out, self._blocks = self._blocks, []
+        return [self.optimizer.state.pop(lent.block.parameter, {}) for lent in lent_out]
+
     def _follow_history(self) -> None:
         """Clear LBFGS's one flat history for all parameters when its length no longer fits."""
-        changed = [table.follow_rows() for table in self.tables.values() if table.anatomy.flat]
+        changed = [state.sync() for state in self.tables.values() if state.layout.flat]
         if any(changed):
             clear_history(self.optimizer)
-
-    @torch.no_grad()
-    def leave(self) -> None:
-        """Write the rows back and put the tables into their place again; idle when not entered."""
-        self._stepping = False
-        if not self._entered:
-            return
-        blocks, self._blocks = self._blocks, []
-        entered, self._entered = self._entered, []
-        # The groups first, so that an error below leaves an optimizer that holds its tables.
-        temporary = {
-            id(stepped_in) for _, _, group, stepped_in in blocks if stepped_in is not group
-        }
-        groups = self.optimizer.param_groups
-        groups[:] = [group for group in groups if id(group) not in temporary]
-        for group, params, names in entered:
-            group["params"][:] = params
-            if names:
-                group["param_names"] = names
-        states = [self.optimizer.state.pop(block.parameter, {}) for _, block, _, _ in blocks]
-        for (table, _, _, _), state in zip(blocks, states, strict=True):
-            table.check_state(state, self.optimizer)
-        for (table, block, group, stepped_in), state in zip(blocks, states, strict=True):
-            table.take_back(block, state, self.optimizer, _options(block, group, stepped_in))
-            if block.parameter.grad is None:
-                table.table.weight.grad = None  # zeroed by whoever saw the block
-            if stepped_in is not group:
-                keys = table.anatomy.in_group & stepped_in.keys()
-                block.cohort.group_state = {key: stepped_in[key] for key in keys}
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._stepping:
-            self.leave()  # the last step raised before its end
-        self._follow_history()  # here, since LBFGS looks its history up before the closure
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            if not self._entered:
-                self.enter()
-            self._stepping = True
-            return None
-        wrapped = self._around(closure)
-        if len(args) > 1:
-            return (args[0], wrapped, *args[2:]), kwargs
-        return args, {**kwargs, "closure": wrapped}
-
-    def _around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """A closure that sees the tables, and after which the optimizer sees the blocks."""
-
-        def evaluate() -> Any:
-            self.leave()
-            loss = closure()
-            if not self._entered:  # Lightning has entered already, before it clipped
-                self.enter()
-            self._stepping = True
-            return loss
-
-        return evaluate
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._count_steps()
-        self.leave()
 
     # Around the optimizer's state_dict
 
     def _before_saving(self, optimizer: Optimizer) -> None:
-        self.leave()
+        self._forget_blocks()
         # Rows may have changed since the last step, and what is saved belongs to those of now.
         self._follow_history()
-        for table in self.tables.values():
-            table.follow_rows()
+        for state in self.tables.values():
+            state.sync()
 
     def _save(self, optimizer: Optimizer, state_dict: State) -> State:
         return into_state_dict(optimizer, self.tables, state_dict)
 
-    def _before_loading(self, optimizer: Optimizer, state_dict: State) -> None:
-        self.leave()
-        check_state_dict(optimizer, self.tables, state_dict)
+    def _before_loading(self, optimizer: Optimizer, state_dict: State) -> State:
+        self._forget_blocks()
+        # Past torch, which would cast it to the dtype of the weight.
+        own, entries = without_tables(state_dict)
+        check(optimizer, self.tables, entries)
+        self._loading = entries
+        return own
 
     def _load(self, optimizer: Optimizer) -> None:
-        from_state_dict(optimizer, self.tables)
+        restore(optimizer, self.tables, self._loading)
+        self._loading = {}
 
     def detach(self) -> None:
         """Take the hooks off; state that the constructor makes is made anew."""
-        self.leave()
+        self._forget_blocks()
         for hook in self._hooks:
             hook.remove()
         del vars(self.optimizer)["_rowwise"]
-        for served in self.tables.values():
-            served.table.ask_about_rates(None)
-        if any(table.anatomy.flat for table in self.tables.values()):
+        for state in self.tables.values():
+            state.table.no_longer_stepped_by(state)
+        if any(state.layout.flat for state in self.tables.values()):
             clear_history(self.optimizer)
+        take_from(self.optimizer)
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 table = self.tables.get(id(param))
-                if table is not None and table.anatomy.eager:
+                if table is not None and table.layout.eager:
                     self.optimizer.state[param] = first_state(self.optimizer, group, param)
 
+    # What the Lightning callback calls until it is written anew.
 
-def _options(block: Block, group: Group, stepped_in: Group) -> Group:
-    """The user's group with the learning rate that the block was stepped at."""
-    return group if block.cohort.rate_scale.is_plain else {**group, "lr": stepped_in["lr"]}
+    def average(self) -> None:
+        """Average the gradients of tables."""
+        average(_held_tables(self.optimizer))
+
+    def enter(self) -> None:
+        """Do nothing."""
+
+    def leave(self) -> None:
+        """Do nothing."""
 
 
-def _why_unscaled(optimizer: Optimizer, anatomy: Anatomy, group: Group) -> str | None:
+class _Lent:
+    """A block that the stand-in steps.
+
+    Args:
+        state: The state of its table.
+        block: The block.
+        group: The user's group that holds the table.
+        alone: The group that the block steps in by itself, if it does.
+    """
+
+    def __init__(self, state: TableState, block: Block, group: Group, alone: Group | None) -> None:
+        self.state = state
+        self.block = block
+        self.group = group
+        self.alone = alone
+
+    @property
+    def options(self) -> Group:
+        """The user's group, with the learning rate that the block was stepped at."""
+        if self.alone is None or self.block.cohort.rate_scale.is_plain:
+            return self.group
+        return {**self.group, "lr": self.alone["lr"]}
+
+
+def _with_gradients(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    then: Callable[[], None],
+    before: Callable[[], None] = lambda: None,
+) -> Arguments:
+    """The arguments of a step that does something when it has its gradients.
+
+    Args:
+        args: The positional arguments of the step.
+        kwargs: The others.
+        then: Called where there are gradients: now, or after each call of a closure.
+        before: Called before each call of a closure.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        then()
+        return args, kwargs
+
+    def evaluate() -> Any:
+        before()
+        loss = closure()
+        then()
+        return loss
+
+    if len(args) > 1:
+        return (args[0], evaluate, *args[2:]), kwargs
+    return args, {**kwargs, "closure": evaluate}
+
+
+# What an optimizer holds
+
+
+def _inside(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that steps, without wrappers that only pass on."""
+    for base in type(optimizer).__mro__:
+        if (attribute := _SEEN_THROUGH.get(base.__name__)) is not None:
+            return _inside(getattr(optimizer, attribute))
+    return optimizer
+
+
+def _held(optimizer: Optimizer) -> Iterator[tuple[Group, nn.Parameter, PartialTable]]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for table in tables_of(parameter):
+                yield group, parameter, table
+                break  # those that are tied have one row set
+
+
+def _held_tables(optimizer: Optimizer) -> list[tuple[nn.Parameter, PartialTable]]:
+    return [(parameter, table) for _, parameter, table in _held(optimizer)]
+
+
+def _count_parameters(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _name_in(group: Group, parameter: nn.Parameter) -> str | None:
+    names = zip(group["params"], group.get("param_names", ()), strict=False)
+    return next((name for one, name in names if one is parameter), None)
+
+
+def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
+    """Refuse a table whose rows are to train while its weight gets no gradient.
+
+    Args:
+        table: The table.
+        name: Its name.
+
+    Raises:
+        InputError: The weight does not require gradients, and some rows are to train.
+    """
+    if table.leaf_weight.requires_grad or not table.has_frozen_rows or not len(table.row_set):
+        return
+    raise InputError(
+        f"rows train whose weight requires gradients. Received {name!r}, of which "
+        f"{len(table.row_set):,} rows are to train, with requires_grad=False: from_pretrained("
+        "freeze=True), requires_grad_(False), module.freeze() and PEFT set it. Call "
+        "weight.requires_grad_(True) after that; or, for a copy that is never to train, "
+        'set_trainable_rows("none").'
+    )
+
+
+def _check_averaged(state: TableState) -> None:
+    is_own = state.parameter.grad is not None and state.table.awaits_average
+    if is_own and is_averaged_here(state.parameter, state.table):
+        raise InputError(
+            "gradients of tables are averaged over all processes before a step. Received "
+            f"that of {state.name!r} as this process made it. Call "
+            "average_gradients(optimizer) after backward; in Lightning, call "
+            "self.manual_backward(loss) for loss.backward()."
+        )
+
+
+def _why_unscaled(optimizer: Optimizer, layout: StateLayout, group: Group) -> str | None:
     """Why rows cannot have a learning rate of their own, or None where they can."""
     name = type(optimizer).__name__
-    if anatomy.flat:
+    if layout.flat:
         return f"{name}, which has one rate for all parameters"
-    if "lr" in anatomy.in_group or not isinstance(group.get("lr"), int | float | Tensor):
+    if "lr" in layout.in_group or not isinstance(group.get("lr"), int | float | Tensor):
         return f"{name}, whose parameter groups have no lr of the user's"
     return None
+
+
+# Without a call
+
+
+def _before_any_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    """Prepare an optimizer that is about to step frozen rows; runs before each step of each."""
+    if "_rowwise" in vars(optimizer):
+        return None  # its own hook comes next
+    tables = _held_tables(optimizer)
+    exact = not vars(optimizer).get("_masked_gradient_only")
+    loaded = any(isinstance(one, dict) and KEY in one for one in optimizer.state.values())
+    if exact and tables and (loaded or any(table.has_frozen_rows for _, table in tables)):
+        Rowwise(optimizer, False, {})
+        return None
+    if loaded:
+        take_from(optimizer)  # rows' state says nothing of a plain table, which begins afresh
+    if not tables:
+        return None
+    parameters = [parameter for parameter, _ in tables]
+    return _with_gradients(args, kwargs, lambda: _settle_gradients(optimizer, parameters))
+
+
+def _settle_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Give an optimizer that sees the tables themselves tensors with memory of their own."""
+    if type(optimizer) is SGD and not any(g["momentum"] for g in optimizer.param_groups):
+        return  # it reads a gradient once, at the cost of its rows, and keeps nothing of it
+    for parameter in parameters:
+        if isinstance(grad := parameter.grad, RowGradient):
+            sparse = isinstance(optimizer, SparseAdam)
+            parameter.grad = grad.to_sparse() if sparse else grad.to_dense()
+
+
+# Once for the process, since nothing else is called for an optimizer that nobody tells us of.
+register_optimizer_step_pre_hook(_before_any_step)

@@ -1,40 +1,43 @@
-"""What makes a module's `weight` a partly trainable table: its row set and the gradient hook."""
+"""What makes a module's `weight` a partly trainable table: its row set, and hooks on the weight."""
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
+from partial_embedding.torch.hooks import RowHook, hooks_on, tables_of
+from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import RowSet, shown
+from partial_embedding.torch.shared_rows import SharedRows
+from partial_embedding.torch.table_files import TableFiles
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
-_WIRING = ("_hooked", "_rate_checks", "_wrapper", "is_averaged")
+_WIRING = ("_hooked", "_steppers", "_wrapper", "awaits_average")
 
 
-@dataclass(eq=False)
-class _Shared:
-    """Which rows of a weight train: one object for all tables that have this weight.
+class Stepper(Protocol):
+    """What steps a table's rows, and is asked before they get a rate of their own."""
 
-    None stands for "every row but padding", for which no bookkeeping exists.
-    """
+    def check_rate_scale(self, rate_scale: RateScale) -> None:
+        """Refuse what it cannot keep.
 
-    row_set: RowSet | None = None
-    padding_row: int | None = None
+        Args:
+            rate_scale: How fast rows would learn.
+        """
 
 
-class PartialTable(nn.Module):
+class PartialTable(TableFiles):
     """A mix-in that freezes rows of `weight`, a parameter of shape (V, D).
 
     It stands before the module class that owns the weight. The row set is neither a parameter nor a
@@ -45,15 +48,14 @@ class PartialTable(nn.Module):
 
     weight: nn.Parameter
 
-    # The parameters whose rows the row set is about.
+    # The parameters with an entry for each row.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
 
-    _shared: _Shared
-    _hooked: nn.Parameter | None = None
-    _warned: bool = False
+    _shared: SharedRows
+    _hooked: Mapping[str, nn.Parameter] = {}
 
-    # Whether the gradient of now is that of all processes, where `ddp.average` made it so.
-    is_averaged: bool = False
+    # Whether backward left a gradient here since `ddp.average` last made it that of all processes.
+    awaits_average: bool = False
 
     # Which rows train
 
@@ -62,52 +64,51 @@ class PartialTable(nn.Module):
         """The ids of the rows that train, rising, int64, shape (K,)."""
         return self.row_set.ids.clone()
 
-    def set_trainable_rows(self, rows: object, *, rate_scale: RateScale | None = None) -> None:
+    def set_trainable_rows(
+        self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
+    ) -> None:
         """Train exactly these rows from the next step on.
 
-        Rows that trained before and still do keep their optimizer state and their rate_scale; rows
-        that join begin as if training had just started; rows that leave keep their values from here
-        on.
+        Rows that trained before and still do keep their optimizer state and their rate; rows that
+        join begin as if training had just started; rows that leave keep their values from here on.
 
         Args:
             rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
                 `Rows`. The padding row never trains, also when it is among them.
-            rate_scale: How fast the rows learn that join, for as long as they train; None is the
-                optimizer's own rate. A table that is made with `trainable_rows="none"` has no rows
-                that trained before.
+            lr_scale: What the optimizer's rate is multiplied by for the rows that join, for as long
+                as they train. A table that is made with `trainable_rows="none"` has no rows that
+                trained before.
+            warmup_steps: The steps in which their rate rises to that; 0 for none.
 
         Raises:
-            InputError: The rows do not fit the table, or its optimizer cannot keep a rate_scale.
+            InputError: The rows do not fit the table, or its optimizer cannot keep such a rate.
 
         Example:
-            >>> from partial_embedding import Position, Schedule
             >>> from partial_embedding.torch import PartialEmbedding
-            >>> stages = [{"step": 0, "rows": [7]}, {"step": 2, "rows": [2, 7], "lr_scale": 0.5}]
-            >>> schedule, table = Schedule(stages), PartialEmbedding(10, 4, trainable_rows="none")
-            >>> for step in range(3):
-            ...     now = schedule.state_at(Position(step=step))
-            ...     rows, rate_scale = schedule.rows_at(now), schedule.rate_scale_at(now)
-            ...     table.set_trainable_rows(rows, rate_scale=rate_scale)
-            ...     # … and the step of an optimizer that `rowwise` prepared
+            >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
+            >>> table.set_trainable_rows([2, 7], lr_scale=0.5)
             >>> table.trainable_rows, list(table.rate_scales.values())
             (tensor([2, 7]), [RateScale(lr_scale=0.5, warmup_steps=0)])
         """
-        self.set_trainable_ids(self._resolve(rows), rate_scale)
+        self.set_trainable_ids(self._resolve(rows), RateScale(lr_scale, warmup_steps))
 
-    def unfreeze_rows(self, rows: object, *, rate_scale: RateScale | None = None) -> None:
+    def unfreeze_rows(
+        self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
+    ) -> None:
         """Train these rows too, as a cohort of their own.
 
         Args:
             rows: As for `set_trainable_rows`.
-            rate_scale: Likewise.
+            lr_scale: Likewise.
+            warmup_steps: Likewise.
 
         Raises:
             InputError: As for `set_trainable_rows`.
         """
         ids = np.union1d(self.row_set.ids.cpu().numpy(), self._resolve(rows))
-        self.set_trainable_ids(ids, rate_scale)
+        self.set_trainable_ids(ids, RateScale(lr_scale, warmup_steps))
 
-    def freeze_rows(self, rows: object) -> None:
+    def freeze_rows(self, rows: RowsLike) -> None:
         """Stop training these rows; they lose their optimizer state.
 
         Args:
@@ -125,11 +126,17 @@ class PartialTable(nn.Module):
     @_row_set.setter
     def _row_set(self, row_set: RowSet | None) -> None:
         self._shared.row_set = row_set
+        if row_set is None:
+            return
+        if self._shared.origin is not None:
+            self._shared.origin.include(self.leaf_weight, row_set.ids)
+        for told in self._shared.before_training:
+            told(row_set.ids)
 
     @property
     def row_set(self) -> RowSet:
         """The rows that train, by cohort, on the device of the weight."""
-        weight, rows = self.weight, self._row_set
+        weight, rows = self.leaf_weight, self._row_set
         # A meta device would forget the ids; they wait on the CPU until there is a real weight.
         device = torch.device("cpu") if weight.is_meta else weight.device
         if rows is not None and rows.num_rows == weight.shape[0] and rows.device == device:
@@ -162,25 +169,47 @@ class PartialTable(nn.Module):
         """Whether some row other than padding does not train."""
         if self._row_set is None:
             return False
-        return len(self.row_set) < self._most_trainable(self.weight.shape[0])
+        return len(self.row_set) < self._most_trainable(self.leaf_weight.shape[0])
+
+    @property
+    def new_rows(self) -> Ids | None:
+        """The rows by which the table grew last, sorted, or None."""
+        return self._shared.new_rows
+
+    def grown_from(self, before: RowSet, trainable: bool) -> None:
+        """Know that the weight grew.
+
+        Args:
+            before: The rows that trained until then.
+            trainable: Whether the new rows train, too.
+        """
+        size = self.leaf_weight.shape[0]
+        self._shared.earlier_sizes += (before.num_rows,)
+        self._shared.new_rows = np.arange(before.num_rows, size, dtype=np.int64)
+        self.row_set = before.resized_to(size)
+        if trainable:
+            self.set_trainable_ids(np.append(before.ids.cpu().numpy(), self._shared.new_rows))
 
     def _most_trainable(self, num_rows: int) -> int:
-        return num_rows - (self._padding_row() is not None)
+        # While a graph is traced the size of an axis is a tensor, which takes no bool away.
+        return num_rows - int(self.padding_row is not None)
 
     def _all_ids(self) -> Tensor:
         # Named, since the default device may be the meta device, which would forget the ids.
-        ids = torch.arange(self.weight.shape[0], device="cpu")
-        return ids[ids != self._padding_row()] if self._padding_row() is not None else ids
+        ids = torch.arange(self.leaf_weight.shape[0], device="cpu")
+        return ids[ids != self.padding_row] if self.padding_row is not None else ids
 
-    def _padding_row(self) -> int | None:
+    @property
+    def padding_row(self) -> int | None:
+        """The row that never trains, if there is one."""
         # A head has none of its own, and may be tied to a table that has one.
         own: int | None = getattr(self, "padding_idx", None)
         return self._shared.padding_row if own is None else own
 
-    def _resolve(self, rows: object) -> Ids:
+    def _resolve(self, rows: RowsLike) -> Ids:
         if isinstance(rows, Tensor):
             rows = rows.detach().cpu().numpy()
-        return Rows.parse(rows).resolve(self.weight.shape[0])
+        return Rows.parse(rows).resolve(self.leaf_weight.shape[0], new=self._shared.new_rows)
 
     def set_trainable_ids(self, ids: Ids, rate_scale: RateScale | None = None) -> None:
         """Train exactly these rows, given as `Rows.resolve` gives them; there may be none.
@@ -193,9 +222,14 @@ class PartialTable(nn.Module):
             InputError: The table's optimizer cannot keep the rate_scale.
         """
         self.check_rate_scale(rate_scale)
-        ids = ids[ids != self._padding_row()]
-        if self._row_set is None and len(ids) == self._most_trainable(self.weight.shape[0]):
+        ids = ids[ids != self.padding_row]
+        if self._row_set is None and len(ids) == self._most_trainable(self.leaf_weight.shape[0]):
             return  # every row trains already, with no bookkeeping to keep
+        if self._row_set is None:
+            # Those that stay are the first cohort. All rows, which leave, are not written down.
+            of_first = {0: torch.tensor(ids, device="cpu")}
+            self.row_set = RowSet(self.leaf_weight.shape[0], of_first, 1)
+            return
         before = self.row_set
         self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
 
@@ -216,53 +250,114 @@ class PartialTable(nn.Module):
             )
         if rate_scale is None:
             return
-        for table in {self, *_tables_with(self.weight)}:
-            for answer in table.__dict__.get("_rate_checks", {}).values():
-                if (check := answer()) is not None:
-                    check(rate_scale)
+        for table in {self, *tables_of(self.leaf_weight)}:
+            for stepper in table.__dict__.get("_steppers", ()):
+                stepper.check_rate_scale(rate_scale)
 
-    # The gradient hook, and all that can make a hook disappear
+    def stepped_by(self, stepper: Stepper) -> None:
+        """Ask an optimizer, for as long as it exists, before rows get a rate of their own.
+
+        Args:
+            stepper: What steps the rows.
+        """
+        # By a weak reference: a table does not keep its optimizers alive.
+        self.__dict__.setdefault("_steppers", weakref.WeakSet()).add(stepper)
+
+    def no_longer_stepped_by(self, stepper: Stepper) -> None:
+        """Ask it no more.
+
+        Args:
+            stepper: What `stepped_by` was given.
+        """
+        self.__dict__.get("_steppers", weakref.WeakSet()).discard(stepper)
+
+    # The hooks, and all that can make a hook disappear
+
+    @property
+    def leaf_weight(self) -> nn.Parameter:
+        """The parameter that `weight` is, or that it is computed from.
+
+        Pruning and parametrizations, such as `spectral_norm`, put the parameter aside.
+
+        Raises:
+            InputError: There is none with the same rows.
+        """
+        weight = self._parameters.get("weight")
+        if weight is None:
+            weight = self._parameters.get("weight_orig")
+        if weight is None and (computed := self._modules.get("parametrizations")) is not None:
+            weight = computed._modules["weight"]._parameters.get("original")  # type: ignore[union-attr]
+        if weight is None:
+            raise InputError(
+                "the weight of a table is one parameter, or computed from one with the same rows. "
+                f"Received a {type(self).__name__} whose weight is split, as weight_norm does it. "
+                "Leave the table out of it."
+            )
+        return weight
+
+    def owns(self, parameter: nn.Parameter | None) -> bool:
+        """Whether a parameter is one of those with an entry for each row, now.
+
+        Args:
+            parameter: Any parameter.
+        """
+        own = [self._row_parameter(name) for name in self.row_parameters]
+        return parameter is not None and any(parameter is one for one in own)
+
+    def _row_parameter(self, name: str) -> nn.Parameter | None:
+        return self.leaf_weight if name == "weight" else self._parameters.get(name)
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether `distributed_data_parallel` leaves the table to `average_gradients`."""
+        return "_wrapper" in self.__dict__
 
     def _wire(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
-        weight = self._parameters.get("weight")
-        if weight is None:
+        if not any(self._parameters.get(n) is not None for n in ("weight", "weight_orig")):
             return
-        rows = self.__dict__.setdefault("_shared", _Shared())
-        if self._hooked is not None and self._hooked is not weight:
-            self._unhook()
+        weight = self.leaf_weight
+        rows = self.__dict__.setdefault("_shared", SharedRows())
+        before = self._hooked.get("weight", weight)
+        for name in self.row_parameters:
+            if name in self._hooked and self._hooked[name] is not self._row_parameter(name):
+                self._unhook(name)
+        if before is not weight:
             # No longer tied to whoever has the old weight.
-            rows = self.__dict__["_shared"] = replace(rows, padding_row=None)
-        rows.padding_row = self._padding_row()
-        for other in _tables_with(weight):
+            rows = self.__dict__["_shared"] = replace(rows, padding_row=None, origin=None)
+        rows.padding_row = self.padding_row
+        for other in list(tables_of(weight)):
             if other is not self:
                 self._share_rows_with(other)
-        self._hook_up(weight)
+        for name in self.row_parameters:
+            if (parameter := self._row_parameter(name)) is not None:
+                self._hook_up(name, parameter)
 
-    def take_weight(self) -> None:
+    def attach(self) -> None:
         """Begin to freeze rows: for a module whose class was changed after it was made."""
         self._wire()
 
-    def leave_weight(self) -> None:
+    def detach(self) -> None:
         """Stop freezing rows: for a module whose class is about to be changed back."""
-        self._unhook()
-        for name in ("_shared", "_warned", *_WIRING):
+        for name in list(self._hooked):
+            self._unhook(name)
+        for name in ("_shared", *_WIRING):
             self.__dict__.pop(name, None)
 
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:
             other.row_set = self.row_set
-        padding, self.__dict__["_shared"] = self._padding_row(), other._shared
+        padding, self.__dict__["_shared"] = self.padding_row, other._shared
         if padding is not None:
             other._shared.padding_row = padding
         if (rows := other._row_set) is not None:
-            other.row_set = rows.changed_to(rows.ids[rows.ids != other._padding_row()])
+            other.row_set = rows.changed_to(rows.ids[rows.ids != other.padding_row])
 
     def _check_tie(self, weight: nn.Parameter | None) -> None:
         own = self._parameters.get("weight")
         if weight is None or own is None or not self.has_frozen_rows:
             return
-        for other in _tables_with(weight):
+        for other in tables_of(weight):
             ids = self.trainable_rows
             if other.has_frozen_rows and not torch.equal(ids, other.trainable_rows.to(ids.device)):
                 raise InputError(
@@ -271,43 +366,46 @@ class PartialTable(nn.Module):
                     f"{type(self).__name__} that trains {shown(ids)}. Set both alike."
                 )
 
-    def _unhook(self) -> None:
-        if self._hooked is not None:
-            for hook in self._hooks_on(self._hooked):
-                hook.detach()
+    def _unhook(self, name: str) -> None:
+        for hook in self._hooks_on(self._hooked[name]):
+            hook.remove()
+        self._set_hooked({key: value for key, value in self._hooked.items() if key != name})
 
-    def _hook_up(self, weight: nn.Parameter) -> None:
-        if not (weight.is_floating_point() or weight.is_complex()):
+    def _hook_up(self, name: str, parameter: nn.Parameter) -> None:
+        if not (parameter.is_floating_point() or parameter.is_complex()):
             return
-        if not self._hooks_on(weight):
-            # A tensor takes a hook only while it requires gradients, and keeps it when it does not.
-            requires_grad = weight.requires_grad
-            weight.requires_grad_(True)
-            # A weak reference: the weight may outlive the module, and must not keep it alive.
-            hook = _DropFrozenRows(weakref.ref(self))
-            hook.handle = weight.register_hook(hook)
-            weight.requires_grad_(requires_grad)
-        # Past nn.Module's own way of setting attributes, which would register a parameter.
-        self.__dict__["_hooked"] = weight
+        if not self._hooks_on(parameter):
+            RowHook(self, parameter)
+        self._set_hooked({**self._hooked, name: parameter})
 
-    def _hooks_on(self, weight: nn.Parameter) -> list[_DropFrozenRows]:
-        return [hook for hook in _hooks_of(weight) if hook.table() is self]
+    def _set_hooked(self, hooked: Mapping[str, nn.Parameter]) -> None:
+        # Past nn.Module's own way of setting attributes.
+        self.__dict__["_hooked"] = hooked
+
+    def _hooks_on(self, parameter: nn.Parameter) -> list[RowHook]:
+        return [hook for hook in hooks_on(parameter) if hook.is_of(self)]
 
     def _weight_in_use(self) -> Tensor | None:
-        """A masked stand-in for a weight that is not the module's own, or None.
+        """A masked stand-in for a weight that is not the module's own parameter, or None.
 
-        `torch.func.functional_call` puts other tensors in the place of the parameters for one call.
+        `torch.func.functional_call` puts other tensors in the place of the parameters for one call,
+        and pruning computes the weight.
         """
-        weight: Tensor = self.weight
-        if weight is self._hooked:
+        # Not `self.weight`, which a graph that is traced would hold as a step of its own, and which
+        # some parametrizations change each time that it is read.
+        weight = self._parameters.get("weight")
+        if weight is not None and weight is self._hooked.get("weight"):
             return None
         if isinstance(weight, nn.Parameter):
             # Perhaps for this one call, so what was hooked before stays so: its backward may come.
-            self._hook_up(weight)
+            self._hook_up("weight", weight)
             return None
         if not self.has_frozen_rows:
             return None
-        return torch.where(self.row_set.mask.unsqueeze(-1), weight, weight.detach())
+        if weight is None and not self._hooks_on(self.leaf_weight):
+            self._hook_up("weight", self.leaf_weight)  # a copy, which parametrizations make alone
+        in_use: Tensor = self.weight
+        return torch.where(self.row_set.mask.unsqueeze(-1), in_use, in_use.detach())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Hook a new weight; torch's own way of setting an attribute comes by here too.
@@ -322,8 +420,19 @@ class PartialTable(nn.Module):
         if name == "weight":
             self._check_tie(param)
         super().register_parameter(name, param)
-        if name == "weight":
+        if name in self.row_parameters:
             self._wire()
+
+    def remember_origin(self) -> None:
+        """Remember, from here on, what rows hold before they train; see `TableFiles`."""
+        if self._shared.origin is None:
+            origin = self._shared.origin = Origin(self.leaf_weight)
+            every = self._row_set is None
+            origin.include(self.leaf_weight, self._all_ids() if every else self.row_set.ids)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts its shards past `register_parameter` where this is nn.Module's own method.
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _WIRING}
@@ -339,7 +448,7 @@ class PartialTable(nn.Module):
 
     def extra_repr(self) -> str:
         """The plain module's description, and how many rows train."""
-        every = self._most_trainable(self.weight.shape[0])  # counted without making bookkeeping
+        every = self._most_trainable(self.leaf_weight.shape[0])  # counted without bookkeeping
         count = every if self._row_set is None else len(self.row_set)
         return f"{super().extra_repr()}, trainable_rows={count}"
 
@@ -350,82 +459,22 @@ def tables_in(model: nn.Module) -> Iterator[tuple[str, PartialTable]]:
     Args:
         model: Any module.
     """
+    for name, table, parameter in row_parameters_in(model):
+        if parameter is table.leaf_weight:
+            yield name, table
+
+
+def row_parameters_in(model: nn.Module) -> Iterator[tuple[str, PartialTable, nn.Parameter]]:
+    """The parameters of a model of which only rows train, each once, with names for messages.
+
+    Args:
+        model: Any module.
+    """
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, PartialTable) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            yield name, module
-
-
-def _hooks_of(weight: nn.Parameter) -> list[_DropFrozenRows]:
-    hooks = list((weight._backward_hooks or {}).values())
-    return [hook for hook in hooks if isinstance(hook, _DropFrozenRows)]
-
-
-def _tables_with(weight: nn.Parameter) -> Iterator[PartialTable]:
-    for hook in _hooks_of(weight):
-        table = hook.table()
-        if table is not None and table._parameters.get("weight") is weight:
-            yield table
-
-
-class _DropFrozenRows:
-    """The gradient hook: frozen rows leave a sparse gradient and are zero in a dense one."""
-
-    handle: torch.utils.hooks.RemovableHandle
-
-    def __init__(self, table: weakref.ref[PartialTable]) -> None:
-        self.table = table
-
-    def detach(self) -> None:
-        """Take the hook off its weight."""
-        self.handle.remove()
-
-    def __call__(self, grad: Tensor | None) -> Tensor | None:
-        owner = self.table()
-        if owner is not None:
-            owner.is_averaged = False
-        if grad is None or owner is None or not owner.has_frozen_rows:
-            return grad  # autograd may hand a hook None
-        rows = owner.row_set.to(grad.device)
-        if grad.layout == torch.sparse_coo:
-            # Not coalesced: that would sort all ids, and change the order of the sums.
-            ids, values = grad._indices(), grad._values()
-            kept = rows.is_trainable(ids[0]).nonzero().flatten()
-            if len(kept) == ids.shape[1]:
-                return grad
-            return torch.sparse_coo_tensor(
-                ids.index_select(1, kept),
-                values.index_select(0, kept),
-                grad.shape,
-                check_invariants=False,
-            )
-        # Selected, not multiplied: inf * 0 is NaN.
-        return torch.where(rows.mask.unsqueeze(-1), grad, grad.new_zeros(()))
-
-
-def _warn_of_drift(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Warn once of an optimizer that moves frozen rows; runs before every step of every one."""
-    served = getattr(getattr(optimizer, "_rowwise", None), "tables", ())
-    hooks = (
-        hook
-        for group in optimizer.param_groups
-        for param in group["params"]
-        if id(param) not in served
-        for hook in _hooks_of(param)
-    )
-    for hook in hooks:
-        table = hook.table()
-        if table is not None and table.has_frozen_rows and not table._warned:
-            table._warned = True
-            warnings.warn(
-                f"{type(optimizer).__name__} steps a {type(table).__name__} whose frozen rows have "
-                "zero gradients, but weight decay, momentum and the like still move them. Call "
-                "partial_embedding.torch.rowwise(optimizer, model) once, or add the RowUnfreezing "
-                "callback to the Trainer.",
-                stacklevel=4,
-            )
-
-
-# Once for the process: a hook for each table would be removed while torch iterates over them.
-register_optimizer_step_pre_hook(_warn_of_drift)
+        for attribute in module.row_parameters if isinstance(module, PartialTable) else ():
+            parameter = module._row_parameter(attribute)
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                named = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")
+                yield named, module, parameter

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,14 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
-from partial_embedding.torch.inspection import Anatomy, first_state, untouched_row_state
-from partial_embedding.torch.row_parameters import RowParameter
+from partial_embedding.torch.inspection import (
+    Group,
+    State,
+    StateLayout,
+    first_state,
+    untouched_row_state,
+)
+from partial_embedding.torch.row_gradient import as_tensor, entries_of
 from partial_embedding.torch.rowcopy import (
     distinct,
     read_rows,
@@ -24,8 +29,8 @@ from partial_embedding.torch.rowcopy import (
     sum_rows,
     write_rows,
 )
-from partial_embedding.torch.rowset import RowSet, shown
-from partial_embedding.torch.trial import Group, State
+from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.table import PartialTable
 
 
 @dataclass(eq=False)
@@ -90,34 +95,41 @@ class TableState:
 
     Args:
         name: The table's name in the model, for messages.
-        table: The table, or another parameter with its rows.
-        anatomy: How the optimizer keeps its state.
+        table: The table.
+        parameter: What the optimizer holds: the table's weight, the parameter that it is computed
+            from, or the bias of a head.
+        layout: How the optimizer keeps its state.
         lazy: Step only rows that the batch touched.
         unscaled: Why rows cannot have a learning rate of their own, or None where they can.
+        kind: What of the options the layout follows from.
 
     Raises:
-        InputError: Rows of the table have one already.
+        InputError: Rows of the table have a rate of their own already, which it cannot keep.
     """
 
     def __init__(
         self,
         name: str,
-        table: RowParameter,
-        anatomy: Anatomy,
+        table: PartialTable,
+        parameter: nn.Parameter,
+        layout: StateLayout,
         lazy: bool,
         unscaled: str | None = None,
+        kind: object = None,
     ) -> None:
         self.name = name
         self.table = table
-        self.anatomy = anatomy
+        self.parameter = parameter
+        self.row_shape = parameter.shape[1:]
+        self.layout = layout
         self.lazy = lazy
         self.unscaled = unscaled
+        self.kind = kind
         self.cohorts: dict[int, Cohort] = {}
         self._rows: RowSet | None = None
         self._summed: Tensor | None = None  # the last compact gradient, for its memory
         for rate_scale in table.row_set.rate_scales.values():
             self.check_rate_scale(rate_scale)
-        table.ask_about_rates(self.check_rate_scale)
 
     def check_rate_scale(self, rate_scale: RateScale) -> None:
         """Refuse a rate_scale that the optimizer cannot keep.
@@ -135,7 +147,21 @@ class TableState:
                 "warmup_steps, or take another optimizer."
             )
 
-    def follow_rows(self) -> bool:
+    def change_layout(self, layout: StateLayout, kind: object) -> None:
+        """Go on under options that were changed; what is remembered already stays.
+
+        Args:
+            layout: How the optimizer keeps its state from now on.
+            kind: What of the options that follows from.
+        """
+        self.layout = replace(
+            layout,
+            keys=layout.keys | self.layout.keys,
+            per_row=layout.per_row | self.layout.per_row,
+        )
+        self.kind = kind
+
+    def sync(self) -> bool:
         """Take over the table's row set: new cohorts begin, rows that left lose their state.
 
         Returns:
@@ -167,10 +193,10 @@ class TableState:
         return replace(old, ids=ids, state=state)
 
     def _moved(self, state: State, like: Tensor) -> State:
-        return {k: v.to(like.device) if k in self.anatomy.per_row else v for k, v in state.items()}
+        return {k: v.to(like.device) if k in self.layout.per_row else v for k, v in state.items()}
 
     def _per_row(self, state: State) -> list[str]:
-        return [key for key in state if key in self.anatomy.per_row]
+        return [key for key in state if key in self.layout.per_row]
 
     # Blocks: what the optimizer's own maths sees instead of the table
 
@@ -181,45 +207,49 @@ class TableState:
             optimizer: The optimizer.
             group: Its parameter group that holds the table.
         """
-        grad = self.table.weight.grad
-        if grad is None and not self.anatomy.flat and not self.anatomy.in_group:
+        grad = self.parameter.grad
+        if grad is None and not self.layout.flat and not self.layout.in_group:
             return  # without a gradient the optimizer neither moves a parameter nor counts the step
         # In a dense gradient nothing tells an untouched row from one whose gradient is zero.
-        if grad is not None and self.lazy and grad.layout == torch.sparse_coo:
-            made = self._touched_blocks(grad)
+        entries = None if grad is None else entries_of(grad)
+        if entries is not None and self.lazy:
+            made = self._touched_blocks(*entries)
         else:
-            made = self._whole_blocks(grad)
+            made = self._whole_blocks(grad, entries)
         for block in made:
-            if self.anatomy.eager and not block.cohort.state:
+            if self.layout.eager and not block.cohort.state:
                 whole = block.parameter.new_empty(len(block.cohort.ids), *block.parameter.shape[1:])
                 block.cohort.state = first_state(optimizer, group, nn.Parameter(whole))
             yield block
 
-    def _whole_blocks(self, grad: Tensor | None) -> Iterator[Block]:
+    def _whole_blocks(
+        self, grad: Tensor | None, entries: tuple[Tensor, Tensor] | None
+    ) -> Iterator[Block]:
         rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
-        cohorts, weight = self.cohorts.values(), self.table.weight.detach()
+        cohorts, weight = self.cohorts.values(), self.parameter.detach()
         compact: Iterable[Tensor | None] = [None] * len(sizes)
-        if grad is not None and self.anatomy.sparse:
-            compact = _split_sparse(rows.slots, grad, sizes)
-        elif grad is not None and grad.layout == torch.sparse_coo:
-            compact = self._compact(rows, grad).split(sizes)
+        if grad is not None and self.layout.sparse:
+            compact = _split_sparse(rows.slots, entries, sizes)
+        elif entries is not None:
+            compact = self._compact(rows, *entries).split(sizes)
         elif grad is not None:
-            compact = [read_rows(grad, cohort.ids, cohort.run) for cohort in cohorts]
+            dense = as_tensor(grad)
+            compact = [read_rows(dense, cohort.ids, cohort.run) for cohort in cohorts]
         for cohort, part_grad in zip(cohorts, compact, strict=True):
             values = cohort.values_of(weight)
             yield Block(cohort, _parameter(values, part_grad), cohort.ids)
 
-    def _compact(self, rows: RowSet, grad: Tensor) -> Tensor:
-        """A sparse gradient of the trainable rows, dense, by slot, shape (K, D)."""
-        slots = rows.slots.index_select(0, grad._indices()[0])
-        self._summed = sum_rows(slots, grad._values(), len(rows) + 1, self._summed)
+    def _compact(self, rows: RowSet, ids: Tensor, values: Tensor) -> Tensor:
+        """The gradient of the trainable rows by slot, shape (K, D)."""
+        slots = rows.slots.index_select(0, ids)
+        self._summed = sum_rows(slots, values, len(rows) + 1, self._summed)
         return self._summed[: len(rows)]
 
-    def _touched_blocks(self, grad: Tensor) -> Iterator[Block]:
+    def _touched_blocks(self, ids_given: Tensor, values_given: Tensor) -> Iterator[Block]:
         rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
-        slots = rows.slots.index_select(0, grad._indices()[0]).long()
+        slots = rows.slots.index_select(0, ids_given).long()
         touched, position = distinct(slots, len(rows) + 1)
-        summed = sum_rows(position, grad._values(), len(touched))
+        summed = sum_rows(position, values_given, len(touched))
         ends = torch.tensor([0, *sizes], device=touched.device).cumsum(0)
         bounds = torch.searchsorted(touched, ends).tolist()
         starts = ends.tolist()
@@ -227,12 +257,12 @@ class TableState:
             local = touched[bounds[i] : bounds[i + 1]] - starts[i]
             ids = cohort.ids.index_select(0, local)
             part_grad = summed[bounds[i] : bounds[i + 1]]
-            if self.anatomy.sparse:
+            if self.layout.sparse:
                 part_grad = _sparse(torch.arange(len(ids), device=ids.device), part_grad, len(ids))
-            values = self.table.weight.detach().index_select(0, ids)
+            values = self.parameter.detach().index_select(0, ids)
             yield Block(cohort, _parameter(values, part_grad), ids, local)
 
-    def lend_state(self, block: Block) -> State:
+    def gather_state(self, block: Block) -> State:
         """The state to give the optimizer for a block."""
         state = dict(block.cohort.state)
         if block.local is not None:
@@ -249,14 +279,14 @@ class TableState:
         Raises:
             InputError: There is a key of which nothing is known.
         """
-        if not self.anatomy.flat and (unknown := state.keys() - self.anatomy.keys):
+        if not self.layout.flat and (unknown := state.keys() - self.layout.keys):
             raise InputError(
                 "an optimizer keeps the state that it was tried with. Received "
                 f"{sorted(unknown)} from {type(optimizer).__name__}. Where its options changed, "
                 "call detach_rowwise and rowwise again."
             )
 
-    def take_back(self, block: Block, state: State, optimizer: Optimizer, group: Group) -> None:
+    def scatter(self, block: Block, state: State, optimizer: Optimizer, group: Group) -> None:
         """Put the values and the state of a block back where they belong.
 
         Args:
@@ -268,11 +298,11 @@ class TableState:
         if self._summed is not None and _keeps(state, self._summed):
             self._summed = None
         run = block.cohort.run if block.local is None else None
-        write_rows(self.table.weight.detach(), block.ids, run, block.parameter.detach())
+        write_rows(self.parameter.detach(), block.ids, run, block.parameter.detach())
         if block.local is not None and state:
             whole = block.cohort.state
             if not whole:
-                row = untouched_row_state(optimizer, self.anatomy, group, self.table.weight)
+                row = untouched_row_state(optimizer, self.layout, group, self.parameter)
                 rows = len(block.cohort.ids)
                 whole = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in row.items()}
             for key in self._per_row(state):
@@ -282,70 +312,25 @@ class TableState:
 
     # Saving and restoring
 
-    def dump(self) -> dict[str, Any]:
-        """What a checkpoint keeps: row ids and K×D state, as tensors and plain values."""
-        cohorts = [
-            {
-                "number": number,
-                "rows": cohort.ids,
-                "state": dict(cohort.state),
-                "group_state": dict(cohort.group_state),
-                **_saved_rate_scale(cohort),
-            }
-            for number, cohort in self.cohorts.items()
-        ]
-        return {"num_rows": self.table.weight.shape[0], "cohorts": cohorts}
+    @property
+    def shared_state(self) -> State:
+        """What is not per row, as the optimizer has it for a parameter."""
+        stepped = next((cohort.state for cohort in self.cohorts.values() if cohort.state), {})
+        own = {key: value for key, value in stepped.items() if key not in self.layout.per_row}
+        return {**self.layout.shared, **own}
 
-    def check(self, saved: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other rows.
+    def take_cohorts(self, cohorts: dict[int, Cohort]) -> None:
+        """Take over the cohorts of a checkpoint, and with them which rows train.
 
         Args:
-            saved: What `dump` gave.
-
-        Raises:
-            InputError: The table has another size, other rows train, or the optimizer cannot keep
-                their rate_scale.
+            cohorts: The cohorts by number.
         """
-        if saved["num_rows"] != self.table.weight.shape[0]:
-            raise InputError(
-                f"optimizer state belongs to a table of one size. Received state for "
-                f"{saved['num_rows']} rows and {self.name!r} with {self.table.weight.shape[0]}. "
-                "Load the checkpoint's vocabulary first."
-            )
-        ids = [cohort["rows"].cpu() for cohort in saved["cohorts"]]
-        saved_ids = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).sort().values
-        rows = self.table.row_set.ids.cpu()
-        if not torch.equal(saved_ids, rows):
-            raise InputError(
-                "optimizer state belongs to the rows that trained. Received state for "
-                f"{len(saved_ids)} rows {shown(saved_ids)}, while in {self.name!r} {len(rows)} "
-                f"train {shown(rows)}. Call set_trainable_rows with the former first."
-            )
-        for cohort in saved["cohorts"]:
-            self.check_rate_scale(_rate_scale_and_steps(cohort)[0])
-
-    def restore(self, saved: dict[str, Any], group: Group) -> None:
-        """Take over the cohorts of a checkpoint that `check` has passed.
-
-        Args:
-            saved: What `dump` gave.
-            group: The parameter group that holds the table.
-        """
-        device = self.table.row_set.device
-        self.cohorts = {}
-        for entry in saved["cohorts"]:
-            state = {k: _on_device(k, v, device, group) for k, v in entry["state"].items()}
-            ids, group_state = entry["rows"].to(device), dict(entry["group_state"])
-            cohort = Cohort(ids, state, group_state, *_rate_scale_and_steps(entry))
-            self.cohorts[int(entry["number"])] = cohort
-        numbers = {number: cohort.ids for number, cohort in self.cohorts.items()}
-        rate_scales = {
-            n: cohort.rate_scale
-            for n, cohort in self.cohorts.items()
-            if not cohort.rate_scale.is_plain
-        }
-        after = max([*numbers, self.table.row_set.next_number - 1]) + 1
-        self._rows = RowSet(self.table.weight.shape[0], numbers, after, device, rate_scales)
+        self.cohorts = cohorts
+        device, before = self.table.row_set.device, self.table.row_set.next_number
+        ids = {number: cohort.ids for number, cohort in cohorts.items()}
+        scaled = {n: c.rate_scale for n, c in cohorts.items() if not c.rate_scale.is_plain}
+        after = max([*ids, before - 1]) + 1
+        self._rows = RowSet(self.parameter.shape[0], ids, after, device, scaled)
         self.table.row_set = self._rows
 
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
@@ -355,22 +340,22 @@ class TableState:
             optimizer: The optimizer, which then has no state of its own for the table.
             group: Its parameter group that holds the table.
         """
-        self.follow_rows()
-        if self.anatomy.flat:
+        self.sync()
+        if self.layout.flat:
             clear_history(optimizer)  # as long as the whole table
             return
-        state = optimizer.state.pop(self.table.weight, {})
+        state = optimizer.state.pop(self.parameter, {})
         for cohort in self.cohorts.values():
             cohort.state = {
                 key: value.index_select(0, cohort.ids.to(value.device))
-                if key in self.anatomy.per_row
+                if key in self.layout.per_row
                 else value.clone()
                 if isinstance(value, Tensor)
                 else value
                 for key, value in state.items()
             }
             if state:  # a copy, since some optimizers count in place
-                counted = self.anatomy.in_group & group.keys()
+                counted = self.layout.in_group & group.keys()
                 cohort.group_state = {key: copy.deepcopy(group[key]) for key in counted}
 
 
@@ -380,14 +365,16 @@ def clear_history(optimizer: Optimizer) -> None:
     vars(optimizer)["_numel_cache"] = None
 
 
-def _split_sparse(slots: Tensor, grad: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+def _split_sparse(
+    slots: Tensor, entries: tuple[Tensor, Tensor] | None, sizes: list[int]
+) -> Iterator[Tensor]:
     """A sparse gradient for each cohort, as `SparseAdam` wants."""
-    if grad.layout != torch.sparse_coo:
+    if entries is None:
         raise InputError(
             "SparseAdam takes sparse gradients. Received a dense one. Make the table with "
             "sparse=True, and do not tie its weight to a head."
         )
-    of_id, values, start = slots[grad._indices()[0]].long(), grad._values(), 0
+    of_id, values, start = slots[entries[0]].long(), entries[1], 0
     for size in sizes:
         mine = (of_id >= start) & (of_id < start + size)
         yield _sparse(of_id[mine] - start, values[mine], size)
@@ -409,22 +396,3 @@ def _parameter(values: Tensor, grad: Tensor | None) -> nn.Parameter:
     parameter = nn.Parameter(values)
     parameter.grad = grad
     return parameter
-
-
-def _saved_rate_scale(cohort: Cohort) -> dict[str, Any]:
-    # Absent where plain, so that a checkpoint is then what it is without rate_scales.
-    if cohort.rate_scale.is_plain:
-        return {}
-    return {"rate_scale": {**cohort.rate_scale.to_config(), "steps": cohort.steps}}
-
-
-def _rate_scale_and_steps(entry: dict[str, Any]) -> tuple[RateScale, int]:
-    saved = dict(entry.get("rate_scale", {}))
-    steps = saved.pop("steps", 0)
-    return RateScale(**saved), steps
-
-
-def _on_device(key: str, value: Any, device: torch.device, group: Group) -> Any:
-    # torch keeps step counts on the CPU unless the maths itself runs on the device.
-    counts_on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
-    return value.to(device) if isinstance(value, Tensor) and not counts_on_cpu else value

@@ -1,7 +1,9 @@
 """The contract's verbs in PyTorch and Lightning."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -64,11 +66,11 @@ class Training:
 
     def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows and no others."""
-        self._embedding.set_trainable_rows(rows, rate_scale=rate_scale)
+        self._embedding.set_trainable_rows(rows, **asdict(rate_scale or RateScale()))
 
     def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows too."""
-        self._embedding.unfreeze_rows(rows, rate_scale=rate_scale)
+        self._embedding.unfreeze_rows(rows, **asdict(rate_scale or RateScale()))
 
     def freeze(self, rows: object) -> None:
         """Train these rows no longer."""
@@ -89,7 +91,10 @@ def fit(
     epochs: int,
     ever: object,
     measured: Sequence[float] = (),
-) -> list[Array]:
+    audit: bool | int = True,
+    write: tuple[int, int] | None = None,
+    folder: Path | None = None,
+) -> tuple[list[Array], Any]:
     """Train a table named "words" along a schedule with the callback, and its audit.
 
     Args:
@@ -100,11 +105,15 @@ def fit(
         epochs: How many.
         ever: What may ever train; PyTorch need not know.
         measured: What validations log as `val_measured`, epoch by epoch.
+        audit: As the callback takes it.
+        write: A step and a row; the row is written to before the step.
+        folder: Where the run is kept, and goes on if it was kept there before.
 
     Returns:
-        The table after each epoch.
+        The table after each epoch, and what is kept of the schedule.
     """
     model = _Model(matrix, optimizer, measured)
+    unfreezing = RowUnfreezing(schedule, lazy=optimizer.lazy, audit=audit)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -112,12 +121,25 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[RowUnfreezing(schedule, lazy=optimizer.lazy, audit=True)],
+        callbacks=[unfreezing, *([] if write is None else [_Writes(*write)])],
     )
     pairs = [(torch.tensor(ids), torch.tensor(upstream)) for ids, upstream in batches]
     loader = torch.utils.data.DataLoader(pairs, batch_size=None)  # type: ignore[arg-type]
-    trainer.fit(model, loader, loader if measured else None)
-    return model.tables
+    kept = None if folder is None else folder / "run.ckpt"
+    before = kept if kept is not None and kept.exists() else None
+    trainer.fit(model, loader, loader if measured else None, ckpt_path=before)
+    if kept is not None:
+        trainer.save_checkpoint(kept)
+    return model.tables, unfreezing.state_dict()
+
+
+class _Writes(pl.Callback):
+    def __init__(self, step: int, row: int) -> None:
+        self.step, self.row = step, row
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            pl_module.words.weight.data[self.row] += 1
 
 
 class _Model(pl.LightningModule):

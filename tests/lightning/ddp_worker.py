@@ -23,7 +23,7 @@ from small_runs import SCHEDULE, STAGES, D, Net, V, Witness, data, loader, train
 from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
-from partial_embedding.torch import PartialLinear, clip_grad_norm_, rowwise
+from partial_embedding.torch import PartialLinear, rowwise
 from partial_embedding.torch.ddp import average
 
 rowwise_module = importlib.import_module("partial_embedding.torch.optimizer")
@@ -156,7 +156,7 @@ class Manual(Net):
         with self.trainer.strategy.block_backward_sync():
             self.manual_backward(self.loss((ids[:2], labels[:2])))
         self.manual_backward(self.loss((ids[2:], labels[2:])))
-        clip_grad_norm_(self.parameters(), 0.2)
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.2)
         optimizer.step()
 
 
@@ -290,7 +290,7 @@ def run(name: str, folder: Path) -> None:
         "ignored_later": list(getattr(net, "_ddp_params_and_buffers_to_ignore", [])),
         "averaged": calls,
         "optimizer": optimizer.state_dict(),
-        "reports": [(r.frozen, r.changed) for r in callback.reports if r.table == "words"],
+        "reports": [(r.frozen, r.changed) for r in callback.audit_results if r.table == "words"],
     }
     torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
 

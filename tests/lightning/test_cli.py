@@ -27,7 +27,7 @@ def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_fit_leaves_log_checkpoints_vectors_and_picture_and_says_where(
+def test_fit_leaves_log_checkpoints_vectors_and_page_and_says_where(
     small_run: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *small_run]) == 0
@@ -42,7 +42,7 @@ def test_fit_leaves_log_checkpoints_vectors_and_picture_and_says_where(
         "checkpoint": RUN / "checkpoints/last.ckpt",
         "best checkpoint": RUN / "checkpoints/best.ckpt",
         "vectors": RUN / "vectors.vec",
-        "picture": RUN / "rows.png",
+        "page": RUN / "report.html",
     }.items():
         assert f"\n{what}: {file}\n" in out
         assert file.exists()
@@ -121,7 +121,7 @@ def test_a_config_of_the_repository_runs(
     quick = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
     where = ["--trainer.default_root_dir=runs", "--trainer.enable_progress_bar=false"]
     assert main(["fit", *own, *quick, *where]) == 0
-    assert {"vectors.vec", "rows.png"} <= files_below(RUN)
+    assert {"vectors.vec", "rows.json", "report.html"} <= files_below(RUN)
 
 
 # Bad input. Each case prepares something in the working directory and gives the arguments to add
@@ -217,7 +217,6 @@ CASES: dict[str, Case] = {
     ),
     "checkpoint_last_of_no_run": (nothing, ["--ckpt_path=last"], "which holds none"),
     "export_suffix": (nothing, ["--model.export=xyz"], "xyz"),
-    "picture_suffix": (nothing, ["--monitor.picture=xyz"], "xyz"),
 }
 
 

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import re
 import sysconfig
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_new_items_of_a_recommender_run_as_planned() -> None:
         stage_state = schedule.state_at(Position(epoch))
         rows = schedule.rows_at(stage_state)
         if len(rows.resolve(len(items))) != len(table.trainable_rows):
-            table.set_trainable_rows(rows, rate_scale=schedule.rate_scale_at(stage_state))
+            table.set_trainable_rows(rows, **asdict(schedule.rate_scale_at(stage_state)))
         audit = FrozenRowAudit(table)
         for chosen in torch.arange(len(pairs)).split(64):
             vectors = of_users(user_ids[chosen])

@@ -45,7 +45,7 @@ from small_runs import (
 from torch import nn
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.torch import PartialEmbedding, clip_grad_norm_
+from partial_embedding.torch import PartialEmbedding
 
 
 def check_run(net: Any, witness: Witness, expected: list[dict[str, torch.Tensor]]) -> None:
@@ -320,7 +320,7 @@ class Manual(Net):
             optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, index))
         if self.max_norm is not None:
-            clip_grad_norm_(self.parameters(), self.max_norm)
+            nn.utils.clip_grad_norm_(self.parameters(), self.max_norm)
         for optimizer in optimizers:
             optimizer.step()
 

@@ -94,7 +94,7 @@ def test_rows_that_need_a_vocabulary_find_it(owner: str) -> None:
     vocabulary = Vocabulary(map(str, range(12)), counts=range(12), missing=[2, 5])
     schedule = stages(epoch_0="missing", epoch_1={"union": ["missing", {"most_frequent": 3}]})
     net, witness = Net().build(), Witness()
-    callback = RowUnfreezing(schedule, vocabulary if owner == "argument" else None)
+    callback = RowUnfreezing(schedule, vocabulary=vocabulary if owner == "argument" else None)
     datamodule = pl.LightningDataModule()
     datamodule.train_dataloader = lambda: loader(data())
     if owner != "argument":
@@ -102,6 +102,54 @@ def test_rows_that_need_a_vocabulary_find_it(owner: str) -> None:
     trainer(callback, witness).fit(net, datamodule=datamodule)
     rows = {0: (2, 5), 1: (2, 5, 9, 10, 11)}
     assert_frozen_rows_kept_their_bits(witness, starting_table(), stages=rows)
+
+
+def test_a_vocabulary_may_be_a_plain_list_of_tokens() -> None:
+    tokens = [f"w{row}" for row in range(12)]
+    schedule = stages(epoch_0={"tokens": ["w1", "w4"]})
+    witness = fit(Net().build(), unfreezing=RowUnfreezing(schedule, vocabulary=tokens))
+    assert_frozen_rows_kept_their_bits(witness, starting_table(), stages={0: (1, 4)})
+    with pytest.raises(InputError, match=r"a vocabulary is a mapping .*Received: str"):
+        RowUnfreezing(schedule, vocabulary="w1")
+
+
+# Several callbacks
+
+OTHER_STAGES = {0: (0, 11), 2: (0, 5, 11)}
+OTHER = {"stages": [{"epoch": e, "rows": list(r)} for e, r in OTHER_STAGES.items()]}
+
+
+def two_callbacks() -> list[RowUnfreezing]:
+    return [
+        RowUnfreezing({name: s}, audit=1) for name, s in (("words", SCHEDULE), ("items", OTHER))
+    ]
+
+
+@pytest.mark.parametrize("saved_after", [0, 2])
+def test_two_callbacks_move_two_tables_as_one_would(saved_after: int, tmp_path: Path) -> None:
+    tables = ("words", "items")
+    one, two = Net().build(tables), Net().build(tables)
+    by_name = {"words": SCHEDULE, "items": OTHER}
+    expected = fit(one, unfreezing=RowUnfreezing(by_name, audit=1))
+    first, second = two_callbacks()
+    got = fit(two, second, Keep(tmp_path), unfreezing=first)
+    assert_same_run(got, expected.seen)
+    assert [report.table for report in first.audit_results] == 3 * ["words"]
+    assert [report.table for report in second.audit_results] == 2 * ["items"]
+    first, second = two_callbacks()
+    resumed = Net().build(tables, seed=9)
+    rest = fit(resumed, second, unfreezing=first, ckpt_path=tmp_path / f"{saved_after}.ckpt")
+    assert_same_run(rest, expected.seen[-len(rest.seen) :])
+    assert len(rest.seen) == (EPOCHS - 1 - saved_after) * BATCHES
+
+
+@pytest.mark.parametrize("schedule", [{"words": OTHER}, OTHER], ids=["by_name", "all_tables"])
+def test_two_callbacks_for_one_table_are_refused(schedule: Any) -> None:
+    net = Net().build(("words", "items"))
+    both = {"words": SCHEDULE, "items": OTHER}
+    with pytest.raises(InputError, match=r"one schedule\. Received two RowUnfreezing for 'words'"):
+        fit(net, RowUnfreezing(schedule), unfreezing=RowUnfreezing(both))
+    assert net.steps_begun == 0
 
 
 # What it says
@@ -112,7 +160,7 @@ def test_lines_say_what_trains_when_stages_begin_and_what_the_audit_found(
 ) -> None:
     vocabulary = Vocabulary(map(str, range(12)), counts=[1] * 10 + [5] * 2)
     net = Net().build()
-    fit(net, unfreezing=RowUnfreezing(SCHEDULE, vocabulary, audit=True))
+    fit(net, unfreezing=RowUnfreezing(SCHEDULE, vocabulary=vocabulary, audit=True))
     assert capsys.readouterr().out.splitlines() == [
         "words: 3 of 12 rows train (12 of 48 parameters), 15 parameters elsewhere",
         "words: stage 0 from epoch 0: 3 rows train, 25.0 % of the table, 15.0 % of training tokens",
@@ -149,6 +197,15 @@ class Tableless(Net):
         return super().build(*arguments, plain=True, **options)
 
 
+class Frozen(Net):
+    """Freezes its table, as `from_pretrained(freeze=True)` does."""
+
+    def build(self, *arguments: Any, **options: Any) -> Any:
+        built = super().build(*arguments, **options)
+        built.words.requires_grad_(False)
+        return built
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
     "no_table": (lambda: Tableless().build(), SCHEDULE, ("PartialEmbedding", "Tableless")),
     "no_optimizer_holds_it": (
@@ -176,6 +233,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
     ),
     "short_mask": (lambda: Net().build(), stages(epoch_0=[True] * 3), ("words", "12 rows", "3")),
     "no_vocabulary": (lambda: Net().build(), stages(epoch_0="missing"), ("words", "vocabulary")),
+    "frozen_weight": (
+        lambda: Frozen().build(),
+        SCHEDULE,
+        ("words", "requires_grad=False", "freeze=True", "get_peft_model"),
+    ),
     "lazy_across_rows": (
         lambda: Net().build(make=adafactor),
         SCHEDULE,

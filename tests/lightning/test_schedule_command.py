@@ -1,6 +1,7 @@
 """`partial-embedding schedule` shows what a schedule will do, before any training."""
 
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
@@ -23,14 +24,14 @@ def files(small_run: list[str]) -> None:
 def test_a_schedule_is_printed_and_drawn_for_a_vocabulary(
     files: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["schedule", "schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.png"]) == 0
+    assert main(["schedule", "schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.svg"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "10 rows, 5 epochs"
     assert lines[1].startswith("stage 0 from epoch 0  █████·")
     assert lines[1].endswith("2 rows (20.0 %), 2.2 % of training tokens, 2 join")
     assert lines[3].endswith("10 rows (100.0 %), 100.0 % of training tokens, 5 join")
-    assert lines[4] == "picture: p.png"
-    assert Path("p.png").read_bytes().startswith(b"\x89PNG")
+    assert lines[4] == "picture: p.svg"
+    assert ET.parse("p.svg").getroot().tag.endswith("}svg")
 
 
 def test_steps_and_tables_are_chosen(files: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,8 +115,8 @@ REFUSED = {
     "no_such_option": (["schedule.yaml", "--colour=red"], "--colour=red"),
     "no_number": (["schedule.yaml", "--rows=many"], "'many'"),
     "nothing": ([], "file"),
-    "no_folder": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=a/p.png"], "a/"),
-    "no_format": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.xyz"], "xyz"),
+    "no_folder": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=a/p.svg"], "a/"),
+    "no_format": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.png"], ".svg"),
 }
 
 

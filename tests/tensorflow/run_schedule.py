@@ -75,7 +75,7 @@ model = keras.Sequential(
 )
 optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1)
 if kind != "plain":
-    optimizer = rowwise(optimizer, rate_scales=kind == "rate_scales")
+    optimizer = rowwise(optimizer)
 model.compile(optimizer, "mse")
 callbacks = [
     RowUnfreezing(SCHEDULE, audit=True, backup_dir=folder),

@@ -10,9 +10,15 @@ from small_tables import FROZEN, ROWS, D, V, table_of
 from torch import Tensor, nn
 
 from partial_embedding.errors import FrozenRowsMoved
-from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, rowwise
-from partial_embedding.torch import audit as audit_module
-from partial_embedding.torch.audit import FrozenRowAudit, fingerprints
+from partial_embedding.torch import (
+    PartialEmbedding,
+    PartialEmbeddingBag,
+    masked_gradient_only,
+    rowwise,
+)
+from partial_embedding.torch import fingerprint as fingerprint_module
+from partial_embedding.torch.audit import FrozenRowAudit
+from partial_embedding.torch.fingerprint import fingerprints
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OF_EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,7 +142,7 @@ def test_fingerprints_do_not_depend_on_layout_device_or_random_state() -> None:
 def test_a_table_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
     table = table_of()
     whole = fingerprints(table.weight, torch.arange(V))
-    monkeypatch.setattr(audit_module, "_CHUNK", rows_at_once * D * 4)
+    monkeypatch.setattr(fingerprint_module, "_CHUNK", rows_at_once * D * 4)
     sizes = []
     select = Tensor.index_select
 
@@ -251,7 +257,7 @@ def test_message_names_the_table_the_rows_and_the_step() -> None:
     message = message_of(audit, 12)
     assert message.startswith("encoder.words: 2 frozen rows changed by step 12: 0, 5. ")
     assert "Most likely" in message
-    assert "rowwise" in message
+    assert "masked_gradient_only" in message
     assert "step" not in message_of(audit).partition("Most likely")[0]
 
 
@@ -329,11 +335,11 @@ def test_a_plain_loop_with_rowwise_passes() -> None:
     assert (table.weight != before).any(1).nonzero().flatten().tolist() == ROWS
 
 
-@pytest.mark.filterwarnings("ignore:AdamW steps a PartialEmbedding")
-def test_a_plain_loop_without_rowwise_is_caught_at_its_first_step() -> None:
+def test_a_plain_loop_with_a_masked_gradient_alone_is_caught_at_its_first_step() -> None:
     table = PartialEmbedding(V, D, sparse=False, trainable_rows=ROWS)
     optimizer = torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.1)
-    with pytest.raises(FrozenRowsMoved, match=r"words: 5 frozen rows changed by step 0.*rowwise"):
+    masked_gradient_only(optimizer)
+    with pytest.raises(FrozenRowsMoved, match=r"words: 5 frozen rows changed by step 0.*masked"):
         loop(table, optimizer)
 
 

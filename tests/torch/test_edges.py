@@ -376,19 +376,6 @@ def test_schedulers_reach_the_rows(case: Case, name: str, after: bool, sparse: b
 # Without `rowwise`
 
 
-def test_a_stock_optimizer_over_frozen_rows_warns_once() -> None:
-    table = partial_table(sparse=False)
-    optimizer = torch.optim.AdamW(table.parameters())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            optimizer.zero_grad()
-            table(torch.tensor([1, 2])).sum().backward()
-            optimizer.step()
-    (message,) = [str(w.message) for w in caught]
-    assert "rowwise" in message
-
-
 def test_a_table_that_is_dropped_during_a_step_disturbs_no_other_optimizer() -> None:
     tables = []
     watch = register_optimizer_step_pre_hook(lambda *_: tables.clear())

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from partial_embedding import InputError, Schedule
-from partial_embedding.schedule import RateScale
+from partial_embedding import InputError
 from partial_embedding.torch import PartialEmbedding, PartialLinear, detach_rowwise, rowwise
-from partial_embedding.torch.adapter import ScheduledTables
+from partial_embedding.torch.adapter import TorchTables
+from partial_embedding.torch.row_gradient import RowGradient
 
 V, D = 11, 6
 ROWS = [2, 5, 9]
@@ -88,7 +88,7 @@ def test_scores_and_gradients_are_those_of_a_plain_head(
         assert grad.dtype == expected.dtype
         torch.testing.assert_close(grad[ROWS], expected[ROWS], **rounding)
         assert not grad[FROZEN].any(), name
-    assert (head.weight.grad.layout == torch.sparse_coo) == sparse
+    assert isinstance(head.weight.grad, RowGradient) == sparse
 
 
 def test_a_tied_weight_gets_one_sparse_gradient_from_both() -> None:
@@ -98,7 +98,7 @@ def test_a_tied_weight_gets_one_sparse_gradient_from_both() -> None:
     for model in (tied, plain):
         F.cross_entropy(model(ids).flatten(0, 1), torch.tensor([2, 3, 9, 9, 5, 0])).backward()
     grad = tied.table.weight.grad
-    assert grad.layout == torch.sparse_coo
+    assert isinstance(grad, RowGradient)
     assert set(grad._indices()[0].tolist()) == set(ROWS)
     torch.testing.assert_close(grad.to_dense()[ROWS], plain.table.weight.grad[ROWS])
 
@@ -196,11 +196,11 @@ def test_rows_of_a_bias_that_join_late_begin_afresh_and_a_run_goes_on_from_its_s
 
 def test_rows_of_a_pace_take_their_bias_along() -> None:
     moved = []
-    for rate_scale in (None, RateScale(lr_scale=0.5)):
+    for lr_scale in (1.0, 0.5):
         _, head = pair()
         before = copy.deepcopy(head.state_dict())
         head.set_trainable_rows("none")
-        head.set_trainable_rows(ROWS, rate_scale=rate_scale)
+        head.set_trainable_rows(ROWS, lr_scale=lr_scale)
         optimizer = rowwise(torch.optim.SGD(head.parameters(), lr=0.1), head)
         head(features(7)).square().sum().backward()
         optimizer.step()
@@ -215,9 +215,9 @@ def test_a_pace_is_refused_through_whichever_module_has_the_weight() -> None:
     optimizer = rowwise(torch.optim.LBFGS(tied.parameters()), tied)
     for module in (tied.table, tied.head):
         with pytest.raises(InputError, match="LBFGS"):
-            module.unfreeze_rows([0], rate_scale=RateScale(lr_scale=0.5))
+            module.unfreeze_rows([0], lr_scale=0.5)
     detach_rowwise(optimizer)
-    tied.head.unfreeze_rows([0], rate_scale=RateScale(lr_scale=0.5))
+    tied.head.unfreeze_rows([0], lr_scale=0.5)
 
 
 def test_head_and_table_that_are_tied_have_the_same_rows() -> None:
@@ -353,14 +353,13 @@ def test_a_frozen_head_learns_nothing() -> None:
 @SPARSE_AND_DENSE
 def test_a_sparse_head_that_is_not_tied_is_refused_among_several_processes(sparse: bool) -> None:
     model = nn.ModuleDict({"head": pair(sparse=sparse)[1], "tied": Tied()})
-    schedule = Schedule([{"epoch": 0, "rows": [1]}])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        tables = ScheduledTables(model, {None: schedule})
+        tables = TorchTables(model)
         if not sparse:
-            tables.check_backend()
+            tables.check_backend(["head"])
             return
         with pytest.raises(InputError, match=r"the sparse head 'head', which is tied to none"):
-            tables.check_backend()
+            tables.check_backend(["head"])
     finally:
         dist.destroy_process_group()

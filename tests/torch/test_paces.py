@@ -50,6 +50,13 @@ def factor_of(rate_scale: RateScale | None) -> Callable[[int], float] | None:
     )
 
 
+def options_of(rate_scale: RateScale | None) -> dict[str, Any]:
+    """What a user writes for a rate."""
+    if rate_scale is None:
+        return {}
+    return {"lr_scale": rate_scale.lr_scale, "warmup_steps": rate_scale.warmup_steps}
+
+
 def build(case: Case, sparse: bool = True, **options: Any) -> tuple[Model, torch.optim.Optimizer]:
     table = PartialEmbedding.from_pretrained(
         starting_table(), freeze=False, sparse=sparse, trainable_rows="none"
@@ -78,7 +85,7 @@ def follow_paces(
     for step, batch in enumerate(batches()):
         if step in stages:
             rows, rate_scale = stages[step]
-            model.table.set_trainable_rows(rows, rate_scale=rate_scale)
+            model.table.set_trainable_rows(rows, **options_of(rate_scale))
             oracle.set_rows(rows, factor_of(rate_scale))
         (group,) = optimizer.param_groups
         oracle.group = {k: v for k, v in group.items() if k in ("lr", "betas", "momentum")}
@@ -116,7 +123,7 @@ def test_a_table_alone_in_its_group_may_have_a_pace(case: Case) -> None:
     optimizer = rowwise(
         case.make([{"params": [other]}, {"params": [table.weight], "lr": 0.02}]), table
     )
-    table.set_trainable_rows([1, 4], rate_scale=RateScale(lr_scale=0.5))
+    table.set_trainable_rows([1, 4], lr_scale=0.5)
     alone = nn.Parameter(starting_table()[[1, 4]])
     reference = case.make([{"params": [alone], "lr": 0.02 * 0.5}])
     for step in range(4):
@@ -141,21 +148,21 @@ def test_the_plain_pace_changes_no_bit_and_no_key() -> None:
         return model.table.weight.detach(), optimizer.state_dict()
 
     without, state = run()
-    with_plain, other_state = run(rate_scale=RateScale())
+    with_plain, other_state = run()
     assert same_bits(without, with_plain)
     assert str(other_state) == str(state)
     assert "rate_scale" not in str(state)
-    assert "rate_scale" in str(run(rate_scale=RateScale(lr_scale=2.0))[1])
+    assert "rate_scale" in str(run(lr_scale=2.0)[1])
 
 
 def test_steps_are_counted_only_where_rows_warm_up_and_only_when_made() -> None:
     model, optimizer = build(case_of("AdamW"))
-    model.table.set_trainable_rows([1], rate_scale=RateScale(warmup_steps=5))
+    model.table.set_trainable_rows([1], warmup_steps=5)
     model.table.unfreeze_rows([2])
     made = batches()
 
     def steps() -> list[int]:
-        saved = optimizer.state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
+        saved = optimizer.state_dict()["state"][0]["rowwise"]["cohorts"]
         return [cohort.get("rate_scale", {}).get("steps", -1) for cohort in saved]
 
     train(case_of("AdamW"), model, optimizer, made[0])
@@ -193,7 +200,7 @@ class CountsInGroup(torch.optim.Optimizer):
 def test_a_count_in_the_group_goes_on_without_a_gradient_and_the_warm_up_does_not() -> None:
     table = PartialEmbedding.from_pretrained(starting_table(), trainable_rows="none")
     optimizer = rowwise(CountsInGroup(table.parameters()), table)
-    table.set_trainable_rows([1], rate_scale=RateScale(lr_scale=0.5, warmup_steps=4))
+    table.set_trainable_rows([1], lr_scale=0.5, warmup_steps=4)
     expected = starting_table()[1]
     for step, factor in enumerate((0.125, None, 0.25)):
         optimizer.zero_grad()
@@ -208,7 +215,7 @@ def test_a_count_in_the_group_goes_on_without_a_gradient_and_the_warm_up_does_no
 def test_a_step_that_the_scaler_skips_is_not_counted(fused: bool) -> None:
     table = PartialEmbedding(6, 4, trainable_rows="none")
     optimizer = rowwise(torch.optim.AdamW(table.parameters(), lr=0.1, fused=fused), table)
-    table.set_trainable_rows([1, 2], rate_scale=RateScale(warmup_steps=3))
+    table.set_trainable_rows([1, 2], warmup_steps=3)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     counted = []
     for factor in (1.0, float("inf"), 1.0):
@@ -218,7 +225,7 @@ def test_a_step_that_the_scaler_skips_is_not_counted(fused: bool) -> None:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        saved = optimizer.state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
+        saved = optimizer.state_dict()["state"][0]["rowwise"]["cohorts"]
         counted.append(saved[0]["rate_scale"]["steps"])
     assert counted == [1, 1, 2]
 
@@ -236,7 +243,7 @@ def test_a_restored_warm_up_goes_on_where_it_stood(name: str, cut: int, lazy: bo
     def go(model: Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             if step in STAGES:
-                model.table.set_trainable_rows(STAGES[step][0], rate_scale=STAGES[step][1])
+                model.table.set_trainable_rows(STAGES[step][0], **options_of(STAGES[step][1]))
             train(case, model, optimizer, batches()[step])
 
     whole, optimizer = build(case, lazy=lazy)
@@ -264,7 +271,7 @@ def test_lazy_rows_have_a_pace_too(name: str) -> None:
         model, optimizer = build(case, lazy=lazy)
         for step, batch in enumerate(made):
             if step in STAGES:
-                model.table.set_trainable_rows(STAGES[step][0], rate_scale=STAGES[step][1])
+                model.table.set_trainable_rows(STAGES[step][0], **options_of(STAGES[step][1]))
             train(case, model, optimizer, batch)
         tables.append(model.table.weight.detach())
     assert_same_bits(*tables, "the table")
@@ -273,7 +280,7 @@ def test_lazy_rows_have_a_pace_too(name: str) -> None:
 def test_a_lazy_row_that_is_touched_late_begins_as_its_cohort_did() -> None:
     table = PartialEmbedding.from_pretrained(starting_table(), trainable_rows="none")
     optimizer = rowwise(torch.optim.Rprop(table.parameters(), lr=0.1), table, lazy=True)
-    table.set_trainable_rows([1, 2], rate_scale=RateScale(lr_scale=0.5, warmup_steps=2))
+    table.set_trainable_rows([1, 2], lr_scale=0.5, warmup_steps=2)
     for touched in (1, 2):
         optimizer.zero_grad()
         table(torch.tensor([touched])).sum().backward()
@@ -313,34 +320,34 @@ def test_an_optimizer_without_a_rate_for_each_group_refuses_a_pace(
 ) -> None:
     name = make([nn.Parameter(torch.ones(1))]).__class__.__name__
     scaled = PartialEmbedding(6, 4, trainable_rows="none")
-    scaled.set_trainable_rows([1], rate_scale=RateScale(lr_scale=0.5))
-    with pytest.raises(InputError, match=rf"lr=0\.5.*{name}"):
+    scaled.set_trainable_rows([1], lr_scale=0.5)
+    with pytest.raises(InputError, match=rf"lr_scale=0\.5.*{name}"):
         rowwise(make(scaled.parameters()), scaled)
 
     table = PartialEmbedding(6, 4, trainable_rows="none")
     optimizer = rowwise(make(table.parameters()), table)
     for change in (table.set_trainable_rows, table.unfreeze_rows):
-        with pytest.raises(InputError, match=rf"warmup=3.*{name}"):
-            change([2], rate_scale=RateScale(warmup_steps=3))
+        with pytest.raises(InputError, match=rf"warmup_steps=3.*{name}"):
+            change([2], warmup_steps=3)
     assert not len(table.trainable_rows)
-    table.set_trainable_rows([1], rate_scale=RateScale())
+    table.set_trainable_rows([1])
     # Another optimizer may follow, and a copy has none yet.
-    copy.deepcopy(table).unfreeze_rows([2], rate_scale=RateScale(lr_scale=0.5))
+    copy.deepcopy(table).unfreeze_rows([2], lr_scale=0.5)
     detach_rowwise(optimizer)
-    table.unfreeze_rows([2], rate_scale=RateScale(lr_scale=0.5))
+    table.unfreeze_rows([2], lr_scale=0.5)
 
 
 def test_a_pace_that_is_none_is_refused() -> None:
     table = PartialEmbedding(6, 4)
-    with pytest.raises(InputError, match=r"Received: 0\.5"):
-        table.set_trainable_rows([1], rate_scale=0.5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"Received: -0\.5"):
+        table.set_trainable_rows([1], lr_scale=-0.5)
     assert len(table.trainable_rows) == 6
 
 
 def test_a_pace_of_rows_that_stay_is_kept() -> None:
     table = PartialEmbedding(6, 4, trainable_rows=[1])
-    table.set_trainable_rows([1, 2], rate_scale=RateScale(lr_scale=0.5))
-    table.set_trainable_rows([1, 2, 3], rate_scale=RateScale(lr_scale=4.0))
+    table.set_trainable_rows([1, 2], lr_scale=0.5)
+    table.set_trainable_rows([1, 2, 3], lr_scale=4.0)
     table.freeze_rows([1])
     assert [rate_scale.lr_scale for rate_scale in table.row_set.rate_scales.values()] == [0.5, 4.0]
     table.weight.data = torch.zeros(3, 4)  # a smaller vocabulary: row 3 is gone

@@ -244,16 +244,15 @@ def test_the_optimizer_and_the_random_numbers_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_state_that_an_option_adds_later_is_refused(lazy: bool) -> None:
+def test_state_that_an_option_adds_later_is_kept(lazy: bool) -> None:
     table = table_of()
     optimizer = rowwise(torch.optim.SGD(table.parameters(), lr=0.1), table, lazy=lazy)
     step(table, optimizer, 0)
     optimizer.param_groups[0]["momentum"] = 0.9
     before = table.weight.detach().clone()
-    with pytest.raises(InputError, match=r"momentum_buffer.*detach_rowwise and rowwise again"):
-        step(table, optimizer, 1)
-    assert optimizer.param_groups[0]["params"] == [table.weight]
-    assert torch.equal(table.weight, before)
+    step(table, optimizer, 1)
+    state = optimizer.state_dict()["state"][0]["rowwise"]["cohorts"]["0"]["state"]
+    assert state.keys() == {"momentum_buffer"}
     optimizer.param_groups[0]["momentum"] = 0
     step(table, optimizer, 1)
     assert not torch.equal(table.weight, before)
@@ -300,11 +299,13 @@ def test_names_of_parameters_stay_beside_them() -> None:
     assert optimizer.param_groups[0]["param_names"] == names
 
 
-def test_a_table_added_after_rowwise_is_warned_of() -> None:
+def test_a_table_added_after_rowwise_is_served_from_its_first_step() -> None:
     table, other = table_of(), table_of()
+    before = other.weight.detach().clone()
     optimizer = rowwise(torch.optim.AdamW(table.parameters()), table)
     other.sparse = False
     optimizer.add_param_group({"params": list(other.parameters())})
     other(torch.tensor([2])).sum().backward()
-    with pytest.warns(UserWarning, match="weight decay, momentum and the like still move them"):
-        optimizer.step()
+    optimizer.step()
+    moved = (other.weight != before).any(dim=1).nonzero().flatten()
+    assert torch.equal(moved, other.trainable_rows)

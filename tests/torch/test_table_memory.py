@@ -67,7 +67,7 @@ def test_weight_is_the_only_tensor_of_the_size_of_the_vocabulary(lazy: bool) -> 
     # At most 9 bytes for each row, beside what belongs to the few rows that train.
     of_trainable_rows = 40 * (len(rows) + 2) * WIDE + 4_000
     assert 4 * LARGE <= sum(sizes.values()) <= 9 * LARGE + of_trainable_rows
-    assert optimizer.state_dict()["param_groups"][0]["rowwise"][0]["num_rows"] == LARGE
+    assert optimizer.state_dict()["state"][0]["rowwise"]["num_rows"] == LARGE
 
 
 def test_bookkeeping_takes_at_most_9_bytes_for_each_row() -> None:
@@ -82,6 +82,14 @@ def test_bookkeeping_takes_at_most_9_bytes_for_each_row() -> None:
         assert sum(by_row.values()) <= 9 * LARGE
         # Beyond that there are ids: those of the cohorts, in their order, and sorted.
         assert sum(ids.values()) <= 3 * 8 * len(table.row_set)
+
+
+def test_making_a_table_lists_no_more_rows_than_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Eight bytes for each row of the table, if only for a moment.
+    monkeypatch.setattr(PartialEmbedding, "_all_ids", lambda table: pytest.fail("lists all rows"))
+    table = PartialEmbedding(LARGE, 1, trainable_rows=[7, 2])
+    gradient(table, torch.arange(9))
+    assert table.trainable_rows.tolist() == [2, 7]
 
 
 def test_a_plain_table_has_no_bookkeeping() -> None:

@@ -1,0 +1,183 @@
+"""What lies on a table's parameters, and so goes with them wherever an optimizer or a tool does."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from partial_embedding.errors import InputError
+from partial_embedding.torch.row_gradient import RowGradient
+
+if TYPE_CHECKING:
+    from partial_embedding.torch.table import PartialTable
+
+
+class RowHook:
+    """Keeps frozen rows out of the gradient of one parameter, and sparse gradients from view.
+
+    Args:
+        table: The table whose rows they are.
+        parameter: Its weight, or another parameter with an entry for each row.
+    """
+
+    def __init__(self, table: PartialTable, parameter: nn.Parameter) -> None:
+        # Weak references: the parameter may outlive the module, and must not keep it alive.
+        self._table = weakref.ref(table)
+        self._parameter = weakref.ref(parameter)
+        # A tensor takes a hook only while it requires gradients, and keeps it when it does not.
+        requires_grad = parameter.requires_grad
+        parameter.requires_grad_(True)
+        self._handles = (
+            parameter.register_hook(self),
+            # A hook may not make a dense gradient of a sparse one, so this comes after it.
+            parameter.register_post_accumulate_grad_hook(self._hold_rows),
+        )
+        parameter.requires_grad_(requires_grad)
+
+    @property
+    def table(self) -> PartialTable | None:
+        """The table, as long as it lives and this is its parameter."""
+        table = self._table()
+        return table if table is not None and table.owns(self._parameter()) else None
+
+    def is_of(self, table: PartialTable) -> bool:
+        """Whether it is this table's.
+
+        Args:
+            table: Any table.
+        """
+        return self._table() is table
+
+    def remove(self) -> None:
+        """Take the hook off its parameter."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        """A gradient in which frozen rows are zero, or absent if it is sparse."""
+        table = self._table()
+        if grad is None or table is None:
+            return grad  # autograd may hand a hook None
+        table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
+        refuse_sharded(grad, table)
+        if grad.layout == torch.sparse_coo:
+            if _is_left_to_ddp(table):
+                self._give_ddp_its_own()
+            return _without_frozen(grad, table)
+        return _zero_where_frozen(grad, table)
+
+    def _hold_rows(self, parameter: Tensor) -> None:
+        grad, table = parameter.grad, self._table()
+        if grad is None or grad.layout != torch.sparse_coo:
+            return
+        if table is not None and _is_left_to_ddp(table):
+            # It is called next, and takes sparse gradients as such. What it puts in their place
+            # it puts there when backward ends, in a call that is queued after this one.
+            _queue(lambda: _queue(lambda: _hold_rows_of(parameter)))
+        else:
+            _hold_rows_of(parameter)
+
+    def _give_ddp_its_own(self) -> None:
+        parameter = self._parameter()
+        if parameter is not None and isinstance(parameter.grad, RowGradient):
+            parameter.grad = parameter.grad.to_sparse()
+
+
+def hooks_on(parameter: Tensor) -> list[RowHook]:
+    """The hooks of tables on a parameter; tied tables have one each.
+
+    Args:
+        parameter: Any parameter.
+    """
+    hooks = parameter._backward_hooks
+    return [hook for hook in hooks.values() if isinstance(hook, RowHook)] if hooks else []
+
+
+def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
+    """The living tables whose rows a parameter holds.
+
+    Args:
+        parameter: Any parameter.
+    """
+    for hook in hooks_on(parameter):
+        if (table := hook.table) is not None:
+            yield table
+
+
+def refuse_sharded(tensor: Tensor, table: PartialTable) -> None:
+    """Refuse a weight or a gradient that lies in shards on several processes.
+
+    Args:
+        tensor: The weight or the gradient.
+        table: The table.
+
+    Raises:
+        InputError: It is a DTensor.
+    """
+    # By name: importing the class takes longer than making a table.
+    if type(tensor).__name__ == "DTensor":
+        raise InputError(
+            "a table lies whole on each device. Received a DTensor as the weight of a "
+            f"{type(table).__name__}, as fully_shard and tensor parallelism make it. Leave the "
+            "table out: fully_shard(model, ignored_params={table.weight})."
+        )
+
+
+def _without_frozen(grad: Tensor, table: PartialTable) -> Tensor:
+    if grad.requires_grad:
+        grad = grad.coalesce()  # only then do its values take part in a second derivative
+    # Not coalesced otherwise: that would sort all ids, and change the order of the sums.
+    ids = grad._indices()
+    if table.has_frozen_rows:
+        keep = table.row_set.to(grad.device).is_trainable(ids[0])
+    elif table.padding_row is not None:
+        keep = ids[0] != table.padding_row
+    else:
+        return grad
+    kept = keep.nonzero().flatten()
+    if len(kept) == ids.shape[1]:
+        return grad
+    values = grad.values() if grad.requires_grad else grad._values()
+    return torch.sparse_coo_tensor(
+        ids.index_select(1, kept),
+        values.index_select(0, kept),
+        grad.shape,
+        check_invariants=False,
+    )
+
+
+def _zero_where_frozen(grad: Tensor, table: PartialTable) -> Tensor:
+    # Selected, not multiplied: inf * 0 is NaN.
+    if table.has_frozen_rows:
+        mask = table.row_set.to(grad.device).mask
+        return torch.where(mask.view(-1, *[1] * (grad.dim() - 1)), grad, grad.new_zeros(()))
+    padding = table.padding_row
+    # A tied head gives the padding row a gradient; without one there is nothing to copy.
+    if padding is None or not (grad.is_cuda or bool(grad[padding].any())):
+        return grad
+    return grad.index_fill(0, torch.tensor([padding], device=grad.device), 0)
+
+
+def _is_left_to_ddp(table: PartialTable) -> bool:
+    """Whether `DistributedDataParallel` may reduce the table, which ours leaves out."""
+    return dist.is_available() and dist.is_initialized() and not table.is_wrapped
+
+
+def _queue(call: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def _hold_rows_of(parameter: Tensor) -> None:
+    grad = parameter.grad
+    if grad is None or grad.layout != torch.sparse_coo:
+        return
+    if grad.requires_grad:
+        # Its rows cannot be read without losing what a second derivative needs.
+        parameter.grad = grad.to_dense()
+        return
+    parameter.grad = RowGradient(grad._indices()[0], grad._values(), len(grad), grad.is_coalesced())
