@@ -81,9 +81,9 @@ def schedule_command(args: Sequence[str]) -> None:
             for step in planned
         ]
         end = float(epochs * (steps or 1) if by_step else epochs)
-        lines = [Line("as planned", lasting(points, end), stepped=True)]
+        drawn = [Line("as planned", lasting(points, end), stepped=True)]
         svg = trainable_figure(
-            lines, num_rows, end, "step" if by_step else "epoch", str(given.file)
+            drawn, num_rows, end, "step" if by_step else "epoch", str(given.file)
         )
         with write_atomically(given.picture) as temporary:
             temporary.write_text(standalone(svg), encoding="utf-8")
