@@ -378,7 +378,8 @@ def test_rows_are_placed_as_the_schedule_of_the_state_had_them_before_the_length
     before, _ = runner_of(Schedule(shares))
     before.start(8)
     before.advance(0, 4)
-    again, tables = runner_of(Schedule([shares[0], {**shares[1], "share": 0.25}]))
+    later = Schedule([shares[0], {**shares[1], "share": 0.25, "lr_scale": 2}])
+    again, tables = runner_of(later)
     again.restore(before.state())
     again.place()
     assert tables.joined == [("words", [2], RateScale(0.5), True)]

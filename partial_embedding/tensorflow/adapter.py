@@ -12,8 +12,8 @@ from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.tensorflow.audit import FrozenRowAudit
-from partial_embedding.tensorflow.embedding import tables_in
-from partial_embedding.tensorflow.optimizer import Rowwise
+from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.row_optimizer import Rowwise
 
 
 class KerasTables:

@@ -13,13 +13,13 @@ from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
-from partial_embedding.tensorflow.table_state import TableState, compact, over_ids
-from partial_embedding.tensorflow.table_variable import TableVariable, WeightList
+from partial_embedding.tensorflow.one_table import OneTable
+from partial_embedding.tensorflow.table_state import compact, over_ids, split_table
 
 
 # Keras names the package where a file is loaded without its import.
 @keras.saving.register_keras_serializable("partial_embedding.tensorflow", "PartialEmbedding")
-class PartialEmbedding(keras.layers.Embedding):
+class PartialEmbedding(OneTable):
     """An embedding table of which only chosen rows train, under any Keras optimizer.
 
     Rows that do not train keep their bits through every step. Which rows train may change between
@@ -57,8 +57,11 @@ class PartialEmbedding(keras.layers.Embedding):
         array([3, 4])
     """
 
+    # Keras publishes no types.
     built: bool
+    input_dim: int
     embeddings_initializer: Any
+    _embeddings: Any
 
     def __init__(
         self,
@@ -83,7 +86,6 @@ class PartialEmbedding(keras.layers.Embedding):
         self._reserves = reserve_rows is not None
         if self._reserves:
             self._reserved = self._resolve(reserve_rows)
-        self.table_state: TableState | None = None
         self._check_reserved(self._first_rows)
         self._check_lora(bool(self.lora_rank))
         if weights is not None:
@@ -371,18 +373,6 @@ class PartialEmbedding(keras.layers.Embedding):
             self._split()
         self.built = True
 
-    @property
-    def embeddings(self) -> Any:
-        """The table of shape (V, D): the variable of a plain table, one view of a split one.
-
-        The view is read, assigned and differentiated like a variable; each reads or writes the
-        whole table. A head tied to it, `x @ transpose(layer.embeddings)`, trains the trainable rows
-        where it reads it in the `call` of a layer or model.
-        """
-        if self.table_state is None:
-            return super().embeddings
-        return TableVariable(self.table_state, f"{self.path}/embeddings")
-
     def call(self, inputs: Any) -> Any:
         """Look up ids of any shape; dense, ragged or sparse."""
         if self.lora_enabled:
@@ -421,66 +411,6 @@ class PartialEmbedding(keras.layers.Embedding):
             "reserve_rows": None if is_default else compact(self._reserved, self.input_dim),
         }
 
-    def get_weights(self) -> list[Any]:
-        """The table as one array of shape (V, D) in a list, as the plain layer gives it."""
-        if self.table_state is None:
-            return super().get_weights()  # type: ignore[no-any-return]
-        return [self.embeddings.numpy()]
-
-    def set_weights(self, weights: list[Any]) -> None:
-        """Write the table, one array of shape (V, D) in a list, as the plain layer takes it."""
-        weights = [self._grown_since(matrix) for matrix in weights]
-        if self.table_state is None:
-            super().set_weights(weights)
-            return
-        if len(weights) != 1 or np.shape(weights[0]) != (self.input_dim, self.output_dim):
-            raise InputError(
-                f"the weights are one table of shape {(self.input_dim, self.output_dim)}. "
-                f"Received the shapes {[np.shape(w) for w in weights]}. Was the vocabulary resized?"
-            )
-        self.embeddings.assign(weights[0])
-
-    def _grown_since(self, matrix: Any) -> Any:
-        """A table from before this one grew, with the rows of now that it did not have."""
-        if np.ndim(matrix) != 2 or len(matrix) not in self.earlier_sizes:
-            return matrix
-        (now,) = self.get_weights()
-        return np.concatenate([matrix, now[len(matrix) :]])
-
-    @property
-    def trainable_weights(self) -> list[Any]:
-        """The variable of the reserved rows, or none where the layer does not train."""
-        return WeightList(super().trainable_weights, self)
-
-    @property
-    def non_trainable_weights(self) -> list[Any]:
-        """The other variables."""
-        return WeightList(super().non_trainable_weights, self)
-
-    def count_params(self) -> int:
-        """The size of the table, V * D."""
-        split = self.table_state is not None
-        return int(self.input_dim * self.output_dim if split else super().count_params())
-
-    def save_own_variables(self, store: Any) -> None:
-        """Write one matrix, as the plain layer does."""
-        if self.table_state is None:
-            super().save_own_variables(store)
-        else:
-            store["0"] = self.embeddings.numpy()
-
-    def load_own_variables(self, store: Any) -> None:
-        """Read one matrix, as the plain layer does."""
-        if self.table_state is None and not self.earlier_sizes:
-            super().load_own_variables(store)
-            return
-        if list(store.keys()) != ["0"]:
-            raise InputError(
-                f"a file holds one table for the layer {self.name!r}. Received "
-                f"{len(store.keys())} arrays. Was it saved from a model of another structure?"
-            )
-        self.set_weights([store["0"]])
-
     def enable_lora(self, rank: int, *args: Any, **kwargs: Any) -> None:
         """Train a low-rank change of every row, which only a table with no frozen row allows."""
         self._check_lora(True)
@@ -503,40 +433,11 @@ class PartialEmbedding(keras.layers.Embedding):
         self._reserves = False
 
     def _split(self) -> None:
-        """Give the reserved rows a variable, beside a table that holds them all."""
         self.table_state = None
-        if not self._reserved.size:
-            return
-        shape = (self._reserved.size, self.output_dim)
-        # As attributes, where `tf.train.Checkpoint` finds them.
-        self._rows = self.add_weight(
-            shape=shape,
-            initializer=lambda *_, **__: tf.gather(self._embeddings.value, self._reserved),
-            name="embeddings",  # Muon knows an embedding by its name
-            regularizer=self._regularize if self.embeddings_regularizer else None,
-            # Optimizers apply a constraint last, after decay and moving averages.
-            constraint=self._constrain,
-            autocast=False,
-            # What each replica computes is the same, and a mean of more than two could round.
-            aggregation="only_first_replica",
-        )
-        first = np.isin(self._reserved, self._first_rows).astype(np.float32)
-        self._unfrozen = self.add_weight(
-            shape=shape[:1],
-            initializer=lambda *_, **__: tf.constant(first),
-            # A number, so that code which averages weights can average it.
-            dtype="float32",
-            name="unfrozen",
-            trainable=False,
-            autocast=False,
-            aggregation="only_first_replica",
-        )
-        constrained = self.embeddings_constraint is not None
-        self.table_state = TableState(
-            self._embeddings, self._rows, self._unfrozen, self._reserved, constrained
-        )
-        # Where `rowwise` finds it.
-        self._rows.table_state = self.table_state
+        if self._reserved.size:
+            self.table_state = split_table(self, self._embeddings, self._reserved, self._first_rows)
+            # As attributes, where `tf.train.Checkpoint` finds them.
+            self._rows, self._unfrozen = self.table_state.rows, self.table_state.unfrozen
 
     def _split_again(self) -> None:
         self._tracker.unlock()
@@ -550,31 +451,6 @@ class PartialEmbedding(keras.layers.Embedding):
             self._track_variable(self._embeddings)
         self._split()
         self._tracker.lock()
-
-    def _regularize(self, rows: Any) -> Any:
-        return self.embeddings_regularizer(self.table_state.pin(rows))  # type: ignore[union-attr]
-
-    def _constrain(self, rows: Any) -> Any:
-        # Every optimizer comes by here while its first step is traced, but for lazy ones.
-        self._check_optimizer()
-        if self.embeddings_constraint:
-            rows = self.embeddings_constraint(rows)
-        return self.table_state.pin(rows)  # type: ignore[union-attr]
-
-    def _check_optimizer(self) -> None:
-        """Refuse a step by an optimizer that the table was not made ready for."""
-        state = self.table_state
-        if state is None or (known := state.optimizer) is None or known.is_stepping:
-            return
-        with tf.init_scope():
-            is_needed = known.lazy or not known.row_scales(state.rows).are_plain
-        if is_needed:
-            raise InputError(
-                "a table that rowwise was built for with lazy=True, or whose rows have a learning "
-                "rate of their own, is stepped rightly by none but rowwise. Received another "
-                f"optimizer for {self.name!r}. Wrap it by rowwise too."
-            )
-        state.optimizer = None
 
     def _merge(self) -> None:
         (matrix,) = self.get_weights()
@@ -610,34 +486,6 @@ class PartialEmbedding(keras.layers.Embedding):
 def _first_value(matrix: Any, shape: Any, dtype: Any = None) -> Any:
     """A given table as an initializer."""
     return tf.cast(tf.convert_to_tensor(matrix), dtype)
-
-
-def tables_in(model: Any) -> dict[str, PartialEmbedding]:
-    """The partial tables of a model by the names of their layers, built.
-
-    Args:
-        model: A `keras.Model` of any kind and nesting.
-
-    Raises:
-        InputError: Two of them have the same name.
-
-    Example:
-        >>> list(tables_in(keras.Sequential([PartialEmbedding(3, 2, name="words")])))
-        ['words']
-    """
-    tables: dict[str, PartialEmbedding] = {}
-    for layer in model._flatten_layers():
-        if not isinstance(layer, PartialEmbedding):
-            continue
-        if layer.name in tables:
-            raise InputError(
-                f"each table of a model has a name of its own. Received {layer.name!r} twice. "
-                "Pass name= to the layers."
-            )
-        # Keras builds a model without a fixed input only while it traces the first step.
-        layer.build()
-        tables[layer.name] = layer
-    return tables
 
 
 # Keras finds a layer in a weight file by its class's name, in snake case and numbered. Under the

@@ -8,7 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
-from partial_embedding.tensorflow.embedding import PartialEmbedding, tables_in
+from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.tensorflow.models import tables_in
 
 
 def grow_table(
