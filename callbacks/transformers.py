@@ -36,8 +36,7 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         audit: As in the callback for Lightning.
 
     Raises:
-        InputError: As in the callback for Lightning; also, when training starts, for a table that
-            is sparse.
+        InputError: As in the callback for Lightning.
 
     Example:
         >>> RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}]}).schedules
@@ -65,7 +64,7 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         """Check every stage against the tables, and set the first rows."""
         tables = TorchTables(kwargs["model"])
         runner = Runner(tables, self.schedules, self.vocabulary, self.audit, say=print)
-        _check_arguments(args, tables)
+        _check_arguments(args)
         _check_metrics(args, state, runner)
         tables.check_backend(runner.schedules)
         self._go_on(runner, state)
@@ -148,19 +147,13 @@ def _epoch_done(state: TrainerState) -> int:
     return max(0, math.ceil(state.epoch or 0) - 1)
 
 
-def _check_arguments(args: TrainingArguments, tables: TorchTables) -> None:
+def _check_arguments(args: TrainingArguments) -> None:
     if args.fsdp or args.deepspeed:
         raise InputError(
             "RowUnfreezing needs whole weights on each device. Received "
             f"{'fsdp' if args.fsdp else 'deepspeed'} in the training arguments. Use one device or "
             "DDP."
         )
-    for name, table in tables.tables.items():
-        if getattr(table, "sparse", False):
-            raise InputError(
-                "the Trainer measures the norm of all gradients, which torch cannot do for sparse "
-                f"ones. Received the sparse table {name!r}. Make it with sparse=False."
-            )
 
 
 def _check_metrics(args: TrainingArguments, state: TrainerState, runner: Runner) -> None:

@@ -56,8 +56,6 @@ def split_table(layer: Any, table: Any, reserved: Ids, unfrozen: Ids) -> TableSt
     )
     # Where optimizers find it.
     state.rows.table_state = state
-    for variable in (table.value, state.rows.value):
-        _free_with(variable)
     return state
 
 
@@ -95,6 +93,7 @@ class TableState:
         self.reserved = reserved
         # The `Rowwise` that was built last for these rows.
         self.optimizer: Any = None
+        self._is_freed = False
         with tf.init_scope():
             # int64, as TensorFlow keeps int32 tensors off the GPU.
             self._reserved = tf.constant(reserved, tf.int64)
@@ -107,7 +106,8 @@ class TableState:
     @property
     def trainable_rows(self) -> Ids:
         """Ids of the rows that train now: sorted, int64, shape (K,)."""
-        ids: Ids = self.reserved[self.unfrozen.numpy() > 0]
+        with tf.init_scope():  # also while a graph is traced
+            ids: Ids = self.reserved[self.unfrozen.numpy() > 0]
         return ids
 
     def is_unfrozen(self) -> Any:
@@ -116,6 +116,7 @@ class TableState:
 
     def look_up(self, ids: Any) -> Any:
         """The rows of a dense tensor of ids, of shape (*ids.shape, D)."""
+        self._free_with_the_layer()
         # `tf.gather` of a variable reads the rows only; reading the variable first would copy all
         # of it at every step once a row of it has been assigned.
         frozen = tf.gather(self.table.value, ids)
@@ -123,6 +124,21 @@ class TableState:
         sparse = self.optimizer is not None and self.optimizer.lazy
         unfrozen = gather_rows(self.rows.value, slots, sparse)
         return tf.where((slots >= 0)[..., tf.newaxis], unfrozen, frozen)
+
+    def _free_with_the_layer(self) -> None:
+        """Free the memory of the variables when nothing refers to them any more.
+
+        While an optimizer of Keras reduces dense gradients, TensorFlow registers a gradient
+        function for ever. That holds the graph of the step, and the graph a handle to the memory.
+        """
+        values = [self.table.value, self.rows.value]
+        # Keras looks for shapes before it makes variables.
+        if self._is_freed or not all(isinstance(value, tf.Variable) for value in values):
+            return
+        self._is_freed = True
+        for value in values:
+            for part in getattr(value, "values", (value,)):
+                weakref.finalize(part, _empty, part.handle, part.dtype).atexit = False
 
     def _slots_of(self, ids: Any) -> Any:
         """The place of each id in `rows`, or -1 for one that does not train, or that is none."""
@@ -221,16 +237,6 @@ class TableState:
     def kept(self) -> Any:
         """What the table holds of the reserved rows, shape (R, D)."""
         return tf.gather(self.table.value, self._reserved)
-
-
-def _free_with(variable: Any) -> None:
-    """Free the memory of a variable when nothing refers to the variable any more.
-
-    While an optimizer of Keras reduces dense gradients, TensorFlow registers a gradient function
-    for ever. That holds the graph of the step, and the graph a handle to the variable's memory.
-    """
-    for part in getattr(variable, "values", (variable,)):
-        weakref.finalize(part, _empty, part.handle, part.dtype).atexit = False
 
 
 def _empty(handle: Any, dtype: Any) -> None:

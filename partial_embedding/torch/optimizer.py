@@ -190,6 +190,15 @@ def prepared(optimizer: Optimizer) -> Rowwise | None:
     return vars(_inside(optimizer)).get("_rowwise")
 
 
+def is_left_alone(optimizer: Optimizer) -> bool:
+    """Whether `masked_gradient_only` was called for an optimizer.
+
+    Args:
+        optimizer: Any optimizer, wrapped or not.
+    """
+    return bool(vars(_inside(optimizer)).get("_masked_gradient_only"))
+
+
 class Rowwise:
     """The hooks on one optimizer, and the state of its tables.
 
@@ -474,18 +483,6 @@ class Rowwise:
                 if table is not None and table.layout.eager:
                     self.optimizer.state[param] = first_state(self.optimizer, group, param)
 
-    # What the Lightning callback calls until it is written anew.
-
-    def average(self) -> None:
-        """Average the gradients of tables."""
-        average(_held_tables(self.optimizer))
-
-    def enter(self) -> None:
-        """Do nothing."""
-
-    def leave(self) -> None:
-        """Do nothing."""
-
 
 class _Lent:
     """A block that the stand-in steps.
@@ -625,7 +622,7 @@ def _before_any_step(
     if "_rowwise" in vars(optimizer):
         return None  # its own hook comes next
     tables = _held_tables(optimizer)
-    exact = not vars(optimizer).get("_masked_gradient_only")
+    exact = not is_left_alone(optimizer)
     loaded = any(isinstance(one, dict) and KEY in one for one in optimizer.state.values())
     if exact and tables and (loaded or any(table.has_frozen_rows for _, table in tables)):
         Rowwise(optimizer, False, {})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -46,16 +47,34 @@ class PartialTable(TableFiles):
     they were tied, these are frozen in all.
     """
 
-    weight: nn.Parameter
+    if TYPE_CHECKING:  # jit.script reads annotations, and knows few
+        weight: nn.Parameter
+        _shared: SharedRows
+        _hooked: Mapping[str, nn.Parameter]
 
     # The parameters with an entry for each row.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
 
-    _shared: SharedRows
-    _hooked: Mapping[str, nn.Parameter] = {}
-
     # Whether backward left a gradient here since `ddp.average` last made it that of all processes.
-    awaits_average: bool = False
+    awaits_average = False
+
+    _hooked = MappingProxyType({})
+
+    # Nor can it make anything of these.
+    __jit_unused_properties__ = (
+        "trainable_rows",
+        "row_set",
+        "_row_set",
+        "rate_scales",
+        "has_frozen_rows",
+        "padding_row",
+        "leaf_weight",
+        "is_wrapped",
+        "new_rows",
+        "earlier_sizes",
+        "origin",
+        "saves_rows",
+    )
 
     # Which rows train
 
