@@ -33,7 +33,6 @@ from partial_embedding.tensorflow.models import (
 )
 from partial_embedding.tensorflow.optimizer import rowwise
 from partial_embedding.tensorflow.row_optimizer import Rowwise
-from partial_embedding.tensorflow.table_state import schedule_rows
 
 __all__ = [
     "FrozenRowAudit",
@@ -43,6 +42,5 @@ __all__ = [
     "gradients",
     "plain_weights",
     "rowwise",
-    "schedule_rows",
     "set_plain_weights",
 ]

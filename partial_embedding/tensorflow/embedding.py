@@ -48,6 +48,8 @@ class PartialEmbedding(OneTable):
             for, which would move frozen rows.
 
     Example:
+        >>> import numpy as np
+        >>> from partial_embedding.tensorflow import PartialEmbedding
         >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows=[3, 4])
         >>> layer(np.array([[0, 3]])).shape
         TensorShape([1, 2, 2])
@@ -297,6 +299,11 @@ class PartialEmbedding(OneTable):
         self._reserved, self._reserves = reserved, True
         if self.built and (is_other or self.table_state is None):
             self._split_again()
+
+    @property
+    def rows_variable(self) -> Any:
+        """The variable that optimizers step: of the reserved rows, or of a plain table."""
+        return self._embeddings if self.table_state is None else self.table_state.rows
 
     @property
     def reserves_rows(self) -> bool:
