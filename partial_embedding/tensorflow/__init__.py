@@ -34,7 +34,6 @@ from partial_embedding.tensorflow.models import (
 )
 from partial_embedding.tensorflow.optimizer import rowwise
 from partial_embedding.tensorflow.row_optimizer import Rowwise
-from partial_embedding.tensorflow.table_state import schedule_rows
 
 __all__ = [
     "FrozenRowAudit",
@@ -45,6 +44,5 @@ __all__ = [
     "grow_table",
     "plain_weights",
     "rowwise",
-    "schedule_rows",
     "set_plain_weights",
 ]

@@ -49,6 +49,8 @@ class PartialEmbedding(OneTable):
             for, which would move frozen rows.
 
     Example:
+        >>> import numpy as np
+        >>> from partial_embedding.tensorflow import PartialEmbedding
         >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows=[3, 4])
         >>> layer(np.array([[0, 3]])).shape
         TensorShape([1, 2, 2])
@@ -347,6 +349,11 @@ class PartialEmbedding(OneTable):
             self._untrack_variable(variable)
         self.built = False
         self._build_of([np.concatenate([matrix, rows.astype(matrix.dtype)])])
+
+    @property
+    def rows_variable(self) -> Any:
+        """The variable that optimizers step: of the reserved rows, or of a plain table."""
+        return self._embeddings if self.table_state is None else self.table_state.rows
 
     @property
     def reserves_rows(self) -> bool:

@@ -9,8 +9,7 @@ of the layer, so that whatever Keras or TensorFlow saves, copies or restores is 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from os import PathLike
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ import tensorflow as tf
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Config
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
-from partial_embedding.schedule import RateScale, Schedule
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.schedule import RateScale
 from partial_embedding.tensorflow.sparse_update import gather_rows, summed
 
 
@@ -259,33 +258,6 @@ def over_ids(rows: Callable[[Any], Any], inputs: Any, num_rows: int) -> Any:
     if isinstance(inputs, tf.SparseTensor):
         inputs = tf.sparse.to_dense(inputs)
     return rows(tf.where(inputs < 0, inputs + tf.cast(num_rows, inputs.dtype), inputs))
-
-
-def schedule_rows(
-    schedule: Schedule | Mapping[str, Any] | str | PathLike[str],
-    num_rows: int,
-    vocabulary: Vocabulary | None = None,
-) -> Ids:
-    """The rows that a schedule ever trains, for `PartialEmbedding(reserve_rows=…)`.
-
-    Args:
-        schedule: A `Schedule`, a mapping, or the path of a YAML file.
-        num_rows: The number of rows V of the table.
-        vocabulary: What the rows mean, for schedules that ask for it.
-
-    Returns:
-        Sorted ids without duplicates, int64, shape (R,).
-
-    Raises:
-        InputError: The schedule is malformed, or does not fit the table or the vocabulary.
-
-    Example:
-        >>> stages = [{"epoch": 0, "rows": [4]}, {"epoch": 2, "rows": {"range": [0, 2]}}]
-        >>> schedule_rows({"stages": stages}, 5)
-        array([0, 1, 4])
-    """
-    stages = Schedule.parse(schedule).stages
-    return np.unique(np.concatenate([s.rows.resolve(num_rows, vocabulary) for s in stages]))
 
 
 def compact(ids: Ids, num_rows: int) -> Config:
