@@ -18,8 +18,9 @@ from partial_embedding.monitor.sampling import TableSample
 from partial_embedding.monitor.track import RowTrack
 from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
 from partial_embedding.tensorflow.adapter import innermost
-from partial_embedding.tensorflow.embedding import PartialEmbedding, tables_in
-from partial_embedding.tensorflow.optimizer import Rowwise
+from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.row_optimizer import Rowwise
 
 if TYPE_CHECKING:
     from partial_embedding.callbacks.keras import RowUnfreezing

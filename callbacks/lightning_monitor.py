@@ -19,6 +19,8 @@ from partial_embedding.monitor.sampling import TableSample
 from partial_embedding.monitor.track import RowTrack
 from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
 from partial_embedding.torch.optimizer import prepared
+from partial_embedding.torch.row_gradient import as_tensor, entries_of
+from partial_embedding.torch.rowcopy import distinct, sum_rows
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable, tables_in
 
@@ -107,7 +109,8 @@ class RowMonitor(Callback):
         self._tables = {}
         for name, table in tables_in(pl_module):
             padding = getattr(table, "padding_idx", None)
-            sample = self._run.add_table(name, _Reader(table), table.weight.shape[0], padding)
+            num_rows, new = table.weight.shape[0], table.new_rows
+            sample = self._run.add_table(name, _Reader(table), num_rows, padding, new)
             self._tables[name] = _Table(table, sample)
 
     # Catching a step that is measured
@@ -249,14 +252,11 @@ def _epochs(trainer: Trainer) -> int | None:
 
 def _row_squares(grad: Tensor) -> tuple[Ids, NDArray[np.float64]]:
     """The rows of a gradient, each once, and the sums of their squares."""
-    values = grad.detach()
-    if grad.layout == torch.sparse_coo:
-        # Summed here, as coalescing would sort the ids of a gradient that others still use.
-        ids, place = torch.unique(values._indices()[0], return_inverse=True)
-        summed = values._values().new_zeros(len(ids), values.shape[1])
-        summed.index_add_(0, place, values._values())
+    if (entries := entries_of(grad)) is None:
+        ids, summed = torch.arange(len(grad)), as_tensor(grad).detach()
     else:
-        ids, summed = torch.arange(len(values)), values
+        ids, places = distinct(entries[0], len(grad))
+        summed = sum_rows(places, entries[1].detach(), len(ids))
     return ids.cpu().numpy(), summed.double().square().sum(1).cpu().numpy()
 
 

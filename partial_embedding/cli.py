@@ -24,15 +24,16 @@ usage: partial-embedding COMMAND [options]
 partial-embedding COMMAND --help lists the options of one."""
 # What an optional package comes with.
 _EXTRAS = {
-    "torch": "lightning",
-    "pytorch_lightning": "lightning",
+    "torch": "lightning,text",
+    "pytorch_lightning": "lightning,text",
+    "lightning_fabric": "lightning,text",
     "tensorflow": "tensorflow",
     "keras": "tensorflow",
     "gensim": "vectors",
     "transformers": "transformers",
     "safetensors": "transformers",
-    "jsonargparse": "text",
-    "torchmetrics": "text",
+    "jsonargparse": "lightning,text",
+    "torchmetrics": "lightning,text",
     "tensorboard": "text",
     "matplotlib": "text",
 }

@@ -19,7 +19,12 @@ class InputError(ValueError):
 
 
 class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as StopIteration does
-    """A row that was frozen changed a bit; the message names the table, the rows and the step."""
+    """A row that was frozen changed a bit; the message names the table, the rows and the step.
+
+    Example:
+        >>> issubclass(FrozenRowsMoved, RuntimeError)
+        True
+    """
 
 
 # What others call it, or what it was called before.

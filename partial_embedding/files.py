@@ -17,6 +17,7 @@ from partial_embedding.errors import InputError
 
 # Far more than any configuration has; aliases of aliases can stand for billions.
 _MOST_NODES = 100_000
+_MOST_DIGITS = 18
 
 
 @contextmanager
@@ -156,6 +157,13 @@ def parse_yaml(text: str) -> Any:
 class _PlainLoader(yaml.SafeLoader):
     """Constructs what `read_yaml` says."""
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number: int = super().construct_yaml_int(node)
+        # Larger ones fit neither arrays nor floating point, and would be counted to.
+        if abs(number) >= 10**_MOST_DIGITS:
+            raise yaml.YAMLError(f"a whole number of more than {_MOST_DIGITS} digits")
+        return number
+
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
         if node is not None and _size(node, {}) > _MOST_NODES:
@@ -177,6 +185,7 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
 _PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in forms if not tag.endswith(":timestamp")]
     for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -1,7 +1,9 @@
 """What the README, the pages of the site and the configs show is run."""
 
+import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -181,8 +183,20 @@ def test_configs_are_accepted_and_come_back_as_they_were_written(
         written["rows"]["schedule"]
     )
     for part in ("trainer", "model", "data"):
-        for key, value in written.get(part, {}).items():
-            assert printed[part][key] == value, f"{part}.{key}"
+        assert_within(written.get(part, {}), printed[part], part)
+
+
+def assert_within(written: Any, printed: Any, where: str) -> None:
+    """What was written is in what was printed, where classes have whole names, 1e-2 is a number."""
+    if isinstance(written, dict):
+        for key, value in written.items():
+            assert_within(value, printed[key], f"{where}.{key}")
+    elif isinstance(printed, float):
+        assert float(written) == printed, where
+    elif where.endswith("class_path"):
+        assert printed.split(".")[-1] == written.split(".")[-1], where
+    else:
+        assert printed == written, where
 
 
 @pytest.mark.parametrize(("path", "snippet"), of("bash"))
@@ -194,11 +208,39 @@ def test_commands_in_a_page_exist(path: Path, snippet: Snippet) -> None:
         if program == "make":
             assert re.search(rf"^{argument}:", makefile, re.MULTILINE), argument
         elif program == "partial-embedding":
-            assert argument in {"fit", "validate", "test", "predict", "schedule", "report"}
+            assert argument in {
+                "fit", "validate", "test", "predict", "compare", "schedule", "report",
+            }  # fmt: skip
         else:
             assert program in {"pip", "python", "git", "cd"}
     for config in re.findall(r"configs/[\w./-]+", snippet.code):
         assert (ROOT / config).is_file(), config
+
+
+@pytest.mark.parametrize(("path", "snippet"), of("bash"))
+def test_options_of_a_page_are_taken(
+    path: Path, snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = snippet.code.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("partial-embedding")]
+    if not commands:
+        return
+    if find_spec("jsonargparse") is None or find_spec("pytorch_lightning") is None:
+        pytest.skip("the command line is not installed: the text extra brings it")
+    from partial_embedding.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    tokens = "".join(f"word{i}\t{1000 - i}\t{int(i > 700)}\n" for i in range(800))
+    (tmp_path / "vocabulary.tsv").write_text(f"token\tcount\tmissing\n{tokens}", encoding="utf-8")
+    for command in commands:
+        if command[0] == "schedule":
+            assert main(command) == 0, command
+        elif command[0] == "fit":
+            # The command ends after it has printed what it made of its options.
+            with pytest.raises(SystemExit) as ended:
+                main([*command, "--print_config"])
+            assert ended.value.code in (None, 0), command
 
 
 WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
@@ -255,6 +297,33 @@ def test_the_reference_has_all_public_names(site: Path) -> None:
         assert names
         for name in set(names) - {"__version__", "gradients"}:
             assert f'id="partial_embedding{module}.{name}"' in text, f"{module}.{name}"
+
+
+def shown_by(module: str) -> dict[str, str | None]:
+    """The docstrings of the classes and functions that a package shows, without importing it."""
+    package = ROOT / "partial_embedding" / module.replace(".", "/")
+    lines = ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body
+    docstrings: dict[str, str | None] = {}
+    for line in lines:
+        if not isinstance(line, ast.ImportFrom) or line.module is None:
+            continue
+        path = (ROOT / line.module.replace(".", "/")).with_suffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8")) if path.exists() else ast.Module([])
+        names = {alias.name for alias in line.names}
+        docstrings |= {
+            node.name: ast.get_docstring(node)
+            for node in tree.body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names
+        }
+    return docstrings
+
+
+@pytest.mark.parametrize("module", ["", "schedule", "rows", "torch"])
+def test_what_a_package_shows_has_an_example(module: str) -> None:
+    docstrings = shown_by(module)
+    assert docstrings
+    lacking = {name for name, text in docstrings.items() if "Example:" not in (text or "")}
+    assert lacking == set()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -100,5 +100,11 @@ class WholeCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(path) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+        try:
+            with write_atomically(path) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:
+            # torch closes its archive after a failed write, and then complains of that.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

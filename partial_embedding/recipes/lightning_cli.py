@@ -6,6 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
@@ -225,6 +226,13 @@ class RecipeCLI(LightningCLI):
             went_on = self.ckpt_path if self.config.ckpt_path == "last" else None
             self.log = RunLogger(config.default_root_dir, went_on and went_on.parents[1])
             kwargs["logger"] = self.log
+        callbacks = config.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if config.enable_progress_bar is not False and find_spec("rich") is not None:
+            from partial_embedding.recipes.progress_bar import OneLineBar
+
+            if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+                kwargs["callbacks"] = [*callbacks, OneLineBar()]
         plugins = config.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         try:

@@ -13,10 +13,16 @@ from partial_embedding.monitor.figures import Line, lasting, standalone, trainab
 from partial_embedding.recipes.command import CommandParser
 from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
 from partial_embedding.recipes.settings import checked, read_config
+from partial_embedding.recipes.text import count_tokens, read_texts, tokenize
+from partial_embedding.recipes.vectors import build_table, read_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.rows.vocabulary_file import read_vocabulary
 from partial_embedding.schedule import Schedule, Start, schedules_by_table
 from partial_embedding.schedule.preview import plan, plan_text
+
+# Some seconds' worth.
+_MOST_POSITIONS = 1_000_000
+_MOST_LINES = 1000
 
 
 def schedule_command(args: Sequence[str]) -> None:
@@ -36,15 +42,16 @@ def schedule_command(args: Sequence[str]) -> None:
             f"Received: {config!r}."
         )
     schedule = _chosen(given.file, config, given.table)
-    vocabulary, found = _surroundings(given.file, config) if given.vocab is None else (None, {})
-    if given.vocab is not None:
-        vocabulary = read_vocabulary(given.vocab)
+    parts = read_config(given.file) if "rows" in config else {}
+    vocabulary, found = _table(given, config, parts)
     num_rows = given.rows or (len(vocabulary) if vocabulary is not None else 0)
     if not num_rows:
         raise InputError(
             "a schedule is planned for a table. Received neither --vocab nor --rows. Pass a "
-            "vocabulary, one token a line, or the number of rows."
+            "vocabulary, one token a line, --texts to count one from, or the number of rows."
         )
+    if isinstance(of_config := parts.get("trainer", {}).get("max_epochs"), int):
+        found["epochs"] = of_config
     epochs = given.epochs or found.get("epochs") or _last_epoch(schedule) + 1
     steps = given.steps_per_epoch or found.get("steps_per_epoch")
     if steps is None and schedule.moves_within_epochs:
@@ -52,13 +59,21 @@ def schedule_command(args: Sequence[str]) -> None:
             "this schedule moves within epochs. Received no --steps-per-epoch. Pass the optimizer "
             "steps of an epoch."
         )
+    looked_at = epochs * (steps or 1 if schedule.moves_within_epochs else 1)
+    if looked_at > _MOST_POSITIONS:
+        raise InputError(
+            f"a plan looks at up to {_MOST_POSITIONS:,} epochs, or steps where rows move within "
+            f"epochs. Received: {looked_at:,}. Pass fewer --epochs."
+        )
     padding = given.padding if given.padding is not None else found.get("padding")
     try:
         planned = plan(schedule, num_rows, vocabulary, epochs, steps or 1, padding)
     except InputError as error:
         raise InputError(f"{given.file}: {error}") from None
-    for line in plan_text(schedule, planned, num_rows, epochs):
-        print(line)
+    lines = plan_text(schedule, planned, num_rows, epochs)
+    print(*lines[:_MOST_LINES], sep="\n")
+    if len(lines) > _MOST_LINES:
+        print(f"and {len(lines) - _MOST_LINES:,} changes more")
     if given.picture is not None:
         by_step = schedule.moves_within_epochs
         points = [
@@ -66,9 +81,9 @@ def schedule_command(args: Sequence[str]) -> None:
             for step in planned
         ]
         end = float(epochs * (steps or 1) if by_step else epochs)
-        lines = [Line("as planned", lasting(points, end), stepped=True)]
+        drawn = [Line("as planned", lasting(points, end), stepped=True)]
         svg = trainable_figure(
-            lines, num_rows, end, "step" if by_step else "epoch", str(given.file)
+            drawn, num_rows, end, "step" if by_step else "epoch", str(given.file)
         )
         with write_atomically(given.picture) as temporary:
             temporary.write_text(standalone(svg), encoding="utf-8")
@@ -85,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         "file", type=Path, help="a schedule, or a configuration with rows.schedule; YAML"
     )
     parser.add_argument("--vocab", type=Path, help="tokens, one a line, or a vocabulary.tsv")
+    parser.add_argument("--texts", help="texts to count a vocabulary from, as fit takes them")
+    parser.add_argument("--vectors", help="with --texts: word vectors, which some tokens lack")
     parser.add_argument("--rows", type=_positive, help="the rows of the table, without --vocab")
     parser.add_argument("--table", help="the table, where the file has a schedule for several")
     parser.add_argument("--epochs", type=_positive, help="the epochs of the run")
@@ -127,23 +144,26 @@ def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedul
     return schedules[table]
 
 
-def _surroundings(
-    path: Path, config: Mapping[str, Any]
+def _table(
+    given: argparse.Namespace, config: Mapping[str, Any], parts: Mapping[str, dict[str, Any]]
 ) -> tuple[Vocabulary | None, dict[str, int]]:
-    """The vocabulary and the length of the run that a configuration of `fit` describes."""
-    if "rows" not in config:
-        return None, {}
-    parts, found = read_config(path), {}
-    if isinstance(epochs := parts.get("trainer", {}).get("max_epochs"), int):
-        found["epochs"] = epochs
+    """The vocabulary of the table, and what else is known of the run."""
+    if given.vocab is not None:
+        return read_vocabulary(given.vocab), {}
+    if given.texts is not None:
+        vocabulary = count_tokens(map(tokenize, read_texts(given.texts, say=print)))
+        if given.vectors is not None:
+            _, vocabulary = build_table(vocabulary, read_vectors(given.vectors))
+        return vocabulary, {"padding": PADDING_ID}
     data = config.get("data") or {}
+    if given.rows is not None or not parts or not isinstance(data, Mapping):
+        return None, {}
     if not str(data.get("class_path", "TextData")).endswith("TextData"):
-        return None, found  # of a class that only its framework can make
+        return None, {}  # of a class that only its framework can make
     settings = TextSettings(**checked(TextSettings, parts.get("data", {}), "data"))
     texts = prepare_texts(settings, print)
-    found["padding"] = PADDING_ID
-    found["steps_per_epoch"] = -(-len(texts.training) // settings.batch_size)
-    return texts.vocabulary, found
+    steps = -(-len(texts.training) // settings.batch_size)
+    return texts.vocabulary, {"padding": PADDING_ID, "steps_per_epoch": steps}
 
 
 def _last_epoch(schedule: Schedule) -> int:

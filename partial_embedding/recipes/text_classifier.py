@@ -266,7 +266,7 @@ class TextClassifier(LightningModule):
         accuracy.update(scores, labels)
         log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(labels))
         log(f"{stage}_loss", loss, sync_dist=stage != "train")
-        log(f"{stage}_accuracy", accuracy, prog_bar=True)
+        log(f"{stage}_accuracy", accuracy, prog_bar=stage != "train")
         return loss
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:

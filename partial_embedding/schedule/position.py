@@ -15,6 +15,10 @@ class Evaluation:
         epoch: The epoch that it belongs to; the first is 0.
         step: Optimizer steps completed.
         metrics: The numbers by name.
+
+    Example:
+        >>> Evaluation(epoch=3, step=400, metrics={"val_loss": 0.5}).metrics["val_loss"]
+        0.5
     """
 
     epoch: int

@@ -52,6 +52,7 @@ def plan(
     epochs: int = 1,
     steps_per_epoch: int = 1,
     padding: int | None = None,
+    new: Ids | None = None,
 ) -> list[Planned]:
     """List what a schedule does in a run, in order.
 
@@ -65,6 +66,7 @@ def plan(
         epochs: The epochs of the run.
         steps_per_epoch: Optimizer steps in an epoch.
         padding: A row that never trains, also when it is among those of a stage.
+        new: The rows by which the table grew last, sorted ids, int64, for schedules that name them.
 
     Raises:
         InputError: The rows do not fit the table or the vocabulary.
@@ -83,7 +85,7 @@ def plan(
             continue
         last = stage_state
         try:
-            ids = schedule.rows_at(stage_state).resolve(num_rows, vocabulary)
+            ids = schedule.rows_at(stage_state).resolve(num_rows, vocabulary, new=new)
         except InputError as error:
             # Rows that grow are asked for by the stage that they grow into.
             raise InputError(

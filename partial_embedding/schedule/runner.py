@@ -110,7 +110,7 @@ class Runner:
 
     def _resolve(self, name: str, rows: Rows) -> Ids:
         num_rows, _ = self.adapter.shapes[name]
-        return rows.resolve(num_rows, self.vocabulary)
+        return rows.resolve(num_rows, self.vocabulary, new=self.adapter.new_rows(name))
 
     # Before the first step
 

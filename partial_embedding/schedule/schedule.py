@@ -34,6 +34,11 @@ class StageState(NamedTuple):
         increment: The increments that have begun of growing into the next stage.
         increments: In how many increments it grows; 0 where it does not.
         cycle_index: The cycles that were completed.
+
+    Example:
+        >>> schedule = Schedule([{"epoch": 0, "rows": [7]}, {"epoch": 2, "rows": "all"}])
+        >>> schedule.state_at(Position(epoch=5)).stage
+        1
     """
 
     stage: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -12,13 +13,13 @@ from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
-from partial_embedding.tensorflow.table_state import TableState, compact, over_ids
-from partial_embedding.tensorflow.table_variable import TableVariable, WeightList
+from partial_embedding.tensorflow.one_table import OneTable
+from partial_embedding.tensorflow.table_state import compact, over_ids, split_table
 
 
 # Keras names the package where a file is loaded without its import.
 @keras.saving.register_keras_serializable("partial_embedding.tensorflow", "PartialEmbedding")
-class PartialEmbedding(keras.layers.Embedding):
+class PartialEmbedding(OneTable):
     """An embedding table of which only chosen rows train, under any Keras optimizer.
 
     Rows that do not train keep their bits through every step. Which rows train may change between
@@ -48,6 +49,8 @@ class PartialEmbedding(keras.layers.Embedding):
             for, which would move frozen rows.
 
     Example:
+        >>> import numpy as np
+        >>> from partial_embedding.tensorflow import PartialEmbedding
         >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows=[3, 4])
         >>> layer(np.array([[0, 3]])).shape
         TensorShape([1, 2, 2])
@@ -56,7 +59,11 @@ class PartialEmbedding(keras.layers.Embedding):
         array([3, 4])
     """
 
+    # Keras publishes no types.
     built: bool
+    input_dim: int
+    embeddings_initializer: Any
+    _embeddings: Any
 
     def __init__(
         self,
@@ -71,18 +78,20 @@ class PartialEmbedding(keras.layers.Embedding):
         weights = kwargs.pop("weights", None)
         super().__init__(input_dim, output_dim, **kwargs)
         self.freeze_padding = freeze_padding
+        # The rows by which the table grew last.
+        self.new_rows: Ids | None = None
+        # How many rows there were each time before it grew.
+        self.earlier_sizes: tuple[int, ...] = ()
         # What a layer is built with. Once it is, its variables know which rows train.
         self._first_rows: Ids = self._resolve(trainable_rows)
         self._reserved: Ids = self._first_rows
         self._reserves = reserve_rows is not None
         if self._reserves:
             self._reserved = self._resolve(reserve_rows)
-        self.table_state: TableState | None = None
         self._check_reserved(self._first_rows)
         self._check_lora(bool(self.lora_rank))
         if weights is not None:
-            self.build()
-            self.set_weights(weights if isinstance(weights, list) else [weights])
+            self._build_of(weights if isinstance(weights, list) else [weights])
 
     @classmethod
     def from_matrix(
@@ -299,6 +308,53 @@ class PartialEmbedding(keras.layers.Embedding):
         if self.built and (is_other or self.table_state is None):
             self._split_again()
 
+    def _build_of(self, weights: list[Any]) -> None:
+        """Build with a table as the first value: drawn ones would be as much memory again."""
+        if len(weights) == 1 and np.shape(weights[0]) == (self.input_dim, self.output_dim):
+            configured = self.embeddings_initializer
+            self.embeddings_initializer = partial(_first_value, weights[0])
+            self.build()
+            self.embeddings_initializer = configured
+        else:
+            self.build()
+            self.set_weights(weights)  # which says what is wrong with them
+
+    def grow(self, rows: Any, trainable: bool) -> None:
+        """Add rows; `partial_embedding.tensorflow.grow_table` does it in a model.
+
+        Args:
+            rows: What they begin from, shape (n, D).
+            trainable: Whether they train from here on.
+
+        Raises:
+            InputError: They are not to train, and the layer can freeze none.
+        """
+        if self.built and self.table_state is None and not trainable:
+            raise InputError(
+                "rows of a table that was built with every row trainable and none reserved cannot "
+                "be frozen. Received trainable=False. Make the layer with reserve_rows='all'."
+            )
+        (matrix,) = self.get_weights()
+        before = self.input_dim
+        self.input_dim = before + len(rows)
+        self.earlier_sizes += (before,)
+        self.new_rows = np.arange(before, self.input_dim, dtype=np.int64)
+        trained = self.trainable_rows
+        self._first_rows = np.append(trained, self.new_rows) if trainable else trained
+        self._reserved = np.append(self._reserved, self.new_rows)
+        self._tracker.unlock()
+        state = self.table_state
+        parts = [self._embeddings] if state is None else [state.table, state.rows, state.unfrozen]
+        for variable in parts:
+            self._untrack_variable(variable)
+        self.built = False
+        self._build_of([np.concatenate([matrix, rows.astype(matrix.dtype)])])
+
+    @property
+    def rows_variable(self) -> Any:
+        """The variable that optimizers step: of the reserved rows, or of a plain table."""
+        return self._embeddings if self.table_state is None else self.table_state.rows
+
     @property
     def reserves_rows(self) -> bool:
         """Whether it was said which rows may train at any time."""
@@ -323,18 +379,6 @@ class PartialEmbedding(keras.layers.Embedding):
             )
             self._split()
         self.built = True
-
-    @property
-    def embeddings(self) -> Any:
-        """The table of shape (V, D): the variable of a plain table, one view of a split one.
-
-        The view is read, assigned and differentiated like a variable; each reads or writes the
-        whole table. A head tied to it, `x @ transpose(layer.embeddings)`, trains the trainable rows
-        where it reads it in the `call` of a layer or model.
-        """
-        if self.table_state is None:
-            return super().embeddings
-        return TableVariable(self.table_state, f"{self.path}/embeddings")
 
     def call(self, inputs: Any) -> Any:
         """Look up ids of any shape; dense, ragged or sparse."""
@@ -374,58 +418,6 @@ class PartialEmbedding(keras.layers.Embedding):
             "reserve_rows": None if is_default else compact(self._reserved, self.input_dim),
         }
 
-    def get_weights(self) -> list[Any]:
-        """The table as one array of shape (V, D) in a list, as the plain layer gives it."""
-        if self.table_state is None:
-            return super().get_weights()  # type: ignore[no-any-return]
-        return [self.embeddings.numpy()]
-
-    def set_weights(self, weights: list[Any]) -> None:
-        """Write the table, one array of shape (V, D) in a list, as the plain layer takes it."""
-        if self.table_state is None:
-            super().set_weights(weights)
-            return
-        if len(weights) != 1 or np.shape(weights[0]) != (self.input_dim, self.output_dim):
-            raise InputError(
-                f"the weights are one table of shape {(self.input_dim, self.output_dim)}. "
-                f"Received the shapes {[np.shape(w) for w in weights]}. Was the vocabulary resized?"
-            )
-        self.embeddings.assign(weights[0])
-
-    @property
-    def trainable_weights(self) -> list[Any]:
-        """The variable of the reserved rows, or none where the layer does not train."""
-        return WeightList(super().trainable_weights, self)
-
-    @property
-    def non_trainable_weights(self) -> list[Any]:
-        """The other variables."""
-        return WeightList(super().non_trainable_weights, self)
-
-    def count_params(self) -> int:
-        """The size of the table, V * D."""
-        split = self.table_state is not None
-        return int(self.input_dim * self.output_dim if split else super().count_params())
-
-    def save_own_variables(self, store: Any) -> None:
-        """Write one matrix, as the plain layer does."""
-        if self.table_state is None:
-            super().save_own_variables(store)
-        else:
-            store["0"] = self.embeddings.numpy()
-
-    def load_own_variables(self, store: Any) -> None:
-        """Read one matrix, as the plain layer does."""
-        if self.table_state is None:
-            super().load_own_variables(store)
-            return
-        if list(store.keys()) != ["0"]:
-            raise InputError(
-                f"a file holds one table for the layer {self.name!r}. Received "
-                f"{len(store.keys())} arrays. Was it saved from a model of another structure?"
-            )
-        self.set_weights([store["0"]])
-
     def enable_lora(self, rank: int, *args: Any, **kwargs: Any) -> None:
         """Train a low-rank change of every row, which only a table with no frozen row allows."""
         self._check_lora(True)
@@ -448,40 +440,11 @@ class PartialEmbedding(keras.layers.Embedding):
         self._reserves = False
 
     def _split(self) -> None:
-        """Give the reserved rows a variable, beside a table that holds them all."""
         self.table_state = None
-        if not self._reserved.size:
-            return
-        shape = (self._reserved.size, self.output_dim)
-        # As attributes, where `tf.train.Checkpoint` finds them.
-        self._rows = self.add_weight(
-            shape=shape,
-            initializer=lambda *_, **__: tf.gather(self._embeddings.value, self._reserved),
-            name="embeddings",  # Muon knows an embedding by its name
-            regularizer=self._regularize if self.embeddings_regularizer else None,
-            # Optimizers apply a constraint last, after decay and moving averages.
-            constraint=self._constrain,
-            autocast=False,
-            # What each replica computes is the same, and a mean of more than two could round.
-            aggregation="only_first_replica",
-        )
-        first = np.isin(self._reserved, self._first_rows).astype(np.float32)
-        self._unfrozen = self.add_weight(
-            shape=shape[:1],
-            initializer=lambda *_, **__: tf.constant(first),
-            # A number, so that code which averages weights can average it.
-            dtype="float32",
-            name="unfrozen",
-            trainable=False,
-            autocast=False,
-            aggregation="only_first_replica",
-        )
-        constrained = self.embeddings_constraint is not None
-        self.table_state = TableState(
-            self._embeddings, self._rows, self._unfrozen, self._reserved, constrained
-        )
-        # Where `rowwise` finds it.
-        self._rows.table_state = self.table_state
+        if self._reserved.size:
+            self.table_state = split_table(self, self._embeddings, self._reserved, self._first_rows)
+            # As attributes, where `tf.train.Checkpoint` finds them.
+            self._rows, self._unfrozen = self.table_state.rows, self.table_state.unfrozen
 
     def _split_again(self) -> None:
         self._tracker.unlock()
@@ -496,31 +459,6 @@ class PartialEmbedding(keras.layers.Embedding):
         self._split()
         self._tracker.lock()
 
-    def _regularize(self, rows: Any) -> Any:
-        return self.embeddings_regularizer(self.table_state.pin(rows))  # type: ignore[union-attr]
-
-    def _constrain(self, rows: Any) -> Any:
-        # Every optimizer comes by here while its first step is traced, but for lazy ones.
-        self._check_optimizer()
-        if self.embeddings_constraint:
-            rows = self.embeddings_constraint(rows)
-        return self.table_state.pin(rows)  # type: ignore[union-attr]
-
-    def _check_optimizer(self) -> None:
-        """Refuse a step by an optimizer that the table was not made ready for."""
-        state = self.table_state
-        if state is None or (known := state.optimizer) is None or known.is_stepping:
-            return
-        with tf.init_scope():
-            is_needed = known.lazy or not known.row_scales(state.rows).are_plain
-        if is_needed:
-            raise InputError(
-                "a table that rowwise was built for with lazy=True, or whose rows have a learning "
-                "rate of their own, is stepped rightly by none but rowwise. Received another "
-                f"optimizer for {self.name!r}. Wrap it by rowwise too."
-            )
-        state.optimizer = None
-
     def _merge(self) -> None:
         (matrix,) = self.get_weights()
         self.table_state = None
@@ -531,7 +469,7 @@ class PartialEmbedding(keras.layers.Embedding):
         self._embeddings.assign(matrix)
 
     def _resolve(self, rows: object) -> Ids:
-        ids = Rows.parse(rows).resolve(self.input_dim)
+        ids = Rows.parse(rows).resolve(self.input_dim, new=self.new_rows)
         return ids[ids != 0] if self.freeze_padding else ids
 
     def _check_reserved(self, rows: Ids) -> None:
@@ -552,32 +490,9 @@ class PartialEmbedding(keras.layers.Embedding):
             )
 
 
-def tables_in(model: Any) -> dict[str, PartialEmbedding]:
-    """The partial tables of a model by the names of their layers, built.
-
-    Args:
-        model: A `keras.Model` of any kind and nesting.
-
-    Raises:
-        InputError: Two of them have the same name.
-
-    Example:
-        >>> list(tables_in(keras.Sequential([PartialEmbedding(3, 2, name="words")])))
-        ['words']
-    """
-    tables: dict[str, PartialEmbedding] = {}
-    for layer in model._flatten_layers():
-        if not isinstance(layer, PartialEmbedding):
-            continue
-        if layer.name in tables:
-            raise InputError(
-                f"each table of a model has a name of its own. Received {layer.name!r} twice. "
-                "Pass name= to the layers."
-            )
-        # Keras builds a model without a fixed input only while it traces the first step.
-        layer.build()
-        tables[layer.name] = layer
-    return tables
+def _first_value(matrix: Any, shape: Any, dtype: Any = None) -> Any:
+    """A given table as an initializer."""
+    return tf.cast(tf.convert_to_tensor(matrix), dtype)
 
 
 # Keras finds a layer in a weight file by its class's name, in snake case and numbered. Under the

@@ -11,7 +11,29 @@ import tensorflow as tf
 @tf.RegisterGradient("PartialEmbeddingRows")
 def _gradient_of_rows(operation: Any, upstream: Any, *_: Any) -> tuple[Any, ...]:
     _, _, slots, shape = operation.inputs
-    return None, tf.IndexedSlices(upstream, slots, shape), None, None
+    return None, _marked(upstream, slots, shape), None, None
+
+
+def _marked(upstream: Any, slots: Any, shape: Any) -> Any:
+    """`tf.IndexedSlices` with a void entry for the first row where a slot is negative.
+
+    XLA needs their number and Keras needs rows that there are, so these entries stay. They are
+    -0.0, which no other entry is: that adds nothing to a sum or a norm, and stays what it is when a
+    gradient is scaled.
+    """
+    is_void = (slots < 0)[:, tf.newaxis]
+    # Keras asks of one entry of each row whether it is finite, which a void one must not hide.
+    first = tf.where((slots == 0)[:, tf.newaxis], upstream, tf.zeros_like(upstream))
+    is_finite = tf.reduce_all(tf.math.is_finite(first))
+    void = tf.where(is_finite, tf.constant(-0.0, upstream.dtype), float("nan"))
+    unsigned = tf.where(upstream == 0, tf.zeros_like(upstream), upstream)
+    return tf.IndexedSlices(tf.where(is_void, void, unsigned), tf.maximum(slots, 0), shape)
+
+
+def _are_void(values: Any) -> Any:
+    # By its bits, as -0.0 == 0.0.
+    integer = {2: tf.int16, 4: tf.int32, 8: tf.int64}[values.dtype.size]
+    return tf.reduce_all(tf.bitcast(values, integer) == integer.min, axis=1)
 
 
 def gather_rows(variable: Any, slots: Any, sparse: bool) -> Any:
@@ -20,8 +42,8 @@ def gather_rows(variable: Any, slots: Any, sparse: bool) -> Any:
     Args:
         variable: A `tf.Variable` of shape (R, D).
         slots: Its rows, or -1, int64, any shape.
-        sparse: Make the gradient of the variable `tf.IndexedSlices` with these slots, -1 among
-            them, rather than a dense one.
+        sparse: Make the gradient of the variable `tf.IndexedSlices`, for `summed`, rather than a
+            dense one.
 
     Returns:
         A tensor of shape (*slots.shape, D). What is done to rows with a negative slot must stop
@@ -66,7 +88,7 @@ def _carrier(variable: Any) -> Any:
 @tf.custom_gradient  # registers nothing in eager mode
 def _gather_eagerly(weights: Any, slots: Any) -> tuple[Any, Any]:
     def gradient(upstream: Any) -> tuple[Any, None]:
-        return tf.IndexedSlices(upstream, slots, tf.shape(weights)), None
+        return _marked(upstream, slots, tf.shape(weights)), None
 
     return tf.gather(weights, tf.maximum(slots, 0)), gradient
 
@@ -74,15 +96,15 @@ def _gather_eagerly(weights: Any, slots: Any) -> tuple[Any, Any]:
 def summed(slices: Any, num_rows: int) -> Any:
     """`tf.IndexedSlices` with one entry for each row, and void entries behind them.
 
-    XLA needs static shapes, so the number of entries stays. Void entries come in for rows below 0,
-    and go out for the row `num_rows`, which there is not.
+    XLA needs static shapes, so the number of entries stays. Void entries come in as -0.0 for any
+    row, and go out as zeros for the row `num_rows`, which there is not.
 
     Args:
         slices: Entries of shape (N, D) for rows that may occur several times, and void ones.
         num_rows: The number of rows.
     """
     beyond = tf.cast(num_rows, slices.indices.dtype)
-    indices = tf.where(slices.indices < 0, beyond, slices.indices)
+    indices = tf.where(_are_void(slices.values), beyond, slices.indices)
     order = tf.argsort(indices, stable=True)
     indices = tf.gather(indices, order)
     is_first = tf.concat([tf.ones_like(indices[:1]), indices[1:] - indices[:-1]], 0) > 0

@@ -8,8 +8,8 @@ of the layer, so that whatever Keras or TensorFlow saves, copies or restores is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from os import PathLike
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,54 @@ import tensorflow as tf
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Config
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
-from partial_embedding.schedule import RateScale, Schedule
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.schedule import RateScale
 from partial_embedding.tensorflow.sparse_update import gather_rows, summed
+
+
+def split_table(layer: Any, table: Any, reserved: Ids, unfrozen: Ids) -> TableState:
+    """Give the reserved rows of a table a variable of their own.
+
+    Args:
+        layer: The layer, an Embedding, which gets two more weights.
+        table: Its frozen table, a Keras variable of shape (V, D).
+        reserved: Ids of the reserved rows, sorted, shape (R,).
+        unfrozen: Ids of those that train, sorted.
+    """
+    state = TableState(layer, table, reserved)
+    shape = (reserved.size, layer.output_dim)
+    # What each replica computes is the same, and a mean of more than two could round.
+    settings = {"autocast": False, "aggregation": "only_first_replica"}
+    state.rows = layer.add_weight(
+        shape=shape,
+        initializer=lambda *_, **__: state.kept(),
+        name="embeddings",  # Muon knows an embedding by its name
+        regularizer=state.regularize if layer.embeddings_regularizer else None,
+        # Optimizers apply a constraint last, after decay and moving averages.
+        constraint=state.constrain,
+        **settings,
+    )
+    state.unfrozen = layer.add_weight(
+        shape=shape[:1],
+        initializer=lambda *_, **__: tf.constant(np.isin(reserved, unfrozen), tf.float32),
+        # A number, so that code which averages weights can average it.
+        dtype="float32",
+        name="unfrozen",
+        trainable=False,
+        **settings,
+    )
+    # Where optimizers find it.
+    state.rows.table_state = state
+    return state
+
+
+def state_in(variable: Any) -> TableState | None:
+    """The table that a variable is the reserved rows of.
+
+    Args:
+        variable: A Keras variable.
+    """
+    return getattr(variable, "table_state", None)
 
 
 class TableState:
@@ -31,34 +76,37 @@ class TableState:
     step all the same, since some optimizers look across rows.
 
     Args:
+        layer: The layer, whose regularizer and constraint apply to the reserved rows.
         table: The frozen table, a Keras variable of shape (V, D).
-        rows: The reserved rows in rising order, a Keras variable of shape (R, D).
-        unfrozen: Above 0 for reserved rows that train, a Keras variable of shape (R,).
         reserved: Ids of the reserved rows, sorted, int64, shape (R,).
-        constrained: Whether rows are constrained beyond being pinned.
     """
 
-    def __init__(
-        self, table: Any, rows: Any, unfrozen: Any, reserved: Ids, constrained: bool
-    ) -> None:
+    # The reserved rows in rising order, a Keras variable of shape (R, D), and one of shape (R,),
+    # above 0 for those that train.
+    rows: Any
+    unfrozen: Any
+
+    def __init__(self, layer: Any, table: Any, reserved: Ids) -> None:
+        self.layer = layer
         self.table = table
-        self.rows = rows
-        self.unfrozen = unfrozen
         self.reserved = reserved
-        self.constrained = constrained
         # The `Rowwise` that was built last for these rows.
         self.optimizer: Any = None
+        self._is_freed = False
         with tf.init_scope():
             # int64, as TensorFlow keeps int32 tensors off the GPU.
             self._reserved = tf.constant(reserved, tf.int64)
-            slots = np.full(table.shape[0], -1, np.int64)
-            slots[reserved] = np.arange(reserved.size)
-            self._slots = tf.constant(slots)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether rows are constrained beyond being pinned."""
+        return self.layer.embeddings_constraint is not None
 
     @property
     def trainable_rows(self) -> Ids:
         """Ids of the rows that train now: sorted, int64, shape (K,)."""
-        ids: Ids = self.reserved[self.unfrozen.numpy() > 0]
+        with tf.init_scope():  # also while a graph is traced
+            ids: Ids = self.reserved[self.unfrozen.numpy() > 0]
         return ids
 
     def is_unfrozen(self) -> Any:
@@ -67,6 +115,7 @@ class TableState:
 
     def look_up(self, ids: Any) -> Any:
         """The rows of a dense tensor of ids, of shape (*ids.shape, D)."""
+        self._free_with_the_layer()
         # `tf.gather` of a variable reads the rows only; reading the variable first would copy all
         # of it at every step once a row of it has been assigned.
         frozen = tf.gather(self.table.value, ids)
@@ -75,17 +124,32 @@ class TableState:
         unfrozen = gather_rows(self.rows.value, slots, sparse)
         return tf.where((slots >= 0)[..., tf.newaxis], unfrozen, frozen)
 
+    def _free_with_the_layer(self) -> None:
+        """Free the memory of the variables when nothing refers to them any more.
+
+        While an optimizer of Keras reduces dense gradients, TensorFlow registers a gradient
+        function for ever. That holds the graph of the step, and the graph a handle to the memory.
+        """
+        values = [self.table.value, self.rows.value]
+        # Keras looks for shapes before it makes variables.
+        if self._is_freed or not all(isinstance(value, tf.Variable) for value in values):
+            return
+        self._is_freed = True
+        for value in values:
+            for part in getattr(value, "values", (value,)):
+                weakref.finalize(part, _empty, part.handle, part.dtype).atexit = False
+
     def _slots_of(self, ids: Any) -> Any:
-        """The place of each id in `rows`, or -1 for one that does not train."""
-        slots = tf.gather(self._slots, ids)
-        trains = tf.gather(self.unfrozen.value, tf.maximum(slots, 0)) > 0
-        # XLA reads the nearest row for an id that is none, which must not train for it.
-        exists = (ids >= 0) & (ids < tf.cast(self.table.shape[0], ids.dtype))
-        return tf.where((slots >= 0) & trains & exists, slots, -1)
+        """The place of each id in `rows`, or -1 for one that does not train, or that is none."""
+        ids = tf.cast(ids, tf.int64)
+        places = tf.reshape(tf.searchsorted(self._reserved, tf.reshape(ids, [-1])), tf.shape(ids))
+        slots = tf.minimum(tf.cast(places, tf.int64), self.reserved.size - 1)
+        trains = tf.gather(self.unfrozen.value, slots) > 0
+        return tf.where((tf.gather(self._reserved, slots) == ids) & trains, slots, -1)
 
     def merged(self) -> Any:
         """The whole table as one tensor of shape (V, D), through which unfrozen rows train."""
-        rows = tf.where(self.is_unfrozen()[:, tf.newaxis], self.rows.value, self._kept())
+        rows = tf.where(self.is_unfrozen()[:, tf.newaxis], self.rows.value, self.kept())
         table = tf.convert_to_tensor(self.table.value)
         return tf.tensor_scatter_nd_update(table, self._reserved[:, tf.newaxis], rows)
 
@@ -104,13 +168,39 @@ class TableState:
         return tf.cond(
             tf.reduce_all(unfrozen),
             lambda: rows,
-            lambda: tf.where(unfrozen[:, tf.newaxis], rows, self._kept()),
+            lambda: tf.where(unfrozen[:, tf.newaxis], rows, self.kept()),
         )
+
+    def regularize(self, rows: Any) -> Any:
+        """The penalty of the reserved rows, through which unfrozen ones get gradients."""
+        return self.layer.embeddings_regularizer(self.pin(rows))
+
+    def constrain(self, rows: Any) -> Any:
+        """The reserved rows after a step of an optimizer, constrained and pinned."""
+        # Every optimizer comes by here while its first step is traced, but for lazy ones.
+        self._check_optimizer()
+        if self.constrained:
+            rows = self.layer.embeddings_constraint(rows)
+        return self.pin(rows)
+
+    def _check_optimizer(self) -> None:
+        """Refuse a step by an optimizer that the table was not made ready for."""
+        if (known := self.optimizer) is None or known.is_stepping:
+            return
+        with tf.init_scope():
+            is_needed = known.lazy or not known.row_scales(self.rows).are_plain
+        if is_needed:
+            raise InputError(
+                "a table that rowwise was built for with lazy=True, or whose rows have a learning "
+                "rate of their own, is stepped rightly by none but rowwise. Received another "
+                f"optimizer for {self.layer.name!r}. Wrap it by rowwise too."
+            )
+        self.optimizer = None
 
     def assign(self, matrix: Any) -> None:
         """Write a whole table, shape (V, D)."""
         self.table.assign(matrix)
-        self.rows.assign(self._kept())
+        self.rows.assign(self.kept())
 
     def write_back(self) -> None:
         """Write the unfrozen rows into the table, which then holds every row."""
@@ -132,7 +222,7 @@ class TableState:
         if (joining := np.setdiff1d(after, before, assume_unique=True)).size:
             # Assigned as a whole: a scatter would make every later read of the variable a copy.
             joins = np.isin(self.reserved, joining, assume_unique=True)[:, np.newaxis]
-            self.rows.assign(tf.where(joins, self._kept(), self.rows.value))
+            self.rows.assign(tf.where(joins, self.kept(), self.rows.value))
         self.unfrozen.assign(np.isin(self.reserved, after, assume_unique=True).astype(np.float32))
         if self.optimizer is not None:
             scales = self.optimizer.row_scales(self.rows)
@@ -143,8 +233,15 @@ class TableState:
             rows = tf.gather(self.rows.value, np.searchsorted(self.reserved, ids))
             self.table.value.scatter_update(tf.IndexedSlices(rows, tf.constant(ids)))
 
-    def _kept(self) -> Any:
+    def kept(self) -> Any:
+        """What the table holds of the reserved rows, shape (R, D)."""
         return tf.gather(self.table.value, self._reserved)
+
+
+def _empty(handle: Any, dtype: Any) -> None:
+    with tf.init_scope():
+        nothing = tf.zeros([0], dtype)
+        tf.raw_ops.AssignVariableOp(resource=handle, value=nothing, validate_shape=False)
 
 
 def over_ids(rows: Callable[[Any], Any], inputs: Any, num_rows: int) -> Any:
@@ -161,33 +258,6 @@ def over_ids(rows: Callable[[Any], Any], inputs: Any, num_rows: int) -> Any:
     if isinstance(inputs, tf.SparseTensor):
         inputs = tf.sparse.to_dense(inputs)
     return rows(tf.where(inputs < 0, inputs + tf.cast(num_rows, inputs.dtype), inputs))
-
-
-def schedule_rows(
-    schedule: Schedule | Mapping[str, Any] | str | PathLike[str],
-    num_rows: int,
-    vocabulary: Vocabulary | None = None,
-) -> Ids:
-    """The rows that a schedule ever trains, for `PartialEmbedding(reserve_rows=…)`.
-
-    Args:
-        schedule: A `Schedule`, a mapping, or the path of a YAML file.
-        num_rows: The number of rows V of the table.
-        vocabulary: What the rows mean, for schedules that ask for it.
-
-    Returns:
-        Sorted ids without duplicates, int64, shape (R,).
-
-    Raises:
-        InputError: The schedule is malformed, or does not fit the table or the vocabulary.
-
-    Example:
-        >>> stages = [{"epoch": 0, "rows": [4]}, {"epoch": 2, "rows": {"range": [0, 2]}}]
-        >>> schedule_rows({"stages": stages}, 5)
-        array([0, 1, 4])
-    """
-    stages = Schedule.parse(schedule).stages
-    return np.unique(np.concatenate([s.rows.resolve(num_rows, vocabulary) for s in stages]))
 
 
 def compact(ids: Ids, num_rows: int) -> Config:

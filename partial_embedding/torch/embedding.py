@@ -7,8 +7,10 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.errors import InputError
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.table import PartialTable
 
 
@@ -60,7 +62,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> None:
         if sparse and scale_grad_by_freq:
             raise InputError(
@@ -91,6 +93,20 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         Returns:
             Rows, shape (*, D).
         """
+        if is_scripting():
+            return F.embedding(
+                input,
+                self.weight,
+                self.padding_idx,
+                self.max_norm,
+                self.norm_type,
+                self.scale_grad_by_freq,
+                self.sparse,
+            )
+        return self._look_up(input)
+
+    @torch.jit.unused
+    def _look_up(self, input: Tensor) -> Tensor:  # noqa: A002  # as in `forward`
         weight = self._weight_in_use()
         if weight is None and not _scales_here(self):
             return super().forward(input)
@@ -113,7 +129,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         scale_grad_by_freq: bool = False,
         sparse: bool = True,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> Self:
         """Make a table of given vectors.
 
@@ -128,7 +144,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
             trainable_rows: As in the constructor.
 
         Raises:
-            InputError: The vectors are not a matrix, or the rows do not fit it.
+            InputError: The vectors are no matrix of floating point, or the rows do not fit it.
 
         Example:
             >>> table = PartialEmbedding.from_pretrained(torch.eye(3), trainable_rows=[2])
@@ -136,7 +152,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
             (True, tensor([2]))
         """
         return cls(
-            *_matrix_shape(embeddings),
+            *_matrix_shape(embeddings, freeze),
             padding_idx,
             max_norm,
             norm_type,
@@ -192,7 +208,7 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> None:
         if sparse and (scale_grad_by_freq or mode == "max"):
             option = "scale_grad_by_freq" if scale_grad_by_freq else 'mode="max"'
@@ -231,6 +247,29 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         Returns:
             One vector per bag, shape (B, D).
         """
+        if is_scripting():
+            return F.embedding_bag(
+                input,
+                self.weight,
+                offsets,
+                self.max_norm,
+                self.norm_type,
+                self.scale_grad_by_freq,
+                self.mode,
+                self.sparse,
+                per_sample_weights,
+                self.include_last_offset,
+                self.padding_idx,
+            )
+        return self._reduce(input, offsets, per_sample_weights)
+
+    @torch.jit.unused
+    def _reduce(
+        self,
+        input: Tensor,  # noqa: A002  # as in `forward`
+        offsets: Tensor | None,
+        per_sample_weights: Tensor | None,
+    ) -> Tensor:
         weight = self._weight_in_use()
         if weight is None and not _scales_here(self):
             return super().forward(input, offsets, per_sample_weights)
@@ -265,7 +304,7 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         include_last_offset: bool = False,
         padding_idx: int | None = None,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> Self:
         """Make a table of given vectors.
 
@@ -282,14 +321,14 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
             trainable_rows: As in the constructor.
 
         Raises:
-            InputError: The vectors are not a matrix, or the rows do not fit it.
+            InputError: The vectors are no matrix of floating point, or the rows do not fit it.
 
         Example:
             >>> PartialEmbeddingBag.from_pretrained(torch.eye(3), trainable_rows=[2]).trainable_rows
             tensor([2])
         """
         bags = cls(
-            *_matrix_shape(embeddings),
+            *_matrix_shape(embeddings, freeze),
             max_norm,
             norm_type,
             scale_grad_by_freq,
@@ -304,7 +343,12 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         return bags
 
 
-def _matrix_shape(embeddings: Tensor) -> tuple[int, int]:
+def _matrix_shape(embeddings: Tensor, freeze: bool) -> tuple[int, int]:
+    if not (freeze or embeddings.is_floating_point() or embeddings.is_complex()):
+        raise InputError(
+            f"vectors that train are floating point. Received {embeddings.dtype}. Pass "
+            "embeddings.float()."
+        )
     if embeddings.dim() != 2:
         raise InputError(
             "vectors are a matrix of rows by columns. "

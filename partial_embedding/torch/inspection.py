@@ -35,8 +35,10 @@ _STEPS = 8
 _TORCHS_OWN = {"state", "param_groups", "defaults", "step"}
 # What a group has one of for each parameter, and which are no options.
 _LISTS = {"params", "param_names"}
+# What a checkpoint of ours has in a parameter group, and in the state of a table.
+KEY = "rowwise"
 # The rate may start at zero, and is none of what decides which state there is.
-_NO_OPTIONS = {*_LISTS, "lr", "initial_lr", "max_lr", "min_lr"}
+_NO_OPTIONS = {*_LISTS, KEY, "lr", "initial_lr", "max_lr", "min_lr"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class StateLayout:
     Args:
         keys: All keys of the state. Others that turn up later are refused.
         per_row: Keys whose first axis is rows; the others belong to the cohort as a whole.
+        shared: The others, with values that they once had.
         in_group: Keys of the parameter group that a step changes, such as a step count kept there.
         begun: What these keys are before the first step, where they exist then.
         eager: State is made by the constructor and not by the first step.
@@ -57,6 +60,7 @@ class StateLayout:
 
     keys: frozenset[str] = frozenset()
     per_row: frozenset[str] = frozenset()
+    shared: State = field(default_factory=dict)
     in_group: frozenset[str] = frozenset()
     begun: State = field(default_factory=dict)
     eager: bool = False
@@ -177,6 +181,7 @@ def _inspected(name: str, optimizer: Optimizer, group: Group, weight: Tensor) ->
     return StateLayout(
         keys=frozenset(states[0].keys() | states[1].keys()),
         per_row=per_row,
+        shared={key: value for key, value in states[1].items() if key not in per_row},
         in_group=counted,
         begun=_begun(optimizer, dry_run.block, counted),
         eager=eager,

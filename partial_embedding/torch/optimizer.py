@@ -15,6 +15,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.torch.ddp import average, is_averaged_here
 from partial_embedding.torch.hooks import refuse_sharded, tables_of
 from partial_embedding.torch.inspection import (
+    KEY,
     Group,
     State,
     StateLayout,
@@ -23,7 +24,15 @@ from partial_embedding.torch.inspection import (
     kind_of,
 )
 from partial_embedding.torch.row_gradient import RowGradient
-from partial_embedding.torch.saving import KEY, check_state_dict, from_state_dict, into_state_dict
+from partial_embedding.torch.saving import (
+    Entries,
+    check,
+    into_state_dict,
+    mark,
+    restore,
+    take_from,
+    without_tables,
+)
 from partial_embedding.torch.table import PartialTable, row_parameters_in
 from partial_embedding.torch.table_state import Block, TableState, clear_history
 
@@ -131,6 +140,13 @@ def detach_rowwise(optimizer: Optimizer) -> None:
 
     Raises:
         InputError: It was not prepared.
+
+    Example:
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
+        >>> optimizer = rowwise(torch.optim.AdamW(table.parameters()))
+        >>> detach_rowwise(optimizer)
+        >>> optimizer = rowwise(optimizer, lazy=True)
     """
     handle = prepared(optimizer)
     if handle is None:
@@ -153,6 +169,14 @@ def average_gradients(optimizer: Optimizer) -> None:
 
     Raises:
         InputError: Processes train different rows.
+
+    Example:
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
+        >>> optimizer = torch.optim.AdamW(table.parameters())
+        >>> table(torch.tensor([7])).sum().backward()
+        >>> average_gradients(optimizer)  # one process alone has nothing to average
+        >>> optimizer.step()
     """
     average(_held_tables(_inside(optimizer)))
 
@@ -164,6 +188,15 @@ def prepared(optimizer: Optimizer) -> Rowwise | None:
         optimizer: Any optimizer, wrapped or not.
     """
     return vars(_inside(optimizer)).get("_rowwise")
+
+
+def is_left_alone(optimizer: Optimizer) -> bool:
+    """Whether `masked_gradient_only` was called for an optimizer.
+
+    Args:
+        optimizer: Any optimizer, wrapped or not.
+    """
+    return bool(vars(_inside(optimizer)).get("_masked_gradient_only"))
 
 
 class Rowwise:
@@ -191,8 +224,10 @@ class Rowwise:
                 "without any PartialEmbedding. Build it from model.parameters()."
             )
         # Whatever the optimizer remembers already, of its own or from a checkpoint of ours.
-        check_state_dict(optimizer, self.tables, vars(optimizer))
-        from_state_dict(optimizer, self.tables)
+        _, entries = without_tables(vars(optimizer))
+        check(optimizer, self.tables, entries)
+        restore(optimizer, self.tables, take_from(optimizer))
+        self._loading: Entries = {}
         self._blocks: list[_Lent] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -368,6 +403,7 @@ class Rowwise:
         self._count_steps()
         self._take_over()
         self._scatter()
+        mark(optimizer, self.tables)
 
     def _count_steps(self) -> None:
         """Count a step for each cohort that warms up; called when one was really made."""
@@ -418,12 +454,17 @@ class Rowwise:
     def _save(self, optimizer: Optimizer, state_dict: State) -> State:
         return into_state_dict(optimizer, self.tables, state_dict)
 
-    def _before_loading(self, optimizer: Optimizer, state_dict: State) -> None:
+    def _before_loading(self, optimizer: Optimizer, state_dict: State) -> State:
         self._forget_blocks()
-        check_state_dict(optimizer, self.tables, state_dict)
+        # Past torch, which would cast it to the dtype of the weight.
+        own, entries = without_tables(state_dict)
+        check(optimizer, self.tables, entries)
+        self._loading = entries
+        return own
 
     def _load(self, optimizer: Optimizer) -> None:
-        from_state_dict(optimizer, self.tables)
+        restore(optimizer, self.tables, self._loading)
+        self._loading = {}
 
     def detach(self) -> None:
         """Take the hooks off; state that the constructor makes is made anew."""
@@ -435,23 +476,12 @@ class Rowwise:
             state.table.no_longer_stepped_by(state)
         if any(state.layout.flat for state in self.tables.values()):
             clear_history(self.optimizer)
+        take_from(self.optimizer)
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 table = self.tables.get(id(param))
                 if table is not None and table.layout.eager:
                     self.optimizer.state[param] = first_state(self.optimizer, group, param)
-
-    # What the Lightning callback calls until it is written anew.
-
-    def average(self) -> None:
-        """Average the gradients of tables."""
-        average(_held_tables(self.optimizer))
-
-    def enter(self) -> None:
-        """Do nothing."""
-
-    def leave(self) -> None:
-        """Do nothing."""
 
 
 class _Lent:
@@ -592,11 +622,15 @@ def _before_any_step(
     if "_rowwise" in vars(optimizer):
         return None  # its own hook comes next
     tables = _held_tables(optimizer)
-    if not tables:
-        return None
-    exact = not vars(optimizer).get("_masked_gradient_only")
-    if exact and any(table.has_frozen_rows for _, table in tables):
+    exact = not is_left_alone(optimizer)
+    loaded = any(isinstance(one, dict) and KEY in one for one in optimizer.state.values())
+    by_rows = any(table.has_frozen_rows or table.earlier_sizes for _, table in tables)
+    if exact and tables and (loaded or by_rows):
         Rowwise(optimizer, False, {})
+        return None
+    if loaded:
+        take_from(optimizer)  # rows' state says nothing of a plain table, which begins afresh
+    if not tables:
         return None
     parameters = [parameter for parameter, _ in tables]
     return _with_gradients(args, kwargs, lambda: _settle_gradients(optimizer, parameters))

@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
 from partial_embedding.torch.head import PartialLinear
@@ -31,7 +32,7 @@ _PARTIAL: dict[type[nn.Module], type[PartialTable]] = {
 def replace_embedding(
     model: nn.Module,
     name: str | nn.Module | None = None,
-    trainable_rows: object = "all",
+    trainable_rows: RowsLike = "all",
     *,
     sparse: bool = True,
 ) -> dict[str, nn.Module]:
@@ -238,7 +239,7 @@ def check_replaceable(model: nn.Module, table: Any, sparse: bool) -> None:
                 )
 
 
-def _checked_rows(model: nn.Module, table: Any, trainable_rows: object) -> Ids:
+def _checked_rows(model: nn.Module, table: Any, trainable_rows: RowsLike) -> Ids:
     if isinstance(trainable_rows, Tensor):
         trainable_rows = trainable_rows.detach().cpu().numpy()
     ids = Rows.parse(trainable_rows).resolve(table.weight.shape[0])

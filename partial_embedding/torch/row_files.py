@@ -96,6 +96,18 @@ def load_rows(
         InputError: The file is not one of these, belongs to another model or vocabulary, or has
             other values for rows of another file. Model and tokenizer are then as they were.
         OSError: The file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> trained = nn.Sequential(PartialEmbedding(10, 4, trainable_rows=[7]))
+        >>> model = nn.Sequential(nn.Embedding(10, 4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_rows(trained, f"{folder}/rows.safetensors")
+        ...     load_rows(model, f"{folder}/rows.safetensors")
+        {'0.weight': [7]}
+        >>> torch.equal(model[0].weight[7], trained[0].weight[7])
+        True
     """
     tensors, about = _read(path)
     if about.get("format") != _FORMAT:
@@ -131,6 +143,15 @@ def export_peft(model: Any, folder: Path_) -> None:
         InputError: No table is partly trainable, or rows of a head's bias train, for which PEFT's
             format has no place.
         OSError: A file cannot be written.
+
+    Example:
+        >>> import os, tempfile
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> model = nn.Sequential(PartialEmbedding(10, 4, trainable_rows=[7]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_peft(model, folder)
+        ...     sorted(os.listdir(folder))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     rows = _trained(model)
     if biases := [key for key in rows if not key.endswith(".weight")]:
@@ -187,6 +208,15 @@ def import_peft(
         InputError: The folder holds no trainable tokens, or those of another model. The model is
             then as it was.
         OSError: A file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> model = nn.Sequential(PartialEmbedding(10, 4, trainable_rows=[7]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_peft(model, folder)
+        ...     import_peft(nn.Sequential(nn.Embedding(10, 4)), folder)
+        {'0.weight': [7]}
     """
     place = Path(folder)
     try:

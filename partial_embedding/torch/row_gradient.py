@@ -130,16 +130,8 @@ class RowGradient(Tensor):
 
     def coalesce(self) -> Tensor:
         """A sparse tensor with each row once."""
-        held = self._summed()
-        if held.ids is None:
-            return held.values.to_sparse(1).coalesce()
-        return torch.sparse_coo_tensor(
-            held.ids.unsqueeze(0),
-            held.values,
-            self.shape,
-            check_invariants=False,
-            is_coalesced=True,
-        )
+        self._summed()
+        return self.to_sparse()
 
     def to_sparse(self, sparse_dim: int = 1, **options: Any) -> Tensor:
         """A sparse tensor.
@@ -148,9 +140,16 @@ class RowGradient(Tensor):
             sparse_dim: How many axes are sparse, by default that of the rows.
             options: As for `torch.Tensor.to_sparse`.
         """
-        if sparse_dim == 1 and not options:
-            return self.coalesce()
-        return self.to_dense().to_sparse(sparse_dim, **options)
+        held = self._held
+        if sparse_dim != 1 or options or held.ids is None:
+            return self.to_dense().to_sparse(sparse_dim, **options)
+        return torch.sparse_coo_tensor(
+            held.ids.unsqueeze(0),
+            held.values,
+            self.shape,
+            check_invariants=False,
+            is_coalesced=held.summed,
+        )
 
     def is_coalesced(self) -> bool:
         """Whether each row is held once."""
@@ -209,26 +208,6 @@ class RowGradient(Tensor):
         # `module.to(dtype)` moves gradients so; the shape and dtype lie in torch's own part.
         Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
         self._held = new._held if isinstance(new, RowGradient) else _Rows(None, new, True)
-
-    # For torch.compile, which looks at the gradients of the parameters that it is given
-
-    @property
-    def _ids(self) -> Tensor | None:
-        return self._held.ids
-
-    @property
-    def _rows(self) -> Tensor:
-        return self._held.values
-
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool]]:
-        held = self._held
-        return (["_rows"] if held.ids is None else ["_ids", "_rows"]), (len(self), held.summed)
-
-    @staticmethod
-    def __tensor_unflatten__(
-        inner: dict[str, Tensor], context: tuple[int, bool], size: object, stride: object
-    ) -> RowGradient:
-        return RowGradient(inner.get("_ids"), inner["_rows"], *context)
 
     # What torch's functions do
 
@@ -334,8 +313,8 @@ def _are_divisors(others: Iterable[Any]) -> bool:
 def _copied(func: Any, grad: RowGradient, **options: Any) -> Any:
     if options.get("layout", torch.strided) not in (None, torch.strided):
         return NotImplemented
-    # Not summed: what makes a copy costs no more than that.
-    held = grad._held
+    # A copy costs no more than that; but a sum in another dtype would round in another way.
+    held = grad._held if func is aten.clone.default else grad._summed()
     values = func(held.values, **options)
     ids = None if held.ids is None else held.ids.to(values.device)
     return RowGradient(ids, values, len(grad), held.summed)

@@ -1,9 +1,13 @@
 """What an optimizer's `state_dict` holds of its tables: K×D state, and the rows it belongs to.
 
-It lies in the parameter group, under the key `rowwise`, and not under `state[weight]`:
-torch casts what it finds there to the dtype of the weight, row ids too (257 is 256 in bf16), and
-a plain optimizer would take it for state of the whole table. This way a plain optimizer loads the
-checkpoint, and begins the table's state afresh.
+It lies where any other parameter's state does, in `state[weight]`, so that whatever saves, moves or
+shards optimizer state finds it, torch.distributed.checkpoint too:
+
+    {"step": …, "rowwise": {"num_rows": V, "cohorts": {"0": {"rows": …, "state": {…}}, …}}}
+
+What is beside `rowwise` is what some optimizers look for in any state that they load. An optimizer
+that keeps no state has none of other parameters either, and torch refuses state of some only: its
+tables are listed in their parameter group, and so is LBFGS's, which has one history for all.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.inspection import Group, State
-from partial_embedding.torch.table_state import TableState
-
-KEY = "rowwise"
+from partial_embedding.schedule import RateScale
+from partial_embedding.torch.inspection import KEY, Group, State
+from partial_embedding.torch.rowset import shown
+from partial_embedding.torch.table_state import Cohort, TableState
 
 Tables = Mapping[int, TableState]
+# What was saved of tables, by the place of the group and of the parameter in it.
+Entries = dict[tuple[int, int], State]
 
 
 def into_state_dict(optimizer: Optimizer, tables: Tables, state_dict: State) -> State:
@@ -29,72 +35,205 @@ def into_state_dict(optimizer: Optimizer, tables: Tables, state_dict: State) -> 
 
     Args:
         optimizer: The optimizer.
-        tables: Its tables, by the id of the weight.
+        tables: Its tables, by the id of the parameter.
         state_dict: The optimizer's own.
     """
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        here = {i: tables[id(p)] for i, p in enumerate(group["params"]) if id(p) in tables}
-        if not here:
-            continue
-        saved[KEY] = [{"position": i, **table.dump()} for i, table in here.items()]
-        if any(table.layout.flat for table in here.values()):
-            # A history of the rows that train is of no length that a plain optimizer could use.
-            saved[KEY][0]["history"] = state_dict["state"]
-            state_dict["state"] = {}
+        listed: list[State] = []
+        for i, (parameter, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            if (table := tables.get(id(parameter))) is None:
+                continue
+            if table.layout.flat:
+                listed.append({"position": i, **_dumped(table)})
+                continue
+            state_dict["state"].pop(key, None)
+            if table.layout.keys:
+                state_dict["state"][key] = {**table.shared_state, KEY: _dumped(table)}
+            else:
+                listed.append({"position": i, **_dumped(table)})
+        saved.pop(KEY, None)
+        if listed:
+            saved[KEY] = listed
+            if any(table.layout.flat for table in tables.values()):
+                # A history of the rows that train is of no length that a plain optimizer could use.
+                listed[0]["history"] = state_dict["state"]
+                state_dict["state"] = {}
     return state_dict
 
 
-def check_state_dict(optimizer: Optimizer, tables: Tables, state_dict: State) -> None:
+def mark(optimizer: Optimizer, tables: Tables) -> None:
+    """Show that there is state of the tables, once the optimizer has stepped.
+
+    torch.distributed.checkpoint makes a step of an optimizer without any state before it saves, and
+    loads only what it sees in the optimizer that it loads into.
+
+    Args:
+        optimizer: The optimizer.
+        tables: Its tables, by the id of the parameter.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            table = tables.get(id(parameter))
+            if table is None or table.layout.flat or parameter in optimizer.state:
+                continue
+            keeps = bool(table.layout.keys)
+            optimizer.state[parameter] = {**table.shared_state, KEY: {}} if keeps else {}
+            if not keeps:
+                group.setdefault(KEY, [])
+
+
+def without_tables(state_dict: State) -> tuple[State, Entries]:
+    """What is the optimizer's own in a `state_dict`, and what was saved of tables.
+
+    Args:
+        state_dict: As `into_state_dict` gave it; or an optimizer's attributes, after one that is
+            not prepared has loaded that.
+    """
+    state, groups, entries = dict(state_dict["state"]), [], Entries()
+    for g, saved in enumerate(state_dict["param_groups"]):
+        group = dict(saved)
+        listed = group.pop(KEY, ())
+        for i, key in enumerate(saved["params"]):
+            one = state.get(key, {})
+            if isinstance(one, Mapping) and KEY in one:
+                del state[key]
+                if one[KEY]:
+                    entries[g, i] = one[KEY]
+        for entry in listed:
+            # A plain optimizer carries our key along when it steps the table by itself.
+            own = state if "history" in entry else state.get(saved["params"][entry["position"]])
+            if not own:
+                entries[g, entry["position"]] = entry
+        groups.append(group)
+    return {**state_dict, "state": state, "param_groups": groups}, entries
+
+
+def take_from(optimizer: Optimizer) -> Entries:
+    """Take what was saved of tables out of an optimizer that has loaded it.
+
+    Args:
+        optimizer: The optimizer.
+    """
+    own, entries = without_tables(vars(optimizer))
+    for key in optimizer.state.keys() - own["state"].keys():
+        del optimizer.state[key]
+    for group in optimizer.param_groups:
+        group.pop(KEY, None)
+    return entries
+
+
+def check(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
     """Refuse state of other rows before anything is loaded.
 
     Args:
         optimizer: The optimizer.
-        tables: Its tables, by the id of the weight.
-        state_dict: What would be loaded.
+        tables: Its tables, by the id of the parameter.
+        entries: What would be loaded.
 
     Raises:
-        InputError: A table has another size, place or set of rows than the one that was saved.
+        InputError: A table has another size, place or set of rows than the one that was saved, or
+            the optimizer cannot keep the rate of its rows.
     """
     # The number and length of groups are torch's to compare, which it does next.
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
-        for entry in saved.get(KEY, ()):
-            if _is_stale(entry, saved, state_dict["state"]):
-                continue
-            position, params = entry["position"], group["params"]
-            if position >= len(params) or id(params[position]) not in tables:
-                raise InputError(
-                    f"the checkpoint has a table as parameter {position} of a group. Received an "
-                    "optimizer whose parameters come in another order. Build it as it was then."
-                )
-            tables[id(params[position])].check(entry)
+    groups = [group["params"] for group in optimizer.param_groups]
+    for (g, i), entry in entries.items():
+        if g >= len(groups) or i >= len(groups[g]) or id(groups[g][i]) not in tables:
+            raise InputError(
+                f"the checkpoint has a table as parameter {i} of group {g}. Received an optimizer "
+                "whose parameters come in another order. Build it as it was then."
+            )
+        _check_one(tables[id(groups[g][i])], entry)
 
 
-def from_state_dict(optimizer: Optimizer, tables: Tables) -> None:
-    """Take what was loaded out of the optimizer's groups and into the tables.
+def restore(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
+    """Give tables what was saved of them, or what a plain optimizer has of them.
 
     Args:
         optimizer: The optimizer, just after it loaded its own.
-        tables: Its tables, by the id of the weight.
+        tables: Its tables, by the id of the parameter.
+        entries: What was saved, and has been checked.
     """
-    for group in optimizer.param_groups:
-        fresh = (e for e in group.pop(KEY, ()) if not _is_stale(e, group, optimizer.state))
-        entries: dict[int, Any] = {entry["position"]: entry for entry in fresh}
-        for position, param in enumerate(group["params"]):
-            if (table := tables.get(id(param))) is None:
+    for g, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            if (table := tables.get(id(parameter))) is None:
                 continue
-            if (entry := entries.get(position)) is None:
-                table.adopt_from(optimizer, group)  # saved without rowwise, or after that
+            if (entry := entries.get((g, i))) is None:
+                table.adopt_from(optimizer, group)  # saved by a plain optimizer
                 continue
-            table.restore(entry, group)
+            table.take_cohorts(_cohorts_of(entry, table, group), entry["num_rows"])
             if "history" in entry:
                 _restore_history(optimizer, group, entry["history"])
+    if entries:
+        mark(optimizer, tables)
 
 
-def _is_stale(entry: State, group: Group, state: Mapping[Any, Any]) -> bool:
-    """Whether a plain optimizer, which carries our key along, has stepped the table since."""
-    if "history" in entry:
-        return bool(state)
-    return bool(state.get(group["params"][entry["position"]]))
+# One table
+
+
+def _dumped(table: TableState) -> State:
+    cohorts = {}
+    for number, cohort in table.cohorts.items():
+        kept: State = {"rows": _as_bytes(cohort.ids), "state": dict(cohort.state)}
+        if cohort.group_state:
+            kept["group_state"] = dict(cohort.group_state)
+        if not cohort.rate_scale.is_plain:
+            kept["rate_scale"] = {**cohort.rate_scale.to_config(), "steps": cohort.steps}
+        cohorts[str(number)] = kept
+    return {"num_rows": table.parameter.shape[0], "cohorts": cohorts}
+
+
+def _check_one(table: TableState, entry: State) -> None:
+    num_rows = table.parameter.shape[0]
+    if entry["num_rows"] not in (num_rows, *table.table.earlier_sizes):
+        raise InputError(
+            f"optimizer state belongs to a table of one size. Received state for "
+            f"{entry['num_rows']} rows and {table.name!r} with {num_rows}. Load the checkpoint's "
+            "vocabulary first."
+        )
+    ids = [_as_ids(cohort["rows"]).cpu() for cohort in entry.get("cohorts", {}).values()]
+    saved = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).sort().values
+    rows = table.table.row_set.ids.cpu()
+    rows = rows[rows < entry["num_rows"]]  # by which the table grew since has no state yet
+    if not torch.equal(saved, rows):
+        raise InputError(
+            "optimizer state belongs to the rows that trained. Received state for "
+            f"{len(saved)} rows {shown(saved)}, while in {table.name!r} {len(rows)} train "
+            f"{shown(rows)}. Call set_trainable_rows with the former first."
+        )
+    for cohort in entry.get("cohorts", {}).values():
+        table.check_rate_scale(_rate_scale_and_steps(cohort)[0])
+
+
+def _cohorts_of(entry: State, table: TableState, group: Group) -> dict[int, Cohort]:
+    device, cohorts = table.table.row_set.device, {}
+    for number, saved in entry.get("cohorts", {}).items():
+        state = {k: _on_device(k, v, device, group) for k, v in saved.get("state", {}).items()}
+        group_state = dict(saved.get("group_state", {}))
+        ids = _as_ids(saved["rows"]).to(device)
+        cohorts[int(number)] = Cohort(ids, state, group_state, *_rate_scale_and_steps(saved))
+    return cohorts
+
+
+def _as_bytes(ids: Tensor) -> Tensor:
+    # An optimizer that is not prepared yet casts all that it loads to the dtype of the weight, in
+    # which 257 may be 256. Each dtype has the numbers of a byte.
+    return ids.contiguous().view(torch.uint8).view(len(ids), 8)
+
+
+def _as_ids(rows: Tensor) -> Tensor:
+    return rows.to(torch.uint8).contiguous().view(torch.int64).flatten()
+
+
+def _rate_scale_and_steps(cohort: State) -> tuple[RateScale, int]:
+    saved = dict(cohort.get("rate_scale", {}))
+    steps = saved.pop("steps", 0)
+    return RateScale(**saved), steps
+
+
+def _on_device(key: str, value: Any, device: torch.device, group: Group) -> Any:
+    # torch keeps step counts on the CPU unless the maths itself runs on the device.
+    counts_on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
+    return value.to(device) if isinstance(value, Tensor) and not counts_on_cpu else value
 
 
 def _restore_history(optimizer: Optimizer, group: Group, saved: State) -> None:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from partial_embedding.torch.rowcopy import (
     sum_rows,
     write_rows,
 )
-from partial_embedding.torch.rowset import RowSet, shown
+from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable
 
 
@@ -313,71 +312,33 @@ class TableState:
 
     # Saving and restoring
 
-    def dump(self) -> dict[str, Any]:
-        """What a checkpoint keeps: row ids and K×D state, as tensors and plain values."""
-        cohorts = [
-            {
-                "number": number,
-                "rows": cohort.ids,
-                "state": dict(cohort.state),
-                "group_state": dict(cohort.group_state),
-                **_saved_rate_scale(cohort),
-            }
-            for number, cohort in self.cohorts.items()
-        ]
-        return {"num_rows": self.parameter.shape[0], "cohorts": cohorts}
+    @property
+    def shared_state(self) -> State:
+        """What is not per row, as the optimizer has it for a parameter."""
+        stepped = next((cohort.state for cohort in self.cohorts.values() if cohort.state), {})
+        own = {key: value for key, value in stepped.items() if key not in self.layout.per_row}
+        return {**self.layout.shared, **own}
 
-    def check(self, saved: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other rows.
+    def take_cohorts(self, cohorts: dict[int, Cohort], num_rows: int) -> None:
+        """Take over the cohorts of a checkpoint, and with them which rows train.
 
         Args:
-            saved: What `dump` gave.
-
-        Raises:
-            InputError: The table has another size, other rows train, or the optimizer cannot keep
-                their rate_scale.
+            cohorts: The cohorts by number.
+            num_rows: The rows that the table had then.
         """
-        if saved["num_rows"] != self.parameter.shape[0]:
-            raise InputError(
-                f"optimizer state belongs to a table of one size. Received state for "
-                f"{saved['num_rows']} rows and {self.name!r} with {self.parameter.shape[0]}. "
-                "Load the checkpoint's vocabulary first."
-            )
-        ids = [cohort["rows"].cpu() for cohort in saved["cohorts"]]
-        saved_ids = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).sort().values
-        rows = self.table.row_set.ids.cpu()
-        if not torch.equal(saved_ids, rows):
-            raise InputError(
-                "optimizer state belongs to the rows that trained. Received state for "
-                f"{len(saved_ids)} rows {shown(saved_ids)}, while in {self.name!r} {len(rows)} "
-                f"train {shown(rows)}. Call set_trainable_rows with the former first."
-            )
-        for cohort in saved["cohorts"]:
-            self.check_rate_scale(_rate_scale_and_steps(cohort)[0])
-
-    def restore(self, saved: dict[str, Any], group: Group) -> None:
-        """Take over the cohorts of a checkpoint that `check` has passed.
-
-        Args:
-            saved: What `dump` gave.
-            group: The parameter group that holds the table.
-        """
-        device = self.table.row_set.device
-        self.cohorts = {}
-        for entry in saved["cohorts"]:
-            state = {k: _on_device(k, v, device, group) for k, v in entry["state"].items()}
-            ids, group_state = entry["rows"].to(device), dict(entry["group_state"])
-            cohort = Cohort(ids, state, group_state, *_rate_scale_and_steps(entry))
-            self.cohorts[int(entry["number"])] = cohort
-        numbers = {number: cohort.ids for number, cohort in self.cohorts.items()}
-        rate_scales = {
-            n: cohort.rate_scale
-            for n, cohort in self.cohorts.items()
-            if not cohort.rate_scale.is_plain
-        }
-        after = max([*numbers, self.table.row_set.next_number - 1]) + 1
-        self._rows = RowSet(self.parameter.shape[0], numbers, after, device, rate_scales)
-        self.table.row_set = self._rows
+        self.cohorts = cohorts
+        now = self.table.row_set
+        ids = {number: cohort.ids for number, cohort in cohorts.items()}
+        scaled = {n: c.rate_scale for n, c in cohorts.items() if not c.rate_scale.is_plain}
+        after = max([*ids, now.next_number - 1]) + 1
+        self._rows = RowSet(self.parameter.shape[0], ids, after, now.device, scaled)
+        # Rows by which the table grew since begin now.
+        for number, rows in now.cohorts.items():
+            if len(newer := rows[rows >= num_rows]):
+                ids[after], scaled[after] = newer, now.rate_scales.get(number, RateScale())
+                after += 1
+        self.table.row_set = RowSet(self.parameter.shape[0], ids, after, now.device, scaled)
+        self.sync()
 
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
         """Go on with the state of shape V×D that a plain optimizer has for the whole table.
@@ -391,7 +352,10 @@ class TableState:
             clear_history(optimizer)  # as long as the whole table
             return
         state = optimizer.state.pop(self.parameter, {})
+        heights = [len(value) for key, value in state.items() if key in self.layout.per_row]
         for cohort in self.cohorts.values():
+            if len(cohort.ids) and cohort.ids[0] >= min(heights, default=len(self.parameter)):
+                continue  # by which the table grew since
             cohort.state = {
                 key: value.index_select(0, cohort.ids.to(value.device))
                 if key in self.layout.per_row
@@ -442,22 +406,3 @@ def _parameter(values: Tensor, grad: Tensor | None) -> nn.Parameter:
     parameter = nn.Parameter(values)
     parameter.grad = grad
     return parameter
-
-
-def _saved_rate_scale(cohort: Cohort) -> dict[str, Any]:
-    # Absent where plain, so that a checkpoint is then what it is without rate_scales.
-    if cohort.rate_scale.is_plain:
-        return {}
-    return {"rate_scale": {**cohort.rate_scale.to_config(), "steps": cohort.steps}}
-
-
-def _rate_scale_and_steps(entry: dict[str, Any]) -> tuple[RateScale, int]:
-    saved = dict(entry.get("rate_scale", {}))
-    steps = saved.pop("steps", 0)
-    return RateScale(**saved), steps
-
-
-def _on_device(key: str, value: Any, device: torch.device, group: Group) -> Any:
-    # torch keeps step counts on the CPU unless the maths itself runs on the device.
-    counts_on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
-    return value.to(device) if isinstance(value, Tensor) and not counts_on_cpu else value

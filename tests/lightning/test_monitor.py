@@ -133,6 +133,7 @@ def test_the_gradient_of_an_id_that_occurs_twice_is_summed(sparse: bool) -> None
     table(torch.tensor([5, 5, 7])).sum().backward()
     assert table.weight.grad is not None
     ids, squares = _row_squares(table.weight.grad)
+    assert len(ids) == (2 if sparse else V)  # the cost follows the rows of the batch
     assert {i: s for i, s in zip(ids.tolist(), squares.tolist(), strict=True) if s} == {
         5: 4.0 * D,
         7: 1.0 * D,

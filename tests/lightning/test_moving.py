@@ -294,6 +294,16 @@ def test_a_validation_outside_fit_counts_for_nothing() -> None:
     assert unfreezing.state_dict()["position"]["evaluations"] == seen == [[0, 3, {"val_loss": 1.0}]]
 
 
+def test_a_fit_begins_anew_after_a_checkpoint_was_validated(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    alone = watch(validated(1.0), PLATEAU, saving, enable_checkpointing=True)
+    witness, net = RowWitness(), validated(1.0)
+    made = trainer(RowUnfreezing(PLATEAU), witness)
+    made.validate(net, loader(data(1)), ckpt_path=tmp_path / "epoch=2.ckpt")
+    made.fit(net, loader(data()), loader(data(1)))
+    assert witness.rows == alone.rows
+
+
 @pytest.mark.parametrize("interval", [1, 2, 3])
 @pytest.mark.parametrize("step", range(1, STEPS))
 def test_no_validation_is_left_out_or_counted_twice_on_resume(
@@ -461,7 +471,7 @@ def test_a_changed_schedule_says_what_changed_and_goes_on_or_stops(
     assert [line for line in said if "the checkpoint's" in line] == lines
     assert witness.rows[0] == [1, 2]
     if case == "another_rate":
-        saved = made.optimizers[0].state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
+        saved = made.optimizers[0].state_dict()["state"][0]["rowwise"]["cohorts"]
         assert not any(
             "rate_scale" in cohort for cohort in saved
         )  # rows keep what they joined with
@@ -491,7 +501,7 @@ def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: P
     schedule = changed({"epoch": 0, "rows": [1, 2], "lr_scale": 0.5, "warmup_steps": 5})
     watch(Net().build(), schedule, Keep(), max_epochs=1)
     saved = torch.load(tmp_path / "made.ckpt", weights_only=True)
-    (cohort,) = saved["optimizer_states"][0]["param_groups"][0]["rowwise"][0]["cohorts"]
+    (cohort,) = saved["optimizer_states"][0]["state"][0]["rowwise"]["cohorts"]
     assert cohort["rate_scale"] == {"lr_scale": 0.5, "warmup_steps": 5, "steps": 3}
     plain = Net().build(plain=True)
     trainer(Keep(), max_epochs=2).fit(plain, loader(data()), ckpt_path=tmp_path / "made.ckpt")
@@ -499,7 +509,7 @@ def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: P
     made = trainer(RowUnfreezing(schedule), witness, max_epochs=3)
     made.fit(Net().build(), loader(data()), ckpt_path=tmp_path / "made.ckpt")
     assert witness.rows == BATCHES * [[1, 2]]
-    cohorts = made.optimizers[0].state_dict()["param_groups"][0]["rowwise"][0]["cohorts"]
+    cohorts = made.optimizers[0].state_dict()["state"][0]["rowwise"]["cohorts"]
     assert [cohort["rate_scale"]["steps"] for cohort in cohorts] == [3]  # they joined with this run
 
 

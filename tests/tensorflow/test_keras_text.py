@@ -208,6 +208,49 @@ def test_a_configuration_that_is_wrong_is_refused_in_one_line(
         raise InputError(line)
 
 
+def test_options_of_the_command_line_come_after_the_configuration(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.max_epochs=1", "--model.encoder=mean", "--data.batch_size=16"]
+    assert main(["fit", "--config", str(config), *options]) == 0
+    saved = read_config(config.parent / "text" / "version_0" / "config.yaml")
+    assert saved["trainer"]["max_epochs"] == 1
+    assert saved["data"]["batch_size"] == 16
+    assert "of 2 classes: sea " in capsys.readouterr().out
+
+
+def test_a_configuration_of_the_lightning_recipe_runs_and_says_what_is_left_out(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--data.path={config.parent / 'texts.csv'}", "--trainer.max_epochs=1"]
+    options += [
+        "--data.cache=",
+        "--data.dimension=4",
+        f"--trainer.default_root_dir={config.parent}",
+    ]
+    assert main(["fit", f"--config={ROOT / 'configs' / 'quickstart.yaml'}", *options]) == 0
+    out = capsys.readouterr().out
+    assert "in Keras, these parts of the configuration are left out: best\n" in out
+
+
+def test_ways_of_training_are_compared(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(config), "--seeds=1", "--trainer.max_epochs=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:4]] == ["frozen", "missing", "all", "staged"]
+    assert any(line.startswith("best: ") for line in lines)
+
+
+def test_schedules_are_shown_without_torch_and_what_is_missing_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["schedule", str(config)]) == 0
+    assert "stage 1 from epoch 1" in capsys.readouterr().out
+    assert main(["test", "--ckpt_path=best"]) == 2
+    assert "Install partial-embedding[lightning,text]" in capsys.readouterr().err
+    assert main(["fit", f"--config={config}", "--model.chanels=3"]) == 2
+    assert "Did you mean --model.channels?" in capsys.readouterr().err
+
+
 def test_the_recipe_never_imports_torch(tmp_path: Path) -> None:
     fake = tmp_path / "torch"
     fake.mkdir()

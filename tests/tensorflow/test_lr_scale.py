@@ -16,7 +16,7 @@ keras = pytest.importorskip("keras")
 from partial_embedding import InputError  # noqa: E402  # after the skip
 from partial_embedding.schedule import RateScale  # noqa: E402
 from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
-from partial_embedding.tensorflow.optimizer import _SERVED  # noqa: E402
+from partial_embedding.tensorflow.served import SERVED  # noqa: E402
 
 NUM_ROWS, WIDTH, RATE = 12, 4, 0.05
 RESERVED = [1, 2, 5, 7, 8, 11]
@@ -39,7 +39,7 @@ COHORTS = [
 ]
 
 OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    **{name: (name, {}, {}) for name in _SERVED},
+    **{name: (name, {}, {}) for name in SERVED},
     "SGD-momentum": ("SGD", {"momentum": 0.9}, {}),
     "SGD-weight_decay": ("SGD", {"weight_decay": 0.5}, {}),
     "AdamW-weight_decay-jit": ("AdamW", {"weight_decay": 0.5}, {"jit_compile": True}),

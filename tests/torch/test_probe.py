@@ -251,7 +251,7 @@ def test_state_that_an_option_adds_later_is_kept(lazy: bool) -> None:
     optimizer.param_groups[0]["momentum"] = 0.9
     before = table.weight.detach().clone()
     step(table, optimizer, 1)
-    state = optimizer.state_dict()["param_groups"][0]["rowwise"][0]["cohorts"][0]["state"]
+    state = optimizer.state_dict()["state"][0]["rowwise"]["cohorts"]["0"]["state"]
     assert state.keys() == {"momentum_buffer"}
     optimizer.param_groups[0]["momentum"] = 0
     step(table, optimizer, 1)

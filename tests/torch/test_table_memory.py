@@ -67,7 +67,7 @@ def test_weight_is_the_only_tensor_of_the_size_of_the_vocabulary(lazy: bool) -> 
     # At most 9 bytes for each row, beside what belongs to the few rows that train.
     of_trainable_rows = 40 * (len(rows) + 2) * WIDE + 4_000
     assert 4 * LARGE <= sum(sizes.values()) <= 9 * LARGE + of_trainable_rows
-    assert optimizer.state_dict()["param_groups"][0]["rowwise"][0]["num_rows"] == LARGE
+    assert optimizer.state_dict()["state"][0]["rowwise"]["num_rows"] == LARGE
 
 
 def test_bookkeeping_takes_at_most_9_bytes_for_each_row() -> None:

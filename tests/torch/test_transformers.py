@@ -436,5 +436,5 @@ def test_accelerate_prepares_a_rowwise_optimizer(sparse: bool) -> None:
             optimizer.zero_grad()
     assert_same_bits(table_of(partial).weight[FROZEN], before[FROZEN], "frozen rows")
     assert rows_that_differ(before, table_of(partial).weight) == ROWS
-    state = optimizer.state_dict()["param_groups"][0]["rowwise"][0]
+    state = optimizer.state_dict()["state"][0]["rowwise"]
     assert state["num_rows"] == V

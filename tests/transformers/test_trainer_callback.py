@@ -81,9 +81,13 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, epo
     assert not rows_that_differ(after, resumed)
 
 
-def test_a_sparse_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'transformer\.wte'\. Make it with sparse=False"):
-        train(tmp_path, sparse=True)
+def test_a_sparse_table_is_clipped_as_a_dense_one(tmp_path: Path) -> None:
+    before, dense = train(tmp_path / "a", max_grad_norm=0.1)
+    _, sparse = train(tmp_path / "b", max_grad_norm=0.1, sparse=True)
+    assert rows_that_differ(before, sparse) == list(range(10))
+    torch.testing.assert_close(sparse, dense)
+    _, unclipped = train(tmp_path / "c", max_grad_norm=1e9)
+    assert not torch.allclose(unclipped, dense, atol=1e-5)
 
 
 def test_a_write_into_a_frozen_row_is_found(tmp_path: Path) -> None:
@@ -227,8 +231,12 @@ def test_early_stopping_by_the_metric_that_stages_wait_for_is_warned_of(
     assert not [w for w in caught if "end the run" in str(w.message)]
 
 
-def test_two_callbacks_move_two_tables_and_are_resumed(tmp_path: Path) -> None:
-    def run(folder: Path, resume: Path | None = None) -> tuple[Tensor, Tensor]:
+def test_two_callbacks_move_two_tables_and_are_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(
+        folder: Path, resume: Path | None = None, schedule: Any = SCHEDULE
+    ) -> tuple[Tensor, Tensor]:
         other = {"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": [1, 2]}]}
         second = RowUnfreezing({"transformer.wpe": other}, audit=1)
         positions: list[Tensor] = []
@@ -243,13 +251,17 @@ def test_two_callbacks_move_two_tables_and_are_resumed(tmp_path: Path) -> None:
             folder,
             resume,
             callbacks=(second, Swaps()),
-            schedule={"transformer.wte": SCHEDULE},
+            schedule={"transformer.wte": schedule},
             partial_positions=True,
         )
         return words, positions[0]
 
     whole = run(tmp_path / "a")
     for step in (4, 12):
-        resumed = run(tmp_path / "b", tmp_path / "a" / f"checkpoint-{step}")
+        # Each is told of its own schedule.
+        longer = {"stages": [*SCHEDULE["stages"], {"epoch": 9, "rows": [1]}]}
+        resumed = run(tmp_path / "b", tmp_path / "a" / f"checkpoint-{step}", longer)
+        told = [line for line in capsys.readouterr().out.splitlines() if "checkpoint's" in line]
+        assert [line.partition(" ")[0] for line in told] == ["transformer.wte:"]
         for one, other in zip(whole, resumed, strict=True):
             assert not rows_that_differ(one, other)

@@ -1,4 +1,4 @@
-"""The weights of a model with partial tables, as those of the same model with plain ones."""
+"""The partial tables of a model, and its weights as those of the same model with plain ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,35 @@ import numpy as np
 
 from partial_embedding.errors import InputError
 from partial_embedding.tensorflow.embedding import PartialEmbedding
+
+
+def tables_in(model: Any) -> dict[str, PartialEmbedding]:
+    """The partial tables of a model by the names of their layers, built.
+
+    Args:
+        model: A `keras.Model` of any kind and nesting.
+
+    Raises:
+        InputError: Two of them have the same name.
+
+    Example:
+        >>> import keras
+        >>> list(tables_in(keras.Sequential([PartialEmbedding(3, 2, name="words")])))
+        ['words']
+    """
+    tables: dict[str, PartialEmbedding] = {}
+    for layer in model._flatten_layers():
+        if not isinstance(layer, PartialEmbedding):
+            continue
+        if layer.name in tables:
+            raise InputError(
+                f"each table of a model has a name of its own. Received {layer.name!r} twice. "
+                "Pass name= to the layers."
+            )
+        # Keras builds a model without a fixed input only while it traces the first step.
+        layer.build()
+        tables[layer.name] = layer
+    return tables
 
 
 def plain_weights(model: Any) -> list[Any]:
