@@ -118,16 +118,17 @@ class CausalModel(LightningModule):
         self._loss(batch, "test_loss")
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> list[str]:
-        """The most likely continuation of each prompt."""
-        given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        """The most likely continuation of a prompt, alone in its batch."""
+        # One of a single token was padded.
+        length = int(batch["attention_mask"].sum())
+        given = {key: batch[key][:, :length] for key in ("input_ids", "attention_mask")}
         made = self.model.generate(
             **given,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id or 0,
         )
-        new = made[:, given["input_ids"].shape[1] :]
-        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(made[:, length:], skip_special_tokens=True)
         return texts
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -5,27 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import shown
 from partial_embedding.recipes.causal_model import (
     CausalModel,
-    TokenBatch,
     pretrained,
     vocabulary_of,
 )
-from partial_embedding.recipes.resume import ReplayableLoader
 from partial_embedding.recipes.small_language_model import small_language_model
 from partial_embedding.recipes.text import stdlib_docstrings
-from partial_embedding.recipes.text.labelled import share_of
 from partial_embedding.recipes.text.reading import read_texts
+from partial_embedding.recipes.text_lines import TextLines
 from partial_embedding.torch import add_tokens
 from partial_embedding.torch.row_files import save_rows
 
@@ -35,25 +29,22 @@ _SHOWN = 5
 _NEIGHBOURS = 3
 
 
-class TokenTexts(LightningDataModule):
+class TokenTexts(TextLines):
     """Texts, and the tokens that a language model is to learn from them.
 
-    Each batch is a function of seed, epoch and batch number, so that a run which stops anywhere
-    goes on exactly. Only texts with a new token are trained on: no other has anything to teach.
+    Only texts with a new token are trained on: no other has anything to teach.
 
     Args:
         tokens: The new tokens, or a file with one on each line.
         path: A file with one text on each line; by default the docstrings of the standard library.
-        test_path: The texts that `test` measures and the prompts that `predict` continues; by
-            default the validation side.
-        max_length: Texts are cut after this many tokens.
-        validation_share: The share of texts held out, chosen by a hash of each text.
-        batch_size: Texts per batch.
-        seed: Divides and shuffles; another seed does so differently.
+        test_path: As for `TextLines`, and so are all others.
+        max_length: Likewise.
+        validation_share: Likewise.
+        batch_size: Likewise.
+        seed: Likewise.
 
     Raises:
-        InputError: An argument is out of its range. When the data are set up: a file is missing or
-            has no text.
+        InputError: As for `TextLines`.
 
     Example:
         >>> data = TokenTexts(["iterable"])
@@ -61,9 +52,6 @@ class TokenTexts(LightningDataModule):
         >>> data.tokens, len(data.training) > 2000
         (['iterable'], True)
     """
-
-    training: list[str]
-    validation: list[str]
 
     def __init__(
         self,
@@ -75,89 +63,42 @@ class TokenTexts(LightningDataModule):
         batch_size: int = 16,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(path, test_path, max_length, validation_share, batch_size, seed)
         # A checkpoint holds them, so that it is enough to measure it on other texts.
         self.save_hyperparameters(logger=False)
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value < 1:
-                raise InputError(f"{name} is at least 1. Received: {value}.")
-        if not 0 < validation_share < 1:
-            raise InputError(f"validation_share lies in (0, 1). Received: {validation_share}.")
-        self.tokens = _lines(tokens) if isinstance(tokens, str) else tokens
-        self.path = path
-        self.test_path = test_path
-        # What `predict` is asked for: lines of a file by default, or these.
-        self.given_texts: list[str] | None = None
-        self.max_length = max_length
-        self.validation_share = validation_share
-        self.batch_size = batch_size
-        self.seed = seed
+        self.tokens = read_texts(tokens) if isinstance(tokens, str) else tokens
 
-    def setup(self, stage: str) -> None:
-        """Read and divide the texts.
+    def default_texts(self) -> list[str]:
+        """The docstrings of the standard library."""
+        return list(stdlib_docstrings().texts)
+
+    def chosen(self, texts: list[str], module: CausalModel) -> list[str]:
+        """Those of some texts in which the tokenizer finds a new token.
 
         Args:
-            stage: Any.
+            texts: The texts.
+            module: What learns from them.
+
+        Raises:
+            InputError: There is none.
         """
-        texts = _lines(self.path) if self.path else list(stdlib_docstrings().texts)
-        held_out = [share_of(self.seed, text) < self.validation_share for text in texts]
-        self.training = [t for t, out in zip(texts, held_out, strict=True) if not out]
-        self.validation = [t for t, out in zip(texts, held_out, strict=True) if out]
-
-    def _module(self) -> NewTokens:
-        module = self.trainer and self.trainer.lightning_module
-        if not isinstance(module, NewTokens):
-            raise InputError(
-                "texts become tokens by the tokenizer of a NewTokens. Received "
-                f"{type(module).__name__}. Pass these data to its trainer."
-            )
-        return module
-
-    def _loader(self, texts: list[str], seed: int | None) -> ReplayableLoader[TokenBatch]:
-        module = self._module()
-        chosen = module.with_new_tokens(texts)
-        if not chosen:
+        found = self.with_new_tokens(texts, module)
+        if not found:
             raise InputError(
                 "new tokens are learned from texts that have them. Received none with any of "
                 f"{', '.join(self.tokens[:_SHOWN])} among {len(texts)}. Check their spelling."
             )
-        assert self.trainer is not None
+        return found
 
-        def batch(indices: NDArray[np.int64]) -> TokenBatch:
-            return module.encode([chosen[i] for i in indices], self.max_length)
+    def with_new_tokens(self, texts: list[str], module: CausalModel) -> list[str]:
+        """Those of some texts in which the tokenizer finds a new token; there may be none.
 
-        return ReplayableLoader(
-            batch,
-            len(chosen),
-            self.batch_size,
-            seed,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
-
-    def train_dataloader(self) -> ReplayableLoader[TokenBatch]:
-        """The training side's texts with a new token, shuffled anew for each epoch."""
-        return self._loader(self.training, self.seed)
-
-    def val_dataloader(self) -> ReplayableLoader[TokenBatch]:
-        """The validation side's texts with a new token, in order."""
-        return self._loader(self.validation, None)
-
-    def test_dataloader(self) -> ReplayableLoader[TokenBatch]:
-        """The texts of `test_path` with a new token, in order."""
-        return self._loader(self._asked(), None)
-
-    def predict_dataloader(self) -> DataLoader[TokenBatch]:
-        """The prompts, in order, one at a time."""
-        self.given_texts = self.given_texts or self._asked()
-        module = self._module()
-        prompts = [module.encode([text], self.max_length) for text in self.given_texts]
-        # A prompt of one token is padded, and would be continued after that.
-        short = [{k: v[:, : int(p["attention_mask"].sum())] for k, v in p.items()} for p in prompts]
-        return DataLoader(short, batch_size=None)  # type: ignore[arg-type]  # a list has items
-
-    def _asked(self) -> list[str]:
-        return read_texts(self.test_path) if self.test_path else self.validation
+        Args:
+            texts: The texts.
+            module: Whose tokenizer it is.
+        """
+        new = set(module.tokenizer.convert_tokens_to_ids(self.tokens))
+        return [text for text in texts if new & set(module.tokenizer(text)["input_ids"])]
 
 
 class NewTokens(CausalModel):
@@ -229,18 +170,6 @@ class NewTokens(CausalModel):
         self.model.train()
         self.vocabulary = vocabulary_of(self.tokenizer, len(tables[0].weight), self.rows)
 
-    # Texts
-
-    def with_new_tokens(self, texts: list[str]) -> list[str]:
-        """Those of some texts in which the tokenizer finds a new token.
-
-        Args:
-            texts: Any texts.
-        """
-        data: TokenTexts = self.trainer.datamodule  # type: ignore[attr-defined]  # of this trainer
-        new = set(self.tokenizer.convert_tokens_to_ids(data.tokens))
-        return [text for text in texts if new & set(self.tokenizer(text)["input_ids"])]
-
     @torch.no_grad()
     def _logits_of(self, texts: list[str], max_length: int) -> Tensor:
         """The logits of the original tokens, one after the other, shape (N, V)."""
@@ -261,7 +190,7 @@ class NewTokens(CausalModel):
 
     def _say(self, when: str) -> None:
         data: TokenTexts = self.trainer.datamodule  # type: ignore[attr-defined]  # of this trainer
-        having = self.with_new_tokens(data.validation)
+        having = data.with_new_tokens(data.validation, self)
         without = [text for text in data.validation if text not in set(having)][: 4 * _COMPARED]
         self.print(
             f"{when}: loss on {len(having)} texts with new tokens "
@@ -307,17 +236,3 @@ class NewTokens(CausalModel):
 def _has_word(text: str, words: list[str]) -> bool:
     lower = text.lower()
     return any(word.lower() in lower for word in words)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a text file is UTF-8. Received: {error}.") from None
-    except OSError as error:
-        raise InputError(
-            f"{path}: the file cannot be read: {error.strerror}. Check the path."
-        ) from None
-    if not (found := [line.strip() for line in lines if line.strip()]):
-        raise InputError(f"{path}: a file has one entry on each line. Received an empty one.")
-    return found

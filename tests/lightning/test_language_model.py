@@ -173,7 +173,7 @@ def test_a_model_of_ones_own_and_files_of_texts_and_tokens(
     ("options", "message"),
     [
         (["--model.name", "no/such/model"], "a model is a name on the Hugging Face hub"),
-        (["--data.tokens", "missing.txt"], "missing.txt: the file cannot be read"),
+        (["--data.tokens", "missing.txt"], "Received: missing.txt, which is missing"),
         (["--data.tokens", "['the']"], "not in the vocabulary. Received 'the'"),
         (["--data.tokens", "['zyzzyva']"], "Received none with any of zyzzyva"),
         (["--data.batch_size", "0"], "batch_size is at least 1. Received: 0"),
