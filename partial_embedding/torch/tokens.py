@@ -33,8 +33,8 @@ def add_tokens(
     """Add tokens to a model and its tokenizer, and train their rows alone.
 
     All tables of the vocabulary grow where they have to, inputs and heads, tied or not; exactly the
-    new rows of each are trainable from here on, with their entries of a head's bias. Then train as
-    always, with LoRA put on before or after. Parameters other than the tables train or not as they
+    new rows of each are trainable from here on, with their entries of a head's bias, and `"new"`
+    names them in schedules. Then train as always, with LoRA put on before or after. Parameters other than the tables train or not as they
     did.
 
     Args:
@@ -85,6 +85,7 @@ def add_tokens(
     known = min(len(tokenizer), tables.num_rows)
     begun = _beginnings(tables, known, _pieces(tokenizer, names, known), init)
 
+    sizes = [len(table.weight) for table in tables.tables]
     if count:
         tables.grow(count)
     put_into(tokenizer, tokens)
@@ -92,8 +93,10 @@ def add_tokens(
         for (table, attribute), values in begun.items():
             parameter = getattr(table, attribute)
             parameter[rows] = values.to(parameter)
-    for table in tables.tables:
-        train_only(model, table, np.unique(np.array(rows, np.int64)), sparse)
+    new = np.unique(np.array(rows, np.int64))
+    for table, size in zip(tables.tables, sizes, strict=True):
+        train_only(model, table, new, sparse)
+        table.note_growth(size, new)
     return rows
 
 
