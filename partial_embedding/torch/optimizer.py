@@ -22,6 +22,7 @@ from partial_embedding.torch.inspection import (
     first_state,
     inspect_optimizer,
     kind_of,
+    options_of,
 )
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.saving import (
@@ -201,7 +202,7 @@ class Rowwise:
             )
         # Whatever the optimizer remembers already, of its own or from a checkpoint of ours.
         _, entries = without_tables(vars(optimizer))
-        check(optimizer, self.tables, entries)
+        check(optimizer, self.tables, entries, before_steps=True)
         restore(optimizer, self.tables, take_from(optimizer))
         self._loading: Entries = {}
         self._blocks: list[_Lent] = []
@@ -236,7 +237,7 @@ class Rowwise:
         refuse_sharded(parameter, table)
         refuse_what_cannot_train(table, name)
         layout, unscaled = self._layout_of(parameter, group)
-        return TableState(name, table, parameter, layout, self.lazy, unscaled, kind_of(group))
+        return TableState(name, table, parameter, layout, self.lazy, unscaled, options_of(group))
 
     def _layout_of(self, parameter: nn.Parameter, group: Group) -> tuple[StateLayout, str | None]:
         options = {key: value for key, value in group.items() if key != KEY}
@@ -339,9 +340,9 @@ class Rowwise:
     def _blocks_of(
         self, state: TableState, group: Group, groups: list[Group]
     ) -> list[nn.Parameter]:
-        if state.kind != (kind := kind_of(group)):
+        if any(group.get(key) is not value for key, value in state.options.items()):
             layout, state.unscaled = self._layout_of(state.parameter, group)
-            state.change_layout(layout, kind)
+            state.change_layout(layout, options_of(group))
         state.sync()
         shared: list[nn.Parameter] = []
         for block in state.blocks(self.optimizer, group):
