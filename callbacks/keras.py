@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from partial_embedding.callbacks.keras_checkpoint import RowCheckpoint
 from partial_embedding.callbacks.keras_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
@@ -20,7 +21,7 @@ from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.tensorflow.adapter import KerasTables
 
-__all__ = ["RowMonitor", "RowUnfreezing"]
+__all__ = ["RowCheckpoint", "RowMonitor", "RowUnfreezing"]
 
 
 class RowUnfreezing(keras.callbacks.Callback):
