@@ -245,7 +245,7 @@ class RowUnfreezing(keras.callbacks.Callback):
             return
         self._epoch = None
         for metric in self._active.metrics:
-            if not any(metric in seen.metrics for seen in self._active.evaluations):
+            if not any(metric in one.metrics for one in self._active.evaluations):
                 self._active.refuse_unmeasured(metric, self._logs)
 
     # The record beside the weights of a backup
