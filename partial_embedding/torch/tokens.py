@@ -34,8 +34,8 @@ def add_tokens(
 
     All tables of the vocabulary grow where they have to, inputs and heads, tied or not; exactly the
     new rows of each are trainable from here on, with their entries of a head's bias, and `"new"`
-    names them in schedules. Then train as always, with LoRA put on before or after. Parameters other than the tables train or not as they
-    did.
+    names them in schedules. Then train as always, with LoRA put on before or after. Parameters
+    other than the tables train or not as they did.
 
     Args:
         model: A `transformers` model, or one that `peft` has wrapped.
