@@ -179,7 +179,7 @@ def _begin_alike(tables: Mapping[str, PartialTable], wrapper: DistributedDataPar
 
 
 @torch.no_grad()
-def average(tables: Iterable[tuple[nn.Parameter, PartialTable]]) -> None:
+def average(tables: Iterable[tuple[nn.Parameter, PartialTable]], names: Mapping[int, str]) -> None:
     """Replace the gradients of tables by their means over processes, which all call this.
 
     Dense gradients cost K×D numbers, whatever V; of those that are held by row in each process, the
@@ -189,6 +189,7 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]]) -> None:
 
     Args:
         tables: The parameters of an optimizer that belong to tables, in its order, with these.
+        names: Names of parameters for messages, by their ids, where they are known.
 
     Raises:
         InputError: Processes train different rows; all raise the same.
@@ -196,7 +197,9 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]]) -> None:
     found: dict[Any, list[_Gradient]] = {}
     for parameter, table in tables:
         if (group := _group_of(parameter, table)) is not None:
-            found.setdefault(group, []).append(_Gradient(parameter, table))
+            found.setdefault(group, []).append(
+                _Gradient(names.get(id(parameter), repr(table)), parameter, table)
+            )
             table.awaits_average = False
     for group, gradients in found.items():
         _tell_each_other(gradients, group)
@@ -210,12 +213,13 @@ class _Gradient:
     """What this process has for the mean of one table.
 
     Args:
+        name: Its name in messages.
         weight: Its weight.
         table: The table.
     """
 
-    def __init__(self, weight: nn.Parameter, table: PartialTable) -> None:
-        self.name = repr(table)
+    def __init__(self, name: str, weight: nn.Parameter, table: PartialTable) -> None:
+        self.name = name
         self.weight = weight
         self.rows = table.row_set
         self.grad = self.weight.grad

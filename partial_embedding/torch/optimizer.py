@@ -161,7 +161,10 @@ def average_gradients(optimizer: Optimizer) -> None:
         >>> average_gradients(optimizer)  # one process alone has nothing to average
         >>> optimizer.step()
     """
-    average(_held_tables(_inside(optimizer)))
+    handle = prepared(optimizer)
+    states = {} if handle is None else handle.tables
+    names = {key: state.name for key, state in states.items()}
+    average(_held_tables(_inside(optimizer)), names)
 
 
 def prepared(optimizer: Optimizer) -> Rowwise | None:

@@ -205,9 +205,14 @@ class Rowwise:
     def _blocks_of(
         self, state: TableState, group: Group, groups: list[Group]
     ) -> list[nn.Parameter]:
-        if any(group.get(key) is not value for key, value in state.options.items()):
-            layout, state.unscaled = self._layout_of(state.parameter, group)
-            state.change_layout(layout, options_of(group))
+        counted = state.layout.in_group
+        options = {key: value for key, value in group.items() if key not in counted}
+        known = state.options.items()
+        if any(options.get(key) is not value for key, value in known if key not in counted):
+            # What a step itself changes is no option, and is for a dry run what it was at first.
+            options = {**options, **copy.deepcopy(state.layout.begun)}
+            layout, state.unscaled = self._layout_of(state.parameter, options)
+            state.change_layout(layout, options_of(options))
         state.sync()
         shared: list[nn.Parameter] = []
         for block in state.blocks(self.optimizer, group):
