@@ -204,10 +204,12 @@ class PartialTable(TableFiles):
         """Know that rows were added.
 
         Args:
-            earlier_size: How many rows there were before.
+            earlier_size: How many rows there were before; as many as now, where rows that were
+                there already got a meaning.
             new_rows: The rows that are new, sorted, int64.
         """
-        self._shared.earlier_sizes += (earlier_size,)
+        if earlier_size != self.leaf_weight.shape[0]:
+            self._shared.earlier_sizes += (earlier_size,)
         self._shared.new_rows = new_rows
 
     def _most_trainable(self, num_rows: int) -> int:

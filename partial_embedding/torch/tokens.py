@@ -33,9 +33,9 @@ def add_tokens(
     """Add tokens to a model and its tokenizer, and train their rows alone.
 
     All tables of the vocabulary grow where they have to, inputs and heads, tied or not; exactly the
-    new rows of each are trainable from here on, with their entries of a head's bias. Then train as
-    always, with LoRA put on before or after. Parameters other than the tables train or not as they
-    did.
+    new rows of each are trainable from here on, with their entries of a head's bias, and `"new"`
+    names them in schedules. Then train as always, with LoRA put on before or after. Parameters
+    other than the tables train or not as they did.
 
     Args:
         model: A `transformers` model, or one that `peft` has wrapped.
@@ -85,6 +85,7 @@ def add_tokens(
     known = min(len(tokenizer), tables.num_rows)
     begun = _beginnings(tables, known, _pieces(tokenizer, names, known), init)
 
+    sizes = [len(table.weight) for table in tables.tables]
     if count:
         tables.grow(count)
     put_into(tokenizer, tokens)
@@ -92,8 +93,10 @@ def add_tokens(
         for (table, attribute), values in begun.items():
             parameter = getattr(table, attribute)
             parameter[rows] = values.to(parameter)
-    for table in tables.tables:
-        train_only(model, table, np.unique(np.array(rows, np.int64)), sparse)
+    new = np.unique(np.array(rows, np.int64))
+    for table, size in zip(tables.tables, sizes, strict=True):
+        train_only(model, table, new, sparse)
+        table.note_growth(size, new)
     return rows
 
 
@@ -158,9 +161,9 @@ def _rows_to_be(
             f"new tokens are not in the vocabulary. Received {', '.join(map(repr, present))}, "
             "which are. Train their rows with replace_embedding."
         )
-    trial = copy.deepcopy(tokenizer)
-    put_into(trial, tokens)
-    vocabulary = trial.get_vocab()
+    grown = copy.deepcopy(tokenizer)
+    put_into(grown, tokens)
+    vocabulary = grown.get_vocab()
     if lost := [name for name in names if name not in vocabulary]:
         raise InputError(
             f"a tokenizer takes a token as it is. Received {lost[0]!r}, which the "

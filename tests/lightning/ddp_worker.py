@@ -240,9 +240,9 @@ def counting() -> Iterator[list[int]]:
     """How many tables were averaged, call by call."""
     calls: list[int] = []
 
-    def counted(tables: Any, group: Any) -> None:
+    def counted(tables: Any, names: Any) -> None:
         calls.append(len(tables))
-        average(tables, group)
+        average(tables, names)
 
     vars(rowwise_module)["average"] = counted
     try:
@@ -273,7 +273,7 @@ def run(name: str, folder: Path) -> None:
         if isinstance(net, Failing):
             with pytest.raises(RuntimeError, match="the first run ends"):
                 made.fit(net, loader(data(6)))
-            callback._tables.finish(2)  # for the line that is counted
+            callback._active.finish(2)  # for the line that is counted
             witness.seen.clear()
             witness.epochs.clear()
             batches.seen.clear()

@@ -369,3 +369,22 @@ def test_an_embedding_that_peft_adapts_does_not_grow() -> None:
     with pytest.raises(InputError, match=r"a Embedding wraps one, which does not grow"):
         add_tokens(adapted, words, NEW)
     assert len(words) == V
+
+
+@MODELS
+def test_new_names_the_rows_of_new_tokens_and_older_checkpoints_load(
+    family: str, tied: bool
+) -> None:
+    model, words = language_model(family, tied), tokenizer()
+    before = copy.deepcopy(model.get_input_embeddings().state_dict())
+    add_tokens(model, words, NEW)
+    for _, table in tables_in(model):
+        table.set_trainable_rows("all")
+        table.set_trainable_rows("new")
+        assert table.trainable_rows.tolist() == NEW_ROWS
+    table = model.get_input_embeddings()
+    with torch.no_grad():
+        table.weight.fill_(7.0)
+    table.load_state_dict(before)
+    assert_same_bits(table.weight[:V], before["weight"], "the old rows")
+    assert (table.weight[V:] == 7.0).all()
