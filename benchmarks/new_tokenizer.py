@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,36 @@ from pytorch_lightning import Trainer, seed_everything
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.recipes.new_tokenizer import FieldTexts, NewTokenizer
+from partial_embedding.recipes.small_language_model import small_language_model
+from partial_embedding.recipes.text import stdlib_docstrings
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "new_tokenizer.yaml"
 AT_ONCE = {"stages": [{"epoch": 0, "rows": "all"}]}
 WHEN = ("before", "after the initialisation", "after the first stage", "at the end")
 
 
-def run(config: dict[str, Any], schedule: Any, body: bool, seed: int) -> dict[str, float]:
+def old_model(folder: Path, seed: int) -> str:
+    """The folder of the small model of a seed, which is trained once."""
+    place = folder / f"model-{seed}"
+    if not place.exists():
+        for part in small_language_model(stdlib_docstrings().texts, seed=seed):
+            part.save_pretrained(place)
+    return str(place)
+
+
+def run(
+    config: dict[str, Any], schedule: Any, body: bool, seed: int, folder: Path
+) -> dict[str, float]:
     """The losses per byte of one run."""
     seed_everything(seed, verbose=False)
-    module = NewTokenizer(**{**config["model"]["init_args"], "body": body, "seed": seed})
+    own = {"body": body, "name": old_model(folder, seed)}
+    module = NewTokenizer(**{**config["model"]["init_args"], **own})
     data = FieldTexts(**config["data"]["init_args"], seed=seed)
     Trainer(
         max_epochs=config["trainer"]["max_epochs"],
         accelerator="cpu",
         callbacks=[RowUnfreezing(schedule)],
+        default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -81,10 +97,11 @@ def main() -> None:
         f"| | {' | '.join(WHEN)} |",
         "|---|" + "---:|" * len(WHEN),
     ]
-    for name, (schedule, body) in ways.items():
-        losses = [run(config, schedule, body, seed) for seed in range(args.seeds)]
-        lines.append(f"| {name} | {' | '.join(shown(losses, when) for when in WHEN)} |")
-        print(lines[-1], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (schedule, body) in ways.items():
+            losses = [run(config, schedule, body, seed, Path(folder)) for seed in range(args.seeds)]
+            lines.append(f"| {name} | {' | '.join(shown(losses, when) for when in WHEN)} |")
+            print(lines[-1], flush=True)
     if args.report:
         args.report.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
