@@ -92,11 +92,13 @@ def test_a_loop_goes_on_from_a_checkpoint_at_any_step(
 
 @each_optimizer
 def test_averaged_weights_have_the_bits_of_frozen_rows(adapter: Any, name: str) -> None:
-    finite = np.where(np.isfinite(MATRIX), MATRIX, 1).astype(np.float32)
-    training = adapter.Training(finite, [2, 7], OPTIMIZERS[name], [2, 4, 5, 7])
+    # Row 9 holds what sums do not keep: NaN, an infinity and -0.0.
+    matrix = MATRIX.copy()
+    matrix[9] = MATRIX[8]
+    training = adapter.Training(matrix, [2, 7], OPTIMIZERS[name], [2, 4, 5, 7])
     average = training.average(BATCHES)
-    assert rows_that_differ(finite, average) == [2, 7]
-    reference, tables = Reference(finite, OPTIMIZERS[name]), []
+    assert rows_that_differ(matrix, average) == [2, 7]
+    reference, tables = Reference(matrix, OPTIMIZERS[name]), []
     reference.train(np.array([2, 7]))
     for batch in BATCHES:
         reference.step(*batch)
