@@ -17,7 +17,7 @@ from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
 from tiny_language_models import V, language_model, training_arguments  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from partial_embedding.torch import PartialEmbedding, rowwise  # noqa: E402
+from partial_embedding.torch import PartialEmbedding, masked_gradient_only  # noqa: E402
 
 # Renamed in transformers 5.2x; the floor of what we support has only the old names.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -230,7 +230,7 @@ def test_only_rows_kept_trainable_move_when_a_resized_model_trains(family: str, 
     table = table_of(partial)
     table.set_trainable_rows([V, V + 1])
     before = table.weight.detach().clone()
-    optimizer = rowwise(torch.optim.AdamW(partial.parameters(), lr=0.1, weight_decay=0.1), partial)
+    optimizer = torch.optim.AdamW(partial.parameters(), lr=0.1, weight_decay=0.1)
     ids = torch.cat([IDS, torch.tensor([[V, V + 1] * 3])])
     for _ in range(2):
         optimizer.zero_grad()
@@ -301,7 +301,7 @@ def test_bfloat16_models_train_their_rows_alone(family: str, tied: bool, tmp_pat
     table = table_of(partial)
     assert table.weight.dtype == torch.bfloat16
     before = table.weight.detach().clone()
-    optimizer = rowwise(torch.optim.AdamW(partial.parameters(), lr=0.1, weight_decay=0.5), partial)
+    optimizer = torch.optim.AdamW(partial.parameters(), lr=0.1, weight_decay=0.5)
     for _ in range(2):
         optimizer.zero_grad()
         partial(**inputs()).loss.backward()
@@ -359,8 +359,7 @@ def test_trainer_leaves_frozen_rows_alone_under_weight_decay(
 ) -> None:
     _, partial = models(family, tied)
     before = table_of(partial).weight.detach().clone()
-    optimizer = rowwise(adamw(partial), partial)
-    trainer(partial, optimizer, tmp_path, **TRAINER_OPTIONS[options]).train()
+    trainer(partial, adamw(partial), tmp_path, **TRAINER_OPTIONS[options]).train()
     after = table_of(partial).weight.detach()
     assert_same_bits(after[FROZEN], before[FROZEN], "frozen rows")
     for row in ROWS:
@@ -368,10 +367,12 @@ def test_trainer_leaves_frozen_rows_alone_under_weight_decay(
     assert is_tied(partial) == head_is_tied(family, tied)
 
 
-def with_sparse_gradients(family: str = "Llama") -> Any:
-    _, partial = models(family, False)
-    swap_embedding(partial, sparse=True)
-    return partial
+def test_a_masked_gradient_alone_would_let_frozen_rows_move(tmp_path: Path) -> None:
+    # What the tests above would miss if the trainer's weight decay did nothing.
+    _, partial = models("GPT-2", True)
+    before = table_of(partial).weight.detach().clone()
+    trainer(partial, masked_gradient_only(adamw(partial)), tmp_path).train()
+    assert rows_that_differ(before, table_of(partial).weight.detach()) == list(range(V))
 
 
 def test_trainer_resumes_where_it_stopped(tmp_path: Path) -> None:
@@ -379,7 +380,7 @@ def test_trainer_resumes_where_it_stopped(tmp_path: Path) -> None:
 
     def run(folder: Path, resume: str | None = None) -> Any:
         _, partial = models("Llama", True)
-        optimizer = rowwise(adamw(partial), partial)
+        optimizer = adamw(partial)
         optimizer.register_step_post_hook(lambda *_: stepped.append(folder.name))
         made = trainer(partial, optimizer, folder)
         made.args.save_strategy = "steps"
@@ -395,17 +396,17 @@ def test_trainer_resumes_where_it_stopped(tmp_path: Path) -> None:
 
 
 @SPARSE_AND_DENSE
-def test_accelerate_prepares_a_rowwise_optimizer(sparse: bool) -> None:
+def test_accelerate_prepares_an_optimizer_as_it_comes(sparse: bool) -> None:
     accelerate = pytest.importorskip("accelerate")
     _, partial = models("Llama", False)
     swap_embedding(partial, sparse=sparse)
     before = table_of(partial).weight.detach().clone()
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer = accelerator.prepare(partial, rowwise(adamw(partial), partial))
+    model, optimizer = accelerator.prepare(partial, adamw(partial))
     for _ in range(4):
         with accelerator.accumulate(model):
             accelerator.backward(model(**inputs()).loss)
-            if not sparse and accelerator.sync_gradients:
+            if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), 0.5)
                 assert math.isfinite(norm)
             optimizer.step()

@@ -31,7 +31,6 @@ from partial_embedding.torch import (  # noqa: E402
     add_tokens,
     replace_embedding,
     restore_embedding,
-    rowwise,
 )
 from partial_embedding.torch.row_files import export_peft, load_rows, save_rows  # noqa: E402
 
@@ -78,7 +77,7 @@ def logits_of(model: Any, words: Any) -> Tensor:
 
 def train(model: Any, words: Any, steps: int = 3) -> None:
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = rowwise(torch.optim.AdamW(learning, lr=0.05, weight_decay=0.1), model)
+    optimizer = torch.optim.AdamW(learning, lr=0.05, weight_decay=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
         model(**inputs(words, NEW_TEXT)).loss.backward()

@@ -16,7 +16,7 @@ from tiny_language_models import NEW, NEW_ROWS, V, inputs, language_model, token
 from torch import nn  # noqa: E402
 
 from partial_embedding import InputError  # noqa: E402
-from partial_embedding.torch import PartialLinear, add_tokens, rowwise  # noqa: E402
+from partial_embedding.torch import PartialLinear, add_tokens  # noqa: E402
 from partial_embedding.torch.row_files import load_rows, save_rows  # noqa: E402
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -130,9 +130,7 @@ def test_tables_grow_to_a_multiple_whose_free_rows_are_used_first(tied: bool) ->
 
 
 def train(model: Any, words: Any) -> None:
-    optimizer = rowwise(
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1), model
-    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
         model(**inputs(words, "the numbat sat on quokkas")).loss.backward()

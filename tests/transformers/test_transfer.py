@@ -15,7 +15,7 @@ from tiny_language_models import VOCABULARY, D, V, inputs, language_model, token
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from partial_embedding import InputError  # noqa: E402
-from partial_embedding.torch import add_tokens, rowwise, transfer_vocabulary  # noqa: E402
+from partial_embedding.torch import add_tokens, transfer_vocabulary  # noqa: E402
 
 OTHERS = ("<s>", "<unk>", "<pad>", "quokka", "mat", "##s", "cat", "quokkas", "sun", "the")
 # Rows of the other tokenizer, and where they were.
@@ -67,7 +67,7 @@ def test_only_the_others_learn_until_the_shared_ones_are_woken(tied: bool, tmp_p
     model, words = language_model("Llama", tied), other_tokenizer()
     transfer_vocabulary(model, tokenizer(), words)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = rowwise(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1), model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     for rows in (FRESH, [0, *FRESH, 9]):
         for table in tables:
