@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from partial_embedding.callbacks.keras_checkpoint import RowCheckpoint
 from partial_embedding.callbacks.keras_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
@@ -20,16 +21,16 @@ from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.tensorflow.adapter import KerasTables
 
-__all__ = ["RowMonitor", "RowUnfreezing"]
+__all__ = ["RowCheckpoint", "RowMonitor", "RowUnfreezing"]
 
 
 class RowUnfreezing(keras.callbacks.Callback):
     """Trains the rows that a schedule names, and leaves all others as they are, bit for bit.
 
-    Each layer reserves the rows that its schedule will ever train, `schedule_rows(…)`, so that a
-    stage that begins traces nothing again. Compile the model with `rowwise(optimizer)` for rows
-    that join late to train as if the optimizer had just begun, and with `rowwise(optimizer,
-    rate_scales=True)` for stages with `lr_scale` or `warmup_steps`.
+    Each layer that was not told which rows to reserve reserves those that its schedule will ever
+    train, before the first step, so that a stage that begins traces nothing again. Compile the
+    model with `rowwise(optimizer)` for rows that join late to train as if the optimizer had just
+    begun, and for stages with `lr_scale` or `warmup_steps`.
 
     A step is one that the optimizer completed since the first epoch of the run began: accumulated
     batches are one step together, and one that a `LossScaleOptimizer` skips is none. Rows are set
@@ -63,8 +64,7 @@ class RowUnfreezing(keras.callbacks.Callback):
     Example:
         >>> import numpy as np
         >>> from partial_embedding.tensorflow import PartialEmbedding
-        >>> layer = PartialEmbedding(4, 2, trainable_rows=[1], reserve_rows="all")
-        >>> model = keras.Sequential([layer])
+        >>> model = keras.Sequential([PartialEmbedding(4, 2)])
         >>> model.compile("sgd", "mse")
         >>> unfreezing = RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}]}, audit=True)
         >>> ids, targets = np.array([[0, 1]]), np.zeros((1, 2, 2))
@@ -111,14 +111,26 @@ class RowUnfreezing(keras.callbacks.Callback):
 
     # Before the first step
 
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Find the tables, and check every stage against them."""
+    def set_model(self, model: Any) -> None:
+        """Find the tables, check every stage against them, and reserve their rows."""
+        super().set_model(model)
         before, self._epoch = self._runner, None
-        self._tables = KerasTables(self.model)
-        vocabulary = find_vocabulary(self.vocabulary, self.model)
+        self._tables = KerasTables(model)
+        vocabulary = find_vocabulary(self.vocabulary, model)
         self._runner = Runner(self._tables, self.schedules, vocabulary, self.audit, say=print)
-        self._runner.check_rate_scales()
+        # Before any callback begins: BackupAndRestore then builds the optimizer.
+        self._tables.reserve()
         self._before = None if before is None else before.state()
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Refuse what the optimizer cannot do."""
+        self._active.check_rate_scales()
+        counts = any(schedule.moves_within_epochs for schedule in self.schedules.values())
+        if counts and self._active_tables.optimizer is None:
+            raise InputError(
+                "stages that start at steps need the table's optimizer, which counts them. "
+                "Received a model that has none. Compile it, or make the optimizer an attribute."
+            )
 
     def _begin(self, epoch: int) -> None:
         """Go on from what was measured before the first epoch of this fit."""
@@ -155,12 +167,12 @@ class RowUnfreezing(keras.callbacks.Callback):
 
     @property
     def _active(self) -> Runner:
-        assert self._runner is not None, "Keras calls on_train_begin first"
+        assert self._runner is not None, "Keras calls set_model first"
         return self._runner
 
     @property
     def _active_tables(self) -> KerasTables:
-        assert self._tables is not None, "Keras calls on_train_begin first"
+        assert self._tables is not None, "Keras calls set_model first"
         return self._tables
 
     # Moving with the schedule
@@ -233,7 +245,7 @@ class RowUnfreezing(keras.callbacks.Callback):
             return
         self._epoch = None
         for metric in self._active.metrics:
-            if not any(metric in seen.metrics for seen in self._active.evaluations):
+            if not any(metric in one.metrics for one in self._active.evaluations):
                 self._active.refuse_unmeasured(metric, self._logs)
 
     # The record beside the weights of a backup

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
@@ -17,7 +16,7 @@ from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
 from partial_embedding.torch.ddp import wrap
-from partial_embedding.torch.optimizer import prepared
+from partial_embedding.torch.optimizer import average_gradients
 from partial_embedding.torch.row_state import check_checkpoint, remember_origins, rows_saved_alone
 from partial_embedding.torch.table import PartialTable, tables_in
 
@@ -246,8 +245,7 @@ class RowUnfreezing(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Leave steps that were skipped, and audit."""
-        self._leave(trainer)
+        """Audit, if one is due."""
         self._active.after_step(trainer.global_step)
         if self._active.metrics:
             # Only Lightning knows whether it validates next, and has no public name for it.
@@ -255,43 +253,14 @@ class RowUnfreezing(Callback):
             due = fetcher is not None and loop._should_check_val_fx(fetcher)
             self._validation_due = trainer.current_epoch if due else None
 
-    # Around each optimizer step
-
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the gradients of the tables over all processes, where DDP averages the others."""
         # Its own flag, which is down while gradients are accumulated. An optimizer averages those
         # of all tables, so that one of several callbacks does it.
         first = next(one for one in _callbacks_of(trainer) if isinstance(one, RowUnfreezing))
         if first is self and getattr(trainer.model, "require_backward_grad_sync", False):
-            for handle in filter(None, map(prepared, trainer.optimizers)):
-                handle.average()
-
-    def on_before_backward(
-        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
-    ) -> None:
-        """Leave a step that a gradient scaler skipped; the module may make another in this batch.
-
-        Gradients are the tables' until the step, and the scaler looks for them there.
-        """
-        self._leave(trainer)
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Let gradient clipping see the trainable rows and nothing else of the tables."""
-        # The one place that is after backward and unscaling and before clipping, at any precision.
-        if (handle := prepared(optimizer)) is not None:
-            handle.enter()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Leave a step that was cut short."""
-        self._leave(trainer)
-
-    def _leave(self, trainer: Trainer) -> None:
-        for handle in filter(None, map(prepared, trainer.optimizers)):
-            handle.leave()
+            for optimizer in trainer.optimizers:
+                average_gradients(optimizer)
 
     # Checkpoints
 

@@ -109,7 +109,8 @@ class RowMonitor(Callback):
         self._tables = {}
         for name, table in tables_in(pl_module):
             padding = getattr(table, "padding_idx", None)
-            sample = self._run.add_table(name, _Reader(table), table.weight.shape[0], padding)
+            num_rows, new = table.weight.shape[0], table.new_rows
+            sample = self._run.add_table(name, _Reader(table), num_rows, padding, new)
             self._tables[name] = _Table(table, sample)
 
     # Catching a step that is measured

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,6 +15,7 @@ from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.schedule import AnySchedule, Position, schedules_by_table
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
+from partial_embedding.torch.row_state import check_checkpoint, remember_origins, rows_saved_alone
 
 
 class RowUnfreezing(TrainerCallback, ExportableState):
@@ -34,10 +36,12 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         vocabulary: What rows mean, for schedules that ask for it, as `Vocabulary.of` reads it.
         lazy: Step only the rows that a batch touched, as `rowwise` does.
         audit: As in the callback for Lightning.
+        checkpoint: As in the callback for Lightning, for the checkpoints that the Trainer writes
+            while it trains, and takes up by `resume_from_checkpoint` and `load_best_model_at_end`.
+            `from_pretrained` knows no such files: save the model after training, which is whole.
 
     Raises:
-        InputError: As in the callback for Lightning; also, when training starts, for a table that
-            is sparse.
+        InputError: As in the callback for Lightning.
 
     Example:
         >>> RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}]}).schedules
@@ -51,13 +55,16 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         vocabulary: Any = None,
         lazy: bool = False,
         audit: bool | int = False,
+        checkpoint: str = "table",
     ) -> None:
         self.schedules = schedules_by_table(schedule)
         self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.lazy = lazy
         self.audit = audit
+        self.checkpoint = check_checkpoint(checkpoint)
         self._runner: Runner | None = None
         self._tables: TorchTables | None = None
+        self._saved_alone = ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,10 +72,15 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         """Check every stage against the tables, and set the first rows."""
         tables = TorchTables(kwargs["model"])
         runner = Runner(tables, self.schedules, self.vocabulary, self.audit, say=print)
-        _check_arguments(args, tables)
+        _check_arguments(args)
         _check_metrics(args, state, runner)
         tables.check_backend(runner.schedules)
         self._go_on(runner, state)
+        if self.checkpoint == "rows":
+            followed = {name: tables.tables[name] for name in runner.schedules}
+            remember_origins(followed, print, resumed=bool(state.global_step))
+            self._saved_alone = ExitStack()
+            self._saved_alone.enter_context(rows_saved_alone(followed.values()))
         self._runner, self._tables = runner, tables
 
     def _go_on(self, runner: Runner, state: TrainerState) -> None:
@@ -129,6 +141,7 @@ class RowUnfreezing(TrainerCallback, ExportableState):
     ) -> None:
         """Close the last stage, and say what the audit found."""
         if self._runner is not None:
+            self._saved_alone.close()
             self._runner.finish(state.global_step)
             self._runner = None
 
@@ -138,7 +151,12 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         schedule = named.pop(None, None) or named
         saved = None if self._runner is None else self._runner.state()
         return {
-            "args": {"schedule": schedule, "lazy": self.lazy, "audit": self.audit},
+            "args": {
+                "schedule": schedule,
+                "lazy": self.lazy,
+                "audit": self.audit,
+                "checkpoint": self.checkpoint,
+            },
             "attributes": {"saved": saved},
         }
 
@@ -148,19 +166,13 @@ def _epoch_done(state: TrainerState) -> int:
     return max(0, math.ceil(state.epoch or 0) - 1)
 
 
-def _check_arguments(args: TrainingArguments, tables: TorchTables) -> None:
+def _check_arguments(args: TrainingArguments) -> None:
     if args.fsdp or args.deepspeed:
         raise InputError(
             "RowUnfreezing needs whole weights on each device. Received "
             f"{'fsdp' if args.fsdp else 'deepspeed'} in the training arguments. Use one device or "
             "DDP."
         )
-    for name, table in tables.tables.items():
-        if getattr(table, "sparse", False):
-            raise InputError(
-                "the Trainer measures the norm of all gradients, which torch cannot do for sparse "
-                f"ones. Received the sparse table {name!r}. Make it with sparse=False."
-            )
 
 
 def _check_metrics(args: TrainingArguments, state: TrainerState, runner: Runner) -> None:

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from partial_embedding.callbacks.keras import RowUnfreezing
-from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 keras.utils.set_random_seed(0)
 NUM_WORDS, WIDTH = 200, 16
@@ -24,9 +24,7 @@ labels = (sentiment[texts].sum(axis=1) > 0).astype("int32")
 train, test = slice(0, 1600), slice(1600, None)
 
 schedule = {"stages": [{"epoch": 0, "rows": missing}, {"epoch": 6, "rows": "all"}]}
-table = PartialEmbedding.from_matrix(
-    vectors, trainable_rows=missing, reserve_rows=schedule_rows(schedule, NUM_WORDS)
-)
+table = PartialEmbedding.from_matrix(vectors)
 model = keras.Sequential([table, keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(2)])
 model.compile(
     rowwise(keras.optimizers.AdamW(0.01)),  # rows that join late begin as if training had begun

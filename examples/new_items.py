@@ -6,7 +6,7 @@ made here: users and items have hidden tastes, of which ratings are noisy produc
 
 import torch
 
-from partial_embedding.torch import PartialEmbedding
+from partial_embedding.torch import PartialEmbedding, grow_table
 
 torch.manual_seed(0)
 USERS, OLD, NEW, WIDTH = 50, 300, 20, 8
@@ -41,16 +41,17 @@ def train(
 
 # The recommender as it is in use.
 of_users = torch.nn.Embedding(USERS, WIDTH)
-of_items = torch.nn.Embedding(OLD, WIDTH)
+of_items = PartialEmbedding(OLD, WIDTH)
 print(f"error on old items: {train(of_users, of_items, ratings(range(OLD), 8000)):.3f}")
+before = of_items.weight.detach().clone()
 
-# New items come: a table with more rows, of which only the new ones train. The users stay, too.
-weight = torch.cat([of_items.weight.detach(), 0.1 * torch.randn(NEW, WIDTH)])
-new_items = range(OLD, OLD + NEW)
-of_items = PartialEmbedding.from_pretrained(weight.clone(), trainable_rows=new_items)
+# New items come: the table gets more rows, of which alone these train. The users stay, too.
+of_items.freeze_rows("all")
+new_items = grow_table(of_items, None, NEW, init=lambda rows: rows.normal_(std=0.1))
 of_users.requires_grad_(False)
-error = train(of_users, of_items, ratings(new_items, 2000))
+error = train(of_users, of_items, ratings(range(OLD, OLD + NEW), 2000))
 print(f"error on new items: {error:.3f}")
 
 assert error < 1.0
-assert torch.equal(of_items.weight[:OLD], weight[:OLD])  # no bit of the old items moved
+assert of_items.trainable_rows.tolist() == new_items
+assert torch.equal(of_items.weight[:OLD], before)  # no bit of the old items moved

@@ -37,6 +37,7 @@ class SetTables:
     def __init__(self, *names: str) -> None:
         self.shapes = dict.fromkeys(names, (10, 4))
         self.rows: dict[str, Any] = {name: np.arange(10) for name in names}
+        self.new: dict[str, Any] = {}
         self.joined: list[tuple[str, list[int], RateScale, bool]] = []
         self.checked: list[tuple[str, int, int]] = []
         self.processes = 1
@@ -55,6 +56,9 @@ class SetTables:
 
     def trainable_rows(self, name: str) -> Any:
         return self.rows[name]
+
+    def new_rows(self, name: str) -> Any:
+        return self.new.get(name)
 
     def set_rows(
         self, name: str, ids: Any, rate_scale: RateScale, *, all_join: bool = False
@@ -121,6 +125,19 @@ def test_a_stage_reports_the_rows_that_were_frozen_when_it_began() -> None:
         " stage 0 from step 4, increment 2 of 3 towards stage 1",
         " stage 1 from step 6",
     ]
+
+
+def test_new_rows_are_those_by_which_each_table_grew() -> None:
+    tables = SetTables("words", "items")
+    schedule = Schedule([{"step": 0, "rows": "new"}, {"step": 3, "rows": {"union": ["new", [0]]}}])
+    with pytest.raises(InputError, match=r"words: stages\[0\]\.rows: .*grow_table"):
+        Runner(tables, {None: schedule})
+    tables.new = {"words": np.array([8]), "items": np.array([5, 6])}
+    runner = Runner(tables, {None: schedule})
+    runner.advance(0, 0)
+    assert [tables.rows[name].tolist() for name in ("words", "items")] == [[8], [5, 6]]
+    runner.advance(0, 3)
+    assert [tables.rows[name].tolist() for name in ("words", "items")] == [[0, 8], [0, 5, 6]]
 
 
 def test_a_move_says_whether_anything_began() -> None:

@@ -159,6 +159,7 @@ class RunRecorder:
         self.vocabulary = vocabulary
         self._samples: dict[str, TableSample] = {}
         self._paddings: dict[str, int | None] = {}
+        self._new_rows: dict[str, Ids | None] = {}
         self._restored = restored or {"tables": {}, "scores": []}
         scores = [Score(**score) for score in self._restored["scores"]]
         self._record = RowRecord(scores=scores, length=length, epoch_steps=epoch_steps)
@@ -174,7 +175,12 @@ class RunRecorder:
         return {name: sample.track for name, sample in self._samples.items()}
 
     def add_table(
-        self, name: str, rows: Callable[[Ids], Values], num_rows: int, padding: int | None = None
+        self,
+        name: str,
+        rows: Callable[[Ids], Values],
+        num_rows: int,
+        padding: int | None = None,
+        new: Ids | None = None,
     ) -> TableSample:
         """Sample a table from now on, or from where the run that this one continues stopped.
 
@@ -183,11 +189,13 @@ class RunRecorder:
             rows: Reads rows: from sorted ids, int64, shape (n,), to float32, shape (n, D).
             num_rows: Its rows V.
             padding: The row of padding, which is not sampled.
+            new: The rows by which it grew last.
         """
         sample = TableSample(rows, num_rows, self.unit, self.size, self.vocabulary, padding)
         if (saved := self._restored["tables"].get(name)) is not None:
             sample.restore(saved)
-        self._samples[name], self._paddings[name] = sample, padding
+        self._samples[name] = sample
+        self._paddings[name], self._new_rows[name] = padding, new
         return sample
 
     def add_score(self, metrics: Mapping[str, float]) -> None:
@@ -231,6 +239,7 @@ class RunRecorder:
                 1 if record.epoch_steps is None else record.length or length,
                 record.epoch_steps or length,
                 self._paddings[name],
+                self._new_rows[name],
             )
             record.schedules[name] = _written(schedule)
             # What a plateau is planned with is made up, and long.

@@ -33,7 +33,7 @@ from partial_embedding.recipes.prepare_texts import (
 )
 from partial_embedding.recipes.settings import checked, read_config
 from partial_embedding.schedule import Schedule, schedules_by_table
-from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 # The name of the table, for schedules of several.
 _TABLE = "embedding"
@@ -195,7 +195,6 @@ def text_classifier(
     table = PartialEmbedding.from_matrix(
         data.table,
         trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
-        reserve_rows=schedule_rows(schedule, len(data.vocabulary), data.vocabulary),
         freeze_padding=True,
         name=_TABLE,
     )

@@ -288,21 +288,25 @@ class RecipeCLI(LightningCLI):
 
     def _predict(self) -> None:
         config = self.config
-        if not isinstance(self.datamodule, TextData):
+        if not hasattr(self.datamodule, "given_texts"):
             raise InputError(
-                f"predict is of TextData. Received: {type(self.datamodule).__name__}. Call the "
-                "trainer's predict for others."
+                "predict is of texts. Received: the data of a "
+                f"{type(self.datamodule).__name__}. Call the trainer's predict for others."
             )
         if config.text is not None:
             self.datamodule.given_texts = [config.text]
         batches = self.trainer.predict(
             self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path
         )
-        probabilities = torch.cat(batches).numpy()  # type: ignore[arg-type]  # one for each batch
-        typed = config.text is not None or self.datamodule.settings.test_path == "-"
+        typed = config.text is not None or self.datamodule.hparams.get("test_path") == "-"
         file = Path(config.trainer.default_root_dir) / "predictions.csv"
+        output = config.output or ("-" if typed else file)
+        if not isinstance(self.model, TextClassifier):
+            self.model.write_predictions(output, self.datamodule.given_texts or (), batches)
+            return
+        probabilities = torch.cat(batches).numpy()  # type: ignore[arg-type]  # one for each batch
         write_predictions(
-            config.output or ("-" if typed else file),
+            output,
             self.datamodule.given_texts or (),
             probabilities,
             self.model.names,

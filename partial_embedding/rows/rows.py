@@ -22,7 +22,7 @@ from partial_embedding.rows.vocabulary import Ids, Vocabulary
 Config = str | dict[str, Any]
 RowsLike = Union[
     "Rows",
-    Literal["all", "none", "missing"],
+    Literal["all", "none", "missing", "new"],
     Iterable[SupportsIndex],  # ids, or a mask; also an array or a tensor of either
     slice,
     Mapping[str, Any],

@@ -44,6 +44,9 @@ class Adapter(Protocol):
     def trainable_rows(self, name: str) -> Ids:
         """The rows that train now, rising."""
 
+    def new_rows(self, name: str) -> Ids | None:
+        """The rows by which the table grew last, rising, if it did."""
+
     def set_rows(
         self, name: str, ids: Ids, rate_scale: RateScale, *, all_join: bool = False
     ) -> None:

@@ -27,13 +27,13 @@ if keras.config.backend() != "tensorflow":
 from partial_embedding.tensorflow import gradients
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.embedding import PartialEmbedding
+from partial_embedding.tensorflow.grow import grow_table
 from partial_embedding.tensorflow.models import (
     plain_weights,
     set_plain_weights,
 )
 from partial_embedding.tensorflow.optimizer import rowwise
 from partial_embedding.tensorflow.row_optimizer import Rowwise
-from partial_embedding.tensorflow.table_state import schedule_rows
 
 __all__ = [
     "FrozenRowAudit",
@@ -41,8 +41,8 @@ __all__ = [
     "PartialEmbedding",
     "Rowwise",
     "gradients",
+    "grow_table",
     "plain_weights",
     "rowwise",
-    "schedule_rows",
     "set_plain_weights",
 ]

@@ -13,6 +13,7 @@ from partial_embedding.schedule import RateScale
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.optimizer import optimizer_of
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 
 
@@ -48,6 +49,8 @@ class KerasTables:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.tables = tables_in(model)
+        # What stages train of tables that can still be told which rows to reserve.
+        self._stages: dict[str, list[Ids]] = {}
         if not self.tables:
             raise InputError(
                 "RowUnfreezing needs a PartialEmbedding in the model. Received a "
@@ -56,14 +59,37 @@ class KerasTables:
             )
 
     @property
+    def optimizer(self) -> Any:
+        """What steps the tables, or will; None where the model knows of no optimizer."""
+        known = (optimizer_of(self.model, table.rows_variable) for table in self.tables.values())
+        default = innermost(getattr(self.model, "optimizer", None))
+        return next((optimizer for optimizer in known if optimizer is not None), default)
+
+    @property
     def steps(self) -> int:
         """The steps that the optimizer completed, those of earlier runs too; waits for them."""
-        return int(self.model.optimizer.iterations.numpy())
+        return 0 if self.optimizer is None else int(self.optimizer.iterations.numpy())
 
     @property
     def batches_of_a_step(self) -> int:
         """The batches whose gradients are accumulated for one step."""
-        return innermost(self.model.optimizer).gradient_accumulation_steps or 1
+        return getattr(self.optimizer, "gradient_accumulation_steps", None) or 1
+
+    def reserve(self) -> None:
+        """Reserve what the stages that were checked will ever train, where a layer was not told.
+
+        It comes before the first step is traced: the variables that train are others afterwards.
+        """
+        for name, stages in self._stages.items():
+            table = self.tables[name]
+            # A table whose rows all train throughout stays a plain one.
+            if any(ids.size < table.input_dim for ids in stages):
+                ever = np.unique(np.concatenate(stages))
+                table.reserve_rows(ever if ever.size else "none")
+                # What was traced before knows the variables of before.
+                self.model.train_function = self.model.test_function = None
+                self.model.predict_function = None
+        self._stages = {}
 
     # What the runner asks for
 
@@ -81,16 +107,34 @@ class KerasTables:
         return [view]
 
     def check_rows(self, name: str, ids: Ids) -> None:
-        """Refuse rows that the layer did not reserve, before it trains any.
+        """Refuse rows that the layer cannot train, before it trains any.
 
         Args:
             name: The layer's name.
             ids: Sorted ids, int64, shape (K,).
 
         Raises:
-            InputError: A row is not reserved, or the layer is a plain one.
+            InputError: A row is not reserved, or the layer is a plain one, and an optimizer was
+                built for it already; or nothing of the layer trains.
         """
-        self.tables[name].check_trainable_rows(ids)
+        table = self.tables[name]
+        optimizer = innermost(getattr(self.model, "optimizer", None))
+        is_known = optimizer_of(self.model, table.rows_variable) is not None
+        if ids.size and not table.trainable:
+            raise InputError(
+                f"rows train in a layer that does. Received {name!r} with trainable=False. Set "
+                "layer.trainable = True before the model is compiled, or leave the layer out of "
+                "the schedule."
+            )
+        if ids.size and optimizer is not None and optimizer.built and not is_known:
+            raise InputError(
+                f"rows train under an optimizer that was built for them. Received {name!r}, and a "
+                f"{type(optimizer).__name__} that was built without it. Compile the model again."
+            )
+        if table.reserves_rows or is_known:
+            table.check_trainable_rows(ids)
+        else:
+            self._stages.setdefault(name, []).append(ids)
 
     def check_rate_scale(self, name: str, rate_scale: RateScale) -> None:
         """Refuse a rate that the optimizer cannot keep, and build the one that can.
@@ -104,20 +148,21 @@ class KerasTables:
         """
         if rate_scale.is_plain:
             return
-        optimizer = innermost(self.model.optimizer)
+        if not self.model.built:
+            raise InputError(
+                "rows have a learning rate of their own in a built model. Received one that is "
+                "not. Give it a keras.Input, or call it on a batch."
+            )
+        rows, whole = self.tables[name].rows_variable, getattr(self.model, "optimizer", None)
+        if optimizer_of(self.model, rows) is None and whole is not None:
+            # Keras builds an optimizer only while it traces the first step.
+            whole.build(self.model.trainable_variables)
+        optimizer = optimizer_of(self.model, rows)
         if not isinstance(optimizer, Rowwise):
             raise InputError(
                 "lr_scale and warmup_steps are what rowwise(optimizer) keeps. Received the "
                 f"optimizer {type(optimizer).__name__}. Compile the model with one."
             )
-        if not optimizer.built:
-            if not self.model.built:
-                raise InputError(
-                    "rows have a learning rate of their own in a built model. Received one that "
-                    "is not. Give it a keras.Input, or call it on a batch."
-                )
-            # Keras builds an optimizer only while it traces the first step.
-            self.model.optimizer.build(self.model.trainable_variables)
 
     def trainable_rows(self, name: str) -> Ids:
         """The rows that train now, rising, int64, shape (K,).
@@ -126,6 +171,14 @@ class KerasTables:
             name: The layer's name.
         """
         return self.tables[name].trainable_rows
+
+    def new_rows(self, name: str) -> Ids | None:
+        """The rows by which the table grew last, rising, int64, or None.
+
+        Args:
+            name: The layer's name.
+        """
+        return self.tables[name].new_rows
 
     def set_rows(
         self, name: str, ids: Ids, rate_scale: RateScale, *, all_join: bool = False
@@ -165,7 +218,7 @@ def innermost(optimizer: Any) -> Any:
     """The optimizer that steps, inside of those that scale the loss.
 
     Args:
-        optimizer: A Keras optimizer.
+        optimizer: A Keras optimizer, or None.
     """
     while (inner := getattr(optimizer, "inner_optimizer", None)) is not None:
         optimizer = inner

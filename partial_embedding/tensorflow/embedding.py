@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -48,6 +49,8 @@ class PartialEmbedding(OneTable):
             for, which would move frozen rows.
 
     Example:
+        >>> import numpy as np
+        >>> from partial_embedding.tensorflow import PartialEmbedding
         >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows=[3, 4])
         >>> layer(np.array([[0, 3]])).shape
         TensorShape([1, 2, 2])
@@ -56,7 +59,11 @@ class PartialEmbedding(OneTable):
         array([3, 4])
     """
 
+    # Keras publishes no types.
     built: bool
+    input_dim: int
+    embeddings_initializer: Any
+    _embeddings: Any
 
     def __init__(
         self,
@@ -71,6 +78,10 @@ class PartialEmbedding(OneTable):
         weights = kwargs.pop("weights", None)
         super().__init__(input_dim, output_dim, **kwargs)
         self.freeze_padding = freeze_padding
+        # The rows by which the table grew last.
+        self.new_rows: Ids | None = None
+        # How many rows there were each time before it grew.
+        self.earlier_sizes: tuple[int, ...] = ()
         # What a layer is built with. Once it is, its variables know which rows train.
         self._first_rows: Ids = self._resolve(trainable_rows)
         self._reserved: Ids = self._first_rows
@@ -80,8 +91,7 @@ class PartialEmbedding(OneTable):
         self._check_reserved(self._first_rows)
         self._check_lora(bool(self.lora_rank))
         if weights is not None:
-            self.build()
-            self.set_weights(weights if isinstance(weights, list) else [weights])
+            self._build_of(weights if isinstance(weights, list) else [weights])
 
     @classmethod
     def from_matrix(
@@ -298,6 +308,53 @@ class PartialEmbedding(OneTable):
         if self.built and (is_other or self.table_state is None):
             self._split_again()
 
+    def _build_of(self, weights: list[Any]) -> None:
+        """Build with a table as the first value: drawn ones would be as much memory again."""
+        if len(weights) == 1 and np.shape(weights[0]) == (self.input_dim, self.output_dim):
+            configured = self.embeddings_initializer
+            self.embeddings_initializer = partial(_first_value, weights[0])
+            self.build()
+            self.embeddings_initializer = configured
+        else:
+            self.build()
+            self.set_weights(weights)  # which says what is wrong with them
+
+    def grow(self, rows: Any, trainable: bool) -> None:
+        """Add rows; `partial_embedding.tensorflow.grow_table` does it in a model.
+
+        Args:
+            rows: What they begin from, shape (n, D).
+            trainable: Whether they train from here on.
+
+        Raises:
+            InputError: They are not to train, and the layer can freeze none.
+        """
+        if self.built and self.table_state is None and not trainable:
+            raise InputError(
+                "rows of a table that was built with every row trainable and none reserved cannot "
+                "be frozen. Received trainable=False. Make the layer with reserve_rows='all'."
+            )
+        (matrix,) = self.get_weights()
+        before = self.input_dim
+        self.input_dim = before + len(rows)
+        self.earlier_sizes += (before,)
+        self.new_rows = np.arange(before, self.input_dim, dtype=np.int64)
+        trained = self.trainable_rows
+        self._first_rows = np.append(trained, self.new_rows) if trainable else trained
+        self._reserved = np.append(self._reserved, self.new_rows)
+        self._tracker.unlock()
+        state = self.table_state
+        parts = [self._embeddings] if state is None else [state.table, state.rows, state.unfrozen]
+        for variable in parts:
+            self._untrack_variable(variable)
+        self.built = False
+        self._build_of([np.concatenate([matrix, rows.astype(matrix.dtype)])])
+
+    @property
+    def rows_variable(self) -> Any:
+        """The variable that optimizers step: of the reserved rows, or of a plain table."""
+        return self._embeddings if self.table_state is None else self.table_state.rows
+
     @property
     def reserves_rows(self) -> bool:
         """Whether it was said which rows may train at any time."""
@@ -412,7 +469,7 @@ class PartialEmbedding(OneTable):
         self._embeddings.assign(matrix)
 
     def _resolve(self, rows: object) -> Ids:
-        ids = Rows.parse(rows).resolve(self.input_dim)
+        ids = Rows.parse(rows).resolve(self.input_dim, new=self.new_rows)
         return ids[ids != 0] if self.freeze_padding else ids
 
     def _check_reserved(self, rows: Ids) -> None:
@@ -431,6 +488,11 @@ class PartialEmbedding(OneTable):
                 "a wish for it on a table of which only reserved rows may train. Use "
                 "keras.layers.Embedding for LoRA, or leave it out."
             )
+
+
+def _first_value(matrix: Any, shape: Any, dtype: Any = None) -> Any:
+    """A given table as an initializer."""
+    return tf.cast(tf.convert_to_tensor(matrix), dtype)
 
 
 # Keras finds a layer in a weight file by its class's name, in snake case and numbered. Under the

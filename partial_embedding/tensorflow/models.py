@@ -21,6 +21,7 @@ def tables_in(model: Any) -> dict[str, PartialEmbedding]:
         InputError: Two of them have the same name.
 
     Example:
+        >>> import keras
         >>> list(tables_in(keras.Sequential([PartialEmbedding(3, 2, name="words")])))
         ['words']
     """
@@ -49,6 +50,7 @@ def plain_weights(model: Any) -> list[Any]:
         Arrays, in the order of the plain model; each table is one of shape (V, D).
 
     Example:
+        >>> import keras
         >>> def model(layer):
         ...     return keras.Sequential([keras.Input((2,)), layer, keras.layers.Dense(1)])
         >>> partial, plain = model(PartialEmbedding(5, 3, trainable_rows=[1])), model(

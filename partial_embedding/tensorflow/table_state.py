@@ -9,8 +9,7 @@ of the layer, so that whatever Keras or TensorFlow saves, copies or restores is 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from os import PathLike
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ import tensorflow as tf
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Config
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
-from partial_embedding.schedule import RateScale, Schedule
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.schedule import RateScale
 from partial_embedding.tensorflow.sparse_update import gather_rows, summed
 
 
@@ -56,8 +55,6 @@ def split_table(layer: Any, table: Any, reserved: Ids, unfrozen: Ids) -> TableSt
     )
     # Where optimizers find it.
     state.rows.table_state = state
-    for variable in (table.value, state.rows.value):
-        _free_with(variable)
     return state
 
 
@@ -95,6 +92,7 @@ class TableState:
         self.reserved = reserved
         # The `Rowwise` that was built last for these rows.
         self.optimizer: Any = None
+        self._is_freed = False
         with tf.init_scope():
             # int64, as TensorFlow keeps int32 tensors off the GPU.
             self._reserved = tf.constant(reserved, tf.int64)
@@ -107,7 +105,8 @@ class TableState:
     @property
     def trainable_rows(self) -> Ids:
         """Ids of the rows that train now: sorted, int64, shape (K,)."""
-        ids: Ids = self.reserved[self.unfrozen.numpy() > 0]
+        with tf.init_scope():  # also while a graph is traced
+            ids: Ids = self.reserved[self.unfrozen.numpy() > 0]
         return ids
 
     def is_unfrozen(self) -> Any:
@@ -116,6 +115,7 @@ class TableState:
 
     def look_up(self, ids: Any) -> Any:
         """The rows of a dense tensor of ids, of shape (*ids.shape, D)."""
+        self._free_with_the_layer()
         # `tf.gather` of a variable reads the rows only; reading the variable first would copy all
         # of it at every step once a row of it has been assigned.
         frozen = tf.gather(self.table.value, ids)
@@ -123,6 +123,21 @@ class TableState:
         sparse = self.optimizer is not None and self.optimizer.lazy
         unfrozen = gather_rows(self.rows.value, slots, sparse)
         return tf.where((slots >= 0)[..., tf.newaxis], unfrozen, frozen)
+
+    def _free_with_the_layer(self) -> None:
+        """Free the memory of the variables when nothing refers to them any more.
+
+        While an optimizer of Keras reduces dense gradients, TensorFlow registers a gradient
+        function for ever. That holds the graph of the step, and the graph a handle to the memory.
+        """
+        values = [self.table.value, self.rows.value]
+        # Keras looks for shapes before it makes variables.
+        if self._is_freed or not all(isinstance(value, tf.Variable) for value in values):
+            return
+        self._is_freed = True
+        for value in values:
+            for part in getattr(value, "values", (value,)):
+                weakref.finalize(part, _empty, part.handle, part.dtype).atexit = False
 
     def _slots_of(self, ids: Any) -> Any:
         """The place of each id in `rows`, or -1 for one that does not train, or that is none."""
@@ -187,6 +202,12 @@ class TableState:
         self.table.assign(matrix)
         self.rows.assign(self.kept())
 
+    def write_rows(self, ids: Ids, rows: Any) -> None:
+        """Write some rows, shape (n, D)."""
+        rows = tf.cast(rows, self.table.dtype)
+        self.table.value.scatter_update(tf.IndexedSlices(rows, tf.constant(ids)))
+        self.rows.assign(self.kept())
+
     def write_back(self) -> None:
         """Write the unfrozen rows into the table, which then holds every row."""
         self._keep(self.trainable_rows)
@@ -223,16 +244,6 @@ class TableState:
         return tf.gather(self.table.value, self._reserved)
 
 
-def _free_with(variable: Any) -> None:
-    """Free the memory of a variable when nothing refers to the variable any more.
-
-    While an optimizer of Keras reduces dense gradients, TensorFlow registers a gradient function
-    for ever. That holds the graph of the step, and the graph a handle to the variable's memory.
-    """
-    for part in getattr(variable, "values", (variable,)):
-        weakref.finalize(part, _empty, part.handle, part.dtype).atexit = False
-
-
 def _empty(handle: Any, dtype: Any) -> None:
     with tf.init_scope():
         nothing = tf.zeros([0], dtype)
@@ -253,33 +264,6 @@ def over_ids(rows: Callable[[Any], Any], inputs: Any, num_rows: int) -> Any:
     if isinstance(inputs, tf.SparseTensor):
         inputs = tf.sparse.to_dense(inputs)
     return rows(tf.where(inputs < 0, inputs + tf.cast(num_rows, inputs.dtype), inputs))
-
-
-def schedule_rows(
-    schedule: Schedule | Mapping[str, Any] | str | PathLike[str],
-    num_rows: int,
-    vocabulary: Vocabulary | None = None,
-) -> Ids:
-    """The rows that a schedule ever trains, for `PartialEmbedding(reserve_rows=…)`.
-
-    Args:
-        schedule: A `Schedule`, a mapping, or the path of a YAML file.
-        num_rows: The number of rows V of the table.
-        vocabulary: What the rows mean, for schedules that ask for it.
-
-    Returns:
-        Sorted ids without duplicates, int64, shape (R,).
-
-    Raises:
-        InputError: The schedule is malformed, or does not fit the table or the vocabulary.
-
-    Example:
-        >>> stages = [{"epoch": 0, "rows": [4]}, {"epoch": 2, "rows": {"range": [0, 2]}}]
-        >>> schedule_rows({"stages": stages}, 5)
-        array([0, 1, 4])
-    """
-    stages = Schedule.parse(schedule).stages
-    return np.unique(np.concatenate([s.rows.resolve(num_rows, vocabulary) for s in stages]))
 
 
 def compact(ids: Ids, num_rows: int) -> Config:

@@ -1,6 +1,7 @@
 """Partly trainable embedding tables for PyTorch, and what makes optimizers respect them."""
 
 from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.torch import averaging as averaging
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.ddp import distributed_data_parallel
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag

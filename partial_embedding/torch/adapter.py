@@ -15,7 +15,7 @@ from partial_embedding.schedule import RateScale
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.ddp import check_backend
-from partial_embedding.torch.optimizer import prepared, rowwise
+from partial_embedding.torch.optimizer import is_left_alone, prepared, rowwise
 from partial_embedding.torch.table import tables_in
 
 
@@ -56,7 +56,7 @@ class TorchTables:
     def prepare(
         self, names: Iterable[str], optimizers: Iterable[Optimizer], lazy: bool = False
     ) -> None:
-        """Make optimizers step the trainable rows alone; those that `rowwise` prepared stay so.
+        """Make optimizers step the trainable rows alone; those that were told how stay so.
 
         Args:
             names: The tables that follow schedules.
@@ -69,7 +69,8 @@ class TorchTables:
         left = {id(self.tables[name].weight): name for name in names}
         for optimizer in optimizers:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            if held & left.keys() and prepared(optimizer) is None:
+            told = prepared(optimizer) is not None or is_left_alone(optimizer)
+            if held & left.keys() and not told:
                 rowwise(optimizer, self.model, lazy=lazy)
             left = {weight: name for weight, name in left.items() if weight not in held}
         for name in left.values():
@@ -151,6 +152,14 @@ class TorchTables:
         """
         ids: Ids = self.tables[name].row_set.ids.cpu().numpy()
         return ids
+
+    def new_rows(self, name: str) -> Ids | None:
+        """The rows by which the table grew last, rising, int64, or None.
+
+        Args:
+            name: The table's name.
+        """
+        return self.tables[name].new_rows
 
     def set_rows(
         self, name: str, ids: Ids, rate_scale: RateScale, *, all_join: bool = False

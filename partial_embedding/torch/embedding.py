@@ -7,6 +7,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows.rows import RowsLike
@@ -92,6 +93,20 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         Returns:
             Rows, shape (*, D).
         """
+        if is_scripting():
+            return F.embedding(
+                input,
+                self.weight,
+                self.padding_idx,
+                self.max_norm,
+                self.norm_type,
+                self.scale_grad_by_freq,
+                self.sparse,
+            )
+        return self._look_up(input)
+
+    @torch.jit.unused
+    def _look_up(self, input: Tensor) -> Tensor:  # noqa: A002  # as in `forward`
         weight = self._weight_in_use()
         if weight is None and not _scales_here(self):
             return super().forward(input)
@@ -129,7 +144,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
             trainable_rows: As in the constructor.
 
         Raises:
-            InputError: The vectors are not a matrix, or the rows do not fit it.
+            InputError: The vectors are no matrix of floating point, or the rows do not fit it.
 
         Example:
             >>> table = PartialEmbedding.from_pretrained(torch.eye(3), trainable_rows=[2])
@@ -137,7 +152,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
             (True, tensor([2]))
         """
         return cls(
-            *_matrix_shape(embeddings),
+            *_matrix_shape(embeddings, freeze),
             padding_idx,
             max_norm,
             norm_type,
@@ -232,6 +247,29 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         Returns:
             One vector per bag, shape (B, D).
         """
+        if is_scripting():
+            return F.embedding_bag(
+                input,
+                self.weight,
+                offsets,
+                self.max_norm,
+                self.norm_type,
+                self.scale_grad_by_freq,
+                self.mode,
+                self.sparse,
+                per_sample_weights,
+                self.include_last_offset,
+                self.padding_idx,
+            )
+        return self._reduce(input, offsets, per_sample_weights)
+
+    @torch.jit.unused
+    def _reduce(
+        self,
+        input: Tensor,  # noqa: A002  # as in `forward`
+        offsets: Tensor | None,
+        per_sample_weights: Tensor | None,
+    ) -> Tensor:
         weight = self._weight_in_use()
         if weight is None and not _scales_here(self):
             return super().forward(input, offsets, per_sample_weights)
@@ -283,14 +321,14 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
             trainable_rows: As in the constructor.
 
         Raises:
-            InputError: The vectors are not a matrix, or the rows do not fit it.
+            InputError: The vectors are no matrix of floating point, or the rows do not fit it.
 
         Example:
             >>> PartialEmbeddingBag.from_pretrained(torch.eye(3), trainable_rows=[2]).trainable_rows
             tensor([2])
         """
         bags = cls(
-            *_matrix_shape(embeddings),
+            *_matrix_shape(embeddings, freeze),
             max_norm,
             norm_type,
             scale_grad_by_freq,
@@ -305,7 +343,12 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         return bags
 
 
-def _matrix_shape(embeddings: Tensor) -> tuple[int, int]:
+def _matrix_shape(embeddings: Tensor, freeze: bool) -> tuple[int, int]:
+    if not (freeze or embeddings.is_floating_point() or embeddings.is_complex()):
+        raise InputError(
+            f"vectors that train are floating point. Received {embeddings.dtype}. Pass "
+            "embeddings.float()."
+        )
     if embeddings.dim() != 2:
         raise InputError(
             "vectors are a matrix of rows by columns. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,19 +70,23 @@ def grow_table(
         tensor([10, 11])
     """
     tables = _tables(model, name)
-    before = len(tables[0].leaf_weight)
     _check_rows(rows)
     made = _made(model, tables, rows, init)
-    grown = {table: table.row_set for table in tables}
+    size = len(tables[0].leaf_weight)
+    new = np.arange(size, size + rows, dtype=np.int64)
+    trained = [table.row_set for table in tables]
     for parameter, values in made:
         put_rows(parameter, values)
-    for table in tables:
+    for table, row_set in zip(tables, trained, strict=True):
         for _, user in users_of(model, table):
             for attribute in ("num_embeddings", "out_features"):
                 if hasattr(user, attribute):
-                    setattr(user, attribute, before + rows)
-        table.grown_from(grown[table], trainable)
-    return list(range(before, before + rows))
+                    setattr(user, attribute, size + rows)
+        table.note_growth(size, new)
+        table.row_set = row_set.resized_to(size + rows)
+        if trainable:
+            table.set_trainable_ids(np.append(row_set.ids.cpu().numpy(), new))
+    return new.tolist()
 
 
 def put_rows(parameter: nn.Parameter, rows: Tensor) -> None:

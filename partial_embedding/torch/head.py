@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.table import PartialTable
@@ -45,7 +46,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
 
     row_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
-    sparse: bool = True
+    sparse = True
 
     def __init__(
         self,
@@ -71,6 +72,12 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         Returns:
             One score per row, shape (*, V).
         """
+        if is_scripting():
+            return F.linear(input, self.weight, self.bias)
+        return self._score(input)
+
+    @torch.jit.unused
+    def _score(self, input: Tensor) -> Tensor:  # noqa: A002  # as in `forward`
         weight = self._weight_in_use()
         if weight is not None:
             return F.linear(input, weight, self._masked_bias())
@@ -95,7 +102,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         # What reads the graph or transforms it knows `linear`, and not a function of ours.
         if (
             isinstance(input, torch.fx.Proxy)
-            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+            or is_tracing()
             or torch.compiler.is_exporting()
             or torch._C._are_functorch_transforms_active()
             or torch.autograd.forward_ad._current_level >= 0

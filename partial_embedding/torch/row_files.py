@@ -314,9 +314,9 @@ def _missing_tokens(path: Path_, about: dict[str, str], tokenizer: Any) -> list[
     known = tokenizer.get_vocab()
     missing = [added.get(row, name) for row, name in sorted(names.items()) if name not in known]
     # Tried on a copy, since a tokenizer takes nothing back.
-    trial = copy.deepcopy(tokenizer)
-    put_into(trial, missing)
-    vocabulary = trial.get_vocab()
+    grown = copy.deepcopy(tokenizer)
+    put_into(grown, missing)
+    vocabulary = grown.get_vocab()
     for row, name in sorted(names.items()):
         if vocabulary.get(name) != row:
             raise InputError(
@@ -416,10 +416,10 @@ def _check_overlap(model: nn.Module, path: Path_, parts: Parts, overwrite: bool)
         brought = vars(parameter).get(_LOADED)
         if brought is None or overwrite:
             continue
-        known_too = torch.isin(ids, brought)
-        ids, values = ids[known_too], values[known_too]
-        here = parameter.detach()[ids].cpu()
-        both = ids[(here != values.to(here)).reshape(len(ids), -1).any(1)]
+        places = torch.isin(ids, brought).nonzero().flatten().tolist()
+        here = parameter.detach()[ids[places]].cpu()
+        differs = [bool((a != b).any()) for a, b in zip(here, values[places].to(here), strict=True)]
+        both = ids[places][torch.tensor(differs, dtype=torch.bool)]
         if len(both):
             raise InputError(
                 f"{path}: rows of two files are not the same ones. Received {shown(both)} of "

@@ -209,26 +209,6 @@ class RowGradient(Tensor):
         Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
         self._held = new._held if isinstance(new, RowGradient) else _Rows(None, new, True)
 
-    # For torch.compile, which looks at the gradients of the parameters that it is given
-
-    @property
-    def _ids(self) -> Tensor | None:
-        return self._held.ids
-
-    @property
-    def _rows(self) -> Tensor:
-        return self._held.values
-
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool]]:
-        held = self._held
-        return (["_rows"] if held.ids is None else ["_ids", "_rows"]), (len(self), held.summed)
-
-    @staticmethod
-    def __tensor_unflatten__(
-        inner: dict[str, Tensor], context: tuple[int, bool], size: object, stride: object
-    ) -> RowGradient:
-        return RowGradient(inner.get("_ids"), inner["_rows"], *context)
-
     # What torch's functions do
 
     @classmethod
@@ -333,8 +313,8 @@ def _are_divisors(others: Iterable[Any]) -> bool:
 def _copied(func: Any, grad: RowGradient, **options: Any) -> Any:
     if options.get("layout", torch.strided) not in (None, torch.strided):
         return NotImplemented
-    # Not summed: what makes a copy costs no more than that.
-    held = grad._held
+    # A copy costs no more than that; but a sum in another dtype would round in another way.
+    held = grad._held if func is aten.clone.default else grad._summed()
     values = func(held.values, **options)
     ids = None if held.ids is None else held.ids.to(values.device)
     return RowGradient(ids, values, len(grad), held.summed)

@@ -122,13 +122,17 @@ def take_from(optimizer: Optimizer) -> Entries:
     return entries
 
 
-def check(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
+def check(
+    optimizer: Optimizer, tables: Tables, entries: Entries, before_steps: bool = False
+) -> None:
     """Refuse state of other rows before anything is loaded.
 
     Args:
         optimizer: The optimizer.
         tables: Its tables, by the id of the parameter.
         entries: What would be loaded.
+        before_steps: It was loaded by then, and rows may have joined and left since; only if none
+            of those that were saved trains it is a mistake for sure.
 
     Raises:
         InputError: A table has another size, place or set of rows than the one that was saved, or
@@ -142,7 +146,7 @@ def check(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
                 f"the checkpoint has a table as parameter {i} of group {g}. Received an optimizer "
                 "whose parameters come in another order. Build it as it was then."
             )
-        _check_one(tables[id(groups[g][i])], entry)
+        _check_one(tables[id(groups[g][i])], entry, before_steps)
 
 
 def restore(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
@@ -182,9 +186,9 @@ def _dumped(table: TableState) -> State:
     return {"num_rows": table.parameter.shape[0], "cohorts": cohorts}
 
 
-def _check_one(table: TableState, entry: State) -> None:
+def _check_one(table: TableState, entry: State, before_steps: bool) -> None:
     num_rows = table.parameter.shape[0]
-    if entry["num_rows"] != num_rows:
+    if entry["num_rows"] not in (num_rows, *table.table.earlier_sizes):
         raise InputError(
             f"optimizer state belongs to a table of one size. Received state for "
             f"{entry['num_rows']} rows and {table.name!r} with {num_rows}. Load the checkpoint's "
@@ -193,7 +197,9 @@ def _check_one(table: TableState, entry: State) -> None:
     ids = [_as_ids(cohort["rows"]).cpu() for cohort in entry.get("cohorts", {}).values()]
     saved = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).sort().values
     rows = table.table.row_set.ids.cpu()
-    if not torch.equal(saved, rows):
+    rows = rows[rows < entry["num_rows"]]  # by which the table grew since has no state yet
+    some = before_steps and bool(torch.isin(saved, rows).any())
+    if not (some or torch.equal(saved, rows)):
         raise InputError(
             "optimizer state belongs to the rows that trained. Received state for "
             f"{len(saved)} rows {shown(saved)}, while in {table.name!r} {len(rows)} train "

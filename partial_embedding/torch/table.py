@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -46,16 +47,34 @@ class PartialTable(TableFiles):
     they were tied, these are frozen in all.
     """
 
-    weight: nn.Parameter
+    if TYPE_CHECKING:  # jit.script reads annotations, and knows few
+        weight: nn.Parameter
+        _shared: SharedRows
+        _hooked: Mapping[str, nn.Parameter]
 
     # The parameters with an entry for each row.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
 
-    _shared: SharedRows
-    _hooked: Mapping[str, nn.Parameter] = {}
-
     # Whether backward left a gradient here since `ddp.average` last made it that of all processes.
-    awaits_average: bool = False
+    awaits_average = False
+
+    _hooked = MappingProxyType({})
+
+    # Nor can it make anything of these.
+    __jit_unused_properties__ = (
+        "trainable_rows",
+        "row_set",
+        "_row_set",
+        "rate_scales",
+        "has_frozen_rows",
+        "padding_row",
+        "leaf_weight",
+        "is_wrapped",
+        "new_rows",
+        "earlier_sizes",
+        "origin",
+        "saves_rows",
+    )
 
     # Which rows train
 
@@ -176,19 +195,20 @@ class PartialTable(TableFiles):
         """The rows by which the table grew last, sorted, or None."""
         return self._shared.new_rows
 
-    def grown_from(self, before: RowSet, trainable: bool) -> None:
-        """Know that the weight grew.
+    @property
+    def earlier_sizes(self) -> tuple[int, ...]:
+        """How many rows there were each time before the table grew."""
+        return self._shared.earlier_sizes
+
+    def note_growth(self, earlier_size: int, new_rows: Ids) -> None:
+        """Know that rows were added.
 
         Args:
-            before: The rows that trained until then.
-            trainable: Whether the new rows train, too.
+            earlier_size: How many rows there were before.
+            new_rows: The rows that are new, sorted, int64.
         """
-        size = self.leaf_weight.shape[0]
-        self._shared.earlier_sizes += (before.num_rows,)
-        self._shared.new_rows = np.arange(before.num_rows, size, dtype=np.int64)
-        self.row_set = before.resized_to(size)
-        if trainable:
-            self.set_trainable_ids(np.append(before.ids.cpu().numpy(), self._shared.new_rows))
+        self._shared.earlier_sizes += (earlier_size,)
+        self._shared.new_rows = new_rows
 
     def _most_trainable(self, num_rows: int) -> int:
         # While a graph is traced the size of an axis is a tensor, which takes no bool away.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ class TableFiles(nn.Module):
     What is loaded may be either; or whole, and from before the table grew.
     """
 
-    row_parameters: ClassVar[tuple[str, ...]]
-    _shared: SharedRows
+    if TYPE_CHECKING:  # jit.script reads annotations, and knows few
+        row_parameters: ClassVar[tuple[str, ...]]
+        _shared: SharedRows
 
     @property
     def origin(self) -> Origin | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.grow import put_rows
 from partial_embedding.torch.replace import find_table, users_of
 
 # What models and configurations call the number of rows.
@@ -194,8 +195,7 @@ class VocabularyTables:
             ]
         sizes = {rows: rows + _gain(made) for rows in before}
         for parameter, rows in made.values():
-            parameter.data = rows
-            parameter.grad = None  # of the old shape
+            put_rows(parameter, rows)
         for owner, name, values in beside:
             old = getattr(owner, name)
             old.data = values.view(*old.shape[:-1], -1)

@@ -46,6 +46,8 @@ from torch import Tensor, nn
 from partial_embedding import InputError, Rows, Schedule, Vocabulary
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.torch import masked_gradient_only
+from partial_embedding.torch.optimizer import prepared
 
 
 def stages(**rows_by_epoch: Any) -> dict[str, Any]:
@@ -318,18 +320,28 @@ def test_a_strategy_that_shards_is_refused_when_fit_starts() -> None:
     assert net.steps_begun == 0
 
 
-def test_a_frozen_table_that_is_stepped_without_the_callback_is_warned_of_once() -> None:
-    net = Net().build(sparse=False)
+def test_a_frozen_table_keeps_its_bits_without_the_callback() -> None:
+    net = Net().build()
     net.words.set_trainable_rows([1, 4])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(max_epochs=2).fit(net, loader(data()))
-        prepared = Net().build()
-        fit(prepared)
-    told = [str(w.message) for w in caught if "rowwise" in str(w.message)]
-    assert len(told) == 1
-    assert "RowUnfreezing" in told[0]
-    assert "AdamW" in told[0]
+        trainer(max_epochs=2, gradient_clip_val=0.2).fit(net, loader(data()))
+    assert rows_that_differ(net.words.weight, starting_table()) == [1, 4]
+    assert not [str(w.message) for w in caught if "rowwise" in str(w.message)]
+
+
+def test_an_optimizer_that_was_left_alone_stays_so() -> None:
+    def make(parts: Parts) -> list[torch.optim.Optimizer]:
+        parameters = [p for part in parts.values() for p in part]
+        return [masked_gradient_only(torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.3))]
+
+    schedule = stages(epoch_0=[1, 4])
+    net = Net().build(make=make)
+    made = trainer(RowUnfreezing(schedule), max_epochs=1)
+    made.fit(net, loader(data()))
+    assert prepared(made.optimizers[0]) is None
+    with pytest.raises(FrozenRowsMoved, match="masked_gradient_only"):
+        fit(Net().build(make=make), schedule=schedule)
 
 
 # Checkpoints
@@ -580,20 +592,17 @@ def test_the_audit_leaves_trainable_rows_alone_and_can_be_switched_off() -> None
         fit(Net().build(), Meddling(1, 8, flip_a_sign), unfreezing=RowUnfreezing(SCHEDULE, audit=1))
 
 
-def test_the_audit_sees_an_optimizer_that_is_not_prepared() -> None:
+def test_the_audit_sees_an_optimizer_that_keeps_no_row_exact() -> None:
     class Careless(pl.Callback):
         """Steps the same weights with an optimizer of its own."""
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             weight = pl_module.words.weight
             weight.grad = torch.zeros_like(weight)
-            torch.optim.SGD([weight], lr=0.1, weight_decay=0.1).step()
+            masked_gradient_only(torch.optim.SGD([weight], lr=0.1, weight_decay=0.1)).step()
             weight.grad = None
 
-    with (
-        pytest.raises(FrozenRowsMoved, match="rowwise"),
-        pytest.warns(UserWarning, match="rowwise"),
-    ):
+    with pytest.raises(FrozenRowsMoved, match="masked_gradient_only"):
         fit(Net().build(), Careless(), unfreezing=RowUnfreezing(SCHEDULE, audit=1))
 
 

@@ -81,9 +81,13 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, epo
     assert not rows_that_differ(after, resumed)
 
 
-def test_a_sparse_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'transformer\.wte'\. Make it with sparse=False"):
-        train(tmp_path, sparse=True)
+def test_a_sparse_table_is_clipped_as_a_dense_one(tmp_path: Path) -> None:
+    before, dense = train(tmp_path / "a", max_grad_norm=0.1)
+    _, sparse = train(tmp_path / "b", max_grad_norm=0.1, sparse=True)
+    assert rows_that_differ(before, sparse) == list(range(10))
+    torch.testing.assert_close(sparse, dense)
+    _, unclipped = train(tmp_path / "c", max_grad_norm=1e9)
+    assert not torch.allclose(unclipped, dense, atol=1e-5)
 
 
 def test_a_write_into_a_frozen_row_is_found(tmp_path: Path) -> None:

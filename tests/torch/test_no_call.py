@@ -1,0 +1,418 @@
+"""A table in the model is enough: any optimizer is prepared when it first steps frozen rows."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_same_bits, rows_that_differ
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from partial_embedding import InputError
+from partial_embedding.torch import (
+    PartialEmbedding,
+    PartialLinear,
+    detach_rowwise,
+    masked_gradient_only,
+    rowwise,
+)
+from partial_embedding.torch.optimizer import prepared
+
+V, D = 12, 4
+ROWS = [1, 4]
+Make = Callable[[Any], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Make] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "AdamW_fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+}
+
+
+def made(make: Make, rows: Any = ROWS) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(PartialEmbedding(V, D, trainable_rows=rows), PartialLinear(D, V))
+    model[1].set_trainable_rows(rows)  # type: ignore[operator]
+    return model, make(model.parameters())
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, closure: bool = True) -> None:
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value: Tensor = model(torch.arange(V)).square().mean()
+        value.backward()
+        return value
+
+    if closure:
+        optimizer.step(loss)
+    else:
+        loss()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("closure", [False, True], ids=["plain", "closure"])
+def test_a_step_without_a_call_is_the_step_after_one(name: str, closure: bool) -> None:
+    closure = closure or name == "LBFGS"
+    models = []
+    for calls in (True, False):
+        model, optimizer = made(OPTIMIZERS[name])
+        start = copy.deepcopy(model.state_dict())
+        if calls:
+            rowwise(optimizer)
+        for i in range(6):
+            if i == 3:
+                for module in model:
+                    module.unfreeze_rows([7])
+            step(model, optimizer, closure)
+        assert prepared(optimizer) is not None
+        for key, value in model.state_dict().items():
+            assert rows_that_differ(value, start[key]) == [1, 4, 7], key
+        models.append(model)
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert_same_bits(ours, theirs, "the model")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_that_is_loaded_before_the_first_step_resumes(
+    name: str, dtype: torch.dtype
+) -> None:
+    wide = 600  # ids that bfloat16 does not have
+    if name == "AdamW_fused" and dtype == torch.bfloat16:
+        pytest.skip("torch itself loses the step count of fused optimizers in bfloat16")
+
+    def build() -> tuple[PartialEmbedding, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        table = PartialEmbedding(wide, D, trainable_rows=[1, 257, 599]).to(dtype)
+        table.unfreeze_rows([300])
+        return table, OPTIMIZERS[name](table.parameters())
+
+    def go(table: PartialEmbedding, optimizer: torch.optim.Optimizer) -> None:
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value: Tensor = table(torch.tensor([0, 1, 257, 300, 599])).square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+
+    table, optimizer = build()
+    for _ in range(3):
+        go(table, optimizer)
+    saved = copy.deepcopy([table.state_dict(), optimizer.state_dict()])
+    again, other = build()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    assert prepared(other) is None
+    for _ in range(3):
+        go(table, optimizer)
+        go(again, other)
+        assert_same_bits(again.weight, table.weight, "the table")
+
+
+def test_other_rows_than_those_saved_are_refused_before_anything_moves() -> None:
+    model, optimizer = made(OPTIMIZERS["AdamW"])
+    step(model, optimizer, closure=False)
+    other, later = made(OPTIMIZERS["AdamW"], [2, 3])
+    later.load_state_dict(optimizer.state_dict())
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(InputError, match="Call set_trainable_rows with the former first"):
+        step(other, later, closure=False)
+    for key, value in other.state_dict().items():
+        assert_same_bits(value, before[key], key)
+
+
+def test_an_optimizer_with_nothing_frozen_stays_as_it_is() -> None:
+    model, optimizer = made(OPTIMIZERS["AdamW"], "all")
+    step(model, optimizer, closure=False)
+    assert prepared(optimizer) is None
+    before = model[0].weight.detach().clone()
+    model[0].set_trainable_rows([3])  # type: ignore[operator]
+    step(model, optimizer, closure=False)
+    assert prepared(optimizer) is not None
+    assert rows_that_differ(model[0].weight, before) == [3]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_a_table_that_joins_later_is_served(name: str) -> None:
+    model, optimizer = made(OPTIMIZERS[name])
+    step(model, optimizer, closure=False)
+    other = PartialEmbedding(V, D, trainable_rows=[2])
+    before = other.weight.detach().clone()
+    optimizer.add_param_group({"params": other.parameters()})
+    for _ in range(2):
+        other(torch.arange(V)).square().sum().backward()
+        step(nn.Sequential(model), optimizer, closure=False)
+        other(torch.arange(V)).square().sum().backward()
+        optimizer.step()
+    assert rows_that_differ(other.weight, before) == [2]
+
+
+class Unserved(torch.optim.SGD):
+    """Keeps something outside its state, and would mix up rows."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.seen = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.seen += 1
+        return super().step(closure)
+
+
+def test_what_cannot_be_served_is_refused_at_its_first_step_with_ways_out_that_work() -> None:
+    model, optimizer = made(lambda p: Unserved(p, lr=0.1, weight_decay=0.1))
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"AdamW.*masked_gradient_only"):
+            step(model, optimizer, closure=False)
+    for key, value in model.state_dict().items():
+        assert_same_bits(value, before[key], key)
+    masked_gradient_only(optimizer)
+    step(model, optimizer, closure=False)
+    assert len(rows_that_differ(model[0].weight, before["0.weight"])) == V  # decay, as was said
+
+
+def test_a_masked_gradient_alone_is_no_way_for_an_optimizer_that_is_prepared() -> None:
+    model, optimizer = made(OPTIMIZERS["AdamW"])
+    step(model, optimizer, closure=False)
+    with pytest.raises(InputError, match="detach_rowwise"):
+        masked_gradient_only(optimizer)
+    detach_rowwise(optimizer)
+    assert masked_gradient_only(optimizer) is optimizer
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("where", ["hook", "maths"])
+def test_an_exception_in_a_step_leaves_the_tables_in_their_place(
+    set_to_none: bool, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    model, optimizer = made(OPTIMIZERS["AdamW"])
+    twin, other = made(OPTIMIZERS["AdamW"])
+    for one, its in ((model, optimizer), (twin, other)):
+        step(one, its, closure=False)
+    model(torch.arange(V)).sum().backward()
+    if where == "hook":
+        hook = optimizer.register_step_pre_hook(fail)
+    else:
+        monkeypatch.setattr(sys.modules["torch.optim.adam"], "adam", fail)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == list(map(id, model.parameters()))
+    optimizer.zero_grad(set_to_none=set_to_none)
+    if where == "hook":
+        hook.remove()
+    monkeypatch.undo()
+    optimizer.state_dict()
+    step(model, optimizer, closure=False)
+    step(twin, other, closure=False)
+    assert_same_bits(model[0].weight, twin[0].weight, "the table")
+
+
+def test_an_option_that_a_scheduler_turns_on_later_is_served() -> None:
+    table = PartialEmbedding(V, D, trainable_rows=ROWS)
+    small = nn.Embedding.from_pretrained(table.weight.detach()[ROWS].clone(), freeze=False)
+    optimizers = []
+    for module, ids in ((table, torch.tensor(ROWS)), (small, torch.arange(2))):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        optimizers.append(optimizer)
+        if module is table:
+            rowwise(optimizer)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+        for _ in range(5):
+            optimizer.zero_grad()
+            module(ids).square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+    assert_same_bits(table.weight[ROWS], small.weight, "the rows")
+
+
+def test_tables_that_an_engine_took_out_are_refused_by_name() -> None:
+    model, optimizer = made(OPTIMIZERS["AdamW"])
+    rowwise(optimizer, model)
+    flat = nn.Parameter(model[0].weight.detach().flatten())
+    optimizer.param_groups[0]["params"][0] = flat
+    flat.grad = torch.ones_like(flat)
+    with pytest.raises(InputError, match=r"without '0'.*FSDP.*detach_rowwise"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_rows_whose_weight_requires_no_gradient_are_refused(calls: bool) -> None:
+    model, _ = made(OPTIMIZERS["AdamW"])
+    model.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(InputError, match=r"requires_grad=False: from_pretrained\(.*PEFT"):
+        rowwise(optimizer) if calls else optimizer.step()
+    for module in model:
+        module.weight.requires_grad_(True)
+    step(model, optimizer, closure=False)
+    for module in model:
+        module.set_trainable_rows("none")
+        module.weight.requires_grad_(False)
+    rowwise(torch.optim.AdamW(model.parameters()))
+
+
+def test_a_copy_that_is_never_stepped_needs_nothing() -> None:
+    model, optimizer = made(OPTIMIZERS["AdamW"])
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    before = copy.deepcopy(teacher.state_dict())
+    for _ in range(2):
+        with torch.no_grad():
+            teacher(torch.arange(V))
+        step(model, optimizer, closure=False)
+    for key, value in teacher.state_dict().items():
+        assert_same_bits(value, before[key], key)
+
+
+COMPUTED: dict[str, Callable[[nn.Module], object]] = {
+    "pruned": lambda table: prune.l1_unstructured(table, "weight", 0.2),
+    "spectral_norm": lambda table: parametrizations.spectral_norm(table),
+    "old_spectral_norm": lambda table: nn.utils.spectral_norm(table),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*")
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        (name, when)
+        for name in COMPUTED
+        for when in ("before", "in_the_midst", "in_a_copy")
+        if (name, when) != ("pruned", "in_a_copy")  # torch itself copies no pruned module
+    ],
+)
+def test_a_weight_that_is_computed_trains_by_its_parameter(name: str, when: str) -> None:
+    table = PartialEmbedding(V, D, trainable_rows=ROWS)
+    if when != "in_the_midst":
+        COMPUTED[name](table)
+    if when == "in_a_copy":
+        table = copy.deepcopy(table)
+    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.1)
+    for i in range(4):
+        if i == 2 and when == "in_the_midst":
+            COMPUTED[name](table)
+        before = table.leaf_weight.detach().clone()
+        table(torch.arange(V)).pow(3).sum().backward()
+        optimizer.step()
+        moved = rows_that_differ(table.leaf_weight, before)
+        assert moved == ROWS, i
+        optimizer.zero_grad()
+
+
+def test_a_weight_that_is_split_is_refused() -> None:
+    table = PartialEmbedding(V, D, trainable_rows=ROWS)
+    parametrizations.weight_norm(table)
+    with pytest.raises(InputError, match="weight_norm"):
+        table(torch.arange(3))
+
+
+SCRIPT = """
+import sys, torch
+from partial_embedding.torch import PartialEmbedding
+torch.manual_seed(0)
+
+def model():
+    table = PartialEmbedding(12, 4, trainable_rows=[1, 4])
+    return torch.nn.Sequential(table, torch.nn.Linear(4, 3))
+
+def batches():
+    for i in range(4):
+        yield torch.arange(12).roll(i)[:6], torch.arange(6) % 3
+
+def loss_of(module, batch):
+    return torch.nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+def optimizer_of(module):
+    return torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.1)
+
+def plain(module):
+    optimizer = optimizer_of(module)
+    for batch in batches():
+        optimizer.zero_grad()
+        loss_of(module, batch).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+
+def accelerate(module):
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True)
+    module, optimizer = accelerator.prepare(module, optimizer_of(module))
+    for batch in batches():
+        optimizer.zero_grad()
+        accelerator.backward(loss_of(module, batch))
+        accelerator.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+
+def fabric(module):
+    from lightning.fabric import Fabric
+    fabric = Fabric(accelerator="cpu", devices=1)
+    module, optimizer = fabric.setup(module, optimizer_of(module))
+    for batch in batches():
+        optimizer.zero_grad()
+        fabric.backward(loss_of(module, batch))
+        fabric.clip_gradients(module, optimizer, max_norm=1.0)
+        optimizer.step()
+
+def lightning(module):
+    import pytorch_lightning as pl
+    class Net(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+        def training_step(self, batch, index):
+            return loss_of(self.module, batch)
+        def configure_optimizers(self):
+            return optimizer_of(self)
+    data = torch.utils.data.DataLoader(list(batches()), batch_size=None)
+    pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+               enable_progress_bar=False, gradient_clip_val=1.0).fit(Net(), data)
+
+def trainer(module):
+    import transformers
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+        def forward(self, ids, labels):
+            scores = self.module(ids)
+            return {"loss": torch.nn.functional.cross_entropy(scores, labels), "scores": scores}
+    rows = [{"ids": i, "labels": y} for ids, ys in batches() for i, y in zip(ids, ys)]
+    arguments = transformers.TrainingArguments(sys.argv[2], max_grad_norm=1.0, weight_decay=0.1,
+        learning_rate=0.1, num_train_epochs=2, per_device_train_batch_size=4, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True)
+    transformers.Trainer(Net(), arguments, train_dataset=rows).train()
+
+module = model()
+start = module[0].weight.detach().clone()
+globals()[sys.argv[1]](module)
+moved = (module[0].weight.detach().cpu().view(torch.int32) != start.view(torch.int32)).any(1)
+print("rows that moved:", moved.nonzero().flatten().tolist())
+"""
+
+
+@pytest.mark.parametrize("way", ["plain", "accelerate", "fabric", "lightning", "trainer"])
+def test_a_fresh_process_moves_the_asked_rows_alone(way: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), way, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "rows that moved: [1, 4]"
