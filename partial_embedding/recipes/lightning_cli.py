@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -60,7 +60,10 @@ _DEFAULTS = {
 
 
 def row_unfreezing(
-    schedule: dict[str, Any] | str, lazy: bool = False, audit: bool | int = True
+    schedule: dict[str, Any] | str,
+    lazy: bool = False,
+    audit: bool | int = True,
+    checkpoint: Literal["table", "rows"] = "table",
 ) -> RowUnfreezing:
     """Which rows train, and when.
 
@@ -68,8 +71,10 @@ def row_unfreezing(
         schedule: `{stages: [{epoch: …, rows: …}, …]}`, or the path of a YAML file that holds it.
         lazy: Step only the rows that a batch touched.
         audit: Compare the bits of frozen rows at the end of each stage, and every n steps too.
+        checkpoint: What a checkpoint holds: the whole table, or the rows that ever trained; then
+            the texts and vectors of the training are read again to use it.
     """
-    return RowUnfreezing(schedule, lazy=lazy, audit=audit)
+    return RowUnfreezing(schedule, lazy=lazy, audit=audit, checkpoint=checkpoint)
 
 
 # What has options of its own, in the order of `--help`.

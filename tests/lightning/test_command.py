@@ -390,3 +390,24 @@ def test_a_checkpoint_of_another_class_brings_its_own_settings(
     capfd.readouterr()
     assert main(["test", "--ckpt_path=last", *QUIET]) == 0
     assert "74.0" in capfd.readouterr().out
+
+
+def test_a_checkpoint_of_rows_alone_is_gone_on_from_and_tested(
+    small_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["--rows.checkpoint=rows", "--rows.schedule={stages: [{epoch: 0, rows: missing}]}"]
+    for folder, options in (("whole", []), ("rows", rows[:1])):
+        root = f"--trainer.default_root_dir={folder}"
+        ends = ["--trainer.max_epochs=2", rows[1], root, *options]
+        assert main(["fit", *small_run, *ends]) == 0
+    saved = torch.load("rows/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert "embedding.weight" not in saved
+    tested = []
+    for folder in ("whole", "rows"):
+        where = [f"--trainer.default_root_dir={folder}", "--ckpt_path=last"]
+        capfd.readouterr()
+        assert main(["test", *where, "--data.test_path=texts.csv", *QUIET]) == 0
+        tested.append(re.findall(r"test_\w+ +│? *([\d.]+)", capfd.readouterr().out))
+    assert tested[0] == tested[1] != []
+    root = "--trainer.default_root_dir=rows"
+    assert main(["fit", *small_run, *rows, root, "--ckpt_path=last"]) == 0
