@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from partial_embedding.callbacks.keras_checkpoint import RowCheckpoint
 from partial_embedding.callbacks.keras_monitor import RowMonitor
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
@@ -20,7 +21,7 @@ from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.tensorflow.adapter import KerasTables
 
-__all__ = ["RowMonitor", "RowUnfreezing"]
+__all__ = ["RowCheckpoint", "RowMonitor", "RowUnfreezing"]
 
 
 class RowUnfreezing(keras.callbacks.Callback):
@@ -244,7 +245,7 @@ class RowUnfreezing(keras.callbacks.Callback):
             return
         self._epoch = None
         for metric in self._active.metrics:
-            if not any(metric in seen.metrics for seen in self._active.evaluations):
+            if not any(metric in one.metrics for one in self._active.evaluations):
                 self._active.refuse_unmeasured(metric, self._logs)
 
     # The record beside the weights of a backup

@@ -17,7 +17,8 @@ from gensim.models import FastText, KeyedVectors, Word2Vec
 from gensim.models.fasttext import save_facebook_model
 
 from partial_embedding.errors import InputError
-from partial_embedding.recipes.text import read_labelled, read_texts
+from partial_embedding.recipes.prepare_texts import classes_text
+from partial_embedding.recipes.text import LabelledTexts, read_labelled, read_texts
 from partial_embedding.recipes.vectors import formats, read_vectors, reading
 from partial_embedding.rows.vocabulary_file import read_vocabulary
 
@@ -283,6 +284,13 @@ def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
     noted: list[str] = []
     assert len(read_labelled(tmp_path / "texts", say=noted.append)) == 2
     assert noted == [f"{tmp_path / 'texts'}: 2 hidden files were passed over"]
+
+
+def test_names_of_classes_cannot_write_into_the_terminal() -> None:
+    texts = LabelledTexts(("a",), np.zeros(1, np.int64), ("\x1b[31mred\u202e",))
+    line = classes_text(texts, texts)
+    assert "red" in line
+    assert line.isprintable()
 
 
 # What is no file

@@ -22,6 +22,7 @@ from partial_embedding.recipes.text import (
     tokenize,
 )
 from partial_embedding.recipes.vectors import build_table, read_vectors, train_vectors
+from partial_embedding.rows.token_text import printable
 from partial_embedding.rows.vocabulary import Vocabulary
 
 # What takes a line to print.
@@ -258,7 +259,9 @@ def classes_text(training: LabelledTexts, validation: LabelledTexts) -> str:
     counts = [
         np.bincount(side.labels, minlength=len(side.names)) for side in (training, validation)
     ]
-    each = [f"{n} {a:,} + {b:,}" for n, a, b in zip(training.names, *counts, strict=True)]
+    each = [
+        f"{printable(n)} {a:,} + {b:,}" for n, a, b in zip(training.names, *counts, strict=True)
+    ]
     return (
         f"texts: {len(training):,} to train on, {len(validation):,} to validate on; "
         f"of {len(each):,} classes: {_listed(each, 12)}"

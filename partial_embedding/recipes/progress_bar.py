@@ -13,8 +13,8 @@ class OneLineBar(RichProgressBar):
     """Shows the epoch, the batch, the time that is left, what validation measured and the stage.
 
     Example:
-        >>> OneLineBar().refresh_rate
-        1
+        >>> len(OneLineBar().configure_columns(Trainer(logger=False, barebones=True)))
+        4
     """
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:

@@ -53,12 +53,12 @@ class Position:
 
     def to_state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        seen = [[one.epoch, one.step, dict(one.metrics)] for one in self.evaluations]
+        evaluations = [[one.epoch, one.step, dict(one.metrics)] for one in self.evaluations]
         return {
             "epoch": self.epoch,
             "step": self.step,
             "total_steps": self.total_steps,
-            "evaluations": seen,
+            "evaluations": evaluations,
         }
 
     @staticmethod
@@ -68,5 +68,5 @@ class Position:
         Args:
             state: What `to_state` gave.
         """
-        seen = tuple(Evaluation(*one) for one in state.get("evaluations", ()))
-        return Position(state["epoch"], state["step"], state.get("total_steps"), seen)
+        evaluations = tuple(Evaluation(*one) for one in state.get("evaluations", ()))
+        return Position(state["epoch"], state["step"], state.get("total_steps"), evaluations)

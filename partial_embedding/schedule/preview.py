@@ -159,10 +159,10 @@ def plan_text(
 def _positions(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Iterator[Position]:
     total = epochs * steps_per_epoch
     within = range(steps_per_epoch) if schedule.moves_within_epochs else range(1)
-    seen = _improving(schedule, epochs, steps_per_epoch)
+    evaluations = _improving(schedule, epochs, steps_per_epoch)
     for epoch in range(epochs):
         for step in within:
-            yield Position(epoch, epoch * steps_per_epoch + step, total, seen[:epoch])
+            yield Position(epoch, epoch * steps_per_epoch + step, total, evaluations[:epoch])
 
 
 def _improving(schedule: Schedule, epochs: int, steps_per_epoch: int) -> tuple[Evaluation, ...]:

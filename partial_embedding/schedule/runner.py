@@ -307,12 +307,12 @@ class Runner:
         """
         metrics = {name: float(logged[name]) for name in self.metrics if name in logged}
         earlier = tuple(one for one in self.evaluations if one.step != step)
-        seen = (*earlier, Evaluation(epoch, step, metrics))
-        self._agree(self._states_at(Position(epoch, step, self.total_steps, seen)), metrics)
+        evaluations = (*earlier, Evaluation(epoch, step, metrics))
+        self._agree(self._states_at(Position(epoch, step, self.total_steps, evaluations)), metrics)
         for name in self.metrics if expected is None else expected:
             if name not in metrics:
                 self.refuse_unmeasured(name, logged)
-        self.evaluations = seen
+        self.evaluations = evaluations
 
     def refuse_unmeasured(self, metric: str, logged: Iterable[str]) -> None:
         """Refuse to wait for a metric that a validation did not log.
@@ -404,14 +404,14 @@ class Runner:
             before_epoch: Forget what was kept of this epoch and later ones.
         """
         position = Position.from_state(state["position"])
-        seen, acted_on = position.evaluations, position.evaluations[: state["acted_on"]]
+        evaluations, acted_on = position.evaluations, position.evaluations[: state["acted_on"]]
         if before_epoch is not None and before_epoch <= position.epoch:
-            seen = tuple(one for one in seen if one.epoch < before_epoch)
-            if not seen:
+            evaluations = tuple(one for one in evaluations if one.epoch < before_epoch)
+            if not evaluations:
                 return
             # Rows as the last step of the epoch before had them.
-            last, acted_on = seen[-1], seen[:-1]
+            last, acted_on = evaluations[-1], evaluations[:-1]
             position = replace(position, epoch=last.epoch, step=max(0, last.step - 1))
-        self.evaluations = seen
+        self.evaluations = evaluations
         self.position = replace(position, evaluations=acted_on)
         self._saved = {name: Schedule.parse(one) for name, one in state["schedules"].items()}

@@ -139,13 +139,13 @@ class Schedule:
             answer: tuple[int, ...] = known[2]
             return answer
         passed, wait = [0], self._wait_in(0)
-        for seen in history:
+        for evaluation in history:
             # What is measured after a step belongs to the stage that the step was made in.
-            there = Position(seen.epoch, seen.step - 1, total_steps)
+            there = Position(evaluation.epoch, evaluation.step - 1, total_steps)
             if (later := self._latest(there, passed[-1])) != passed[-1]:
                 passed.append(later)
                 wait = self._wait_in(later)
-            if wait is not None and wait.is_over(seen):
+            if wait is not None and wait.is_over(evaluation):
                 passed.append(passed[-1] + 1)
                 wait = self._wait_in(passed[-1])
         object.__setattr__(self, "_known", (history, total_steps, tuple(passed)))

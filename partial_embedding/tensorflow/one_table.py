@@ -9,6 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.tensorflow.row_files import KEYS, load_rows, save_rows
 from partial_embedding.tensorflow.table_state import TableState
 
 
@@ -19,6 +21,8 @@ class OneTable(keras.layers.Embedding):
     table_state: TableState | None = None
     # How many rows there were each time before the table grew.
     earlier_sizes: tuple[int, ...] = ()
+    # Whether files hold the reserved rows in the place of all.
+    saves_rows: bool = False
 
     @property
     def embeddings(self) -> Any:
@@ -73,15 +77,34 @@ class OneTable(keras.layers.Embedding):
         split = self.table_state is not None
         return int(self.input_dim * self.output_dim if split else super().count_params())
 
+    def write_rows(self, ids: Ids, rows: Any) -> None:
+        """Write some rows, whichever variable they are in.
+
+        Args:
+            ids: Their ids, sorted, int64, shape (n,).
+            rows: What they will be, shape (n, D).
+        """
+        if self.table_state is not None:
+            self.table_state.write_rows(ids, rows)
+            return
+        (matrix,) = self.get_weights()
+        matrix[ids] = rows
+        self.set_weights([matrix])
+
     def save_own_variables(self, store: Any) -> None:
-        """Write one matrix, as the plain layer does."""
+        """Write one matrix, as the plain layer does, or the reserved rows alone."""
         if self.table_state is None:
             super().save_own_variables(store)
+        elif self.saves_rows:
+            save_rows(self, store)
         else:
             store["0"] = self.embeddings.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Read one matrix, as the plain layer does."""
+        """Read one matrix, as the plain layer does, or reserved rows alone."""
+        if sorted(store.keys()) == list(KEYS):
+            load_rows(self, store)
+            return
         if self.table_state is None and not self.earlier_sizes:
             super().load_own_variables(store)
             return

@@ -202,6 +202,12 @@ class TableState:
         self.table.assign(matrix)
         self.rows.assign(self.kept())
 
+    def write_rows(self, ids: Ids, rows: Any) -> None:
+        """Write some rows, shape (n, D)."""
+        rows = tf.cast(rows, self.table.dtype)
+        self.table.value.scatter_update(tf.IndexedSlices(rows, tf.constant(ids)))
+        self.rows.assign(self.kept())
+
     def write_back(self) -> None:
         """Write the unfrozen rows into the table, which then holds every row."""
         self._keep(self.trainable_rows)

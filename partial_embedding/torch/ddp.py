@@ -183,7 +183,7 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]]) -> None:
     """Replace the gradients of tables by their means over processes, which all call this.
 
     Dense gradients cost K×D numbers, whatever V; of those that are held by row in each process, the
-    rows are exchanged that some process touched. A process without a gradient counts as zero,
+    rows are exchanged that some process stepped. A process without a gradient counts as zero,
     unless none has one. As in DDP each process divides before the sum, for the sake of half
     precision.
 
@@ -224,7 +224,7 @@ class _Gradient:
         self.run = slice(0, len(self.rows)) if in_order else None
         self.kind = _NONE
         # The slots that a sparse gradient has entries for, rising, and the sum of each.
-        self.touched = self.rows.order[:0]
+        self.stepped = self.rows.order[:0]
         self.sums = self.weight.new_zeros(0, *self.weight.shape[1:])
         # What all processes have: how many of them each, and the widest kind.
         self.counts: list[int] = []
@@ -235,23 +235,23 @@ class _Gradient:
         if entries is not None:
             self.kind = _SPARSE
             slots = self.rows.slots.index_select(0, entries[0]).long()
-            touched, places = distinct(slots, len(self.rows) + 1)
-            sums = sum_rows(places, entries[1], len(touched))
+            stepped, places = distinct(slots, len(self.rows) + 1)
+            sums = sum_rows(places, entries[1], len(stepped))
             # The last slot is that of frozen rows.
-            number = int(torch.searchsorted(touched, len(self.rows)))
-            self.touched, self.sums = touched[:number], sums[:number]
+            number = int(torch.searchsorted(stepped, len(self.rows)))
+            self.stepped, self.sums = stepped[:number], sums[:number]
 
     @property
     def header(self) -> list[int]:
         """What the other processes must know."""
-        return [self.kind, len(self.touched), self.rows.fingerprint]
+        return [self.kind, len(self.stepped), self.rows.fingerprint]
 
     def by_slot(self) -> Tensor:
         """The gradient of all trainable rows, shape (K, …)."""
         if self.grad is not None and self.kind == _DENSE:
             return read_rows(self.grad, self.rows.order, self.run)
         dense = self.weight.new_zeros(len(self.rows), *self.weight.shape[1:])
-        return dense.index_copy_(0, self.touched, self.sums)
+        return dense.index_copy_(0, self.stepped, self.sums)
 
     def become_dense(self, mean: Tensor) -> None:
         """Take the mean of all trainable rows, shape (K, …)."""
@@ -305,11 +305,11 @@ def _average_sparse(gradients: Sequence[_Gradient], group: Group) -> None:
     # As if they were one table, in which the slots of each begin where those before it end.
     ends = list(itertools.accumulate(len(gradient.rows) for gradient in gradients))
     starts = [0, *ends[:-1]]
-    touched = [gradient.touched + start for gradient, start in zip(gradients, starts, strict=True)]
+    stepped = [gradient.stepped + start for gradient, start in zip(gradients, starts, strict=True)]
     sums = _joined([gradient.sums for gradient in gradients])
     counts = [sum(of_one) for of_one in zip(*(g.counts for g in gradients), strict=True)]
-    mean_of = _joined(touched), sums.div_(dist.get_world_size(group))
-    slots, mean = _sums_of_touched(*mean_of, counts, ends[-1], group)
+    mean_of = _joined(stepped), sums.div_(dist.get_world_size(group))
+    slots, mean = _sums_of_stepped(*mean_of, counts, ends[-1], group)
     bounds = torch.searchsorted(slots, torch.tensor([0, *ends], device=slots.device)).tolist()
     for i, (gradient, start) in enumerate(zip(gradients, starts, strict=True)):
         mine = slice(bounds[i], bounds[i + 1])
@@ -320,11 +320,11 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _sums_of_touched(
-    touched: Tensor, values: Tensor, counts: list[int], height: int, group: Group
+def _sums_of_stepped(
+    stepped: Tensor, values: Tensor, counts: list[int], height: int, group: Group
 ) -> tuple[Tensor, Tensor]:
-    """The slots that any process touched, rising, and the sums of their values."""
-    everyone = _gathered(touched.int(), counts, group)
+    """The slots that any process stepped, rising, and the sums of their values."""
+    everyone = _gathered(stepped.int(), counts, group)
     union, places = distinct(torch.cat(everyone).long(), height)
     place_of = places.split(counts)
     total = values.new_zeros(len(union), *values.shape[1:])

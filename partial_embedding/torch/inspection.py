@@ -104,7 +104,16 @@ def kind_of(group: Group) -> tuple[Any, ...]:
     Args:
         group: A parameter group.
     """
-    return tuple((key, _kind(value)) for key, value in group.items() if key not in _NO_OPTIONS)
+    return tuple((key, _kind(value)) for key, value in options_of(group).items())
+
+
+def options_of(group: Group) -> Group:
+    """What of a group can change how state is kept.
+
+    Args:
+        group: A parameter group.
+    """
+    return {key: value for key, value in group.items() if key not in _NO_OPTIONS}
 
 
 def _kind(value: Any) -> Any:

@@ -314,9 +314,9 @@ def _missing_tokens(path: Path_, about: dict[str, str], tokenizer: Any) -> list[
     known = tokenizer.get_vocab()
     missing = [added.get(row, name) for row, name in sorted(names.items()) if name not in known]
     # Tried on a copy, since a tokenizer takes nothing back.
-    trial = copy.deepcopy(tokenizer)
-    put_into(trial, missing)
-    vocabulary = trial.get_vocab()
+    grown = copy.deepcopy(tokenizer)
+    put_into(grown, missing)
+    vocabulary = grown.get_vocab()
     for row, name in sorted(names.items()):
         if vocabulary.get(name) != row:
             raise InputError(

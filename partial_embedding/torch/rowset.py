@@ -116,6 +116,25 @@ class RowSet:
             {**self.rate_scales, **scaled},
         )
 
+    def followed_by(self, later: RowSet) -> RowSet:
+        """The row set in which exactly the rows of a later one train, and keep their cohort here.
+
+        Args:
+            later: Rows of the same table; those that are not here join by its cohorts.
+        """
+        cohorts = {n: ids[later.is_trainable(ids)] for n, ids in self.cohorts.items()}
+        if sum(map(len, cohorts.values())) == len(self) == len(later):
+            return self
+        rate_scales, number = dict(self.rate_scales), max(self.next_number, later.next_number)
+        for theirs, ids in later.cohorts.items():
+            joining = ids[~self.is_trainable(ids)]
+            if len(joining):
+                cohorts[number] = joining
+                if theirs in later.rate_scales:
+                    rate_scales[number] = later.rate_scales[theirs]
+                number += 1
+        return RowSet(self.num_rows, cohorts, number, self.device, rate_scales)
+
     def resized_to(self, num_rows: int) -> RowSet:
         """The row set after the table grew, with new rows frozen, or shrank."""
         cohorts = {number: ids[ids < num_rows] for number, ids in self.cohorts.items()}

@@ -122,13 +122,17 @@ def take_from(optimizer: Optimizer) -> Entries:
     return entries
 
 
-def check(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
+def check(
+    optimizer: Optimizer, tables: Tables, entries: Entries, before_steps: bool = False
+) -> None:
     """Refuse state of other rows before anything is loaded.
 
     Args:
         optimizer: The optimizer.
         tables: Its tables, by the id of the parameter.
         entries: What would be loaded.
+        before_steps: It was loaded by then, and rows may have joined and left since; only if none
+            of those that were saved trains it is a mistake for sure.
 
     Raises:
         InputError: A table has another size, place or set of rows than the one that was saved, or
@@ -142,7 +146,7 @@ def check(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
                 f"the checkpoint has a table as parameter {i} of group {g}. Received an optimizer "
                 "whose parameters come in another order. Build it as it was then."
             )
-        _check_one(tables[id(groups[g][i])], entry)
+        _check_one(tables[id(groups[g][i])], entry, before_steps)
 
 
 def restore(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
@@ -160,7 +164,7 @@ def restore(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
             if (entry := entries.get((g, i))) is None:
                 table.adopt_from(optimizer, group)  # saved by a plain optimizer
                 continue
-            table.take_cohorts(_cohorts_of(entry, table, group), entry["num_rows"])
+            table.take_cohorts(_cohorts_of(entry, table, group))
             if "history" in entry:
                 _restore_history(optimizer, group, entry["history"])
     if entries:
@@ -182,7 +186,7 @@ def _dumped(table: TableState) -> State:
     return {"num_rows": table.parameter.shape[0], "cohorts": cohorts}
 
 
-def _check_one(table: TableState, entry: State) -> None:
+def _check_one(table: TableState, entry: State, before_steps: bool) -> None:
     num_rows = table.parameter.shape[0]
     if entry["num_rows"] not in (num_rows, *table.table.earlier_sizes):
         raise InputError(
@@ -194,7 +198,8 @@ def _check_one(table: TableState, entry: State) -> None:
     saved = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).sort().values
     rows = table.table.row_set.ids.cpu()
     rows = rows[rows < entry["num_rows"]]  # by which the table grew since has no state yet
-    if not torch.equal(saved, rows):
+    some = before_steps and bool(torch.isin(saved, rows).any())
+    if not (some or torch.equal(saved, rows)):
         raise InputError(
             "optimizer state belongs to the rows that trained. Received state for "
             f"{len(saved)} rows {shown(saved)}, while in {table.name!r} {len(rows)} train "

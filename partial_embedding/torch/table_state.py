@@ -101,7 +101,7 @@ class TableState:
         layout: How the optimizer keeps its state.
         lazy: Step only rows that the batch touched.
         unscaled: Why rows cannot have a learning rate of their own, or None where they can.
-        kind: What of the options the layout follows from.
+        options: The options that the layout follows from.
 
     Raises:
         InputError: Rows of the table have a rate of their own already, which it cannot keep.
@@ -115,7 +115,7 @@ class TableState:
         layout: StateLayout,
         lazy: bool,
         unscaled: str | None = None,
-        kind: object = None,
+        options: Group | None = None,
     ) -> None:
         self.name = name
         self.table = table
@@ -124,7 +124,7 @@ class TableState:
         self.layout = layout
         self.lazy = lazy
         self.unscaled = unscaled
-        self.kind = kind
+        self.options = options or {}
         self.cohorts: dict[int, Cohort] = {}
         self._rows: RowSet | None = None
         self._summed: Tensor | None = None  # the last compact gradient, for its memory
@@ -147,19 +147,19 @@ class TableState:
                 "warmup_steps, or take another optimizer."
             )
 
-    def change_layout(self, layout: StateLayout, kind: object) -> None:
+    def change_layout(self, layout: StateLayout, options: Group) -> None:
         """Go on under options that were changed; what is remembered already stays.
 
         Args:
             layout: How the optimizer keeps its state from now on.
-            kind: What of the options that follows from.
+            options: The options that it follows from.
         """
         self.layout = replace(
             layout,
             keys=layout.keys | self.layout.keys,
             per_row=layout.per_row | self.layout.per_row,
         )
-        self.kind = kind
+        self.options = options
 
     def sync(self) -> bool:
         """Take over the table's row set: new cohorts begin, rows that left lose their state.
@@ -213,7 +213,7 @@ class TableState:
         # In a dense gradient nothing tells an untouched row from one whose gradient is zero.
         entries = None if grad is None else entries_of(grad)
         if entries is not None and self.lazy:
-            made = self._touched_blocks(*entries)
+            made = self._lazy_blocks(*entries)
         else:
             made = self._whole_blocks(grad, entries)
         for block in made:
@@ -245,16 +245,16 @@ class TableState:
         self._summed = sum_rows(slots, values, len(rows) + 1, self._summed)
         return self._summed[: len(rows)]
 
-    def _touched_blocks(self, ids_given: Tensor, values_given: Tensor) -> Iterator[Block]:
+    def _lazy_blocks(self, ids_given: Tensor, values_given: Tensor) -> Iterator[Block]:
         rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
         slots = rows.slots.index_select(0, ids_given).long()
-        touched, position = distinct(slots, len(rows) + 1)
-        summed = sum_rows(position, values_given, len(touched))
-        ends = torch.tensor([0, *sizes], device=touched.device).cumsum(0)
-        bounds = torch.searchsorted(touched, ends).tolist()
+        stepped, position = distinct(slots, len(rows) + 1)
+        summed = sum_rows(position, values_given, len(stepped))
+        ends = torch.tensor([0, *sizes], device=stepped.device).cumsum(0)
+        bounds = torch.searchsorted(stepped, ends).tolist()
         starts = ends.tolist()
         for i, cohort in enumerate(self.cohorts.values()):
-            local = touched[bounds[i] : bounds[i + 1]] - starts[i]
+            local = stepped[bounds[i] : bounds[i + 1]] - starts[i]
             ids = cohort.ids.index_select(0, local)
             part_grad = summed[bounds[i] : bounds[i + 1]]
             if self.layout.sparse:
@@ -319,25 +319,20 @@ class TableState:
         own = {key: value for key, value in stepped.items() if key not in self.layout.per_row}
         return {**self.layout.shared, **own}
 
-    def take_cohorts(self, cohorts: dict[int, Cohort], num_rows: int) -> None:
+    def take_cohorts(self, cohorts: dict[int, Cohort]) -> None:
         """Take over the cohorts of a checkpoint, and with them which rows train.
 
         Args:
             cohorts: The cohorts by number.
-            num_rows: The rows that the table had then.
         """
         self.cohorts = cohorts
         now = self.table.row_set
         ids = {number: cohort.ids for number, cohort in cohorts.items()}
         scaled = {n: c.rate_scale for n, c in cohorts.items() if not c.rate_scale.is_plain}
         after = max([*ids, now.next_number - 1]) + 1
-        self._rows = RowSet(self.parameter.shape[0], ids, after, now.device, scaled)
-        # Rows by which the table grew since begin now.
-        for number, rows in now.cohorts.items():
-            if len(newer := rows[rows >= num_rows]):
-                ids[after], scaled[after] = newer, now.rate_scales.get(number, RateScale())
-                after += 1
-        self.table.row_set = RowSet(self.parameter.shape[0], ids, after, now.device, scaled)
+        self._rows = RowSet(now.num_rows, ids, after, now.device, scaled)
+        # Rows may have changed since an optimizer loaded that was not prepared then.
+        self.table.row_set = self._rows.followed_by(now)
         self.sync()
 
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:

@@ -158,9 +158,9 @@ def _rows_to_be(
             f"new tokens are not in the vocabulary. Received {', '.join(map(repr, present))}, "
             "which are. Train their rows with replace_embedding."
         )
-    trial = copy.deepcopy(tokenizer)
-    put_into(trial, tokens)
-    vocabulary = trial.get_vocab()
+    grown = copy.deepcopy(tokenizer)
+    put_into(grown, tokens)
+    vocabulary = grown.get_vocab()
     if lost := [name for name in names if name not in vocabulary]:
         raise InputError(
             f"a tokenizer takes a token as it is. Received {lost[0]!r}, which the "
