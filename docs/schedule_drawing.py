@@ -32,7 +32,8 @@ def draw(schedule: Schedule) -> str:
         schedule: For a table of 6,000 words and ten epochs of 80 steps.
     """
     words = vocabulary()
-    planned = plan(schedule, WORDS, words, EPOCHS, STEPS)
+    new = np.arange(WORDS - 20, WORDS)  # for a schedule of rows by which a table grew
+    planned = plan(schedule, WORDS, words, EPOCHS, STEPS, new=new)
     begins = [max(step.position.epoch or 0, (step.position.step or 0) / STEPS) for step in planned]
     ends = [*begins[1:], float(EPOCHS)]
     trains = []

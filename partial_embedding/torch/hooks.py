@@ -69,7 +69,13 @@ class RowHook:
             if _is_left_to_ddp(table):
                 self._give_ddp_its_own()
             return _without_frozen(grad, table)
-        return _zero_where_frozen(grad, table)
+        if table.has_frozen_rows or self._is_tied():
+            return _zero_where_frozen(grad, table)
+        return grad  # a lookup gives its padding row no gradient
+
+    def _is_tied(self) -> bool:
+        parameter = self._parameter()
+        return parameter is not None and len(hooks_on(parameter)) > 1
 
     def _hold_rows(self, parameter: Tensor) -> None:
         grad, table = parameter.grad, self._table()
@@ -156,10 +162,9 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable) -> Tensor:
     if table.has_frozen_rows:
         mask = table.row_set.to(grad.device).mask
         return torch.where(mask.view(-1, *[1] * (grad.dim() - 1)), grad, grad.new_zeros(()))
-    padding = table.padding_row
-    # A tied head gives the padding row a gradient; without one there is nothing to copy.
-    if padding is None or not (grad.is_cuda or bool(grad[padding].any())):
+    if (padding := table.padding_row) is None:
         return grad
+    # A tied head gives it one.
     return grad.index_fill(0, torch.tensor([padding], device=grad.device), 0)
 
 
