@@ -4,20 +4,24 @@
 PYTHON ?= python3
 LIGHTNING := .venv/lightning
 KERAS := .venv/keras
-INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+FLOORS := .venv/floors
+INSTALL = -m pip install --quiet --disable-pip-version-check
+PINNED = $(INSTALL) --constraint constraints.txt
+# What the tests of the torch half need beside the package.
+TESTED := --editable '.[lightning,text,transformers]' --group dev --group dev-torch --group docs
 # Tests that need much longer than the rest are marked `full`.
 SELECT ?= -m "not full"
 WORKERS ?= 2
 
-.PHONY: quickstart quickstart-keras test test-full test-lightning test-keras lint types clean \
-  bench bench-full bench-torch bench-keras bench-readme
+.PHONY: quickstart quickstart-keras test test-full test-lightning test-keras test-floors test-wheel \
+  lint types docs pictures coverage clean bench bench-full bench-torch bench-keras bench-readme
 
 # One thread: the tensors are small, and threads would wait for each other.
 quickstart: $(LIGHTNING)/.installed
 	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/partial-embedding fit --config configs/quickstart.yaml
 
 quickstart-keras: $(KERAS)/.installed
-	TF_CPP_MIN_LOG_LEVEL=3 $(KERAS)/bin/python -m partial_embedding.recipes.keras_text configs/quickstart.yaml
+	TF_CPP_MIN_LOG_LEVEL=3 $(KERAS)/bin/partial-embedding fit --config configs/quickstart.yaml
 
 test: test-lightning test-keras
 
@@ -28,13 +32,35 @@ test-full:
 OF_KERAS := tests/tensorflow partial_embedding/tensorflow partial_embedding/callbacks/keras.py \
   partial_embedding/callbacks/keras_monitor.py partial_embedding/recipes/keras_text.py
 
+OF_TORCH := $(addprefix --ignore=,$(OF_KERAS)) tests/contract tests/torch tests partial_embedding
+PYTEST = -m pytest --numprocesses $(WORKERS) $(SELECT) $(COVER)
+
 test-lightning: $(LIGHTNING)/.ready-for-tests
-	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python -m pytest --numprocesses $(WORKERS) $(SELECT) \
-	  $(addprefix --ignore=,$(OF_KERAS)) tests/contract tests/torch tests partial_embedding
+	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python $(PYTEST) $(OF_TORCH)
 
 test-keras: $(KERAS)/.ready-for-tests
-	TF_CPP_MIN_LOG_LEVEL=3 $(KERAS)/bin/python -m pytest --numprocesses $(WORKERS) $(SELECT) \
-	  $(OF_KERAS) tests/contract tests/test_readme.py
+	TF_CPP_MIN_LOG_LEVEL=3 $(KERAS)/bin/python $(PYTEST) $(OF_KERAS) tests/contract tests/test_docs.py \
+	  tests/test_examples.py
+
+# With the oldest versions that pyproject.toml declares, but for torch's own tests of its embeddings,
+# which older releases do not have. Keras has one version, on which test-keras runs.
+test-floors: $(FLOORS)/.ready-for-tests
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python $(PYTEST) --ignore=tests/torch/test_nn_suite.py $(OF_TORCH)
+
+# As users install it: from the wheel, with each extra, outside of the sources.
+test-wheel: $(LIGHTNING)/.ready-for-tests
+	rm -rf dist && $(LIGHTNING)/bin/python -m build --outdir dist
+	$(LIGHTNING)/bin/twine check --strict dist/*
+	$(LIGHTNING)/bin/python .ci/try_wheel.py dist/*.whl $(EXTRAS)
+
+# Of both halves together, since the pure parts are tested in either.
+coverage:
+	$(MAKE) test-lightning COVER="--cov --cov-report="
+	$(MAKE) test-keras COVER="--cov --cov-append --cov-report="
+	$(LIGHTNING)/bin/coverage report
+
+docs: $(LIGHTNING)/.ready-for-tests
+	NO_MKDOCS_2_WARNING=1 $(LIGHTNING)/bin/mkdocs build --strict --quiet
 
 lint: $(LIGHTNING)/.ready-for-tests
 	$(LIGHTNING)/bin/ruff check
@@ -42,6 +68,12 @@ lint: $(LIGHTNING)/.ready-for-tests
 
 types: $(LIGHTNING)/.ready-for-tests
 	$(LIGHTNING)/bin/mypy
+	$(LIGHTNING)/bin/mypy tests/typing
+
+# What the README and the site show of a run; needs Chromium.
+pictures: $(LIGHTNING)/.ready-for-tests
+	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python docs/quickstart.py
+	$(LIGHTNING)/bin/python docs/late_unfreeze.py
 
 # A few minutes on two cores, or half an hour; the machine should have nothing else to do.
 BENCH ?= runs/bench
@@ -58,7 +90,7 @@ bench-torch: $(LIGHTNING)/.ready-for-bench
 bench-keras: $(KERAS)/.installed
 	$(KERAS)/bin/python benchmarks/keras_step.py $(KERAS_STEP)
 
-bench-readme: $(LIGHTNING)/.installed
+bench-readme: $(LIGHTNING)/.ready-for-bench
 	$(LIGHTNING)/bin/python benchmarks/report.py benchmarks/results.json --readme README.md
 
 define make-venv
@@ -66,31 +98,39 @@ define make-venv
 	  { echo "Python 3.11 or newer is needed. Received: $$($(PYTHON) --version). Pass PYTHON=python3.11."; exit 2; }
 	@echo "Installing into $(@D); the first time takes a few minutes."
 	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(INSTALL) 'pip>=25.1'
 endef
 
 $(LIGHTNING)/.installed: pyproject.toml constraints.txt
 	$(make-venv)
-	$(LIGHTNING)/bin/python $(INSTALL) --editable '.[lightning,text]'
+	$(LIGHTNING)/bin/python $(PINNED) --editable '.[lightning,text]'
 	@touch $@
 
 $(LIGHTNING)/.ready-for-tests: $(LIGHTNING)/.installed
-	$(LIGHTNING)/bin/python $(INSTALL) --editable '.[lightning,text,transformers,dev,dev-torch]'
+	$(LIGHTNING)/bin/python $(PINNED) $(TESTED)
 	@touch $@
 
 # A contender that cannot be installed is named as missing in the report.
 $(LIGHTNING)/.ready-for-bench: $(LIGHTNING)/.installed
-	-$(LIGHTNING)/bin/python $(INSTALL) peft
-	-$(LIGHTNING)/bin/python $(INSTALL) fbgemm-gpu-cpu
+	$(LIGHTNING)/bin/python $(PINNED) matplotlib
+	-$(LIGHTNING)/bin/python $(PINNED) peft
+	-$(LIGHTNING)/bin/python $(PINNED) fbgemm-gpu-cpu
 	@touch $@
 
 $(KERAS)/.installed: pyproject.toml constraints.txt
 	$(make-venv)
-	$(KERAS)/bin/python $(INSTALL) --editable '.[tensorflow,vectors]'
+	$(KERAS)/bin/python $(PINNED) --editable '.[tensorflow,vectors]'
 	@touch $@
 
 $(KERAS)/.ready-for-tests: $(KERAS)/.installed
-	$(KERAS)/bin/python $(INSTALL) --editable '.[tensorflow,vectors,dev]'
+	$(KERAS)/bin/python $(PINNED) --editable '.[tensorflow,vectors]' --group dev
+	@touch $@
+
+$(FLOORS)/.ready-for-tests: pyproject.toml .ci/floors.py
+	$(make-venv)
+	$(FLOORS)/bin/python .ci/floors.py > $(@D)/floors.txt
+	$(FLOORS)/bin/python $(INSTALL) --constraint $(@D)/floors.txt $(TESTED)
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -101,7 +101,7 @@ def measure(num_rows: int, trainable: int, pairs: int) -> tuple[list[float], lis
     schedule = {"stages": [{"epoch": 0, "rows": {"range": [0, trainable]}}]}
     counts = np.maximum(1e6 / np.arange(1, num_rows + 1), 1).astype(np.int64)
     vocabulary = Vocabulary(map(str, range(num_rows)), counts)
-    ours = [RowUnfreezing(schedule), RowMonitor(vocabulary=vocabulary, picture=None)]
+    ours = [RowUnfreezing(schedule), RowMonitor(vocabulary=vocabulary)]
     turns = Turns(ours)
     steps = 2 * (pairs + 1) * BLOCK
     data = DataLoader(Texts(num_rows, trainable, steps), batch_size=None)  # type: ignore[arg-type]

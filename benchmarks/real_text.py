@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from partial_embedding.recipes.text_cli import TextCLI
+from partial_embedding.recipes.lightning_cli import run_lightning
 
 CONFIG = Path(__file__).parents[1] / "configs" / "text_classification.yaml"
 VECTORS = "glove.twitter.27B.25d.12k.txt"
@@ -38,9 +38,9 @@ def write_csv(folder: Path, path: Path) -> None:
 def accuracies(rows: list[str], seed: int, texts: Path, vectors: Path) -> tuple[float, float]:
     """Of the last epoch, and of the best one."""
     stages = [f"{{epoch: {4 * i}, rows: {name}}}" for i, name in enumerate(rows)]
-    cli = TextCLI(
+    cli = run_lightning(
+        "fit",
         [
-            "fit",
             f"--config={CONFIG}",
             f"--data.path={texts}",
             f"--data.vectors={vectors}",
@@ -49,10 +49,9 @@ def accuracies(rows: list[str], seed: int, texts: Path, vectors: Path) -> tuple[
             f"--rows.schedule={{stages: [{', '.join(stages)}]}}",
             f"--trainer.default_root_dir={texts.parent}",
             "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
-        ]
+        ],
     )
-    best = cli.config_init["fit"].best.best_model_score
+    best = cli.config_init.best.best_model_score
     return float(cli.trainer.callback_metrics["val_accuracy"]), float(best)
 
 

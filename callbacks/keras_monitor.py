@@ -1,7 +1,8 @@
-"""A Keras callback that watches rows: how many train, and how far they went."""
+"""A Keras callback that measures rows: how many train, and how far they went."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
@@ -12,45 +13,41 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from partial_embedding.monitor.record import RECORD, RowRecord, planned_stages, write_record
-from partial_embedding.monitor.sampling import TableWatch
+from partial_embedding.monitor.record import RECORD, RunRecorder, write_record
+from partial_embedding.monitor.sampling import TableSample
 from partial_embedding.monitor.track import RowTrack
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
+from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
+from partial_embedding.tensorflow.adapter import innermost
 from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.tensorflow.listening import Heard, StepListener
-from partial_embedding.tensorflow.tables import tables_in
+from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.row_optimizer import Rowwise
 
 if TYPE_CHECKING:
     from partial_embedding.callbacks.keras import RowUnfreezing
 
 
 @dataclass
-class _Watched:
-    """One layer, what watches and hears it, the rows that trained last, the rates of cohorts."""
+class _Table:
+    """One layer, its sample, the rows that trained last, and the rates of cohorts."""
 
     layer: PartialEmbedding
-    watch: TableWatch
-    heard: Heard
-    live: Ids | None = None
+    sample: TableSample
+    rows: Ids | None = None
     rates: dict[int, float] = field(default_factory=dict)
 
 
 class RowMonitor(keras.callbacks.Callback):
     """Writes for TensorBoard which rows of the tables train and how far they went.
 
-    The metrics are those of the Lightning callback, under the same names, as `LAYER/rows_awake` and
-    so on; `TableWatch` in `partial_embedding.monitor.sampling` lists them. When `fit` ends, all
-    that was seen is written to the same folder as `rows.json`, of which `python -m
-    partial_embedding.recipes.report_command` makes a page, where matplotlib is installed. A run
-    that is resumed is watched from there on.
+    The metrics are those of the Lightning callback, under the same names, as
+    `LAYER/trainable_rows` and so on; `TableSample` in `partial_embedding.monitor.sampling` lists
+    them. When `fit` ends, all that was seen is written to the same folder as `rows.json`, of which
+    `partial-embedding report` makes a page. A run that is resumed is measured from there on.
 
-    Keras shows callbacks neither batches nor gradients, so while `fit` runs, the model trains by a
-    function that also notes them where a batch is measured; afterwards it has its own again. Tokens
-    equal to 0 are padding under `freeze_padding` or `mask_zero`. A gradient is unscaled, averaged
-    over accumulated batches and not yet clipped; a batch that ends without an optimizer step has
-    none. With `steps_per_execution=n`, n batches are measured together, with the gradient of their
-    last step. `tokens_that_train` and `gradient_norm` are left out on several replicas, and the
-    latter for optimizers that do not come by Keras's clipping.
+    Keras shows callbacks neither batches nor gradients. So there is no `tokens_that_train`, and the
+    `gradient_norm` comes from the optimizer where `rowwise` made it: of gradients that are
+    unscaled, averaged over accumulated batches and not yet clipped, in the last step of the
+    batches that Keras makes at once. A model that `fit` has trained before is traced anew once.
 
     Put it after `RowUnfreezing` in the list of callbacks.
 
@@ -62,7 +59,8 @@ class RowMonitor(keras.callbacks.Callback):
         log_dir: The folder of the logs.
         every_n_steps: Batches between measurements. The last batch of an epoch is measured too.
         sample: The most rows of a cohort or frequency band that are measured.
-        vocabulary: The tokens of the rows and how often they occur; by default `model.vocabulary`.
+        vocabulary: The tokens of the rows and how often they occur, as `Vocabulary.of` reads it; by
+            default `model.vocabulary`.
         unfreezing: The `RowUnfreezing` of the run, whose plan and audit the record then holds;
             Keras shows callbacks no others.
 
@@ -77,50 +75,53 @@ class RowMonitor(keras.callbacks.Callback):
     def __init__(
         self,
         log_dir: str | PathLike[str],
+        *,
         every_n_steps: int = 50,
         sample: int = 256,
-        vocabulary: Vocabulary | None = None,
+        vocabulary: Any = None,
         unfreezing: RowUnfreezing | None = None,
     ) -> None:
         super().__init__()
         self.log_dir = fspath(log_dir)
         self.every_n_steps = every_n_steps
         self.sample = sample
-        self.vocabulary = vocabulary
+        self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.unfreezing = unfreezing
-        self.record = RowRecord()
+        self._run = RunRecorder()
+        self._tables: dict[str, _Table] = {}
         self._writer: Any = None
-        self._watched: dict[str, _Watched] = {}
-        self._listener: StepListener | None = None
+        self._optimizer: Rowwise | None = None
         self._epoch = 0
         self._due = False
 
     @property
     def tracks(self) -> dict[str, RowTrack]:
         """What was seen so far, by the name of the layer."""
-        return {name: watched.watch.track for name, watched in self._watched.items()}
+        return self._run.tracks
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Look at the tables."""
-        vocabulary = self.vocabulary or getattr(self.model, "vocabulary", None)
+        batches = self.params.get("steps")
+        accumulated = innermost(self.model.optimizer).gradient_accumulation_steps or 1
+        self._run = RunRecorder(
+            self.params.get("epochs"),
+            None if batches is None else math.ceil(batches / accumulated),
+            self.sample,
+            find_vocabulary(self.vocabulary, self.model),
+        )
         self._writer = tf.summary.create_file_writer(self.log_dir)
-        self._watched = {}
-        tables = tables_in(self.model)
-        self._listener = StepListener(self.model, tables.values())
-        for (name, layer), heard in zip(tables.items(), self._listener.heard, strict=True):
-            watch = TableWatch(
-                _Reader(layer),
-                layer.input_dim,
-                "epoch" if self.params.get("steps") else "step",
-                self.sample,
-                vocabulary if isinstance(vocabulary, Vocabulary) else None,
-                _padding(layer),
-            )
-            self._watched[name] = _Watched(layer, watch, heard)
-        self.record = RowRecord(self.tracks)
-        self.record.length = self.params.get("epochs")
-        self.record.epoch_steps = self.params.get("steps")
-        self._listener.attach()
+        self._tables = {}
+        for name, layer in tables_in(self.model).items():
+            padding = 0 if layer.freeze_padding else None
+            sample = self._run.add_table(name, _Reader(layer), layer.input_dim, padding)
+            self._tables[name] = _Table(layer, sample)
+        optimizer = innermost(self.model.optimizer)
+        self._optimizer = optimizer if isinstance(optimizer, Rowwise) else None
+        if self._optimizer is not None:
+            # What measures is part of a step that is traced from now on.
+            if not self._optimizer.is_measurable:
+                self.model.make_train_function(force=True)
+            self._optimizer.measure_gradients(False)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Know where training stands."""
@@ -128,31 +129,36 @@ class RowMonitor(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Note which rows were unfrozen, and what rows hold before a step that is measured."""
-        self._listening.is_due = self._due = self._is_due(batch)
-        for watched in self._watched.values():
-            # Replaced whenever rows change; its copy, `trainable_rows`, costs K numbers a batch.
-            live = watched.layer._live
-            if watched.live is not live:
-                watched.live = live
-                trainable = np.zeros(watched.layer.input_dim, np.bool_)
-                trainable[live] = True
-                watched.watch.note_rows(trainable, self._place(watched.watch.track, batch))
+        self._due = self._is_due(batch)
+        if self._optimizer is not None and self._due:
+            self._optimizer.measure_gradients(True)
+        for one in self._tables.values():
+            rows = one.layer.trainable_rows
+            if one.rows is None or not np.array_equal(one.rows, rows):
+                one.rows = rows
+                trainable = np.zeros(one.layer.input_dim, np.bool_)
+                trainable[rows] = True
+                one.sample.note_rows(trainable, self._place(batch))
             if self._due:
-                watched.watch.before_step()
-                watched.rates = _rates(self.model.optimizer, watched)
+                one.sample.before_step()
+                one.rates = _rates(self.model.optimizer, one)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Measure and log."""
-        for name, watched in self._watched.items():
-            place = self._place(watched.watch.track, batch + 1)
-            watched.watch.track.end = place
+        place = self._place(batch + 1)
+        for name, one in self._tables.items():
+            one.sample.track.end = place
             if self._due:
-                self._measure(name, watched, place)
+                numbers = one.sample.measure(place, None, self._gradient_norms(one), one.rates)
+                with self._writer.as_default(step=int(self.model.optimizer.iterations.numpy())):
+                    for key, value in numbers.items():
+                        tf.summary.scalar(f"{name}/{key}", value)
+        if self._optimizer is not None and self._due:
+            self._optimizer.measure_gradients(False)
 
-    @property
-    def _listening(self) -> StepListener:
-        assert self._listener is not None, "Keras calls on_train_begin first"
-        return self._listener
+    def _gradient_norms(self, one: _Table) -> dict[int, float] | None:
+        squares = None if self._optimizer is None else self._optimizer.row_squares(one.layer)
+        return None if squares is None else one.sample.gradient_norms(*squares)
 
     def _is_due(self, batch: int) -> bool:
         """Whether a batch is measured among those that this one begins."""
@@ -161,68 +167,38 @@ class RowMonitor(keras.callbacks.Callback):
             return True
         return bool(end // self.every_n_steps > batch // self.every_n_steps)
 
-    def _place(self, track: RowTrack, batch: int) -> float:
-        if track.unit == "step":
+    def _place(self, batch: int) -> float:
+        if self._run.unit == "step":
             return float(self.model.optimizer.iterations.numpy())
         return float(self._epoch + batch / self.params["steps"])
 
-    def _measure(self, name: str, watched: _Watched, place: float) -> None:
-        watch, heard = watched.watch, watched.heard
-        squares = heard.row_squares()
-        gradients = None if squares is None else watch.gradient_norms(*squares)
-        numbers = watch.measure(place, heard.token_share(), gradients, watched.rates)
-        with self._writer.as_default(step=int(self.model.optimizer.iterations.numpy())):
-            for key, value in numbers.items():
-                tf.summary.scalar(f"{name}/{key}", value)
-
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Keep what the epoch measured."""
-        if self._watched:
-            place = next(iter(self.tracks.values())).end
-            self.record.add_score(place, dict(logs or {}))
+        self._run.add_score(dict(logs or {}))
 
     def on_train_end(self, logs: Any = None) -> None:
         """Write the record, and close the log."""
-        self._listening.detach()
         self._writer.close()
-        if self.unfreezing is not None:
-            self._take_over(self.unfreezing)
-        self.record.tables = {name: w.watch.finish() for name, w in self._watched.items()}
         folder = Path(self.log_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_record(folder / RECORD, self.record)
-
-    def _take_over(self, unfreezing: RowUnfreezing) -> None:
-        """Keep the plan and the audit of the callback that moves the rows."""
-        for name, watched in self._watched.items():
-            schedules = unfreezing.schedules
-            if (schedule := schedules.get(name, schedules.get(None))) is not None:
-                vocabulary = unfreezing.vocabulary or watched.watch.vocabulary
-                self.record.plans[name] = planned_stages(
-                    schedule, watched.layer.input_dim, vocabulary, _padding(watched.layer)
-                )
-        self.record.audit = list(unfreezing.reports)
+        write_record(folder / RECORD, self._run.finished(self.unfreezing))
 
 
-def _rates(optimizer: Any, watched: _Watched) -> dict[int, float]:
+def _rates(optimizer: Any, one: _Table) -> dict[int, float]:
     """The learning rate with which each cohort makes its next step."""
     # Under a distribution strategy, what Keras gives is no number.
     rate = float(tf.convert_to_tensor(optimizer.learning_rate))
-    rows = watched.watch.any_row_of()
-    split = watched.layer._split
-    rate_scales = None if split is None else split.rate_scales
-    if rate_scales is None or not rows:
+    rows = one.sample.any_row_of()
+    state = one.layer.table_state
+    if state is None or state.optimizer is None or not rows:
         return dict.fromkeys(rows, rate)
-    slots = np.searchsorted(watched.layer.reserved_rows, list(rows.values()))
-    joined = rate_scales.joined_at.numpy()[slots]
+    scales = state.optimizer.row_scales(state.rows)
+    slots = np.searchsorted(one.layer.reserved_rows, list(rows.values()))
+    joined = scales.joined_at.numpy()[slots]
     # Rows that have made no step yet have not joined.
     ages = np.where(joined >= 0, int(optimizer.iterations.numpy()) - joined, 0)
-    rates = rate_scales.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
+    rates = scales.rates(rate, ages[:, np.newaxis], slots).numpy()[:, 0]
     return dict(zip(rows, map(float, rates), strict=True))
-
-
-def _padding(layer: PartialEmbedding) -> int | None:
-    return 0 if layer.freeze_padding else None
 
 
 class _Reader:

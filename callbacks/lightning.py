@@ -6,24 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import nn
 
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError
-from partial_embedding.rows.vocabulary import Vocabulary
+from partial_embedding.rows.vocabulary import Vocabulary, find_vocabulary
 from partial_embedding.schedule import AnySchedule, schedules_by_table
-from partial_embedding.schedule.messages import StageReport
-from partial_embedding.torch.adapter import ScheduledTables
+from partial_embedding.schedule.messages import AuditResult
+from partial_embedding.schedule.runner import Runner
+from partial_embedding.torch.adapter import TorchTables
 from partial_embedding.torch.ddp import wrap
-from partial_embedding.torch.optimizer import prepared
-from partial_embedding.torch.table import tables_in
+from partial_embedding.torch.optimizer import average_gradients
+from partial_embedding.torch.row_state import check_checkpoint, remember_origins, rows_saved_alone
+from partial_embedding.torch.table import PartialTable, tables_in
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
 
-
-# Strategies that shard or move weights, by name, for both of Lightning's packages.
+# By name, for both of Lightning's packages. These strategies shard or move weights.
 _REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+_FINDERS = {"LearningRateFinder", "BatchSizeFinder"}
 
 
 class RowUnfreezing(Callback):
@@ -41,21 +42,34 @@ class RowUnfreezing(Callback):
 
     A run that is stopped and resumed from a checkpoint goes on where the schedule stood. A schedule
     that was changed in between is told of line by line, and refused if other rows would train
-    where the checkpoint stands.
+    where the checkpoint stands. Learning rates and batch sizes are searched with the first rows,
+    and `fit` goes on from there as if nothing had been searched.
+
+    `EarlyStopping` counts on from stage to stage, and so may end a run whose stages wait for the
+    same metric; `fit` warns of that. At its end it names the stages that it did not come to.
 
     Args:
         schedule: A `Schedule`, a mapping, or the path of a YAML file, for all tables of the module;
             or a mapping from the names of tables to these.
-        vocabulary: What rows mean, for schedules that ask for it; by default the `vocabulary` of
-            the datamodule or of the module.
+        vocabulary: What rows mean, for schedules that ask for it, as `Vocabulary.of` reads it: a
+            list of tokens, for example. By default the `vocabulary` of the datamodule or of the
+            module.
         lazy: Step only the rows that a batch touched, as `rowwise` does.
         audit: Compare the bits of frozen rows at the end of each stage; a number n compares them
-            every n optimizer steps too. One comparison reads the frozen part of the table once.
+            every n optimizer steps of the run too. One comparison reads the frozen part of the
+            table once.
+        checkpoint: What a checkpoint holds of a table that follows a schedule: `"table"`, all of
+            it, or `"rows"`, those that ever trained, and a fingerprint of the others. Such a
+            checkpoint is loaded, in `fit`, `test` or `load_from_checkpoint`, by a module whose
+            tables are made as they were made for the run; another table is refused. Of the rows
+            that trained a copy is kept on the CPU, as they were. Checkpoints of weights alone
+            (`save_weights_only`) hold tables whole.
 
     Raises:
-        InputError: The schedule is malformed. When `fit` starts: it does not fit the module, or an
-            optimizer or strategy cannot keep frozen rows exact or a stage's learning rate. During
-            `fit`: validation does not log a metric that a stage waits for, or processes differ.
+        InputError: The schedule is malformed. When `fit` starts: it does not fit the module, an
+            optimizer or strategy cannot keep frozen rows exact or a stage's learning rate, a weight
+            takes no gradients, or nothing validates while a stage waits for a metric. During `fit`:
+            validation does not log such a metric, or processes differ.
 
     Example:
         >>> RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": "all"}]})
@@ -65,15 +79,18 @@ class RowUnfreezing(Callback):
     def __init__(
         self,
         schedule: AnySchedule | Mapping[str, AnySchedule],
-        vocabulary: Vocabulary | None = None,
+        *,
+        vocabulary: Any = None,
         lazy: bool = False,
         audit: bool | int = False,
+        checkpoint: str = "table",
     ) -> None:
         self.schedules = schedules_by_table(schedule)
-        self.vocabulary = vocabulary
+        self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.lazy = lazy
         self.audit = audit
-        self._tables: ScheduledTables | None = None
+        self.checkpoint = check_checkpoint(checkpoint)
+        self._runner: Runner | None = None
         self._restored: dict[str, Any] | None = None
         # The epoch of a validation that follows the last batch.
         self._validation_due: int | None = None
@@ -82,22 +99,35 @@ class RowUnfreezing(Callback):
         return f"RowUnfreezing({', '.join(map(repr, self.schedules.values()))})"
 
     @property
-    def reports(self) -> list[StageReport]:
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint; callbacks for other tables have others."""
+        return self._generate_state_key(tables=sorted(map(str, self.schedules)))
+
+    @property
+    def audit_results(self) -> list[AuditResult]:
         """What the audit found in the stages that ended."""
-        return [] if self._tables is None else self._tables.reports
+        return [] if self._runner is None else self._runner.audit_results
 
     # Before the first step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be kept exact, and tell DDP to leave the tables to `rowwise`."""
-        strategy = type(trainer.strategy)
-        if stage == "fit" and _REFUSED_STRATEGIES & {base.__name__ for base in strategy.__mro__}:
+        if stage != "fit":
+            return
+        if _REFUSED_STRATEGIES & _kinds(trainer.strategy):
             raise InputError(
                 "RowUnfreezing needs whole weights on each device. Received "
-                f"{strategy.__name__}, which shards them. Use one device or DDP."
+                f"{type(trainer.strategy).__name__}, which shards them. Use one device or DDP."
             )
-        if stage == "fit" and hasattr(trainer.strategy, "configure_ddp"):
+        if hasattr(trainer.strategy, "configure_ddp"):
             self._leave_out_tables(trainer.strategy)
+        # What a search or an earlier `fit` left.
+        self._runner = self._restored = self._validation_due = None
+        # Lightning puts finders first, and they train the module within `on_fit_start`, without
+        # any other callback: rows must be set by then. It is going through the list of now.
+        others = [one for one in _callbacks_of(trainer) if one is not self]
+        if any(_FINDERS & _kinds(one) for one in others):
+            vars(trainer)["callbacks"] = [self, *others]
 
     def _leave_out_tables(self, strategy: Any) -> None:
         """Stand in for the method with which Lightning wraps the module, for its next call.
@@ -112,57 +142,80 @@ class RowUnfreezing(Callback):
 
         def configure_ddp() -> None:
             vars(strategy).pop("configure_ddp", None)
-            model, names = strategy.model, self.schedules
-            tables = [t for name, t in tables_in(model) if name in names or None in names]
-            wrap(model, tables, make)
+            model = strategy.model
+            wrap(model, self._followed_in(model), make)
 
         strategy.configure_ddp = configure_ddp
 
+    def _followed_in(self, model: nn.Module) -> list[PartialTable]:
+        names = self.schedules
+        return [table for name, table in tables_in(model) if name in names or None in names]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check every stage against the tables, set the first rows, and prepare the optimizers."""
-        tables = ScheduledTables(
-            pl_module,
-            self.schedules,
-            self._find_vocabulary(trainer, pl_module),
-            self.audit,
-            say=pl_module.print,
-            total_steps=lambda: trainer.estimated_stepping_batches,
+        tables = TorchTables(pl_module)
+        vocabulary = find_vocabulary(
+            self.vocabulary, getattr(trainer, "datamodule", None), pl_module
         )
-        tables.check_backend()
+        runner = Runner(tables, self.schedules, vocabulary, self.audit, say=pl_module.print)
+        self._check_others(trainer, runner)
+        tables.check_backend(runner.schedules)
+        if self._restored is not None:
+            runner.restore(self._restored)
+            self._validation_due = self._restored["validation_due"]
         # Before the optimizers load their state, which belongs to the rows of that position.
-        restored, self._restored, self._validation_due = self._restored, None, None
-        if restored is None:
-            tables.place()
-        else:
-            tables.restore(restored)
-            self._validation_due = restored.get("validation_due")
-        tables.prepare(trainer.optimizers, self.lazy)
-        self._tables = tables
+        runner.place()
+        if self.checkpoint == "rows":
+            followed = {name: tables.tables[name] for name in runner.schedules}
+            remember_origins(followed, pl_module.print, resumed=self._restored is not None)
+        tables.prepare(runner.schedules, trainer.optimizers, self.lazy)
+        runner.check_rate_scales()
+        if not trainer.enable_validation:
+            runner.refuse_to_wait(
+                "it has no validation_step or no validation data, or limit_val_batches=0. Give it "
+                "one, or let the stage start at an epoch, a step or a share."
+            )
+        self._runner = runner
 
-    def _find_vocabulary(self, trainer: Trainer, pl_module: LightningModule) -> Vocabulary | None:
-        owners = (self, getattr(trainer, "datamodule", None), pl_module)
-        found = (getattr(owner, "vocabulary", None) for owner in owners)
-        return next((one for one in found if isinstance(one, Vocabulary)), None)
+    def _check_others(self, trainer: Trainer, runner: Runner) -> None:
+        for other in _callbacks_of(trainer):
+            if self.checkpoint == "rows" and "WeightAveraging" in _kinds(other):
+                raise InputError(
+                    "a checkpoint of averaged weights holds tables whole. Received "
+                    f"checkpoint='rows' beside {type(other).__name__}. Leave checkpoint out."
+                )
+            if "EarlyStopping" in _kinds(other):
+                runner.warn_of_stopper(type(other).__name__, vars(other)["monitor"])
+            if not isinstance(other, RowUnfreezing) or other is self:
+                continue
+            for name in runner.schedules:
+                if name in other.schedules or None in other.schedules:
+                    raise InputError(
+                        f"each table follows one schedule. Received two RowUnfreezing for {name!r}."
+                        f" Name the tables of each: RowUnfreezing({{{name!r}: …}})."
+                    )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how many parameters really train, and validate if the checkpoint left that to do."""
-        self._scheduled.tell_sizes()
+        """Know the length of the run, and validate if the checkpoint left that to do."""
+        # Only now: asked before, Lightning would make the data loaders at once, and not give them
+        # the state of the checkpoint, so that a resumed run would train on the wrong batches.
+        self._active.start(trainer.estimated_stepping_batches)
         if self._validation_due is not None:
             _validate(trainer)
 
     @property
-    def _scheduled(self) -> ScheduledTables:
-        assert self._tables is not None, "Lightning calls on_fit_start first"
-        return self._tables
+    def _active(self) -> Runner:
+        assert self._runner is not None, "Lightning calls on_fit_start first"
+        return self._runner
 
     # Moving with the schedule
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the rows of this epoch, and say so where a stage begins."""
-        if self._scheduled.advance(trainer.current_epoch, trainer.global_step):
+        if self._active.advance(trainer.current_epoch, trainer.global_step):
             # As Lightning's own callbacks write to `trainer.callback_metrics`.
             shown: dict[str, Any] = trainer.progress_bar_metrics
-            shown.update(self._scheduled.bar)
+            shown.update(self._active.bar)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -177,79 +230,74 @@ class RowUnfreezing(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the metrics that a stage waits for."""
         # Checkpoints of this validation are written after this, and so hold what was seen.
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            due, self._validation_due = self._validation_due, None
-            epoch = trainer.current_epoch if due is None else due
-            self._scheduled.observe(epoch, trainer.global_step, trainer.callback_metrics)
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        due, self._validation_due = self._validation_due, None
+        epoch = trainer.current_epoch if due is None else due
+        if self._active.metrics:
+            self._active.observe(epoch, trainer.global_step, trainer.callback_metrics)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last stage, and say what the audit found."""
         # Not in `on_train_end`, where callbacks that average weights put them into the model.
-        self._scheduled.finish(trainer.global_step)
-
-    # Around each optimizer step
-
-    def on_before_backward(
-        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
-    ) -> None:
-        """Leave a step that a gradient scaler skipped; the module may make another in this batch.
-
-        Gradients are the tables' until the step, and the scaler looks for them there.
-        """
-        self._leave(trainer)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Average the gradients of the tables over all processes, where DDP averages the others."""
-        # Its own flag, which is down while gradients are accumulated.
-        if getattr(trainer.model, "require_backward_grad_sync", False):
-            for handle in filter(None, map(prepared, trainer.optimizers)):
-                handle.average()
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Let gradient clipping see the trainable rows and nothing else of the tables."""
-        # The one place that is after backward and unscaling and before clipping, at any precision.
-        if (handle := prepared(optimizer)) is not None:
-            handle.enter()
+        self._active.finish(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Leave steps that were skipped, and audit."""
-        self._leave(trainer)
-        self._scheduled.after_step(trainer.global_step)
-        if self._scheduled.metrics:
+        """Audit, if one is due."""
+        self._active.after_step(trainer.global_step)
+        if self._active.metrics:
             # Only Lightning knows whether it validates next, and has no public name for it.
             loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
             due = fetcher is not None and loop._should_check_val_fx(fetcher)
             self._validation_due = trainer.current_epoch if due else None
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Leave a step that was cut short."""
-        self._leave(trainer)
-
-    def _leave(self, trainer: Trainer) -> None:
-        for handle in filter(None, map(prepared, trainer.optimizers)):
-            handle.leave()
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Average the gradients of the tables over all processes, where DDP averages the others."""
+        # Its own flag, which is down while gradients are accumulated. An optimizer averages those
+        # of all tables, so that one of several callbacks does it.
+        first = next(one for one in _callbacks_of(trainer) if isinstance(one, RowUnfreezing))
+        if first is self and getattr(trainer.model, "require_backward_grad_sync", False):
+            for optimizer in trainer.optimizers:
+                average_gradients(optimizer)
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule stands, what was seen on the way, and what the schedule is."""
-        if self._tables is None:
+        if self._runner is None:
             return self._restored or {}
-        return {**self._tables.to_state(), "validation_due": self._validation_due}
+        return {**self._runner.state(), "validation_due": self._validation_due}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the rows that ever trained in the place of whole tables, if so asked."""
+        if self.checkpoint == "rows":
+            with rows_saved_alone(self._followed_in(pl_module)):
+                checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where the schedule stood until `fit` starts.
+
+        Finders restore a checkpoint of their own after that; it is of the same place.
 
         Args:
             state_dict: What `state_dict` gave.
         """
         self._restored = state_dict
+
+
+def _callbacks_of(trainer: Trainer) -> list[Callback]:
+    # Lightning gives this attribute no type, and sets it elsewhere.
+    callbacks: list[Callback] = vars(trainer)["callbacks"]
+    return callbacks
+
+
+def _kinds(thing: object) -> set[str]:
+    """The names of an object's classes."""
+    return {kind.__name__ for kind in type(thing).__mro__}
 
 
 def _validate(trainer: Trainer) -> None:

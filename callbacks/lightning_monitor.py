@@ -1,10 +1,11 @@
-"""A PyTorch Lightning callback that watches rows: how many train, and how far they went."""
+"""A PyTorch Lightning callback that measures rows: how many train, and how far they went."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,23 +14,23 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from partial_embedding.files import write_atomically
-from partial_embedding.monitor.figures import row_picture
-from partial_embedding.monitor.record import RECORD, RowRecord, Score, planned_stages, write_record
-from partial_embedding.monitor.sampling import TableWatch
+from partial_embedding.monitor.record import RECORD, RunRecorder, write_record
+from partial_embedding.monitor.sampling import TableSample
 from partial_embedding.monitor.track import RowTrack
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
+from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
 from partial_embedding.torch.optimizer import prepared
+from partial_embedding.torch.row_gradient import as_tensor, entries_of
+from partial_embedding.torch.rowcopy import distinct, sum_rows
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable, tables_in
 
 
 @dataclass
-class _Watched:
-    """One table, what watches it, and what was caught of the step that is measured."""
+class _Table:
+    """One table, its sample, and what was caught of the step that is measured."""
 
     table: PartialTable
-    watch: TableWatch
+    sample: TableSample
     rows: RowSet | None = None
     # Tokens of the batch whose rows train, and all of them.
     tokens: tuple[int, int] = (0, 0)
@@ -38,12 +39,12 @@ class _Watched:
 
 
 class RowMonitor(Callback):
-    """Logs which rows of the tables train and how far they went, and draws a picture of it.
+    """Logs which rows of the tables train and how far they went, and keeps a record of it.
 
-    The metrics go to every logger of the trainer, as `TABLE/rows_awake` and so on; `TableWatch` in
-    `partial_embedding.monitor.sampling` lists all names. When `fit` ends, all that was seen is
-    written to the run's log folder as `rows.json`, of which `partial-embedding report` makes a
-    page.
+    The metrics go to every logger of the trainer, as `TABLE/trainable_rows` and so on;
+    `TableSample` in `partial_embedding.monitor.sampling` lists all names. When `fit` ends, all that
+    was seen is written to the run's log folder as `rows.json`, of which `partial-embedding report`
+    makes a page.
 
     Put it after `RowUnfreezing` in the list of callbacks.
 
@@ -56,13 +57,11 @@ class RowMonitor(Callback):
         every_n_steps: Batches between measurements; by default the trainer's `log_every_n_steps`.
             The last batch of an epoch is measured too.
         sample: The most rows of a cohort or frequency band that are measured.
-        picture: The format of the picture that is drawn when `fit` ends, as `rows.png` in the run's
-            log folder (`rows-NAME.png` where there are several tables); None draws nothing.
-        vocabulary: The tokens of the rows and how often they occur; by default the `vocabulary` of
-            the datamodule or of the module.
+        vocabulary: The tokens of the rows and how often they occur, as `Vocabulary.of` reads it; by
+            default the `vocabulary` of the datamodule or of the module.
 
     Raises:
-        OSError: The picture or the record cannot be written.
+        OSError: The record cannot be written.
 
     Example:
         >>> RowMonitor(every_n_steps=50).every_n_steps
@@ -71,19 +70,18 @@ class RowMonitor(Callback):
 
     def __init__(
         self,
+        *,
         every_n_steps: int | None = None,
         sample: int = 256,
-        picture: Literal["png", "svg", "pdf"] | None = "png",
-        vocabulary: Vocabulary | None = None,
+        vocabulary: Any = None,
     ) -> None:
         self.every_n_steps = every_n_steps
         self.sample = sample
-        self.picture = picture
-        self.vocabulary = vocabulary
+        self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.path: Path | None = None
-        self.record = RowRecord()
-        self._watched: dict[str, _Watched] = {}
-        self._restored: dict[str, Any] = {}
+        self._run = RunRecorder()
+        self._tables: dict[str, _Table] = {}
+        self._restored: dict[str, Any] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._due = False
         self._folder = Path()
@@ -91,59 +89,53 @@ class RowMonitor(Callback):
     @property
     def tracks(self) -> dict[str, RowTrack]:
         """What was seen so far, by the name of the table."""
-        return {name: watched.watch.track for name, watched in self._watched.items()}
+        return self._run.tracks
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the tables, and go on where a checkpoint stood."""
         # Now, since all processes ask for the folder together.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
-        vocabulary = self._find_vocabulary(trainer, pl_module)
-        unit = "step" if trainer.num_training_batches == float("inf") else "epoch"
-        self._watched = {}
+        batches = trainer.num_training_batches
+        self._run = RunRecorder(
+            _epochs(trainer),
+            None
+            if batches == float("inf")
+            else math.ceil(batches / trainer.accumulate_grad_batches),
+            self.sample,
+            find_vocabulary(self.vocabulary, getattr(trainer, "datamodule", None), pl_module),
+            _as_arrays(self._restored),
+        )
+        self._restored = None
+        self._tables = {}
         for name, table in tables_in(pl_module):
-            watch = TableWatch(
-                _Reader(table),
-                table.weight.shape[0],
-                unit,
-                self.sample,
-                vocabulary,
-                getattr(table, "padding_idx", None),
-            )
-            if (saved := self._restored.get("tables", {}).get(name)) is not None:
-                watch.restore(_as_arrays(saved))
-            self._watched[name] = _Watched(table, watch)
-        self.record = RowRecord(self.tracks)
-        if unit == "epoch":
-            self.record.length = _epochs(trainer)
-            self.record.epoch_steps = trainer.num_training_batches / trainer.accumulate_grad_batches
-        self.record.scores = [Score(**score) for score in self._restored.get("scores", [])]
-        self._restored = {}
-
-    def _find_vocabulary(self, trainer: Trainer, pl_module: LightningModule) -> Vocabulary | None:
-        owners = (self, getattr(trainer, "datamodule", None), pl_module)
-        found = (getattr(owner, "vocabulary", None) for owner in owners)
-        return next((one for one in found if isinstance(one, Vocabulary)), None)
+            padding = getattr(table, "padding_idx", None)
+            num_rows, new = table.weight.shape[0], table.new_rows
+            sample = self._run.add_table(name, _Reader(table), num_rows, padding, new)
+            self._tables[name] = _Table(table, sample)
 
     # Catching a step that is measured
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note which rows were unfrozen, and listen to a batch that is measured."""
+        """Note which rows were unfrozen, and catch what a measured batch looks up."""
         self._due = trainer.is_global_zero and self._is_due(trainer, batch_idx)
-        for watched in self._watched.values():
-            rows = watched.table.row_set
-            if watched.rows is not rows:
-                watched.rows = rows
-                place = _place(trainer, watched.watch.track, batch_idx)
-                watched.watch.note_rows(rows.mask.cpu().numpy(), place)
+        for one in self._tables.values():
+            rows = one.table.row_set
+            if one.rows is not rows:
+                one.rows = rows
+                one.sample.note_rows(rows.mask.cpu().numpy(), self._place(trainer, batch_idx))
             if self._due:
-                watched.watch.before_step()
-                watched.tokens, watched.gradients = (0, 0), {}
+                one.sample.before_step()
+                one.tokens, one.gradients = (0, 0), {}
                 # Before the step, as a scheduler may change the rate right after it.
-                watched.rates = _rates(trainer.optimizers, watched)
-                hook = watched.table.register_forward_pre_hook(_TokenCount(watched))
-                self._hooks.append(hook)
+                one.rates = _rates(trainer.optimizers, one)
+                self._hooks.append(one.table.register_forward_pre_hook(_TokenCount(one)))
+
+    def _place(self, trainer: Trainer, batch: int) -> float:
+        if self._run.unit == "step":
+            return float(trainer.global_step)
+        return trainer.current_epoch + batch / trainer.num_training_batches
 
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
         every = self.every_n_steps or getattr(trainer, "log_every_n_steps", 0) or 1
@@ -155,11 +147,9 @@ class RowMonitor(Callback):
         """Sum the gradients of a step that is measured, before they are clipped."""
         if not self._due:
             return
-        for watched in self._watched.values():
-            grad = watched.table.weight.grad
-            if grad is not None:
-                ids, squares = _row_squares(grad)
-                watched.gradients = watched.watch.gradient_norms(ids, squares)
+        for one in self._tables.values():
+            if (grad := one.table.weight.grad) is not None:
+                one.gradients = one.sample.gradient_norms(*_row_squares(grad))
 
     # Measuring
 
@@ -170,88 +160,50 @@ class RowMonitor(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for name, watched in self._watched.items():
-            place = _place(trainer, watched.watch.track, batch_idx + 1)
-            watched.watch.track.end = place
+        place = self._place(trainer, batch_idx + 1)
+        numbers: dict[str, float] = {}
+        for name, one in self._tables.items():
+            one.sample.track.end = place
             if self._due:
-                self._measure(trainer, name, watched, place)
+                training, tokens = one.tokens
+                share = training / tokens if tokens else None
+                measured = one.sample.measure(place, share, one.gradients, one.rates)
+                numbers |= {f"{name}/{key}": value for key, value in measured.items()}
+        if numbers:
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)
         self._due = False
-
-    def _measure(self, trainer: Trainer, name: str, watched: _Watched, place: float) -> None:
-        training, tokens = watched.tokens
-        share = training / tokens if tokens else None
-        numbers = watched.watch.measure(place, share, watched.gradients, watched.rates)
-        metrics = {f"{name}/{key}": value for key, value in numbers.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what a validation measured."""
-        if trainer.sanity_checking or not self._watched:
-            return
-        track = next(iter(self.tracks.values()))
-        metrics = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if value.numel() == 1
-        }
-        self.record.tables = self.tracks
-        self.record.add_score(track.end, metrics)
+        if not trainer.sanity_checking:
+            metrics = trainer.callback_metrics.items()
+            self._run.add_score({name: float(v) for name, v in metrics if v.numel() == 1})
 
     # What is left behind
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the record and draw the picture, unless there was nothing left to train."""
-        if self._watched:
-            self._finish(trainer)
+        """Write the record, unless there was nothing left to train."""
+        if not (self._tables and trainer.is_global_zero):
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+        moving = next((one for one in callbacks if getattr(one, "schedules", None)), None)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.path = self._folder / RECORD
+        write_record(self.path, self._run.finished(moving))
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Write what was seen until then."""
-        if self._watched:
-            self._finish(trainer)
-
-    def _finish(self, trainer: Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it
-            self._take_over(callback)
-        self.record.tables = {name: w.watch.finish() for name, w in self._watched.items()}
-        folder = self._folder
-        folder.mkdir(parents=True, exist_ok=True)
-        write_record(folder / RECORD, self.record)
-        if self.picture is None:
-            return
-        for name, track in self.tracks.items():
-            which = f"-{name}" if len(self._watched) > 1 else ""
-            path = folder / f"rows{which}.{self.picture}"
-            with write_atomically(path) as temporary:
-                row_picture(track).savefig(temporary)
-            self.path = path
-
-    def _take_over(self, callback: Callback) -> None:
-        """Keep the plan and the audit of a callback that moves rows along schedules."""
-        schedules = getattr(callback, "schedules", None)
-        if not schedules:
-            return
-        for name, watched in self._watched.items():
-            if (schedule := schedules.get(name, schedules.get(None))) is not None:
-                vocabulary = getattr(callback, "vocabulary", None) or watched.watch.vocabulary
-                self.record.plans[name] = planned_stages(
-                    schedule,
-                    watched.table.weight.shape[0],
-                    vocabulary,
-                    getattr(watched.table, "padding_idx", None),
-                )
-        self.record.audit = list(getattr(callback, "reports", []))
+        self.on_fit_end(trainer, pl_module)
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far, and where the sampled rows began."""
-        tables = {name: _as_tensors(w.watch.to_state()) for name, w in self._watched.items()}
-        return {"tables": tables, "scores": self.record.to_state()["scores"]}
+        state: dict[str, Any] = _as_tensors(self._run.to_state())
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember what was seen until `fit` starts.
@@ -278,8 +230,8 @@ class _Reader:
 class _TokenCount:
     """A hook on a table's lookups: its tokens without padding, and those whose rows train."""
 
-    def __init__(self, watched: _Watched) -> None:
-        self.watched = watched
+    def __init__(self, caught: _Table) -> None:
+        self.caught = caught
 
     def __call__(self, table: PartialTable, args: tuple[Tensor, ...]) -> None:
         ids = args[0]
@@ -287,9 +239,9 @@ class _TokenCount:
             return  # a head is given features and no tokens
         if table.padding_idx is not None:
             ids = ids[ids != table.padding_idx]
-        training, tokens = self.watched.tokens
+        training, tokens = self.caught.tokens
         training += int(table.row_set.is_trainable(ids).sum())
-        self.watched.tokens = training, tokens + ids.numel()
+        self.caught.tokens = training, tokens + ids.numel()
 
 
 def _epochs(trainer: Trainer) -> int | None:
@@ -298,28 +250,19 @@ def _epochs(trainer: Trainer) -> int | None:
     return trainer.max_epochs if known else None
 
 
-def _place(trainer: Trainer, track: RowTrack, batch: int) -> float:
-    if track.unit == "step":
-        return float(trainer.global_step)
-    return trainer.current_epoch + batch / trainer.num_training_batches
-
-
 def _row_squares(grad: Tensor) -> tuple[Ids, NDArray[np.float64]]:
     """The rows of a gradient, each once, and the sums of their squares."""
-    values = grad.detach()
-    if grad.layout == torch.sparse_coo:
-        # Summed here, as coalescing would sort the ids of a gradient that others still use.
-        ids, place = torch.unique(values._indices()[0], return_inverse=True)
-        summed = values._values().new_zeros(len(ids), values.shape[1])
-        summed.index_add_(0, place, values._values())
+    if (entries := entries_of(grad)) is None:
+        ids, summed = torch.arange(len(grad)), as_tensor(grad).detach()
     else:
-        ids, summed = torch.arange(len(values)), values
+        ids, places = distinct(entries[0], len(grad))
+        summed = sum_rows(places, entries[1].detach(), len(ids))
     return ids.cpu().numpy(), summed.double().square().sum(1).cpu().numpy()
 
 
-def _rates(optimizers: list[Optimizer], watched: _Watched) -> dict[int, float]:
+def _rates(optimizers: list[Optimizer], caught: _Table) -> dict[int, float]:
     """The learning rate with which each cohort makes its next step."""
-    weight, rows = watched.table.weight, watched.table.row_set
+    weight, rows = caught.table.weight, caught.table.row_set
     for optimizer in optimizers:
         group = next(
             (g for g in optimizer.param_groups if any(p is weight for p in g["params"])), None
@@ -329,7 +272,7 @@ def _rates(optimizers: list[Optimizer], watched: _Watched) -> dict[int, float]:
         handle = prepared(optimizer)
         served = None if handle is None else handle.tables.get(id(weight))
         rates = {}
-        for number, row in watched.watch.any_row_of().items():
+        for number, row in caught.sample.any_row_of().items():
             theirs = next(n for n, ids in rows.cohorts.items() if bool((ids == row).any()))
             steps = served.cohorts[theirs].steps if served and theirs in served.cohorts else 0
             rate_scale = rows.rate_scales.get(theirs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,7 +13,9 @@ from transformers.trainer_callback import ExportableState
 from partial_embedding.errors import InputError
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.schedule import AnySchedule, Position, schedules_by_table
-from partial_embedding.torch.adapter import ScheduledTables
+from partial_embedding.schedule.runner import Runner
+from partial_embedding.torch.adapter import TorchTables
+from partial_embedding.torch.row_state import check_checkpoint, remember_origins, rows_saved_alone
 
 
 class RowUnfreezing(TrainerCallback, ExportableState):
@@ -30,13 +33,15 @@ class RowUnfreezing(TrainerCallback, ExportableState):
 
     Args:
         schedule: As in the callback for Lightning.
-        vocabulary: What rows mean, for schedules that ask for it.
+        vocabulary: What rows mean, for schedules that ask for it, as `Vocabulary.of` reads it.
         lazy: Step only the rows that a batch touched, as `rowwise` does.
         audit: As in the callback for Lightning.
+        checkpoint: As in the callback for Lightning, for the checkpoints that the Trainer writes
+            while it trains, and takes up by `resume_from_checkpoint` and `load_best_model_at_end`.
+            `from_pretrained` knows no such files: save the model after training, which is whole.
 
     Raises:
-        InputError: As in the callback for Lightning; also, when training starts, for a table that
-            is sparse.
+        InputError: As in the callback for Lightning.
 
     Example:
         >>> RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}]}).schedules
@@ -46,58 +51,69 @@ class RowUnfreezing(TrainerCallback, ExportableState):
     def __init__(
         self,
         schedule: AnySchedule | Mapping[str, AnySchedule],
-        vocabulary: Vocabulary | None = None,
+        *,
+        vocabulary: Any = None,
         lazy: bool = False,
         audit: bool | int = False,
+        checkpoint: str = "table",
     ) -> None:
         self.schedules = schedules_by_table(schedule)
-        self.vocabulary = vocabulary
+        self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.lazy = lazy
         self.audit = audit
-        self._tables: ScheduledTables | None = None
+        self.checkpoint = check_checkpoint(checkpoint)
+        self._runner: Runner | None = None
+        self._tables: TorchTables | None = None
+        self._saved_alone = ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check every stage against the tables, set the first rows, and prepare the optimizer."""
-        tables = ScheduledTables(
-            kwargs["model"],
-            self.schedules,
-            self.vocabulary,
-            self.audit,
-            say=print,
-            total_steps=lambda: state.max_steps,
-        )
-        _check_arguments(args, tables)
-        tables.check_backend()
-        self._place(tables, state)
-        optimizer = kwargs["optimizer"]
-        # Accelerate wraps the optimizer that steps.
-        tables.prepare([getattr(optimizer, "optimizer", optimizer)], self.lazy)
-        tables.tell_sizes()
-        self._tables = tables
+        """Check every stage against the tables, and set the first rows."""
+        tables = TorchTables(kwargs["model"])
+        runner = Runner(tables, self.schedules, self.vocabulary, self.audit, say=print)
+        _check_arguments(args)
+        _check_metrics(args, state, runner)
+        tables.check_backend(runner.schedules)
+        self._go_on(runner, state)
+        if self.checkpoint == "rows":
+            followed = {name: tables.tables[name] for name in runner.schedules}
+            remember_origins(followed, print, resumed=bool(state.global_step))
+            self._saved_alone = ExitStack()
+            self._saved_alone.enter_context(rows_saved_alone(followed.values()))
+        self._runner, self._tables = runner, tables
 
-    def _place(self, tables: ScheduledTables, state: TrainerState) -> None:
+    def _go_on(self, runner: Runner, state: TrainerState) -> None:
         """Set the rows to which the optimizer's state belongs."""
         # A mapping once it is made, whatever its annotation says. The Trainer fails to save a
         # callback that it has not read from a checkpoint, so that one is put there.
         states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         saved = states.setdefault(type(self).__name__, self.state())
-        schedule = (saved[0] if isinstance(saved, list) else saved)["attributes"]["saved"]
-        if not state.global_step:
-            tables.place()
-        elif schedule is None:
-            # Saved without this callback.
-            tables.place(Position(_epoch_done(state), state.global_step, tables.total_steps))
-        else:
-            tables.restore(schedule)
+        # Several callbacks of one class are a list, to which each checkpoint adds.
+        every = [
+            one["attributes"]["saved"] for one in (saved if isinstance(saved, list) else [saved])
+        ]
+        mine = [one for one in every if one and one["schedules"].keys() & runner.schedules.keys()]
+        if state.global_step and mine:
+            runner.restore(mine[-1])
+        runner.start(state.max_steps)
+        # In a checkpoint without this callback, rows are those of its place.
+        here = Position(_epoch_done(state), state.global_step, runner.total_steps)
+        runner.place(here if state.global_step and not mine else None)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the rows of this epoch, and say so where a stage begins."""
-        if self._tables is not None:
-            self._tables.advance(int(state.epoch or 0), state.global_step)
+        if self._runner is None or self._tables is None:
+            return
+        if not self._runner.has_begun:
+            # The optimizer has its state already, which belongs to the rows that every callback
+            # of this kind has set by now. Accelerate wraps the optimizer that steps.
+            optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+            self._tables.prepare(self._runner.schedules, [optimizer], self.lazy)
+            self._runner.check_rate_scales()
+        self._runner.advance(int(state.epoch or 0), state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,32 +125,38 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Audit, if one is due."""
-        if self._tables is not None:
-            self._tables.after_step(state.global_step)
+        if self._runner is not None:
+            self._runner.after_step(state.global_step)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at the metrics that a stage waits for."""
         # What is measured before the first step is no validation.
-        if self._tables is not None and self._tables.has_begun:
-            self._tables.observe(_epoch_done(state), state.global_step, kwargs["metrics"])
+        if self._runner is not None and self._runner.has_begun and self._runner.metrics:
+            self._runner.observe(_epoch_done(state), state.global_step, kwargs["metrics"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the last stage, and say what the audit found."""
-        if self._tables is not None:
-            self._tables.finish(state.global_step)
-            self._tables = None
+        if self._runner is not None:
+            self._saved_alone.close()
+            self._runner.finish(state.global_step)
+            self._runner = None
 
     def state(self) -> dict[str, Any]:
         """What the Trainer keeps of this callback in each checkpoint."""
         named = {name: schedule.to_config() for name, schedule in self.schedules.items()}
         schedule = named.pop(None, None) or named
-        saved = None if self._tables is None else self._tables.to_state()
+        saved = None if self._runner is None else self._runner.state()
         return {
-            "args": {"schedule": schedule, "lazy": self.lazy, "audit": self.audit},
+            "args": {
+                "schedule": schedule,
+                "lazy": self.lazy,
+                "audit": self.audit,
+                "checkpoint": self.checkpoint,
+            },
             "attributes": {"saved": saved},
         }
 
@@ -144,16 +166,23 @@ def _epoch_done(state: TrainerState) -> int:
     return max(0, math.ceil(state.epoch or 0) - 1)
 
 
-def _check_arguments(args: TrainingArguments, tables: ScheduledTables) -> None:
+def _check_arguments(args: TrainingArguments) -> None:
     if args.fsdp or args.deepspeed:
         raise InputError(
             "RowUnfreezing needs whole weights on each device. Received "
             f"{'fsdp' if args.fsdp else 'deepspeed'} in the training arguments. Use one device or "
             "DDP."
         )
-    for name, table in tables.tables.items():
-        if getattr(table, "sparse", False):
-            raise InputError(
-                "the Trainer measures the norm of all gradients, which torch cannot do for sparse "
-                f"ones. Received the sparse table {name!r}. Make it with sparse=False."
-            )
+
+
+def _check_metrics(args: TrainingArguments, state: TrainerState, runner: Runner) -> None:
+    if args.eval_strategy == "no":
+        runner.refuse_to_wait(
+            "its eval_strategy is 'no'. Set it to 'epoch' or 'steps', or let the stage start at an "
+            "epoch, a step or a share."
+        )
+    stopper = "EarlyStoppingCallback"
+    if stopper in (state.stateful_callbacks or ()):
+        metric = args.metric_for_best_model or ""
+        monitor = metric if metric.startswith("eval_") else f"eval_{metric}"
+        runner.warn_of_stopper(stopper, monitor)

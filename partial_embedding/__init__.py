@@ -5,7 +5,8 @@ This package imports no framework. The layers are in `partial_embedding.torch` a
 """
 
 from partial_embedding.errors import FrozenRowsMoved, InputError
-from partial_embedding.rows import Rows
+from partial_embedding.mapped import open_vectors
+from partial_embedding.rows import Rows, RowsLike
 from partial_embedding.rows.growth import Growth
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.schedule import (
@@ -28,9 +29,11 @@ __all__ = [
     "Position",
     "RateScale",
     "Rows",
+    "RowsLike",
     "Schedule",
     "Stage",
     "Start",
     "Vocabulary",
     "__version__",
+    "open_vectors",
 ]

@@ -1,5 +1,8 @@
 """The exceptions of this library: input that is refused, and a frozen row that moved."""
 
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
 
 class InputError(ValueError):
     """Input that breaks a rule; the message gives the rule, what was received and the remedy.
@@ -16,4 +19,42 @@ class InputError(ValueError):
 
 
 class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as StopIteration does
-    """A row that was frozen changed a bit; the message names the table, the rows and the step."""
+    """A row that was frozen changed a bit; the message names the table, the rows and the step.
+
+    Example:
+        >>> issubclass(FrozenRowsMoved, RuntimeError)
+        True
+    """
+
+
+# What others call it, or what it was called before.
+_OTHER_NAMES = {
+    "lr": "lr_scale",
+    "learning_rate": "lr_scale",
+    "warmup": "warmup_steps",
+    "metric": "monitor",
+    "min_change": "min_delta",
+    "parts": "increments",
+    "growth": "grow",
+}
+
+
+def did_you_mean(received: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the known one that was meant, if one is near.
+
+    Args:
+        received: A word, or a mapping, whose first unknown key is the word.
+        known: What would have been understood.
+
+    Example:
+        >>> did_you_mean("warmup", ["lr_scale", "warmup_steps"])
+        " Did you mean 'warmup_steps'?"
+        >>> did_you_mean({"lr_scale": 1, "colour": 2}, ["lr_scale", "warmup_steps"])
+        ''
+    """
+    known = list(known)
+    words = [str(word) for word in (received if isinstance(received, Mapping) else [received])]
+    word = next((word for word in words if word not in known), "")
+    other = _OTHER_NAMES.get(word)
+    near = [other] if other in known else get_close_matches(word, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,11 +1,23 @@
-"""Writing a file so that it is there in full or not at all."""
+"""Files that are there in full or not at all, folders that are one run's alone, and YAML."""
+
+from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from partial_embedding.errors import InputError
+
+# Far more than any configuration has; aliases of aliases can stand for billions.
+_MOST_NODES = 100_000
+_MOST_DIGITS = 18
 
 
 @contextmanager
@@ -47,3 +59,139 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def claim_version(root: str | os.PathLike[str]) -> int:
+    """Make the folder `version_N` with the next number, which no other process has.
+
+    Args:
+        root: The folder that holds the runs; it is made where it is missing.
+
+    Returns:
+        N.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     claim_version(folder), claim_version(folder)
+        (0, 1)
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [p.name.removeprefix("version_") for p in root.glob("version_*")]
+    number = 1 + max((int(n) for n in taken if n.isascii() and n.isdigit()), default=-1)
+    while True:
+        try:
+            (root / f"version_{number}").mkdir()
+            return number
+        except FileExistsError:
+            number += 1
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """The path as one would type it here.
+
+    Args:
+        path: Any path.
+    """
+    absolute, here = Path(path).absolute(), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
+
+
+def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
+    """Read a YAML file in which numbers are what they are for everybody else.
+
+    `1e-3` is a number, which YAML 1.1 reads as text. A date is text, so that none is impossible.
+
+    Args:
+        path: The file.
+        what: What it is to hold, for messages.
+
+    Raises:
+        InputError: It is no file, cannot be read, is no YAML, or has an alias that holds itself or
+            too much.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "model.yaml"
+        ...     _ = file.write_text("lr: 1e-3")
+        ...     read_yaml(file, "configuration")
+        {'lr': 0.001}
+    """
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            kind = "folder" if Path(path).is_dir() else "device"
+            raise InputError(f"{path}: a {what} is a file. Received a {kind}.")
+        return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: the {what} cannot be read: {error.strerror}. Check the path."
+        ) from None
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no path
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: a {what} is YAML in UTF-8. Received: {reason}.") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML as `read_yaml` does.
+
+    Args:
+        text: The YAML.
+
+    Raises:
+        yaml.YAMLError: It is none, or has an alias that holds itself or too much.
+
+    Example:
+        >>> parse_yaml("[1e-1, 2024-02-30]")
+        [0.1, '2024-02-30']
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (RecursionError, ValueError) as error:  # of 5,000 digits, which Python refuses
+        raise yaml.YAMLError(str(error)) from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Constructs what `read_yaml` says."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number: int = super().construct_yaml_int(node)
+        # Larger ones fit neither arrays nor floating point, and would be counted to.
+        if abs(number) >= 10**_MOST_DIGITS:
+            raise yaml.YAMLError(f"a whole number of more than {_MOST_DIGITS} digits")
+        return number
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _size(node, {}) > _MOST_NODES:
+            raise yaml.YAMLError(f"aliases that stand for more than {_MOST_NODES:,} values")
+        return node
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, with its aliases written out."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise yaml.YAMLError("an alias that holds itself")
+        return known[id(node)]
+    known[id(node)] = 0  # being counted
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    # A mapping holds pairs.
+    inner = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
+    known[id(node)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(node)]
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if not tag.endswith(":timestamp")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)

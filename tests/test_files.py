@@ -1,10 +1,14 @@
 import errno
 import os
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from partial_embedding.files import write_atomically
+from partial_embedding.errors import InputError
+from partial_embedding.files import parse_yaml, read_yaml, write_atomically
 
 
 def test_a_new_file_appears_under_its_name_only(tmp_path: Path) -> None:
@@ -87,3 +91,58 @@ def test_permissions_and_links_are_kept(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert target.read_text() == "new"
     assert target.stat().st_mode & 0o777 == 0o600
+
+
+FAULTY_YAML = {
+    "alias_of_itself": ("&all [*all]", "holds itself"),
+    "aliases_of_aliases": (
+        "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        + "".join(f"{n}: &{n} [{', '.join([f'*{b}'] * 10)}]\n" for b, n in pairwise("abcdefgh")),
+        "more than 100,000 values",
+    ),
+    "400_digits": ("epoch: " + "9" * 400, "more than 18 digits"),
+    "5000_digits": ("epoch: " + "9" * 5000, "digits"),
+    "too_deep": ("a: " + "[" * 20_000, "recursion"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), FAULTY_YAML.values(), ids=FAULTY_YAML)
+def test_yaml_that_would_fill_the_memory_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError, match=rf"a\.yaml: a schedule is YAML.*{said}"):
+        read_yaml(tmp_path / "a.yaml", "schedule")
+
+
+def test_yaml_numbers_and_dates_are_what_they_look_like() -> None:
+    text = "[1e-3, 1E5, -2.5e+1, .5e1, 1_000, 2024-02-30, 2024-01-01, 12, 1.5, e5, 999999999999]"
+    values = [0.001, 1e5, -25.0, 5.0, 1000, "2024-02-30", "2024-01-01", 12, 1.5, "e5", 999999999999]
+    assert parse_yaml(text) == values
+
+
+def test_yaml_is_read_from_files_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place, kind in ((tmp_path, "folder"), (tmp_path / "pipe", "device")):
+        with pytest.raises(InputError, match=f"a configuration is a file. Received a {kind}"):
+            read_yaml(place, "configuration")
+
+
+def test_processes_that_start_together_claim_different_versions(tmp_path: Path) -> None:
+    code = (
+        "import sys; from partial_embedding.files import claim_version;"
+        "sys.stdin.readline(); print(*(claim_version(sys.argv[1]) for _ in range(40)))"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path / "runs"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    claimed = [int(n) for process in started for n in process.communicate()[0].split()]
+    assert sorted(claimed) == list(range(120))

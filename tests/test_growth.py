@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partial_embedding import InputError, Rows, Vocabulary
-from partial_embedding.rows.growth import Growth
+from partial_embedding.rows.growth import GrownRows, Growth
 
 V = 30
 COUNTS = np.random.default_rng(1).integers(0, 9, V)
@@ -37,7 +37,7 @@ def test_rows_only_join_from_exactly_the_former_ones_to_exactly_all(
 ) -> None:
     def rows_at(part: int) -> set[int]:
         first, last = (Rows.parse(np.array(sorted(ids), int)) for ids in (before, after))
-        return set(Rows.grown(first, last, growth, part, parts).resolve(V, VOCABULARY).tolist())
+        return set(GrownRows(first, last, growth, part, parts).resolve(V, VOCABULARY).tolist())
 
     grown = [rows_at(part) for part in range(parts + 1)]
     assert grown[0] == before
@@ -173,8 +173,30 @@ UNFITTING: dict[str, tuple[Any, Vocabulary | None, tuple[str, ...]]] = {
 def test_an_order_that_does_not_fit_is_refused(
     order: Any, vocabulary: Vocabulary | None, named: tuple[str, ...]
 ) -> None:
-    rows = Rows.grown(Rows.none(), Rows.all(), Growth(order=order), 1, 2)
+    rows = GrownRows(Rows.none(), Rows.all(), Growth(order=order), 1, 2)
     with pytest.raises(InputError) as refused:
         rows.resolve(V, vocabulary)
     for part in named:
         assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("increment", [-1, 4, 1.5, True])
+def test_a_increment_beyond_all_is_refused(increment: Any) -> None:
+    with pytest.raises(InputError, match=f"{increment} of 3"):
+        GrownRows(Rows.none(), Rows.all(), Growth(), increment, 3)
+
+
+def test_growth_by_frequency_asks_for_counts() -> None:
+    rows = GrownRows(Rows.none(), Rows.all(), Growth(), 1, 2)
+    with pytest.raises(InputError, match=r"counts.*without"):
+        rows.resolve(V, Vocabulary(TOKENS))
+
+
+def test_growing_rows_combine_and_compare_as_others_do() -> None:
+    half, whole = (
+        GrownRows(Rows.parse([9]), Rows.all(), Growth(order="ids"), n, 2) for n in (1, 2)
+    )
+    assert half == GrownRows(Rows.parse([9]), Rows.all(), Growth(order="ids"), 1, 2) != whole
+    assert (whole - half).resolve(11).tolist() == [5, 6, 7, 8, 10]
+    assert Rows.parse(half) is half
+    assert "'increment': 1" in repr(half)

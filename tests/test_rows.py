@@ -4,7 +4,6 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -234,21 +233,6 @@ def _random(drawn: tuple[int | float, int]) -> tuple[Any, frozenset[int]]:
     return {"random": {"amount": amount, "seed": seed}}, frozenset(order[: _number(amount)])
 
 
-def _grown(drawn: tuple[Any, Any, int, int]) -> tuple[Any, frozenset[int]]:
-    before, after, part, more = drawn
-    parts = part + more
-    joining = [row for row in BY_FREQUENCY if row in after and row not in before]
-    number = len(before) + len(joining) * Fraction(part, parts)
-    rows = {
-        "from": sorted(before) or "none",
-        "to": sorted(after) or "none",
-        "growth": "linear",
-        "increment": part,
-        "increments": parts,
-    }
-    return {"grown": rows}, before | set(joining[: round(number) - len(before)])
-
-
 SETS = st.frozensets(st.integers(0, V - 1))
 LEAVES = st.one_of(
     SETS.filter(bool).map(lambda s: ({"tokens": [TOKENS[row] for row in s]}, s)),
@@ -263,7 +247,6 @@ LEAVES = st.one_of(
     ),
     st.tuples(AMOUNTS, st.integers(0, 5)).map(_random),
     st.tuples(SETS.filter(bool), AMOUNTS).map(_nearest),
-    st.tuples(SETS, SETS, st.integers(0, 5), st.integers(1, 5)).map(_grown),
     st.just(("all", frozenset(range(V)))),
     st.just(("none", frozenset())),
     st.just(("missing", frozenset(MISSING))),

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from partial_embedding import InputError, Rows, Vocabulary
-from partial_embedding.rows.growth import Growth
 
 V = 12
 TOKENS = tuple(f"w{i}" for i in range(V))
@@ -95,24 +94,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "ids_file_without_a_path": ({"ids_file": None}, "None"),
     "ids_file_of_ids": ({"ids_file": [1, 2]}, "[1, 2]"),
     "token_file_of_a_number": ({"token_file": 3}, "3"),
-    "grown_of_nothing": ({"grown": None}, "None"),
-    "grown_without_parts": ({"grown": {"from": "none", "to": "all"}}, "{'from': 'none'"),
-    "grown_beyond_all_parts": (
-        {
-            "grown": {
-                "from": "none",
-                "to": "all",
-                "growth": "linear",
-                "increment": 4,
-                "increments": 3,
-            }
-        },
-        "4 of 3",
-    ),
-    "grown_in_a_malformed_way": (
-        {"grown": {"from": "none", "to": "all", "growth": "fast", "increment": 1, "increments": 3}},
-        "'fast'",
-    ),
+    "grown": ({"grown": {"from": "none", "to": "all"}}, "'grown'"),
     "difference_of_nothing": ({"difference": []}, "[]"),
     "union_of_nothing": ({"union": []}, "[]"),
     "union_of_a_word": ({"union": "all"}, "'all'"),
@@ -177,19 +159,6 @@ UNFITTING: dict[str, tuple[Any, Vocabulary | None, tuple[str, ...]]] = {
         Vocabulary(TOKENS, counts=[0] * V),
         ("counts that are all 0",),
     ),
-    "grown_without_counts": (
-        {
-            "grown": {
-                "from": "none",
-                "to": "all",
-                "growth": "linear",
-                "increment": 1,
-                "increments": 2,
-            }
-        },
-        Vocabulary(TOKENS),
-        ("counts", "without"),
-    ),
     "another_vocabulary": ("all", Vocabulary("abc"), ("3 tokens", "12 rows")),
     "inside_a_union": ({"union": ["all", [V]]}, None, ("[0, 12)", "Received: 12.")),
     "inside_a_complement": ({"not": [V]}, None, ("[0, 12)", "Received: 12.")),
@@ -205,9 +174,3 @@ def test_rows_that_do_not_fit_are_refused_with_what_was_received(
         rows.resolve(V, vocabulary)
     for part in named:
         assert part in str(refused.value)
-
-
-@pytest.mark.parametrize("part", [-1, 4, 1.5, True])
-def test_a_part_beyond_all_parts_is_refused(part: Any) -> None:
-    with pytest.raises(InputError, match=f"{part} of 3"):
-        Rows.grown(Rows.none(), Rows.all(), Growth(), part, 3)

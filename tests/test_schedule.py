@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partial_embedding import InputError, Position, Rows, Schedule, Stage
-from partial_embedding.schedule import Evaluation, StageState, changes, schedules_by_table
+from partial_embedding.schedule import Evaluation, StageState, schedules_by_table
+from partial_embedding.schedule.messages import changes
 
 STAGE_LIST = [{"epoch": 0, "rows": [4, 5]}, {"epoch": 2, "rows": "all"}]
 

@@ -161,7 +161,8 @@ MALFORMED_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "python_object": (b"!!python/object/apply:os.getcwd []", ("YAML", "python/object")),
     "unknown_key": (b"stages: []\nepochs: 3\n", ("schedule:", "'epochs'")),
     "bad_stage": (b"stages:\n- {epoch: 0, rows: {ids: []}}\n", ("stages[0].rows", "[]")),
-    "no_day": (b"stages:\n- {epoch: 0, rows: {tokens: [2020-13-45]}}\n", ("YAML", "month")),
+    "of_itself": (b"stages: &all [*all]\n", ("YAML", "holds itself")),
+    "of_5000_digits": (b"cycle: " + b"9" * 5000, ("YAML", "digits")),
     "no_mapping_of_tables": (b"words: {stages: []}\n", ("schedule:", "'words'")),
     "rate": (b"stages:\n- {epoch: 0, rows: all, lr_scale: -1}\n", ("stages[0].lr_scale", "-1")),
     "preset": (b"preset: gentle\n", ("preset", "'gentle'")),
@@ -189,7 +190,7 @@ def test_malformed_files_are_refused_in_one_line_with_their_name(
 def test_unreadable_files_are_refused_with_their_name(tmp_path: Path) -> None:
     absent = tmp_path / "absent.yaml"
     unnamed = tmp_path / "a\0b"
-    paths = ((absent, "No such file"), (tmp_path, "Is a directory"), (unnamed, "null"))
+    paths = ((absent, "No such file"), (tmp_path, "Received a folder"), (unnamed, "null"))
     for path, reason in paths:
         with pytest.raises(InputError) as refused:
             Schedule.parse(path)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partial_embedding import Position, Rows, Schedule
-from partial_embedding.rows.growth import Growth
-from partial_embedding.schedule import Evaluation, Plateau, RateScale, StageState, changes
+from partial_embedding.rows.growth import GrownRows, Growth
+from partial_embedding.schedule import Evaluation, Plateau, RateScale, StageState
+from partial_embedding.schedule.messages import changes
 
 CHOICES: tuple[Any, ...] = (
     "all",
@@ -194,7 +195,7 @@ def test_a_schedule_says_what_a_run_step_by_step_would_meet(run: Run, order: ran
             joined += 1
             following = run.stages[joined]
             growth, after = Growth.parse(following["grow"]), Rows.parse(following["rows"])
-            rows = Rows.grown(rows, after, growth, stage_state.increment, stage_state.increments)
+            rows = GrownRows(rows, after, growth, stage_state.increment, stage_state.increments)
         assert schedule.trainable_rows(position) == rows == schedule.rows_at(stage_state)
         rate_scale = RateScale(
             run.stages[joined].get("lr_scale", 1.0), run.stages[joined].get("warmup_steps", 0)

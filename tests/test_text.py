@@ -47,7 +47,7 @@ GOOD = {
     '4,pos,"the ""end"""\n',
     "windows.csv": '\ufefftext,label\r\na joy,pos\r\na bore,neg\r\n"so, so",neg\r\n'
     '"the ""end""",pos\r\n',
-    "films.tsv": 'text\tlabel\na joy\tpos\na bore\tneg\nso, so\tneg\n"the ""end"""\tpos\n',
+    "films.tsv": 'text\tlabel\na joy\tpos\na bore\tneg\nso, so\tneg\nthe "end"\tpos\n',
     "films.jsonl": '{"text": "a joy", "label": "pos"}\n{"text": "a bore", "label": "neg", "x": 1}\n'
     '\n{"text": "so, so", "label": "neg"}\r\n{"label": "pos", "text": "the \\"end\\""}',
     "films.txt": "__label__pos a joy\n__label__neg a bore\n\n__label__neg so, so\n"
@@ -117,7 +117,7 @@ BAD = {
     "json list": ("a.jsonl", f"\n{JSON}[1]\n".encode(), ["[1]", "line 3"]),
     "no json text": ("a.jsonl", b'{"review": "a", "label": "x"}', ["'text'", "'review', 'label'"]),
     "no json label": ("a.jsonl", f'{JSON}{{"text": "b"}}'.encode(), ["'label'", "line 2"]),
-    "empty object": ("a.jsonl", b"{}", ["'text'", "Received: none", "line 1"]),
+    "empty object": ("a.jsonl", b"{}", ["'label'", "Received: none", "line 1"]),
     "number as text": ("a.jsonl", b'{"text": 7, "label": "x"}', ["'text' is str", "7", "line 1"]),
     "null label": ("a.jsonl", b'{"text": "a", "label": null}', ["str or int", "None", "line 1"]),
     "no fasttext label": ("a.txt", b"__label__x a\nplain\n", ["'plain'", "line 2"]),

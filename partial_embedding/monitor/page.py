@@ -1,310 +1,296 @@
-"""A run's record as one HTML page that needs nothing but itself."""
+"""A run's record as one HTML page that needs nothing but itself, or several runs side by side."""
 
 from __future__ import annotations
 
-import base64
-import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
-from partial_embedding.monitor.page_pictures import (
-    DARK,
-    LIGHT,
-    Look,
-    drift_picture,
-    schedule_picture,
-    score_picture,
+from partial_embedding.errors import InputError
+from partial_embedding.monitor.figures import (
+    STYLE,
+    Line,
+    figure,
+    lasting,
+    ramp,
+    trainable_figure,
 )
-from partial_embedding.monitor.page_style import STYLE
-from partial_embedding.monitor.record import PlannedStage, RowRecord, Score, planned_points
+from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import Drift, MovedRow, RowTrack
-
-Draw = Callable[[Look], Figure]
+from partial_embedding.rows.token_text import printable
+from partial_embedding.schedule.preview import Planned
 
 # A number of a metric gets better downwards if its name says so.
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse")
+_NONE = "-"
+_QUANTILES = ("median", "10 to 90 %")
 
 
-def page(record: RowRecord, title: str, settings: str = "") -> tuple[str, dict[str, bytes]]:
-    """Make the page of a run.
+@dataclass(frozen=True)
+class Table:
+    """What a caption says, in columns, as it is shown."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    @cached_property
+    def numeric(self) -> set[int]:
+        """The columns of numbers, which stand at their right."""
+        is_number = re.compile(r"[\d.,e%+ -]*( to [\d.]+)?").fullmatch
+        return {i for i in range(len(self.columns)) if all(is_number(row[i]) for row in self.rows)}
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a page says of one thing; each part but the title may be left out."""
+
+    title: str
+    text: str = ""
+    figure: str = ""
+    tables: Sequence[Table] = ()
+    moved: Sequence[MovedRow] = ()
+    config: str = ""
+    level: int = 2
+
+
+def page(record: RowRecord, title: str, settings: str = "") -> str:
+    """Make the page of a run, as HTML.
 
     Args:
         record: What was seen of the run.
         title: What the page is called, such as the folder of the run.
         settings: The run's configuration, to be shown as it is.
 
-    Returns:
-        The HTML, and the pictures as PNG files by name.
-
     Example:
         >>> record = RowRecord({"words": RowTrack(10, 1.0, trainable=[(0, 4)])})
-        >>> html, pictures = page(record, "a run")
-        >>> html.startswith("<!doctype html>"), sorted(pictures)
-        (True, ['report-words-schedule.png'])
+        >>> html = page(record, "a run")
+        >>> html.startswith("<!doctype html>"), html.count("<svg")
+        (True, 1)
     """
-    pictures: dict[str, bytes] = {}
-    parts = [_head(record, title)]
+    facts, sections = [], []
     for name, track in record.tables.items():
-        plan = record.plans.get(name, [])
         several = len(record.tables) > 1
-        parts.append(f"<section>{_titled(f'Table {name}', 2)}" if several else "<section>")
-        parts.append(_schedule(name, track, plan, record, pictures))
-        if record.scores:
-            parts.append(_scores(name, track, record, pictures))
-        if any(cohort.drift for cohort in track.cohorts.values()):
-            parts.append(_cohorts(name, track, pictures))
-        if any(band.drift for band in track.bands.values()):
-            parts.append(_bands(name, track, pictures))
-        if track.moved:
-            parts.append(_moved(track))
-        parts.append("</section>")
-    parts.append(_audit(record))
-    parts.append(_notes(record, settings))
-    body = "\n".join(parts)
-    html = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        # Without it a browser asks the folder of the page for one.
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
-    return html, pictures
+        what = f"rows of {name}" if several else "rows"
+        facts.append((f"{track.count:,}", f"{what} trainable at the end, of {track.num_rows:,}"))
+        sections += [Section(f"Table {name}", level=1)] if several else []
+        sections += _of_table(name, track, record)
+    if record.tables:
+        unit = next(iter(record.tables.values())).unit
+        facts.append((f"{record.end:g}", f"{unit}s of training"))
+    if (metric := main_metric(record.scores)) is not None:
+        facts.append((f"{_best(metric, record.scores).metrics[metric]:.4g}", f"best {metric}"))
+    if record.audit:
+        facts.append((f"{_changed(record):,}", "frozen rows that changed a bit"))
+    return _html(title, facts, [*sections, _audit(record)], settings)
+
+
+def comparison(records: Mapping[str, RowRecord], title: str) -> str:
+    """Make one page of several runs, as HTML: what each reached, and with which rows.
+
+    Args:
+        records: What was seen of each run, by what it is called.
+        title: What the page is called.
+
+    Raises:
+        InputError: Some runs count epochs and others steps.
+
+    Example:
+        >>> runs = {name: RowRecord({"words": RowTrack(10, 1.0)}) for name in ("frozen", "all")}
+        >>> html = comparison(runs, "two runs")
+        >>> "frozen" in html, "all" in html
+        (True, True)
+    """
+    units = {track.unit: name for name, run in records.items() for track in run.tables.values()}
+    if len(units) > 1:
+        shown = ", ".join(f"{name} counts {unit}s" for unit, name in units.items())
+        raise InputError(
+            f"runs are compared over one unit of training. Received: {shown}. Compare those whose "
+            "data has a length, or those whose data has none, among themselves."
+        )
+    unit = next(iter(units), "epoch")
+    metric = main_metric([score for run in records.values() for score in run.scores]) or ""
+    rows, lines = [], []
+    for i, (name, run) in enumerate(records.items()):
+        measured = [_NONE] * 3
+        if scored := [score for score in run.scores if metric in score.metrics]:
+            points = [(score.place, score.metrics[metric]) for score in scored]
+            lines.append(Line(name, points, color=ramp(i, len(records)), dotted=True))
+            best = _best(metric, scored)
+            measured = [f"{best.metrics[metric]:.4g}", f"{best.place:g}", f"{points[-1][1]:.4g}"]
+        trained, changed = _percent(run.trainable, run.num_rows), f"{_changed(run):,}"
+        rows.append([name, *measured, trained, f"{run.end:g}", changed if run.audit else _NONE])
+    columns = ["run", "best", f"at {unit}", "last", "rows at the end", f"{unit}s", "frozen changed"]
+    ends = "; ".join(f"{line.label}: {line.points[-1][1]:.4g}" for line in lines)
+    drawn = lines and figure(
+        lines, title=metric, alt=f"{metric} over training. At the end: {ends}.", unit=unit,
+        end=max(run.end for run in records.values()), bottom=None,
+    )  # fmt: skip
+    about = f"{_readable(metric)} of {len(rows)} runs" if metric else f"{len(rows)} runs"
+    table = Table(f"Best and last: {metric}" if metric else "No run was validated", columns, rows)
+    return _html(title, [], [Section(about, figure=drawn or "", tables=[table])])
 
 
 # Sections
 
 
-def _head(record: RowRecord, title: str) -> str:
-    facts = []
-    for name, track in record.tables.items():
-        trainable = track.trainable[-1][1] if track.trainable else 0
-        of_which = f"rows of {name}" if len(record.tables) > 1 else "rows"
-        facts.append((f"{trainable:,}", f"{of_which} trainable at the end, of {track.num_rows:,}"))
-    if record.tables:
-        track = next(iter(record.tables.values()))
-        facts.append((f"{track.end:g}", f"{track.unit}s of training"))
-    if (metric := main_metric(record.scores)) is not None:
-        best = _best(metric, record.scores)
-        facts.append((f"{best.metrics[metric]:.4g}", f"best {metric}"))
-    if record.audit:
-        changed = sum(report.changed for report in record.audit)
-        facts.append((f"{changed:,}", "frozen rows that changed a bit"))
-    cards = "".join(
-        f"<div><dt>{escape(what)}</dt><dd>{escape(number)}</dd></div>" for number, what in facts
-    )
-    return f"<header><h1>{escape(title)}</h1>\n<dl>{cards}</dl></header>"
-
-
-def _schedule(
-    name: str,
-    track: RowTrack,
-    plan: Sequence[PlannedStage],
-    record: RowRecord,
-    pictures: dict[str, bytes],
-) -> str:
-    end = _planned_end(track, record)
-    points = planned_points(plan, track.unit, end, record.epoch_steps)
-    happened = "; ".join(
-        f"{count:,} from {track.unit} {place:g}" for place, count in track.trainable
-    )
-    picture = _picture(
-        partial(schedule_picture, track, points, end),
-        f"report-{name}-schedule.png",
-        f"Trainable rows in {name} over training: {happened}."
-        + (" A dashed line shows the plan." if points else ""),
-        pictures,
-    )
-    text = _titled("The schedule, as planned and as it happened") + picture
-    if plan:
-        rows = [
-            [str(i), s.start, s.rows, f"{s.trainable:,}", _percent(s.trainable, track.num_rows)]
-            for i, s in enumerate(plan)
-        ]
-        columns = ["stage", "planned from", "rows", "trainable rows", "share of the table"]
-        if any(stage.notes for stage in plan):
-            columns.append("notes")
-            rows = [[*row, stage.notes] for row, stage in zip(rows, plan, strict=True)]
-        text += _table(
-            columns,
-            rows,
-            "Planned stages",
-            numbers={3, 4},
+def _of_table(name: str, track: RowTrack, record: RowRecord) -> list[Section]:
+    sections = [_schedule(name, track, record)]
+    if track.moved:
+        text = (
+            f"Among {track.sampled:,} rows that were sampled. A neighbour that is new is marked; "
+            "one that is gone is struck out."
         )
-    return text + _table(
-        [f"from {track.unit}", "trainable rows", "share of the table"],
-        [
-            [f"{place:g}", f"{count:,}", _percent(count, track.num_rows)]
-            for place, count in track.trainable
-        ],
-        "What happened",
-        numbers={0, 1, 2},
-    )
+        sections.append(Section("The tokens that moved most", text, moved=track.moved))
+    if (metric := main_metric(record.scores)) is not None:
+        sections.append(_scores(metric, track, record))
+    if any(cohort.drift for cohort in track.cohorts.values()):
+        sections.append(_cohorts(track))
+    # Bands of a table that stood still would be drawn as one line at 0.
+    if any(high for band in track.bands.values() for *_, high in band.drift):
+        sections.append(_bands(track))
+    return sections
 
 
-def _scores(name: str, track: RowTrack, record: RowRecord, pictures: dict[str, bytes]) -> str:
-    metric = main_metric(record.scores)
-    if metric is None:
-        return ""
-    num_rows = sum(one.num_rows for one in record.tables.values())
+def _schedule(name: str, track: RowTrack, record: RowRecord) -> Section:
+    title, unit = "The schedule, as planned and as it happened", track.unit
+    planned, config = record.plans.get(name, []), record.schedules.get(name, "")
+    plan = [(step.position.step / (record.epoch_steps or 1), step.trainable) for step in planned]
+    if not any(count for _, count in [*track.trainable, *plan]):
+        return Section(title, "No row of this table was to train, and none did.", config=config)
+    end = max(track.end, float(record.length or 0) if unit == "epoch" else 0.0)
+    lines, tables = [Line("as it happened", lasting(track.trainable, track.end), stepped=True)], []
+    if plan:
+        points = lasting(plan, end)
+        lines.append(Line("as planned", points, (), "var(--second)", stepped=True, dashed=True))
+        rows = [_planned_row(step, track.num_rows) for step in planned]
+        columns = ["planned", "rows", "share", "join", "leave", "of the tokens", "rate"]
+        used = [i for i in range(7) if i < 3 or any(row[i] != _NONE for row in rows)]
+        shown = [[row[i] for i in used] for row in rows]
+        tables.append(Table("As planned", [columns[i] for i in used], shown))
+    rows = [[f"{p:g}", f"{n:,}", _percent(n, track.num_rows)] for p, n in track.trainable]
+    tables.append(Table("As it happened", [f"from {unit}", "rows", "share"], rows))
+    said = "; ".join(f"{count:,} from {unit} {place:g}" for place, count in track.trainable[:20])
+    alt = f"Trainable rows in {name} over training: {said}."
+    drawn = trainable_figure(lines, track.num_rows, end, unit, alt)
+    return Section(title, figure=drawn, tables=tables, config=config)
+
+
+def _planned_row(step: Planned, num_rows: int) -> list[str]:
+    rate, warmup = step.rate_scale.lr_scale, step.rate_scale.warmup_steps
+    said = [f"lr × {rate:.3g}"] * (rate != 1) + [f"warm-up of {warmup:,} steps"] * bool(warmup)
+    return [
+        step.place,
+        f"{step.trainable:,}",
+        _percent(step.trainable, num_rows),
+        f"{step.joining:,}" if step.joining else _NONE,
+        f"{step.leaving:,}" if step.leaving else _NONE,
+        _NONE if step.covered is None else f"{100 * step.covered:.1f} %",
+        ", ".join(said) or _NONE,
+    ]
+
+
+def _scores(metric: str, track: RowTrack, record: RowRecord) -> Section:
     scored = [score for score in record.scores if metric in score.metrics]
-    picture = _picture(
-        lambda look: score_picture(record.scores, metric, num_rows, track, look),
-        f"report-{name}-score.png",
-        f"{metric} over training, from {scored[0].metrics[metric]:.4g} to "
-        f"{scored[-1].metrics[metric]:.4g}, over the share of trainable rows.",
-        pictures,
+    points = [(score.place, score.metrics[metric]) for score in scored]
+    # The rows that trained before a validation are what it measured.
+    starts = [0.0, *(score.place for score in scored)]
+    shares = [score.trainable / max(record.num_rows, 1) for score in scored]
+    drawn = figure(
+        [Line(metric, points, color="var(--second)", dotted=True)],
+        title=metric,
+        alt=f"{metric} over training, from {points[0][1]:.4g} to {points[-1][1]:.4g}, over the "
+        "share of trainable rows.",
+        unit=track.unit,
+        end=record.end,
+        bottom=None,
+        shade=lasting(list(zip(starts, shares, strict=False)), starts[-1]),
     )
     rows = []
     for trainable in dict.fromkeys(score.trainable for score in scored):
         within = [score for score in scored if score.trainable == trainable]
-        numbers = [score.metrics[metric] for score in within]
-        best = _best(metric, within).metrics[metric]
-        spread = [f"{value:.4g}" for value in (numbers[0], best, numbers[-1])]
-        rows.append([f"{trainable:,}", _percent(trainable, num_rows), str(len(within)), *spread])
+        spread = (within[0], _best(metric, within), within[-1])
+        numbers = [f"{score.metrics[metric]:.4g}" for score in spread]
+        share = _percent(trainable, record.num_rows)
+        rows.append([f"{trainable:,}", share, str(len(within)), *numbers])
     columns = ["trainable rows", "share", "validations", "first", "best", "last"]
-    return (
-        _titled(f"{_readable(metric)} against trainable rows")
-        + picture
-        + _table(columns, rows, metric, numbers=set(range(6)))
+    return Section(
+        f"{_readable(metric)} against trainable rows",
+        "Shaded: the share of all rows that trained, up to the full height.",
+        drawn,
+        [Table(metric, columns, rows)],
     )
 
 
-def _cohorts(name: str, track: RowTrack, pictures: dict[str, bytes]) -> str:
-    lines = {
-        f"{cohort.size:,} trainable from {track.unit} {cohort.unfrozen_at:g}": cohort.drift
-        for cohort in track.cohorts.values()
-    }
-    picture = _drift(
-        lines, track, f"report-{name}-cohorts.png", "Rows that were unfrozen together", pictures
-    )
-    rows: list[list[str]] = []
+def _cohorts(track: RowTrack) -> Section:
+    drifts, rows = {}, []
     for number, cohort in track.cohorts.items():
+        since = f"{track.unit} {cohort.unfrozen_at:g}"
+        drifts[f"{cohort.size:,} trainable from {since}"] = cohort.drift
         last = {key: series[-1][1] for key, series in cohort.numbers.items() if series}
-        rows.append(
-            [
-                str(number),
-                f"{track.unit} {cohort.unfrozen_at:g}",
-                f"{cohort.size:,}",
-                *_quantiles(cohort.drift),
-                *(
-                    f"{last[key]:.3g}" if key in last else "-"
-                    for key in ("update_ratio", "gradient_norm", "lr")
-                ),
-                f"{100 * last['neighbours_kept']:.0f} %" if "neighbours_kept" in last else "-",
-            ]
-        )
-    columns = [
-        "cohort", "unfrozen", "rows", "10 %", "median", "90 %", "update ratio", "gradient norm",
-        "lr", "neighbours kept",
-    ]  # fmt: skip
-    return (
-        _titled("How far rows moved since they were unfrozen")
-        + "<p>Line: the median; band: the middle 80 % of rows. Distances are divided by the length "
-        "of a typical row.</p>"
-        + picture
-        + _table(columns, rows, "The last measurement of each cohort", numbers={0, *range(2, 10)})
+        keys = ("update_ratio", "gradient_norm", "lr")
+        numbers = [f"{last[key]:.3g}" if key in last else _NONE for key in keys]
+        kept = f"{100 * last['neighbours_kept']:.0f} %" if "neighbours_kept" in last else _NONE
+        size = f"{cohort.size:,}"
+        rows.append([str(number), since, size, *_quantiles(cohort.drift), *numbers, kept])
+    columns = ["cohort", "from", "rows", *_QUANTILES, "update", "gradient", "lr", "kept"]
+    return Section(
+        "How far rows moved since they were unfrozen",
+        "Line: the median; band: the middle 80 % of rows, in lengths of a typical row.",
+        _drift(drifts, track, "Rows that were unfrozen together"),
+        [Table("The last measurement of each cohort", columns, rows)],
     )
 
 
-def _bands(name: str, track: RowTrack, pictures: dict[str, bytes]) -> str:
-    labels = {key: _band_label(band.low, band.high) for key, band in track.bands.items()}
-    lines = {
-        f"{labels[key]} ({band.size:,} {'row' if band.size == 1 else 'rows'})": band.drift
-        for key, band in track.bands.items()
-    }
-    picture = _drift(
-        lines, track, f"report-{name}-frequency.png", "Rows by how often they occur", pictures
-    )
-    rows = [
-        [labels[key], f"{band.size:,}", *_quantiles(band.drift)]
-        for key, band in track.bands.items()
-    ]
-    columns = ["in the training data", "rows", "10 %", "median", "90 %"]
-    return (
-        _titled("Drift by frequency")
-        + "<p>How far rows are from where training began, trainable or not.</p>"
-        + picture
-        + _table(columns, rows, "At the end, in lengths of a typical row", numbers={1, 2, 3, 4})
+def _bands(track: RowTrack) -> Section:
+    drifts, rows = {}, []
+    for band in track.bands.values():
+        label = f"{band.low:,} times or more" if band.high is None else "never"
+        if band.high:
+            label = f"{band.low:,} to {band.high:,} times"
+        drifts[f"{label} ({band.size:,} {'row' if band.size == 1 else 'rows'})"] = band.drift
+        rows.append([label, f"{band.size:,}", *_quantiles(band.drift)])
+    return Section(
+        "Drift by frequency",
+        "How far rows are from where training began, trainable or not.",
+        _drift(drifts, track, "Rows by how often they occur"),
+        [Table("In the training data", ["occur", "rows", *_QUANTILES], rows)],
     )
 
 
-def _moved(track: RowTrack) -> str:
-    rows = "".join(_moved_row(row) for row in track.moved)
-    return (
-        _titled("The tokens that moved most")
-        + f"<p>Among {track.watched:,} rows that were watched. A neighbour that is new is "
-        "<mark>marked</mark>; one that is gone is <s>struck out</s>.</p>"
-        f'<ol class="moved">{rows}</ol>'
+def _drift(drifts: Mapping[str, Drift], track: RowTrack, what: str) -> str:
+    lines = []
+    for i, (label, drift) in enumerate(drifts.items()):
+        middle = [(place, middle) for place, _, middle, _ in drift]
+        band = [(place, low, high) for place, low, _, high in drift]
+        lines += [Line(label, middle, band, ramp(i, len(drifts)))] if drift else []
+    ends = "; ".join(f"{line.label}: median {line.points[-1][1]:.2f}" for line in lines)
+    return figure(
+        lines,
+        title="distance, in typical rows",
+        alt=f"{what}, and how far they moved over training. At the end, in typical rows: {ends}.",
+        unit=track.unit,
+        end=track.end,
+        marks=[place for place, _ in track.trainable[1:]],
     )
 
 
-def _moved_row(row: MovedRow) -> str:
-    before = " ".join(
-        f"<span>{escape(token)}</span>" if token in row.after else f"<s>{escape(token)}</s>"
-        for token in row.before
-    )
-    after = " ".join(
-        f"<span>{escape(token)}</span>" if token in row.before else f"<mark>{escape(token)}</mark>"
-        for token in row.after
-    )
-    seen = "" if row.count is None else f", seen {row.count:,} times"
-    kept = len(set(row.before) & set(row.after))
-    return (
-        f"<li><h3>{escape(row.token)}</h3><p>moved {row.distance:.2f} typical rows{seen}, "
-        f"{kept} of {len(row.before)} neighbours kept</p>"
-        f"<dl><dt>before</dt><dd>{before}</dd><dt>after</dt><dd>{after}</dd></dl></li>"
-    )
-
-
-def _audit(record: RowRecord) -> str:
+def _audit(record: RowRecord) -> Section:
     if not record.audit:
-        return (
-            "<section>" + _titled("The audit") + "<p>This run was not audited. "
-            "<code>RowUnfreezing(…, audit=True)</code> compares the bits of frozen rows.</p>"
-            "</section>"
-        )
-    changed = sum(report.changed for report in record.audit)
+        text = "This run was not audited. RowUnfreezing(…, audit=True) compares frozen rows' bits."
+        return Section("The audit", text)
+    changed = _changed(record)
     verdict = (
-        "No frozen row changed a bit." if not changed else f"{changed:,} frozen rows changed a bit."
+        f"{changed:,} frozen rows changed a bit." if changed else "No frozen row changed a bit."
     )
-    rows = [
-        [report.table, str(report.stage), f"{report.frozen:,}", f"{report.changed:,}"]
-        for report in record.audit
-    ]
-    return (
-        "<section>"
-        + _titled("The audit")
-        + f'<p class="{"good" if not changed else "bad"}">{verdict}</p>'
-        + _table(
-            ["table", "stage", "frozen rows", "changed a bit"],
-            rows,
-            "Frozen rows of each stage that ended",
-            numbers={1, 2, 3},
-        )
-        + "</section>"
-    )
-
-
-def _notes(record: RowRecord, settings: str) -> str:
-    shown = (
-        f"<details><summary>Settings of the run</summary><pre>{escape(settings)}</pre></details>"
-        if settings
-        else ""
-    )
-    return (
-        "<footer><p>Measured on a sample of rows. Update ratio: how far rows went in one step, "
-        "divided by their length. Gradient norm: of the cohort's rows, before clipping. Neighbours "
-        "kept: the share of the ten nearest neighbours by cosine, among the watched rows, that "
-        f"rows had when they were unfrozen.</p>{shown}</footer>"
-    )
+    columns = ["table", "stage", "frozen rows", "changed a bit"]
+    rows = [[a.table, str(a.stage), f"{a.frozen:,}", f"{a.changed:,}"] for a in record.audit]
+    return Section("The audit", verdict, "", [Table("Each stage that ended", columns, rows)])
 
 
 # Numbers
@@ -335,24 +321,19 @@ def _best(metric: str, scores: Sequence[Score]) -> Score:
     return (min if lower else max)(scored, key=lambda score: score.metrics[metric])
 
 
-def _planned_end(track: RowTrack, record: RowRecord) -> float:
-    if track.unit == "epoch" and record.length is not None:
-        return max(track.end, float(record.length))
-    return track.end
+def _changed(record: RowRecord) -> int:
+    return sum(result.changed for result in record.audit)
 
 
 def _quantiles(drift: Drift) -> list[str]:
-    return [f"{share:.2f}" for share in drift[-1][1:]] if drift else ["-", "-", "-"]
+    if not drift:
+        return [_NONE, _NONE]
+    _, low, middle, high = drift[-1]
+    return [f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
 
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole if whole else 0:.1f} %"
-
-
-def _band_label(low: int, high: int | None) -> str:
-    if high == low:
-        return "never" if not low else f"{low:,} times"
-    return f"{low:,} times or more" if high is None else f"{low:,} to {high:,} times"
 
 
 def _readable(metric: str) -> str:
@@ -363,74 +344,23 @@ def _readable(metric: str) -> str:
 # HTML
 
 
-def _titled(text: str, level: int = 2) -> str:
-    return f"<h{level}>{escape(text)}</h{level}>"
-
-
-def _table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str, numbers: set[int]
+def _html(
+    title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], settings: str = ""
 ) -> str:
-    """A table that can be scrolled sideways where it is wider than the screen."""
-
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if i in numbers else ''}{' scope=col' if tag == 'th' else ''}>"
-            f"{escape(value)}</{tag}>"
-            for i, value in enumerate(values)
-        )
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return (
-        f'<div class="wide" tabindex="0"><table><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{cells('th', columns)}</tr></thead><tbody>{body}</tbody></table></div>"
+    # What a run is called and what its tokens are is text: markup in it is escaped, and so is what
+    # would not be seen, or would move what is around it.
+    environment = Environment(
+        loader=PackageLoader("partial_embedding.monitor", ""),
+        autoescape=True,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawn = [replace(section, figure=Markup(section.figure)) for section in sections]
+    return environment.get_template("page.html.j2").render(
+        title=title, facts=facts, sections=drawn, settings=settings, style=Markup(STYLE)
     )
 
 
-def _drift(
-    lines: Mapping[str, Drift],
-    track: RowTrack,
-    file: str,
-    what: str,
-    pictures: dict[str, bytes],
-) -> str:
-    ends = "; ".join(f"{label}: median {d[-1][2]:.2f}" for label, d in lines.items() if d)
-    marks = [place for place, _ in track.trainable[1:]]
-    return _picture(
-        lambda look: drift_picture(lines, track.end, track.unit, look, marks),
-        file,
-        f"{what}, and how far they moved over training. At the end, in typical rows: {ends}.",
-        pictures,
-    )
-
-
-def _picture(draw: Draw, file: str, alt: str, pictures: dict[str, bytes]) -> str:
-    """A picture in light and dark, wide and narrow, of which the browser takes what fits."""
-    file = re.sub(r"[^\w.-]", "_", file)  # layers may have any name
-    pictures[file] = _saved(draw(LIGHT), "png", facecolor="white")
-    narrow, dark = "(max-width: 600px)", "(prefers-color-scheme: dark)"
-    sources = [
-        (f"{narrow} and {dark}", replace(DARK, narrow=True)),
-        (narrow, replace(LIGHT, narrow=True)),
-        (dark, DARK),
-    ]
-    made = "".join(
-        f'<source media="{media}" srcset="{_as_url(draw(look))}">' for media, look in sources
-    )
-    return (
-        f'<figure><picture>{made}<img src="{_as_url(draw(LIGHT))}" alt="{escape(alt)}">'
-        "</picture></figure>"
-    )
-
-
-def _as_url(figure: Figure) -> str:
-    svg = _saved(figure, "svg")
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-
-
-def _saved(figure: Figure, kind: str, facecolor: str = "none") -> bytes:
-    file = io.BytesIO()
-    # Without a date and random names within a picture, the same run gives the same page.
-    metadata = {"Date": None} if kind == "svg" else {}
-    with rc_context({"svg.hashsalt": "rows"}):
-        figure.savefig(file, format=kind, facecolor=facecolor, metadata=metadata)
-    return file.getvalue()
+def _printable(value: Any) -> Any:
+    return printable(value) if type(value) is str else value

@@ -5,51 +5,26 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import yaml
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.monitor.track import RowTrack
-from partial_embedding.rows.vocabulary import Vocabulary
-from partial_embedding.schedule import Plateau, Schedule, Stage
-from partial_embedding.schedule.messages import StageReport
+from partial_embedding.monitor.sampling import TableSample, Values
+from partial_embedding.monitor.track import RowTrack, thinned
+from partial_embedding.rows.vocabulary import Ids, Vocabulary
+from partial_embedding.schedule import Position, RateScale, Schedule
+from partial_embedding.schedule.messages import AuditResult
+from partial_embedding.schedule.preview import Planned, plan
 
 RECORD = "rows.json"
 _FORMAT = 1
-_MOST_SCORES = 1000
-_MOST_PARTS = 50
-# A stage of a few hundred ids is no description; its beginning is.
+# A list of some hundred ids is no description; its beginning is.
 _MOST_TEXT = 120
-
-
-@dataclass
-class PlannedStage:
-    """One stage of a schedule, as it was planned.
-
-    Args:
-        start: Where it starts, in words.
-        unit: `"epoch"`, `"step"` or `"share"`; None where it waits for a metric.
-        at: Where in that unit.
-        rows: Its rows, as YAML.
-        trainable: How many they are.
-        growth: How many train after each part of the way to it; empty where all are unfrozen at
-            once.
-        notes: How they are unfrozen and how fast they learn, where that is not the usual.
-    """
-
-    start: str
-    unit: str | None
-    at: float | None
-    rows: str
-    trainable: int
-    growth: list[int] = field(default_factory=list)
-    notes: str = ""
 
 
 @dataclass
@@ -73,7 +48,8 @@ class RowRecord:
 
     Args:
         tables: What was seen of each table.
-        plans: The stages that were planned for each table.
+        schedules: The schedule of each table, as YAML.
+        plans: What it was to do, step by step.
         scores: What validations measured, in order.
         audit: The frozen rows of each stage, and how many changed a bit; empty without an audit.
         length: The epochs that were planned, where that is known.
@@ -86,24 +62,27 @@ class RowRecord:
     """
 
     tables: dict[str, RowTrack] = field(default_factory=dict)
-    plans: dict[str, list[PlannedStage]] = field(default_factory=dict)
+    schedules: dict[str, str] = field(default_factory=dict)
+    plans: dict[str, list[Planned]] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
-    audit: list[StageReport] = field(default_factory=list)
+    audit: list[AuditResult] = field(default_factory=list)
     length: int | None = None
-    epoch_steps: float | None = None
+    epoch_steps: int | None = None
 
-    def add_score(self, place: float, metrics: Mapping[str, float]) -> None:
-        """Keep what a validation measured.
+    @property
+    def trainable(self) -> int:
+        """How many rows train where training stands, in all tables together."""
+        return sum(track.count for track in self.tables.values())
 
-        Args:
-            place: Where in training.
-            metrics: The numbers by name; those that are not finite are left out.
-        """
-        finite = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
-        trainable = sum(track.trainable[-1][1] for track in self.tables.values() if track.trainable)
-        self.scores.append(Score(place, trainable, finite))
-        if len(self.scores) > _MOST_SCORES:
-            self.scores = self.scores[::2]
+    @property
+    def num_rows(self) -> int:
+        """The rows of all tables together."""
+        return sum(track.num_rows for track in self.tables.values())
+
+    @property
+    def end(self) -> float:
+        """Where training stands."""
+        return max((track.end for track in self.tables.values()), default=0.0)
 
     def to_state(self) -> dict[str, Any]:
         """Plain values for a checkpoint or a JSON file."""
@@ -118,110 +97,157 @@ class RowRecord:
         """
         return RowRecord(
             {name: RowTrack.from_state(track) for name, track in state["tables"].items()},
-            {name: [PlannedStage(**one) for one in plan] for name, plan in state["plans"].items()},
+            dict(state["schedules"]),
+            {name: list(map(_planned, steps)) for name, steps in state["plans"].items()},
             [Score(**score) for score in state["scores"]],
-            [StageReport(**report) for report in state["audit"]],
+            [AuditResult(**result) for result in state["audit"]],
             state["length"],
             state["epoch_steps"],
         )
 
 
-def planned_stages(
-    schedule: Schedule,
-    num_rows: int,
-    vocabulary: Vocabulary | None = None,
-    padding: int | None = None,
-) -> list[PlannedStage]:
-    """Describe the stages of a schedule for one table.
+def _planned(state: Mapping[str, Any]) -> Planned:
+    position = Position.from_state(state["position"])
+    return Planned(
+        **{**state, "position": position, "rate_scale": RateScale(**state["rate_scale"])}
+    )
+
+
+class Moving(Protocol):
+    """What moves rows along schedules: the `RowUnfreezing` of a framework."""
+
+    schedules: dict[str | None, Schedule]
+    vocabulary: Vocabulary | None
+
+    @property
+    def audit_results(self) -> list[AuditResult]:
+        """What the audit found in the stages that ended."""
+
+
+class RunRecorder:
+    """Samples the tables of a run, and keeps its record: what both `RowMonitor`s have in common.
 
     Args:
-        schedule: The schedule.
-        num_rows: The rows V of the table.
-        vocabulary: What rows mean, for schedules that ask for it.
-        padding: The row of padding, which never trains.
-
-    Raises:
-        InputError: The rows do not fit the table or the vocabulary.
+        length: The epochs that are planned, where that is known.
+        epoch_steps: The optimizer steps of an epoch; without them places in training are steps.
+        size: The most rows of a cohort or frequency band that are measured.
+        vocabulary: The tokens of the rows and how often they occur, if known.
+        restored: What `to_state` gave of the run that this one continues.
 
     Example:
-        >>> stages = [{"epoch": 0, "rows": [3]}, {"epoch": 2, "rows": "all", "lr_scale": 0.5}]
-        >>> [(stage.start, stage.trainable, stage.notes) for stage in planned_stages(Schedule(stages), 10)]
-        [('epoch 0', 1, ''), ('epoch 2', 10, 'lr: 0.5')]
-    """  # noqa: E501  # a line that is copied stays one line
-    planned: list[PlannedStage] = []
-    for stage in schedule.stages:
-        start, config = stage.start, stage.to_config()
-        ids = stage.rows.resolve(num_rows, vocabulary)
-        trainable = int(np.count_nonzero(ids != padding))
-        planned.append(
-            PlannedStage(
-                str(start),
-                None if isinstance(start, Plateau) else start.unit,
-                None if isinstance(start, Plateau) else start.at,
-                _yaml(config.pop("rows")),
-                trainable,
-                _grown(stage, planned[-1], trainable) if planned else [],
-                ", ".join(
-                    f"{key}: {_yaml(value)}"
-                    for key, value in config.items()
-                    if key in ("grow", "lr_scale", "warmup_steps", "plateau")
-                ),
+        >>> import numpy as np
+        >>> table = np.eye(4, dtype=np.float32)
+        >>> run = RunRecorder(length=3, epoch_steps=10)
+        >>> sample = run.add_table("words", lambda ids: table[ids], 4)
+        >>> sample.note_rows(np.array([True, False, False, False]), place=0.0)
+        >>> sample.measure(place=1.0)["trainable_rows"]
+        1
+        >>> run.add_score({"val_loss": 0.5})
+        >>> run.finished().scores
+        [Score(place=1.0, trainable=1, metrics={'val_loss': 0.5})]
+    """
+
+    def __init__(
+        self,
+        length: int | None = None,
+        epoch_steps: int | None = None,
+        size: int = 256,
+        vocabulary: Vocabulary | None = None,
+        restored: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.size = size
+        self.vocabulary = vocabulary
+        self._samples: dict[str, TableSample] = {}
+        self._paddings: dict[str, int | None] = {}
+        self._new_rows: dict[str, Ids | None] = {}
+        self._restored = restored or {"tables": {}, "scores": []}
+        scores = [Score(**score) for score in self._restored["scores"]]
+        self._record = RowRecord(scores=scores, length=length, epoch_steps=epoch_steps)
+
+    @property
+    def unit(self) -> str:
+        """The unit of places in training, `"epoch"` or `"step"`."""
+        return "step" if self._record.epoch_steps is None else "epoch"
+
+    @property
+    def tracks(self) -> dict[str, RowTrack]:
+        """What was seen so far, by the name of the table."""
+        return {name: sample.track for name, sample in self._samples.items()}
+
+    def add_table(
+        self,
+        name: str,
+        rows: Callable[[Ids], Values],
+        num_rows: int,
+        padding: int | None = None,
+        new: Ids | None = None,
+    ) -> TableSample:
+        """Sample a table from now on, or from where the run that this one continues stopped.
+
+        Args:
+            name: Its name.
+            rows: Reads rows: from sorted ids, int64, shape (n,), to float32, shape (n, D).
+            num_rows: Its rows V.
+            padding: The row of padding, which is not sampled.
+            new: The rows by which it grew last.
+        """
+        sample = TableSample(rows, num_rows, self.unit, self.size, self.vocabulary, padding)
+        if (saved := self._restored["tables"].get(name)) is not None:
+            sample.restore(saved)
+        self._samples[name] = sample
+        self._paddings[name], self._new_rows[name] = padding, new
+        return sample
+
+    def add_score(self, metrics: Mapping[str, float]) -> None:
+        """Keep what a validation measured, where training stands.
+
+        Args:
+            metrics: The numbers by name; those that are not finite are left out.
+        """
+        if not self._samples:
+            return
+        finite = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
+        seen = replace(self._record, tables=self.tracks)
+        score = Score(seen.end, seen.trainable, finite)
+        self._record.scores = thinned([*self._record.scores, score])
+
+    def to_state(self) -> dict[str, Any]:
+        """What was seen so far, as plain values and arrays."""
+        tables = {name: sample.to_state() for name, sample in self._samples.items()}
+        return {"tables": tables, "scores": list(map(asdict, self._record.scores))}
+
+    def finished(self, moving: Moving | None = None) -> RowRecord:
+        """The record of the run.
+
+        Args:
+            moving: What moved the rows along schedules, if anything did.
+        """
+        tables = {name: sample.finish() for name, sample in self._samples.items()}
+        record = replace(self._record, tables=tables)
+        if moving is None:
+            return record
+        record.audit = list(moving.audit_results)
+        for name, track in tables.items():
+            schedule = moving.schedules.get(name, moving.schedules.get(None))
+            if schedule is None:
+                continue
+            length = max(math.ceil(track.end), 1)
+            steps = plan(
+                schedule,
+                track.num_rows,
+                moving.vocabulary or self.vocabulary,
+                1 if record.epoch_steps is None else record.length or length,
+                record.epoch_steps or length,
+                self._paddings[name],
+                self._new_rows[name],
             )
-        )
-    return planned
-
-
-def _grown(stage: Stage, before: PlannedStage, trainable: int) -> list[int]:
-    if (growth := stage.growth) is None:
-        return []
-    # Fewer parts than there may be, for a picture and not for training.
-    parts = min(growth.increments or _MOST_PARTS, _MOST_PARTS)
-    return [growth.trainable(part, parts, before.trainable, trainable) for part in range(1, parts)]
-
-
-def planned_points(
-    plan: Sequence[PlannedStage], unit: str, end: float, epoch_steps: float | None
-) -> list[tuple[float, int]]:
-    """Where in training how many rows should train.
-
-    Args:
-        plan: The stages of a table.
-        unit: The unit of places in training, `"epoch"` or `"step"`.
-        end: Where training ends.
-        epoch_steps: The optimizer steps of an epoch, where that is known.
-
-    Returns:
-        The places with the trainable rows from there on, as far as they can be known: nothing from a
-        stage on that waits for a metric.
-
-    Example:
-        >>> plan = planned_stages(Schedule([{"epoch": 0, "rows": [3]}, {"share": 0.5, "rows": "all"}]), 8)
-        >>> planned_points(plan, "epoch", end=4.0, epoch_steps=None)
-        [(0.0, 1), (2.0, 8)]
-    """  # noqa: E501  # a line that is copied stays one line
-    points: list[tuple[float, int]] = []
-    for stage in plan:
-        place = _in_unit(stage, unit, end, epoch_steps)
-        if place is None:
-            break
-        if points and stage.growth:
-            before, parts = points[-1][0], len(stage.growth) + 1
-            points += [
-                (before + (place - before) * part / parts, trainable)
-                for part, trainable in enumerate(stage.growth, 1)
+            record.schedules[name] = _written(schedule)
+            # What a plateau is planned with is made up, and long.
+            record.plans[name] = [
+                replace(step, position=replace(step.position, evaluations=()))
+                for step in thinned(steps)
             ]
-        points.append((place, stage.trainable))
-    return points
-
-
-def _in_unit(stage: PlannedStage, unit: str, end: float, epoch_steps: float | None) -> float | None:
-    if stage.at is None or stage.unit == unit or not stage.at:
-        return None if stage.at is None else float(stage.at)
-    if stage.unit == "share":
-        return stage.at * end
-    if epoch_steps is None:
-        return None
-    return stage.at / epoch_steps if unit == "epoch" else stage.at * epoch_steps
+        return record
 
 
 def write_record(path: str | os.PathLike[str], record: RowRecord) -> None:
@@ -269,7 +295,18 @@ def read_record(run: str | os.PathLike[str]) -> RowRecord:
         ) from None
 
 
+def _written(schedule: Schedule) -> str:
+    """A schedule as YAML, one line a stage."""
+    config = schedule.to_config()
+    lines = ["stages:", *(f"- {_yaml(stage)}" for stage in config.pop("stages"))]
+    lines += [f"{key}: {_yaml(value)}" for key, value in config.items()]
+    return "\n".join(
+        line if len(line) <= _MOST_TEXT else f"{line[:_MOST_TEXT]} …" for line in lines
+    )
+
+
 def _yaml(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
-    text = text.removesuffix("\n").removesuffix("\n...").strip()
-    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]} …"
+    text = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, width=10**9, allow_unicode=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,4 +1,4 @@
-"""Watching one table while it trains: what is sampled, measured and called what."""
+"""A sample of one table's rows: what is measured of it while it trains, and called what."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from partial_embedding.monitor.neighbours import nearest, share_kept
 from partial_embedding.monitor.track import (
     CohortTrack,
     MovedRow,
@@ -18,6 +17,7 @@ from partial_embedding.monitor.track import (
     frequency_bands,
     sample,
 )
+from partial_embedding.rows.cosines import cosines_of
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
 Values = NDArray[np.float32]
@@ -41,12 +41,12 @@ class _Sampled:
         return _Sampled(self.ids[stay], self.start[stay])
 
 
-class TableWatch:
-    """Measures samples of a table's rows, the same way for every framework.
+class TableSample:
+    """Measures a sample of a table's rows, the same way for every framework.
 
     The metrics, after the table's name:
 
-    - `rows_awake`: how many rows train;
+    - `trainable_rows`: how many rows train;
     - `tokens_that_train`: the share of a batch's tokens, without padding, whose rows train;
     - `tokens_covered`: the same of all training data, by the counts of the vocabulary.
 
@@ -57,8 +57,8 @@ class TableWatch:
     - `cohort_0/update_ratio`: how far the rows went in one step, divided by their length;
     - `cohort_0/gradient_norm`: the norm of the gradient of the cohort's rows, before clipping;
     - `cohort_0/lr`: the learning rate with which the rows step;
-    - `cohort_0/neighbours_kept`: the share of the ten nearest neighbours by cosine, among watched
-      rows, that are those which the rows had when they were unfrozen.
+    - `cohort_0/neighbours_kept`: the share of the ten nearest neighbours by cosine, among the
+      sampled rows of all kinds, that are those which the rows had when they were unfrozen.
 
     For the rows that occur about as often, `seen_10_to_99` and so on, where there are counts:
 
@@ -75,14 +75,14 @@ class TableWatch:
         unit: The unit of places in training, `"epoch"` or `"step"`.
         size: The most rows of a cohort or band that are measured.
         vocabulary: The tokens of the rows and how often they occur, if known.
-        padding: The row of padding, which is not watched.
+        padding: The row of padding, which is not sampled.
 
     Example:
         >>> table = np.eye(4, dtype=np.float32)
-        >>> watch = TableWatch(lambda ids: table[ids], 4)
-        >>> watch.note_rows(np.array([True, False, False, False]), place=0.0)
+        >>> sample = TableSample(lambda ids: table[ids], 4)
+        >>> sample.note_rows(np.array([True, False, False, False]), place=0.0)
         >>> table[0] *= 3
-        >>> watch.measure(place=1.0)["cohort_0/drift_p50"]
+        >>> sample.measure(place=1.0)["cohort_0/drift_p50"]
         2.0
     """
 
@@ -108,17 +108,17 @@ class TableWatch:
         bands = {} if counts is None else frequency_bands(counts, ids)
         self._bands = {name: sample(members, size) for name, (_, members) in bands.items()}
         # Without counts as many rows as there are in some bands.
-        watched = [*self._bands.values()] or [sample(ids, _BANDS_WORTH * size)]
-        pool = np.unique(np.concatenate(watched))
+        chosen = [*self._bands.values()] or [sample(ids, _BANDS_WORTH * size)]
+        pool = np.unique(np.concatenate(chosen))
         self._pool = _Sampled(pool, rows(pool))
-        # Of rows of all kinds: the watched ones are chosen by how often they occur.
+        # Of rows of all kinds: those of the pool are chosen by how often they occur.
         lengths = np.linalg.norm(rows(sample(ids, _BANDS_WORTH * size)), axis=1)
         self.track = RowTrack(
             num_rows,
             float(np.median(lengths)) if lengths.size else 0.0,
             unit,
             bands={name: band for name, (band, _) in bands.items()},
-            watched=pool.size,
+            sampled=pool.size,
         )
 
     # Which rows train
@@ -152,11 +152,11 @@ class TableWatch:
             track.cohorts[number] = CohortTrack(place, joining.size, [(place, 0.0, 0.0, 0.0)])
 
     def _nearest(self, ids: Ids, pool: Values) -> Ids:
-        """The neighbours of rows among the watched ones, as all of them are now."""
+        """The neighbours of rows among the pool, as all of them are now."""
         return nearest(self.rows(ids), pool, NEIGHBOURS, self._places(ids))
 
     def _places(self, ids: Ids) -> Ids:
-        """Where rows stand among the watched ones; -1 for others."""
+        """Where rows stand in the pool; -1 for others."""
         pool = self._pool.ids
         if not pool.size:
             return np.full(len(ids), -1)
@@ -205,7 +205,9 @@ class TableWatch:
         """
         track = self.track
         track.end = place
-        numbers: dict[str, float] = {"rows_awake": int(np.count_nonzero(self.cohort_of != _FROZEN))}
+        numbers: dict[str, float] = {
+            "trainable_rows": int(np.count_nonzero(self.cohort_of != _FROZEN))
+        }
         if token_share is not None:
             numbers["tokens_that_train"] = token_share
             track.token_share.append((place, token_share))
@@ -251,7 +253,7 @@ class TableWatch:
         return float(counts[self.cohort_of != _FROZEN].sum() / total)
 
     def finish(self) -> RowTrack:
-        """Find the watched rows that went farthest, and give all that was seen."""
+        """Find the rows of the pool that went farthest, and give all that was seen."""
         pool, now = self._pool, self.rows(self._pool.ids)
         distances = np.linalg.norm(now - pool.start, axis=1)
         farthest = np.argsort(-distances, kind="stable")[:_MOST_MOVED]
@@ -299,6 +301,51 @@ class TableWatch:
         self._bands = dict(state["bands"])
         self._cohorts = {n: _Sampled(ids, start) for n, (ids, start, _) in state["cohorts"].items()}
         self._near = {n: near for n, (_, _, near) in state["cohorts"].items()}
+
+
+def nearest(queries: Values, vectors: Values, most: int, own: Ids) -> Ids:
+    """Find the nearest neighbours of rows by the cosine of the angle between them.
+
+    Args:
+        queries: The rows whose neighbours are wanted, shape (q, D).
+        vectors: The rows among which they are looked for, shape (n, D).
+        most: How many neighbours to find; there are n - 1 at most.
+        own: The place of each query among `vectors`, int64, shape (q,); -1 for one that is not
+            there. No row is a neighbour of itself.
+
+    Returns:
+        Places among `vectors`, the nearest first, int64, shape (q, min(most, n - 1)).
+
+    Example:
+        >>> vectors = np.array([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]], np.float32)
+        >>> nearest(vectors[:1], vectors, most=1, own=np.array([0]))
+        array([[2]])
+    """
+    found = max(min(most, len(vectors) - 1), 0)
+    cosines = cosines_of(queries, vectors)
+    inside = np.flatnonzero(own >= 0)
+    cosines[inside, own[inside]] = -np.inf
+    if found == 0:
+        return np.zeros((len(queries), 0), np.int64)
+    chosen = np.argpartition(-cosines, found - 1, axis=1)[:, :found]
+    order = np.argsort(-np.take_along_axis(cosines, chosen, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(chosen, order, axis=1)
+
+
+def share_kept(before: Ids, after: Ids) -> float:
+    """The share of neighbours that stayed, whatever their order.
+
+    Args:
+        before: The neighbours of each row, shape (q, n), none of them twice.
+        after: The neighbours of the same rows later, the same shape.
+
+    Example:
+        >>> share_kept(np.array([[4, 2]]), np.array([[2, 7]]))
+        0.5
+    """
+    if not before.size:
+        return 1.0
+    return float((before[:, :, None] == after[:, None, :]).any(axis=2).mean())
 
 
 def _named(name: str, quantiles: tuple[float, float, float]) -> dict[str, float]:

@@ -15,8 +15,6 @@ from partial_embedding.rows.vocabulary import Ids
 QUANTILES = (0.1, 0.5, 0.9)
 # A track that grows longer than this loses every second point.
 _MOST_POINTS = 1000
-# Rows that occur more often than this share the last band.
-_LAST_BAND = 100_000
 
 Point = TypeVar("Point")
 # Where in training, and the `QUANTILES` of how far rows went.
@@ -34,7 +32,7 @@ class CohortTrack:
         size: How many rows they are.
         drift: How far they went from where they were unfrozen, divided by the length of a typical
             row.
-        numbers: The other measurements by name, as `TableWatch` lists them.
+        numbers: The other measurements by name, as `TableSample` lists them.
     """
 
     unfrozen_at: float
@@ -62,7 +60,7 @@ class BandTrack:
 
 @dataclass
 class MovedRow:
-    """A row that went far, and its nearest neighbours among the rows that are watched.
+    """A row that went far, and its nearest neighbours among the rows that are sampled.
 
     Args:
         token: What the row means, or its number.
@@ -92,7 +90,7 @@ class RowTrack:
         cohorts: The rows that were unfrozen together, by number.
         bands: The rows by how often they occur, by name.
         moved: The rows that went farthest, the farthest first.
-        watched: How many rows were compared to find these.
+        sampled: How many rows were compared to find these.
         end: Where training stands.
 
     Example:
@@ -109,17 +107,23 @@ class RowTrack:
     cohorts: dict[int, CohortTrack] = field(default_factory=dict)
     bands: dict[str, BandTrack] = field(default_factory=dict)
     moved: list[MovedRow] = field(default_factory=list)
-    watched: int = 0
+    sampled: int = 0
     end: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many rows train where training stands."""
+        return self.trainable[-1][1] if self.trainable else 0
 
     def thin(self) -> None:
         """Drop every second point where there are very many."""
-        self.token_share = _thinned(self.token_share)
+        self.trainable = thinned(self.trainable)
+        self.token_share = thinned(self.token_share)
         for cohort in self.cohorts.values():
-            cohort.drift = _thinned(cohort.drift)
-            cohort.numbers = {name: _thinned(series) for name, series in cohort.numbers.items()}
+            cohort.drift = thinned(cohort.drift)
+            cohort.numbers = {name: thinned(series) for name, series in cohort.numbers.items()}
         for band in self.bands.values():
-            band.drift = _thinned(band.drift)
+            band.drift = thinned(band.drift)
 
     def to_state(self) -> dict[str, Any]:
         """Plain values for a checkpoint or a JSON file."""
@@ -207,30 +211,33 @@ def frequency_bands(counts: Ids, ids: Ids) -> dict[str, tuple[BandTrack, Ids]]:
         >>> {name: members.tolist() for name, (_, members) in bands.items()}
         {'seen_0': [1], 'seen_1_to_9': [0, 3], 'seen_10_to_99': [2]}
     """
-    edges: list[tuple[int, int | None]] = [(0, 0)]
-    low = 1
-    while low < _LAST_BAND:
-        edges.append((low, 10 * low - 1))
-        low *= 10
-    edges.append((_LAST_BAND, None))
+    lows = [0, *(10**power for power in range(6))]
+    highs = [0, *(10 * low - 1 for low in lows[1:-1]), None]
+    band_of = np.searchsorted(lows, counts[ids], side="right") - 1
     bands = {}
-    for low, high in edges:
-        occurs = counts[ids]
-        within = (occurs >= low) if high is None else (occurs >= low) & (occurs <= high)
-        if within.any():
-            bands[_band_name(low, high)] = (BandTrack(low, high, int(within.sum())), ids[within])
+    for band, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        members = ids[band_of == band]
+        last = "or_more" if high is None else f"to_{high}"
+        name = f"seen_{low}_{last}" if low else "seen_0"
+        if members.size:
+            bands[name] = (BandTrack(low, high, members.size), members)
     return bands
-
-
-def _band_name(low: int, high: int | None) -> str:
-    if high is None:
-        return f"seen_{low}_or_more"
-    return f"seen_{low}" if high == low else f"seen_{low}_to_{high}"
 
 
 def _points(points: list[Any]) -> list[Any]:
     return [tuple(point) for point in points]
 
 
-def _thinned(points: list[Point]) -> list[Point]:
-    return points if len(points) <= _MOST_POINTS else points[::2]
+def thinned(points: list[Point]) -> list[Point]:
+    """Drop every second point, but the last, until there are no longer very many.
+
+    Args:
+        points: Anything in order.
+
+    Example:
+        >>> len(thinned(list(range(5000)))), thinned([1, 2])
+        (626, [1, 2])
+    """
+    while len(points) > _MOST_POINTS:
+        points = [*points[:-1:2], points[-1]]
+    return points

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from partial_embedding.files import shown
 from partial_embedding.recipes.vectors import save_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.rows.vocabulary_file import write_vocabulary
@@ -56,3 +57,4 @@ class ExportVectors(Callback):
         save_vectors(path, module.vocabulary.tokens, table)
         write_vocabulary(path.with_name("vocabulary.tsv"), module.vocabulary)
         self.path = path
+        print(f"vectors: {shown(path)}")

@@ -1,17 +1,17 @@
 """Text classification in Keras: the texts, vectors, model and schedule of the Lightning recipe.
 
-Run it with `python -m partial_embedding.recipes.keras_text configs/quickstart.yaml`.
+`partial-embedding fit --config configs/quickstart.yaml` runs it where Lightning is not installed.
 """
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
-import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -20,95 +20,38 @@ from keras import ops
 from numpy.typing import NDArray
 
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
-from partial_embedding.errors import FrozenRowsMoved, InputError
-from partial_embedding.files import write_atomically
-from partial_embedding.recipes.prepare_texts import PADDING_ID, WIDTHS, prepare_texts
-from partial_embedding.recipes.text import LabelledTexts, encode, pad, tokenize
-from partial_embedding.rows.vocabulary import Vocabulary
+from partial_embedding.errors import InputError
+from partial_embedding.files import claim_version, parse_yaml, shown, write_atomically
+from partial_embedding.recipes.command import CommandParser, did_you_mean
+from partial_embedding.recipes.prepare_texts import (
+    PADDING_ID,
+    WIDTHS,
+    PreparedTexts,
+    TextSettings,
+    padded,
+    prepare_texts,
+)
+from partial_embedding.recipes.settings import checked, read_config
 from partial_embedding.schedule import Schedule, schedules_by_table
-from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 # The name of the table, for schedules of several.
 _TABLE = "embedding"
-
-# The keys of the Lightning recipe's configuration that this one reads, with their defaults.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "rows": {
-        "schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},
-        "lazy": False,
-        "audit": False,
-    },
-    "trainer": {"max_epochs": 10, "default_root_dir": "runs"},
-    "model": {"encoder": "cnn", "channels": 64, "dropout": 0.5, "lr": 1e-3, "weight_decay": 0.01},
-    "data": {
-        "path": None,
-        "text_column": "text",
-        "label_column": "label",
-        "vectors": None,
-        "dimension": None,
-        "lowercase": True,
-        "missing_scale": 1.0,
-        "min_count": 1,
-        "max_length": 100,
-        "validation_share": 0.15,
-        "batch_size": 50,
-        "seed": 0,
-        "cache": None,
-    },
-}
-
-
-@dataclass(frozen=True, eq=False)
-class TextData:
-    """Texts as rows of a table, and the table.
-
-    Args:
-        vocabulary: The tokens of the rows, their counts and which were missing from the vectors.
-        table: The vectors, shape (V, D), float32.
-        names: The classes.
-        training: The rows of each text, and the classes, shape (N,).
-        validation: The same of the texts that were held out.
-    """
-
-    vocabulary: Vocabulary
-    table: NDArray[np.float32]
-    names: tuple[str, ...]
-    training: tuple[list[list[int]], NDArray[np.int64]] = field(repr=False)
-    validation: tuple[list[list[int]], NDArray[np.int64]] = field(repr=False)
-
-
-def read_texts(settings: Mapping[str, Any]) -> TextData:
-    """Read, split, count and encode texts, and find their vectors.
-
-    Args:
-        settings: The keys under `data` of a configuration.
-
-    Raises:
-        InputError: Files are missing, malformed or do not fit.
-    """
-    own = ("max_length", "batch_size")  # not read but made of the texts
-    texts = prepare_texts(**{key: value for key, value in settings.items() if key not in own})
-    vocabulary = texts.vocabulary
-
-    def encoded(texts: LabelledTexts) -> tuple[list[list[int]], NDArray[np.int64]]:
-        tokens = (tokenize(text, settings["lowercase"]) for text in texts.texts)
-        rows = [encode(t, vocabulary, settings["max_length"]) for t in tokens]
-        return rows, texts.labels
-
-    sides = encoded(texts.training), encoded(texts.validation)
-    return TextData(vocabulary, texts.table, texts.training.names, *sides)
+# What a configuration of the Lightning recipe has besides, which changes nothing of the training.
+_LEFT_OUT = {"best", "last", "monitor", "random_state"}
 
 
 class TextBatches(keras.utils.PyDataset):
     """Batches whose order is a function of the seed and the epoch.
 
     Args:
-        texts: The rows of each text, and the classes.
+        rows: The rows of each text.
+        labels: The classes, shape (N,).
         batch_size: The number of texts in each batch but the last.
         seed: Another seed shuffles differently; None keeps the order of the texts.
 
     Example:
-        >>> batches = TextBatches(([[2], [3, 4]], np.array([1, 0])), batch_size=2)
+        >>> batches = TextBatches([[2], [3, 4]], np.array([1, 0]), batch_size=2)
         >>> ids, labels = batches[0]
         >>> ids.tolist(), labels.tolist()
         ([[2, 0, 0, 0, 0], [3, 4, 0, 0, 0]], [1, 0])
@@ -116,12 +59,13 @@ class TextBatches(keras.utils.PyDataset):
 
     def __init__(
         self,
-        texts: tuple[list[list[int]], NDArray[np.int64]],
+        rows: list[list[int]],
+        labels: NDArray[np.int64],
         batch_size: int,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.rows, self.labels = texts
+        self.rows, self.labels = rows, labels
         self.batch_size = batch_size
         self.seed = seed
         self.set_epoch(0)
@@ -137,8 +81,7 @@ class TextBatches(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        ids = pad([self.rows[i] for i in chosen], PADDING_ID, min_length=max(WIDTHS))
-        return ids, self.labels[chosen]
+        return padded([self.rows[i] for i in chosen]), self.labels[chosen]
 
 
 class EpochSeeds(keras.callbacks.Callback):
@@ -221,9 +164,9 @@ class MeanOfText(keras.layers.Layer):
 
 
 def text_classifier(
-    data: TextData,
+    data: PreparedTexts,
     schedule: Schedule,
-    encoder: str = "cnn",
+    encoder: Literal["cnn", "mean"] = "cnn",
     channels: int = 64,
     dropout: float = 0.5,
     lr: float = 1e-3,
@@ -233,7 +176,7 @@ def text_classifier(
     """A small text classifier over a partly trainable table of word vectors, compiled.
 
     Args:
-        data: The texts that it will be trained on.
+        data: The texts that it will be trained on, and their table.
         schedule: When which rows train; the layer reserves them.
         encoder: `"cnn"`, convolutions of widths 3, 4 and 5 with a maximum over time (Kim 2014,
             https://arxiv.org/abs/1408.5882), or `"mean"`, the average of the vectors.
@@ -247,14 +190,11 @@ def text_classifier(
         A `keras.Model` from ids, shape (B, L), filled up with 0, to one score per class, (B, C).
 
     Raises:
-        InputError: There is no such encoder, or the schedule does not fit the vocabulary.
+        InputError: The schedule does not fit the vocabulary.
     """
-    if encoder not in ("cnn", "mean"):
-        raise InputError(f"an encoder is 'cnn' or 'mean'. Received: {encoder!r}.")
     table = PartialEmbedding.from_matrix(
         data.table,
         trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
-        reserve_rows=schedule_rows(schedule, len(data.vocabulary), data.vocabulary),
         freeze_padding=True,
         name=_TABLE,
     )
@@ -271,13 +211,12 @@ def text_classifier(
         )
     else:
         features = MeanOfText()(words, ids)
-    scores = keras.layers.Dense(len(data.names))(keras.layers.Dropout(dropout)(features))
+    scores = keras.layers.Dense(len(data.training.names))(keras.layers.Dropout(dropout)(features))
     model = keras.Model(ids, scores)
     model.compile(
         rowwise(
             keras.optimizers.AdamW(lr, weight_decay=weight_decay),
             lazy=lazy,
-            rate_scales=any(not stage.rate_scale.is_plain for stage in schedule.stages),
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
@@ -285,103 +224,150 @@ def text_classifier(
     return model
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """Read a configuration of the Lightning recipe.
+@dataclass(frozen=True)
+class RowSettings:
+    """Which rows train, and when.
 
     Args:
-        path: A YAML file with the keys `rows`, `trainer`, `model` and `data`.
+        schedule: `{stages: [{epoch: …, rows: …}, …]}`, or the path of a YAML file that holds it.
+        lazy: Step only the rows that a batch touched.
+        audit: Compare the bits of frozen rows at the end of each stage, and every n steps too.
+    """
+
+    schedule: dict[str, Any] | str = field(
+        default_factory=lambda: {"stages": [{"epoch": 0, "rows": "missing"}]}
+    )
+    lazy: bool = False
+    audit: bool | int = True
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How long training goes, and where its files lie.
+
+    Args:
+        max_epochs: The epochs.
+        default_root_dir: The folder in which the run gets one of its own.
+    """
+
+    max_epochs: int = 10
+    default_root_dir: str = "runs"
+
+
+def read_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Check a configuration of the Lightning recipe.
+
+    Args:
+        config: The parts `rows`, `trainer`, `model` and `data`, each with some of its settings.
 
     Returns:
-        All keys that this recipe reads, with defaults for those that the file does not name.
+        The same parts with all settings; those of the model as keyword arguments.
 
     Raises:
-        InputError: The file cannot be read, or has a key that this recipe does not know.
+        InputError: There is no such part or setting, or a value is of another type.
     """
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: a configuration is YAML in UTF-8. Received: {reason}.") from None
-    config = {part: dict(keys) for part, keys in _DEFAULTS.items()}
-    for part, keys in given.items() if isinstance(given, Mapping) else [("", None)]:
-        if part not in config or not isinstance(keys, Mapping):
-            raise InputError(
-                f"{path}: a configuration has the parts {sorted(config)}. Received: {part!r}."
-            )
-        if unknown := [key for key in keys if key not in config[part]]:
-            raise InputError(
-                f"{path}: in Keras, {part} has the keys {sorted(config[part])}. "
-                f"Received: {unknown[0]!r}. Remove it."
-            )
-        config[part].update(keys)
-    return config
+    made: dict[str, Callable[..., Any]] = {
+        "data": TextSettings,
+        "rows": RowSettings,
+        "trainer": TrainerSettings,
+    }
+    if unknown := [part for part in config if part not in {*made, "model", *_LEFT_OUT}]:
+        raise InputError(
+            f"in Keras, a configuration has the parts {sorted([*made, 'model'])}. Received: "
+            f"{unknown[0]!r}.{did_you_mean(unknown[0], made)} Remove it."
+        )
+    settings = {part: of(**checked(of, config.get(part, {}), part)) for part, of in made.items()}
+    return {**settings, "model": checked(text_classifier, config.get("model", {}), "model")}
 
 
 def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
     """Train a text classifier, and save it with what its rows and classes mean.
 
     Args:
-        config: What `read_config` returns.
+        config: What `read_settings` takes.
 
     Returns:
-        The folder with `model.keras` and `meaning.json`; and with `config.yaml`, `rows.json` and
-        logs for TensorBoard, of which `partial-embedding report` makes a page.
+        The folder of the run with `model.keras` and `meaning.json`; and with `config.yaml`,
+        `rows.json` and logs for TensorBoard, of which `partial-embedding report` makes a page.
 
     Raises:
         InputError: Files, settings and schedule do not fit each other.
     """
-    seed = config["data"]["seed"]
-    keras.utils.set_random_seed(seed)
-    data = read_texts(config["data"])
-    schedule = _of_the_table(config["rows"]["schedule"])
-    model = text_classifier(data, schedule, lazy=config["rows"]["lazy"], **config["model"])
-    batches = TextBatches(data.training, config["data"]["batch_size"], seed)
-    folder = Path(f"{config['trainer']['default_root_dir']}-keras")
-    unfreezing = RowUnfreezing(schedule, data.vocabulary, audit=config["rows"]["audit"])
+    settings = read_settings(config)
+    texts: TextSettings = settings["data"]
+    rows: RowSettings = settings["rows"]
+    trainer: TrainerSettings = settings["trainer"]
+    if left_out := sorted(_LEFT_OUT & config.keys()):
+        print(f"in Keras, these parts of the configuration are left out: {', '.join(left_out)}")
+    keras.utils.set_random_seed(texts.seed)
+    data = prepare_texts(texts, print)
+    schedule = _of_the_table(rows.schedule)
+    model = text_classifier(data, schedule, lazy=rows.lazy, **settings["model"])
+    training, validation = (
+        TextBatches(texts.encode(side.texts, data.vocabulary), side.labels, texts.batch_size, seed)
+        for side, seed in ((data.training, texts.seed), (data.validation, None))
+    )
+    root = Path(trainer.default_root_dir)
+    folder = root / f"version_{claim_version(root)}"
+    unfreezing = RowUnfreezing(schedule, vocabulary=data.vocabulary, audit=rows.audit)
     model.fit(
-        batches,
-        validation_data=TextBatches(data.validation, config["data"]["batch_size"]),
-        epochs=config["trainer"]["max_epochs"],
+        training,
+        validation_data=validation,
+        epochs=trainer.max_epochs,
         shuffle=False,
         verbose=2,
         callbacks=[
             unfreezing,
             RowMonitor(folder, vocabulary=data.vocabulary, unfreezing=unfreezing),
-            EpochSeeds(batches, seed),
+            EpochSeeds(training, texts.seed),
         ],
     )
     with write_atomically(folder / "config.yaml") as path:
-        path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        plain = {part: dict(keys) for part, keys in config.items()}
+        path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
     with write_atomically(folder / "model.keras") as path:
         model.save(path)
-    meaning = {"tokens": list(data.vocabulary.tokens), "names": list(data.names)}
+    meaning = {"tokens": list(data.vocabulary.tokens), "names": list(data.training.names)}
     with write_atomically(folder / "meaning.json") as path:
         path.write_text(json.dumps(meaning), encoding="utf-8")
-    print(f"saved: {folder / 'model.keras'}")
+    print(f"saved: {shown(folder / 'model.keras')}")
     return folder
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train from a configuration; the command line.
+def fit_command(args: Sequence[str]) -> Path:
+    """Train from configurations and options; `partial-embedding fit` where Lightning is missing.
 
     Args:
-        arguments: The path of the configuration, by default that of the process.
+        args: The arguments of the command, without its name.
 
     Returns:
-        0, 1 when frozen rows moved, or 2 when the input is refused; each of these prints one line.
+        The folder of the run.
+
+    Raises:
+        InputError: An argument, a file or the schedule is refused.
     """
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        if len(given) != 1:
-            raise InputError(
-                f"the one argument is the path of a configuration. Received: {given}. "
-                "Try configs/quickstart.yaml."
-            )
-        train(read_config(given[0]))
-    except (FrozenRowsMoved, InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FrozenRowsMoved) else 2
-    return 0
+    parser = CommandParser(
+        prog="partial-embedding fit",
+        usage="partial-embedding fit [--config FILE] [--PART.SETTING VALUE …]",
+        description="Train the text classifier in Keras.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", "-c", action="append", help="a YAML file with any of these")
+    parts: dict[str, Any] = {"data": TextSettings, "model": text_classifier}
+    for part, made in {**parts, "rows": RowSettings, "trainer": TrainerSettings}.items():
+        group = parser.add_argument_group(part)
+        for name in inspect.signature(made).parameters:
+            group.add_argument(f"--{part}.{name}", type=parse_yaml, metavar=name.upper())
+    given = vars(parser.parse_args(args))
+    config: dict[str, dict[str, Any]] = {}
+    for path in given.pop("config", []):
+        for part, keys in read_config(path).items():
+            config.setdefault(part, {}).update(keys)
+    for name, value in given.items():
+        part, _, setting = name.partition(".")
+        config.setdefault(part, {})[setting] = value
+    return train(config)
 
 
 def _of_the_table(schedules: Any) -> Schedule:
@@ -392,7 +378,3 @@ def _of_the_table(schedules: Any) -> Schedule:
         )
     (schedule,) = by_table.values()
     return schedule
-
-
-if __name__ == "__main__":
-    sys.exit(main())

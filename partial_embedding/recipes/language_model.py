@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
-from numpy.typing import NDArray
-from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor
 
 from partial_embedding.errors import InputError
-from partial_embedding.recipes.resume import ReplayableLoader
+from partial_embedding.files import shown
+from partial_embedding.recipes.causal_model import (
+    CausalModel,
+    pretrained,
+    vocabulary_of,
+)
 from partial_embedding.recipes.small_language_model import small_language_model
 from partial_embedding.recipes.text import stdlib_docstrings
-from partial_embedding.recipes.text.labelled import share_of
-from partial_embedding.rows.vocabulary import Vocabulary
+from partial_embedding.recipes.text.reading import read_texts
+from partial_embedding.recipes.text_lines import TextLines
 from partial_embedding.torch import add_tokens
 from partial_embedding.torch.row_files import save_rows
-
-# Token ids and what of them counts in the loss, each of shape (B, L).
-TokenBatch = dict[str, Tensor]
 
 # Texts that are compared before and after, and new tokens whose neighbours are shown.
 _COMPARED = 32
@@ -31,23 +29,22 @@ _SHOWN = 5
 _NEIGHBOURS = 3
 
 
-class TokenTexts(LightningDataModule):
+class TokenTexts(TextLines):
     """Texts, and the tokens that a language model is to learn from them.
 
-    Each batch is a function of seed, epoch and batch number, so that a run which stops anywhere
-    goes on exactly. Only texts with a new token are trained on: no other has anything to teach.
+    Only texts with a new token are trained on: no other has anything to teach.
 
     Args:
         tokens: The new tokens, or a file with one on each line.
         path: A file with one text on each line; by default the docstrings of the standard library.
-        max_length: Texts are cut after this many tokens.
-        validation_share: The share of texts held out, chosen by a hash of each text.
-        batch_size: Texts per batch.
-        seed: Divides and shuffles; another seed does so differently.
+        test_path: As for `TextLines`, and so are all others.
+        max_length: Likewise.
+        validation_share: Likewise.
+        batch_size: Likewise.
+        seed: Likewise.
 
     Raises:
-        InputError: An argument is out of its range. When the data are set up: a file is missing or
-            has no text.
+        InputError: As for `TextLines`.
 
     Example:
         >>> data = TokenTexts(["iterable"])
@@ -56,84 +53,61 @@ class TokenTexts(LightningDataModule):
         (['iterable'], True)
     """
 
-    training: list[str]
-    validation: list[str]
-
     def __init__(
         self,
         tokens: list[str] | str,
         path: str | None = None,
+        test_path: str | None = None,
         max_length: int = 64,
         validation_share: float = 0.2,
         batch_size: int = 16,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value < 1:
-                raise InputError(f"{name} is at least 1. Received: {value}.")
-        if not 0 < validation_share < 1:
-            raise InputError(f"validation_share lies in (0, 1). Received: {validation_share}.")
-        self.tokens = _lines(tokens) if isinstance(tokens, str) else tokens
-        self.path = path
-        self.max_length = max_length
-        self.validation_share = validation_share
-        self.batch_size = batch_size
-        self.seed = seed
+        super().__init__(path, test_path, max_length, validation_share, batch_size, seed)
+        # A checkpoint holds them, so that it is enough to measure it on other texts.
+        self.save_hyperparameters(logger=False)
+        self.tokens = read_texts(tokens) if isinstance(tokens, str) else tokens
 
-    def setup(self, stage: str) -> None:
-        """Read and divide the texts.
+    def default_texts(self) -> list[str]:
+        """The docstrings of the standard library."""
+        return list(stdlib_docstrings().texts)
+
+    def chosen(self, texts: list[str], module: CausalModel) -> list[str]:
+        """Those of some texts in which the tokenizer finds a new token.
 
         Args:
-            stage: Any.
-        """
-        texts = _lines(self.path) if self.path else list(stdlib_docstrings().texts)
-        held_out = [share_of(self.seed, text) < self.validation_share for text in texts]
-        self.training = [t for t, out in zip(texts, held_out, strict=True) if not out]
-        self.validation = [t for t, out in zip(texts, held_out, strict=True) if out]
+            texts: The texts.
+            module: What learns from them.
 
-    def _loader(self, texts: list[str], seed: int | None) -> ReplayableLoader[TokenBatch]:
-        module = self.trainer and self.trainer.lightning_module
-        if not isinstance(module, NewTokens):
-            raise InputError(
-                "texts become tokens by the tokenizer of a NewTokens. Received "
-                f"{type(module).__name__}. Pass these data to its trainer."
-            )
-        chosen = module.with_new_tokens(texts)
-        if not chosen:
+        Raises:
+            InputError: There is none.
+        """
+        found = self.with_new_tokens(texts, module)
+        if not found:
             raise InputError(
                 "new tokens are learned from texts that have them. Received none with any of "
                 f"{', '.join(self.tokens[:_SHOWN])} among {len(texts)}. Check their spelling."
             )
-        assert self.trainer is not None
+        return found
 
-        def batch(indices: NDArray[np.int64]) -> TokenBatch:
-            return module.encode([chosen[i] for i in indices], self.max_length)
+    def with_new_tokens(self, texts: list[str], module: CausalModel) -> list[str]:
+        """Those of some texts in which the tokenizer finds a new token; there may be none.
 
-        return ReplayableLoader(
-            batch,
-            len(chosen),
-            self.batch_size,
-            seed,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
-
-    def train_dataloader(self) -> ReplayableLoader[TokenBatch]:
-        """The training side's texts with a new token, shuffled anew for each epoch."""
-        return self._loader(self.training, self.seed)
-
-    def val_dataloader(self) -> ReplayableLoader[TokenBatch]:
-        """The validation side's texts with a new token, in order."""
-        return self._loader(self.validation, None)
+        Args:
+            texts: The texts.
+            module: Whose tokenizer it is.
+        """
+        new = set(module.tokenizer.convert_tokens_to_ids(self.tokens))
+        return [text for text in texts if new & set(module.tokenizer(text)["input_ids"])]
 
 
-class NewTokens(LightningModule):
+class NewTokens(CausalModel):
     """A causal language model that learns the rows of new tokens, and nothing else.
 
     It says before and after training what the loss is on held-out texts with and without the new
     tokens, how far the logits of texts without them are from the original model's, and which
-    tokens are nearest to the new ones; the rows lie then in `rows.safetensors` beside the log.
+    tokens are nearest to the new ones; then the rows lie in `rows.safetensors` beside the log, and
+    the whole model in a folder that plain `transformers` loads.
 
     Args:
         name: A model of the Hugging Face hub or a local folder. By default a small one, randomly
@@ -141,7 +115,7 @@ class NewTokens(LightningModule):
         init: What new rows begin from, as for `add_tokens`.
         lr: The learning rate of AdamW.
         weight_decay: The weight decay of AdamW.
-        sparse: Give the tables sparse gradients; False for several GPUs.
+        max_new_tokens: How many tokens `predict` adds to a prompt.
 
     Raises:
         InputError: When training starts: the data have no tokens, or the tokenizer has them.
@@ -151,36 +125,28 @@ class NewTokens(LightningModule):
         0.01
     """
 
-    model: Any
-    tokenizer: Any
-    vocabulary: Vocabulary
-
     def __init__(
         self,
         name: str | None = None,
         init: Literal["pieces", "mean"] = "pieces",
         lr: float = 1e-2,
         weight_decay: float = 0.01,
-        sparse: bool = True,
+        max_new_tokens: int = 20,
     ) -> None:
-        super().__init__()
+        super().__init__(lr, weight_decay, max_new_tokens)
         # Loggers would open their files before the data are accepted.
         self.save_hyperparameters(logger=False)
         self.name = name
         self.init = init
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.sparse = sparse
         self.rows: list[int] = []
-        self.rows_path: Path | None = None
 
     def setup(self, stage: str) -> None:
         """Load the model, or train a small one, and add the tokens.
 
         Args:
-            stage: Any.
+            stage: `"fit"`; for others the checkpoint has all of it.
         """
-        if self.rows:
+        if self.rows or stage != "fit":
             return
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, TokenTexts):
@@ -189,53 +155,20 @@ class NewTokens(LightningModule):
                 "Pass datamodule=TokenTexts(…)."
             )
         self.model, self.tokenizer = (
-            _pretrained(self.name) if self.name else small_language_model(data.training)
+            pretrained(self.name) if self.name else small_language_model(data.training)
         )
         # A token that the original model does not know cannot be in a text compared with it.
         self._unchanged = [t for t in data.validation if not _has_word(t, data.tokens)]
         self._unchanged = self._unchanged[:_COMPARED]
         self._columns = self.model.get_input_embeddings().weight.shape[0]
         self._logits = self._logits_of(self._unchanged, data.max_length)
-        self.rows = add_tokens(
-            self.model, self.tokenizer, data.tokens, self.init, sparse=self.sparse
-        )
+        self.rows = add_tokens(self.model, self.tokenizer, data.tokens, self.init)
         tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         learning = {id(parameter) for table in tables for parameter in table.parameters()}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in learning)
         self.model.train()
-        self.vocabulary = _vocabulary(self.tokenizer, len(tables[0].weight), self.rows)
-
-    # Texts
-
-    def with_new_tokens(self, texts: list[str]) -> list[str]:
-        """Those of some texts in which the tokenizer finds a new token.
-
-        Args:
-            texts: Any texts.
-        """
-        new = set(self.rows)
-        return [text for text in texts if new & set(self.tokenizer(text)["input_ids"])]
-
-    def encode(self, texts: list[str], max_length: int) -> TokenBatch:
-        """Make a batch of texts.
-
-        Args:
-            texts: B texts.
-            max_length: The most tokens L of a text.
-
-        Returns:
-            `input_ids`, `attention_mask` and `labels`, each of shape (B, L), int64; padding is -100
-            in the labels.
-        """
-        rows = [self.tokenizer(t)["input_ids"][:max_length] for t in texts]
-        width = max(2, *map(len, rows))  # a loss of the next token needs two
-        ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
-        labels = ids.masked_fill(mask == 0, -100)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        self.vocabulary = vocabulary_of(self.tokenizer, len(tables[0].weight), self.rows)
 
     @torch.no_grad()
     def _logits_of(self, texts: list[str], max_length: int) -> Tensor:
@@ -249,25 +182,15 @@ class NewTokens(LightningModule):
         self.model.train(was_training)
         return logits[:, : self._columns]
 
-    @torch.no_grad()
     def _mean_loss(self, texts: list[str], data: TokenTexts) -> float:
-        was_training = self.model.training
-        self.model.eval()
-        total, count = 0.0, 0
-        for start in range(0, len(texts), data.batch_size):
-            batch = self.encode(texts[start : start + data.batch_size], data.max_length)
-            tokens = int((batch["labels"][:, 1:] != -100).sum())
-            batch = {key: value.to(self.device) for key, value in batch.items()}
-            total += float(self.model(**batch).loss) * tokens
-            count += tokens
-        self.model.train(was_training)
+        total, count = self.total_loss(texts, data.max_length, data.batch_size)
         return total / count if count else float("nan")
 
     # Before and after
 
     def _say(self, when: str) -> None:
         data: TokenTexts = self.trainer.datamodule  # type: ignore[attr-defined]  # of this trainer
-        having = self.with_new_tokens(data.validation)
+        having = data.with_new_tokens(data.validation, self)
         without = [text for text in data.validation if text not in set(having)][: 4 * _COMPARED]
         self.print(
             f"{when}: loss on {len(having)} texts with new tokens "
@@ -300,90 +223,16 @@ class NewTokens(LightningModule):
         self._say("before")
 
     def on_train_end(self) -> None:
-        """Say what it has learned, and write the rows."""
+        """Say what it has learned, and write the rows and the model."""
         self._say("after")
         if self.trainer.is_global_zero and self.trainer.log_dir:
-            folder = Path(self.trainer.log_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.rows_path = folder / "rows.safetensors"
-            save_rows(self.model, self.rows_path, self.tokenizer)
-
-    # Training
-
-    def forward(self, **batch: Tensor) -> Any:
-        """What the language model gives, loss and logits among it."""
-        return self.model(**batch)
-
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """The loss of the next token."""
-        loss: Tensor = self(**batch).loss
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
-        return loss
-
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Log the loss as `val_loss`."""
-        loss: Tensor = self(**batch).loss
-        size = len(batch["labels"])
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """A plain AdamW over the tables; `RowUnfreezing` keeps it off the frozen rows."""
-        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(learning, lr=self.lr, weight_decay=self.weight_decay)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put in what the rows mean."""
-        checkpoint["tokens"] = list(self.vocabulary.tokens)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other tokens.
-
-        Raises:
-            InputError: The tokens are others.
-        """
-        if checkpoint.get("tokens") != list(self.vocabulary.tokens):
-            raise InputError(
-                "a checkpoint belongs to the tokens it was trained on. Received one of others. "
-                "Pass the model, the texts and the new tokens that it was trained with."
-            )
-
-
-def _pretrained(name: str) -> tuple[Any, Any]:
-    try:
-        return (
-            transformers.AutoModelForCausalLM.from_pretrained(name),
-            transformers.AutoTokenizer.from_pretrained(name),
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"a model is a name on the Hugging Face hub or a local folder. Received {name!r}: "
-            f"{reason}"
-        ) from None
-
-
-def _vocabulary(tokenizer: Any, num_rows: int, new: list[int]) -> Vocabulary:
-    """What the rows mean; `missing` are the new ones, which had no vector before."""
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    # Some models have more rows than their tokenizer has tokens.
-    tokens += [f"<row {row}>" for row in range(len(tokens), num_rows)]
-    return Vocabulary(tokens[:num_rows], missing=new)
+            path = Path(self.trainer.log_dir) / "rows.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_rows(self.model, path, self.tokenizer)
+            print(f"rows: {shown(path)}")
+        super().on_train_end()
 
 
 def _has_word(text: str, words: list[str]) -> bool:
     lower = text.lower()
     return any(word.lower() in lower for word in words)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a text file is UTF-8. Received: {error}.") from None
-    except OSError as error:
-        raise InputError(
-            f"{path}: the file cannot be read: {error.strerror}. Check the path."
-        ) from None
-    if not (found := [line.strip() for line in lines if line.strip()]):
-        raise InputError(f"{path}: a file has one entry on each line. Received an empty one.")
-    return found

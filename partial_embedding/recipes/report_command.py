@@ -1,15 +1,15 @@
-"""The command `partial-embedding report`: one page of what a run did to its rows."""
+"""The command `partial-embedding report`: one page of what runs did to their rows."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.monitor.page import page
+from partial_embedding.monitor.page import comparison, page
 from partial_embedding.monitor.record import RECORD, read_record
 from partial_embedding.recipes.command import CommandParser
 
@@ -17,26 +17,54 @@ PAGE = "report.html"
 
 
 def report_command(args: Sequence[str]) -> None:
-    """Write the page of a run, and its pictures, into the folder of the run.
+    """Write the page of a run into its folder, or that of several into the one around them.
 
     Args:
         args: The arguments of the command, without its name.
 
     Raises:
-        InputError: An argument is refused, or the folder holds no record of a run.
+        InputError: An argument is refused, or a folder holds no record of a run.
         OSError: A file cannot be written.
     """
     given = _parser().parse_args(args)
-    run = find_run(given.run)
+    if len(given.run) == 1:
+        print(f"report: {write_page(find_run(given.run[0]), given.title)}")
+        return
+    runs = {str(run): find_run(run) for run in given.run}
+    if len(runs) < len(given.run) or len(set(map(Path.resolve, runs.values()))) < len(runs):
+        raise InputError(
+            f"runs that are compared are several. Received: {', '.join(map(str, given.run))}, "
+            "of which some are the same. Name each once."
+        )
+    around = Path(os.path.commonpath([run.resolve().parent for run in runs.values()]))
+    path = Path(os.path.relpath(around)) / PAGE
+    records = {name: read_record(run) for name, run in runs.items()}
+    html = comparison(records, given.title or f"{len(runs)} runs")
+    with write_atomically(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    print(f"report: {path}")
+
+
+def write_page(run: Path, title: str | None = None) -> Path:
+    """Write the page of one run into its folder.
+
+    Args:
+        run: The folder.
+        title: What the page is called; by default the path of the folder from here.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: The folder holds no record of a run.
+        OSError: The page cannot be written.
+    """
     config = run / "config.yaml"
     settings = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    html, pictures = page(read_record(run), given.title or str(given.run), settings)
-    for name, picture in pictures.items():
-        with write_atomically(run / name) as temporary:
-            temporary.write_bytes(picture)
+    html = page(read_record(run), title or os.path.relpath(run), settings)
     with write_atomically(run / PAGE) as temporary:
         temporary.write_text(html, encoding="utf-8")
-    print(f"report: {run / PAGE}")
+    return run / PAGE
 
 
 def find_run(folder: Path) -> Path:
@@ -62,18 +90,11 @@ def find_run(folder: Path) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="partial-embedding report",
-        description="Write one HTML page of what a run did to its rows.",
+        description="Write one HTML page of what a run did to its rows, or several side by side.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, help="the folder of a run, or of several: the newest")
+    parser.add_argument(
+        "run", type=Path, nargs="+", help="the folder of a run, or one that holds some: the newest"
+    )
     parser.add_argument("--title", help="the title of the page, by default the folder")
     return parser
-
-
-if __name__ == "__main__":
-    # For runs of Keras, whose environment lacks what the other commands need.
-    try:
-        report_command(sys.argv[1:])
-    except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

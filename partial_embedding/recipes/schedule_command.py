@@ -7,18 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from partial_embedding.errors import InputError
-from partial_embedding.files import write_atomically
-from partial_embedding.monitor.figures import trainable_picture
+from partial_embedding.files import read_yaml, write_atomically
+from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
 from partial_embedding.recipes.command import CommandParser
-from partial_embedding.recipes.prepare_texts import PADDING_ID
-from partial_embedding.recipes.text_classifier import TextData
+from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
+from partial_embedding.recipes.settings import checked, read_config
+from partial_embedding.recipes.text import count_tokens, read_texts, tokenize
+from partial_embedding.recipes.vectors import build_table, read_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.rows.vocabulary_file import read_vocabulary
 from partial_embedding.schedule import Schedule, Start, schedules_by_table
 from partial_embedding.schedule.preview import plan, plan_text
+
+# Some seconds' worth.
+_MOST_POSITIONS = 1_000_000
+_MOST_LINES = 1000
 
 
 def schedule_command(args: Sequence[str]) -> None:
@@ -31,17 +35,23 @@ def schedule_command(args: Sequence[str]) -> None:
         InputError: The schedule, the vocabulary or an argument is refused.
     """
     given = _parser().parse_args(args)
-    config = _read(given.file)
+    config = read_yaml(given.file, "schedule")
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f"{given.file}: a schedule is a mapping with the key 'stages' or 'preset'. "
+            f"Received: {config!r}."
+        )
     schedule = _chosen(given.file, config, given.table)
-    vocabulary, found = _surroundings(config) if given.vocab is None else (None, {})
-    if given.vocab is not None:
-        vocabulary = read_vocabulary(given.vocab)
+    parts = read_config(given.file) if "rows" in config else {}
+    vocabulary, found = _table(given, config, parts)
     num_rows = given.rows or (len(vocabulary) if vocabulary is not None else 0)
     if not num_rows:
         raise InputError(
             "a schedule is planned for a table. Received neither --vocab nor --rows. Pass a "
-            "vocabulary, one token a line, or the number of rows."
+            "vocabulary, one token a line, --texts to count one from, or the number of rows."
         )
+    if isinstance(of_config := parts.get("trainer", {}).get("max_epochs"), int):
+        found["epochs"] = of_config
     epochs = given.epochs or found.get("epochs") or _last_epoch(schedule) + 1
     steps = given.steps_per_epoch or found.get("steps_per_epoch")
     if steps is None and schedule.moves_within_epochs:
@@ -49,13 +59,21 @@ def schedule_command(args: Sequence[str]) -> None:
             "this schedule moves within epochs. Received no --steps-per-epoch. Pass the optimizer "
             "steps of an epoch."
         )
+    looked_at = epochs * (steps or 1 if schedule.moves_within_epochs else 1)
+    if looked_at > _MOST_POSITIONS:
+        raise InputError(
+            f"a plan looks at up to {_MOST_POSITIONS:,} epochs, or steps where rows move within "
+            f"epochs. Received: {looked_at:,}. Pass fewer --epochs."
+        )
     padding = given.padding if given.padding is not None else found.get("padding")
     try:
         planned = plan(schedule, num_rows, vocabulary, epochs, steps or 1, padding)
     except InputError as error:
         raise InputError(f"{given.file}: {error}") from None
-    for line in plan_text(schedule, planned, num_rows, epochs):
-        print(line)
+    lines = plan_text(schedule, planned, num_rows, epochs)
+    print(*lines[:_MOST_LINES], sep="\n")
+    if len(lines) > _MOST_LINES:
+        print(f"and {len(lines) - _MOST_LINES:,} changes more")
     if given.picture is not None:
         by_step = schedule.moves_within_epochs
         points = [
@@ -63,9 +81,12 @@ def schedule_command(args: Sequence[str]) -> None:
             for step in planned
         ]
         end = float(epochs * (steps or 1) if by_step else epochs)
-        figure = trainable_picture(points, num_rows, end, "step" if by_step else "epoch")
+        drawn = [Line("as planned", lasting(points, end), stepped=True)]
+        svg = trainable_figure(
+            drawn, num_rows, end, "step" if by_step else "epoch", str(given.file)
+        )
         with write_atomically(given.picture) as temporary:
-            figure.savefig(temporary)
+            temporary.write_text(standalone(svg), encoding="utf-8")
         print(f"picture: {given.picture}")
 
 
@@ -79,12 +100,14 @@ def _parser() -> argparse.ArgumentParser:
         "file", type=Path, help="a schedule, or a configuration with rows.schedule; YAML"
     )
     parser.add_argument("--vocab", type=Path, help="tokens, one a line, or a vocabulary.tsv")
+    parser.add_argument("--texts", help="texts to count a vocabulary from, as fit takes them")
+    parser.add_argument("--vectors", help="with --texts: word vectors, which some tokens lack")
     parser.add_argument("--rows", type=_positive, help="the rows of the table, without --vocab")
     parser.add_argument("--table", help="the table, where the file has a schedule for several")
     parser.add_argument("--epochs", type=_positive, help="the epochs of the run")
     parser.add_argument("--steps-per-epoch", type=_positive, help="optimizer steps in an epoch")
     parser.add_argument("--padding", type=int, help="a row that never trains")
-    parser.add_argument("--picture", type=_picture, help="draw to this file: png, svg or pdf")
+    parser.add_argument("--picture", type=_picture, help="draw to this .svg file")
     return parser
 
 
@@ -96,27 +119,9 @@ def _positive(text: str) -> int:
 
 def _picture(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"a .png, .svg or .pdf file. Received: {text!r}")
+    if path.suffix != ".svg":
+        raise argparse.ArgumentTypeError(f"an .svg file. Received: {text!r}")
     return path
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: the schedule cannot be read: {error.strerror}. Check the path."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: a schedule is YAML in UTF-8. Received: {reason}.") from None
-    if not isinstance(config, Mapping):
-        raise InputError(
-            f"{path}: a schedule is a mapping with the key 'stages' or 'preset'. "
-            f"Received: {config!r}."
-        )
-    return config
 
 
 def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedule:
@@ -139,17 +144,26 @@ def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedul
     return schedules[table]
 
 
-def _surroundings(config: Mapping[str, Any]) -> tuple[Vocabulary | None, dict[str, int]]:
-    """The vocabulary and the length of the run that a configuration of `fit` describes."""
-    if not isinstance(data := config.get("data"), Mapping) or "class_path" in data:
+def _table(
+    given: argparse.Namespace, config: Mapping[str, Any], parts: Mapping[str, dict[str, Any]]
+) -> tuple[Vocabulary | None, dict[str, int]]:
+    """The vocabulary of the table, and what else is known of the run."""
+    if given.vocab is not None:
+        return read_vocabulary(given.vocab), {}
+    if given.texts is not None:
+        vocabulary = count_tokens(map(tokenize, read_texts(given.texts, say=print)))
+        if given.vectors is not None:
+            _, vocabulary = build_table(vocabulary, read_vectors(given.vectors))
+        return vocabulary, {"padding": PADDING_ID}
+    data = config.get("data") or {}
+    if given.rows is not None or not parts or not isinstance(data, Mapping):
         return None, {}
-    texts = TextData(**data)
-    texts.setup("fit")
-    found = {"padding": PADDING_ID, "steps_per_epoch": len(texts.train_dataloader())}
-    trainer = config.get("trainer")
-    if isinstance(trainer, Mapping) and isinstance(epochs := trainer.get("max_epochs"), int):
-        found["epochs"] = epochs
-    return texts.vocabulary, found
+    if not str(data.get("class_path", "TextData")).endswith("TextData"):
+        return None, {}  # of a class that only its framework can make
+    settings = TextSettings(**checked(TextSettings, parts.get("data", {}), "data"))
+    texts = prepare_texts(settings, print)
+    steps = -(-len(texts.training) // settings.batch_size)
+    return texts.vocabulary, {"padding": PADDING_ID, "steps_per_epoch": steps}
 
 
 def _last_epoch(schedule: Schedule) -> int:

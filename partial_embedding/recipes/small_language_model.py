@@ -33,7 +33,7 @@ def small_language_model(texts: Sequence[str], steps: int = 300, seed: int = 0) 
         >>> model.lm_head.weight is model.model.embed_tokens.weight
         True
     """
-    tokenizer = _tokenizer(texts)
+    tokenizer = small_tokenizer(texts)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(
@@ -53,13 +53,26 @@ def small_language_model(texts: Sequence[str], steps: int = 300, seed: int = 0) 
     return model.train(False), tokenizer
 
 
-def _tokenizer(texts: Sequence[str]) -> Any:
+def small_tokenizer(texts: Sequence[str], num_tokens: int = _TOKENS) -> Any:
+    """Train a tokenizer.
+
+    Args:
+        texts: What it is trained on.
+        num_tokens: The most tokens that it gets.
+
+    Returns:
+        A fast tokenizer of `transformers`.
+
+    Example:
+        >>> small_tokenizer(["the cat sat", "the dog sat"]).tokenize("the cat")
+        ['the', 'cat']
+    """
     # No word pieces: their training numbers pieces differently in each process.
     pieces = Tokenizer(models.BPE(unk_token="[UNK]"))
     pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.BpeTrainer(
-        vocab_size=_TOKENS, special_tokens=["[PAD]", "[UNK]"], show_progress=False
+        vocab_size=num_tokens, special_tokens=["[PAD]", "[UNK]"], show_progress=False
     )
     pieces.train_from_iterator(texts, trainer)
     make: Any = transformers.PreTrainedTokenizerFast

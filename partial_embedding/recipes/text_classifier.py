@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -10,14 +10,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import Callback, LightningDataModule, LightningModule
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from partial_embedding.errors import InputError
-from partial_embedding.recipes.prepare_texts import PADDING_ID, WIDTHS, prepare_texts
+from partial_embedding.recipes.export import ExportVectors, VectorSuffix
+from partial_embedding.recipes.prepare_texts import (
+    PADDING_ID,
+    WIDTHS,
+    TextSettings,
+    padded,
+    prepare_texts,
+    read_known,
+    read_sides,
+    with_names,
+)
 from partial_embedding.recipes.resume import ReplayableLoader
-from partial_embedding.recipes.text import LabelledTexts, encode, pad, read_labelled, tokenize
+from partial_embedding.recipes.text import LabelledTexts, read_texts
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.torch import PartialEmbedding
 
@@ -25,49 +36,23 @@ from partial_embedding.torch import PartialEmbedding
 TextBatch = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class _Encoded:
-    """Texts as rows of the table."""
-
-    source: LabelledTexts
-    rows: list[list[int]]
-
-    def batch(self, chosen: NDArray[np.int64]) -> TextBatch:
-        ids = pad([self.rows[i] for i in chosen], PADDING_ID, min_length=max(WIDTHS))
-        return torch.from_numpy(ids), torch.from_numpy(self.source.labels[chosen])
-
-
 class TextData(LightningDataModule):
     """Labelled texts, their vocabulary, and a table of word vectors for it.
 
     Each batch is a function of seed, epoch and batch number, so that a run which stops anywhere
-    goes on exactly. When `setup` has run, `vocabulary` has the tokens of the rows with their counts
-    and which were missing from the vectors, `table` the vectors, shape (V, D), float32, and `names`
-    the classes. Row 0 is padding, row 1 every token that is not in the vocabulary.
+    goes on exactly. When `setup("fit")` has run, `vocabulary` has the tokens of the rows with their
+    counts and which were missing from the vectors, `table` the vectors, shape (V, D), float32, and
+    `names` the classes. Row 0 is padding, row 1 every token that is not in the vocabulary.
+
+    Where nothing is fitted, rows and classes are those of the model, which has them from its
+    checkpoint, and no vectors are read.
 
     Args:
-        path: A file or folder as `partial_embedding.recipes.text.read_labelled` reads it; by
-            default the docstrings of the standard library.
-        text_column: The column or key that holds the text.
-        label_column: The column or key that holds the name of the class.
-        test_path: Texts with the same classes for `test` and `predict`; by default the validation
-            side.
-        vectors: A file as `partial_embedding.recipes.vectors.read_vectors` reads it; by default
-            gensim trains vectors on the training side.
-        dimension: The values per vector that a file must have, or that trained vectors get (50).
-        lowercase: Whether to lower-case texts, as most word vectors need.
-        missing_scale: How far rows without a vector are drawn from zero, as a share of the scale
-            of those with one.
-        min_count: Tokens that are rarer in the training side become the unknown token.
-        max_length: Texts are cut after this many tokens.
-        validation_share: The share of texts held out, chosen by a hash of each text.
-        batch_size: Texts per batch.
-        seed: Divides, shuffles and draws; another seed does so differently.
-        cache: The folder that keeps trained vectors, by default `partial_embedding` in the user's
-            cache folder; an empty string keeps nothing.
+        **settings: Those of `TextSettings`.
 
     Raises:
-        InputError: When the data are set up: files are missing, malformed or do not fit.
+        InputError: A setting is out of its range. When the data are set up or a side is asked for:
+            files are missing, malformed or do not fit.
 
     Example:
         >>> data = TextData(dimension=8, cache="")
@@ -80,127 +65,94 @@ class TextData(LightningDataModule):
     vocabulary: Vocabulary
     table: NDArray[np.float32]
 
-    def __init__(
-        self,
-        path: str | None = None,
-        text_column: str = "text",
-        label_column: str = "label",
-        test_path: str | None = None,
-        vectors: str | None = None,
-        dimension: int | None = None,
-        lowercase: bool = True,
-        missing_scale: float = 1.0,
-        min_count: int = 1,
-        max_length: int = 100,
-        validation_share: float = 0.15,
-        batch_size: int = 50,
-        seed: int = 0,
-        cache: str | None = None,
-    ) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value < 1:
-                raise InputError(f"{name} is at least 1. Received: {value}.")
-        if seed < 0:
-            raise InputError(f"a seed is a whole number from 0 up. Received: {seed}.")
-        if dimension is not None and dimension < 1:
-            raise InputError(f"dimension is at least 1. Received: {dimension}.")
-        self.path = path
-        self.text_column = text_column
-        self.label_column = label_column
-        self.test_path = test_path
-        self.vectors = vectors
-        self.dimension = dimension
-        self.lowercase = lowercase
-        self.missing_scale = missing_scale
-        self.min_count = min_count
-        self.max_length = max_length
-        self.validation_share = validation_share
-        self.batch_size = batch_size
-        self.seed = seed
-        self.cache = cache
-        self._training: _Encoded | None = None
+        # A checkpoint holds them, so that it is enough to measure it on other texts.
+        self.save_hyperparameters(logger=False)
+        self.settings = TextSettings(**settings)
+        self._sides: tuple[LabelledTexts, LabelledTexts] | None = None
+        # What `predict` is asked for: lines of a file by default, or these.
+        self.given_texts: Sequence[str] | None = None
 
     def prepare_data(self) -> None:
-        """Train vectors into the cache, in one process, before the others ask for them."""
-        self._prepare()
+        """Train or convert vectors into the cache, in one process, before the others ask."""
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self.setup("fit")
 
     def setup(self, stage: str) -> None:
-        """Read, split, count and encode, once.
+        """Read, split and count texts, and make the table, once and only to fit.
 
         Args:
-            stage: Any; all stages share a vocabulary.
+            stage: `"fit"`; for others there is nothing to do.
         """
-        self._prepare()
-
-    def _prepare(self) -> None:
-        if self._training is not None:
+        if stage != "fit" or self._sides is not None:
             return
-        texts = prepare_texts(
-            path=self.path,
-            text_column=self.text_column,
-            label_column=self.label_column,
-            vectors=self.vectors,
-            dimension=self.dimension,
-            lowercase=self.lowercase,
-            missing_scale=self.missing_scale,
-            min_count=self.min_count,
-            validation_share=self.validation_share,
-            seed=self.seed,
-            cache=self.cache,
-        )
-        self.vocabulary, self.table, self.names = (
-            texts.vocabulary,
-            texts.table,
-            texts.training.names,
-        )
-        self._validation = self._encode(texts.validation)
-        self._test = self._encode(self._test_texts()) if self.test_path else self._validation
-        self._training = self._encode(texts.training)
-
-    def _test_texts(self) -> LabelledTexts:
-        texts = read_labelled(str(self.test_path), self.text_column, self.label_column)
-        if unknown := sorted(set(texts.names) - set(self.names)):
-            raise InputError(
-                f"texts to test are of the classes {list(self.names)}. Received: {unknown[0]!r} "
-                f"in {self.test_path}. Correct its labels."
-            )
-        index = np.array([self.names.index(name) for name in texts.names], np.int64)
-        return LabelledTexts(texts.texts, index[texts.labels], self.names)
-
-    def _encode(self, texts: LabelledTexts) -> _Encoded:
-        tokens = (tokenize(text, self.lowercase) for text in texts.texts)
-        return _Encoded(texts, [encode(t, self.vocabulary, self.max_length) for t in tokens])
-
-    def _loader(self, texts: _Encoded | None, seed: int | None) -> ReplayableLoader[TextBatch]:
-        if texts is None:
-            raise InputError("the data are set up first. Received none. Call setup('fit').")
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return ReplayableLoader(
-            texts.batch, len(texts.source), self.batch_size, seed, rank, world_size
-        )
+        texts = prepare_texts(self.settings, self._say)
+        self._sides = texts.training, texts.validation
+        self.vocabulary, self.table = texts.vocabulary, texts.table
+        self.names = texts.training.names
 
     def train_dataloader(self) -> ReplayableLoader[TextBatch]:
         """The training side, shuffled anew for each epoch."""
-        return self._loader(self._training, self.seed)
+        if self._sides is None:
+            raise InputError("the data are set up first. Received none. Call setup('fit').")
+        return self._loader(self._sides[0], self.settings.seed)
 
     def val_dataloader(self) -> ReplayableLoader[TextBatch]:
         """The validation side, in order."""
-        return self._loader(self._training and self._validation, None)
+        return self._loader(self._sides[1] if self._sides else self._validation(), None)
 
     def test_dataloader(self) -> ReplayableLoader[TextBatch]:
         """The texts of `test_path`, or the validation side, in order."""
-        return self._loader(self._training and self._test, None)
+        if (path := self.settings.test_path) is None:
+            return self.val_dataloader()
+        return self._loader(read_known(path, self.settings, self._meaning[1], self._say), None)
 
     def predict_dataloader(self) -> ReplayableLoader[TextBatch]:
-        """The same texts as for `test`."""
-        return self.test_dataloader()
+        """The texts of `test_path`, whether or not they have labels, in order."""
+        if self.given_texts is None:
+            path = self.settings.test_path
+            self.given_texts = (
+                self._validation().texts
+                if path is None
+                else read_texts(path, self.settings.text_column, self._say)
+            )
+        texts = tuple(self.given_texts)
+        unknown = np.zeros(len(texts), np.int64)
+        return self._loader(LabelledTexts(texts, unknown, self._meaning[1]), None)
+
+    def _validation(self) -> LabelledTexts:
+        sides = self._sides or read_sides(self.settings, self._say)
+        names = self._meaning[1]
+        return with_names(sides[1], names)
+
+    def _say(self, line: str) -> None:
+        if self.trainer is not None and self.trainer.is_global_zero:
+            print(line)
 
     @property
-    def test_texts(self) -> LabelledTexts:
-        """The texts that `test` and `predict` see, in their order."""
-        return self._test.source
+    def _meaning(self) -> tuple[Vocabulary, tuple[str, ...]]:
+        """The tokens of the rows and the classes: of the model where it is built."""
+        module = self.trainer and self.trainer.lightning_module
+        if isinstance(module, TextClassifier) and module.vocabulary is not None:
+            return module.vocabulary, module.names
+        if self._sides is None:
+            raise InputError(
+                "texts become rows by the vocabulary of a model that was trained. Received none. "
+                "Pass ckpt_path, or call fit or setup('fit') first."
+            )
+        return self.vocabulary, self.names
+
+    def _loader(self, texts: LabelledTexts, seed: int | None) -> ReplayableLoader[TextBatch]:
+        rows = self.settings.encode(texts.texts, self._meaning[0])
+
+        def batch(chosen: NDArray[np.int64]) -> TextBatch:
+            ids = padded([rows[i] for i in chosen])
+            return torch.from_numpy(ids), torch.from_numpy(texts.labels[chosen])
+
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return ReplayableLoader(batch, len(texts), self.settings.batch_size, seed, rank, world_size)
 
 
 class TextClassifier(LightningModule):
@@ -217,6 +169,8 @@ class TextClassifier(LightningModule):
         dropout: The share of the encoder's features dropped in training.
         lr: The learning rate of AdamW.
         weight_decay: The weight decay of AdamW.
+        export: The suffix of the file of word vectors that `fit` writes in the end, as for
+            `ExportVectors`; None writes none.
 
     Raises:
         InputError: When `fit` or `test` starts: the datamodule has no table, or the checkpoint is
@@ -237,6 +191,7 @@ class TextClassifier(LightningModule):
         dropout: float = 0.5,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
+        export: VectorSuffix | None = None,
     ) -> None:
         super().__init__()
         # Loggers would open their files before the data are accepted.
@@ -246,15 +201,18 @@ class TextClassifier(LightningModule):
         self.dropout = nn.Dropout(dropout)
         self.lr = lr
         self.weight_decay = weight_decay
+        self.export = export
         self.vocabulary: Vocabulary | None = None
 
     def setup(self, stage: str) -> None:
-        """Build the layers for the datamodule's table, once.
+        """Build the layers for the datamodule's table, once, unless a checkpoint will.
 
         Args:
-            stage: Any.
+            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
         """
         if self.vocabulary is not None:
+            return
+        if stage != "fit":
             return
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, TextData):
@@ -308,13 +266,17 @@ class TextClassifier(LightningModule):
         accuracy.update(scores, labels)
         log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(labels))
         log(f"{stage}_loss", loss, sync_dist=stage != "train")
-        log(f"{stage}_accuracy", accuracy, prog_bar=True)
+        log(f"{stage}_accuracy", accuracy, prog_bar=stage != "train")
         return loss
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """The probability of each class, shape (B, C)."""
         probabilities: Tensor = self(batch[0]).softmax(dim=1)
         return probabilities
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The export of vectors, where it was asked for."""
+        return [ExportVectors(self.export)] if self.export else []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A plain AdamW over all parameters; `RowUnfreezing` keeps it off the frozen rows."""

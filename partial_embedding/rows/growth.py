@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.rows.kinds import by_frequency, is_whole, rows_of, shown
+from partial_embedding.rows.rows import Config, Rows
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
 
@@ -105,11 +106,11 @@ class Growth:
         if isinstance(value, Growth):
             return value
         given = {"shape": value} if isinstance(value, str) else value
-        keys = set(Growth.__dataclass_fields__)
-        if not isinstance(given, Mapping) or not set(given) <= keys:
+        keys = sorted(Growth.__dataclass_fields__)
+        if not isinstance(given, Mapping) or not set(given) <= set(keys):
             raise InputError(
-                f"growth is one of {list(_SHAPES)}, or a mapping with the keys {sorted(keys)}. "
-                f"Received: {value!r}."
+                f"growth is one of {list(_SHAPES)}, or a mapping with the keys {keys}. "
+                f"Received: {value!r}.{did_you_mean(given, keys)}"
             )
         return Growth(**given)
 
@@ -173,6 +174,75 @@ class Growth:
                 )
             first = np.array(self.order, np.int64)
         return np.concatenate([first, np.setdiff1d(rising, first, assume_unique=True)])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GrownRows(Rows):
+    """Rows on their way from one choice to another: those of the first, and some that join.
+
+    A schedule makes them; they are not named in YAML.
+
+    Args:
+        before: The rows that train at first, and stay so.
+        after: The rows that will train at last.
+        growth: How many train, and in which order they are unfrozen.
+        increment: The increments that have begun, 0 to `increments`.
+        increments: In how many increments the rows are unfrozen.
+
+    Raises:
+        InputError: There is no such increment.
+
+    Example:
+        >>> before, growth = Rows.parse([9]), Growth(order="ids")
+        >>> GrownRows(before, Rows.all(), growth, increment=1, increments=3).resolve(10)
+        array([0, 1, 2, 9])
+    """
+
+    kind: str = field(default="grown", init=False)
+    argument: Any = field(default=None, init=False)
+    before: Rows
+    after: Rows
+    growth: Growth
+    increment: int
+    increments: int
+
+    def __post_init__(self) -> None:
+        increment, increments = self.increment, self.increments
+        if not (is_whole(increment) and is_whole(increments) and 0 <= increment <= increments >= 1):
+            raise InputError(
+                f"an increment is one of 0 to all. Received: {increment!r} of {increments!r}."
+            )
+
+    def resolve(
+        self, num_rows: int, vocabulary: Vocabulary | None = None, *, new: Ids | None = None
+    ) -> Ids:
+        """Evaluate the choice for one table, as `Rows.resolve` does.
+
+        Args:
+            num_rows: The number of rows V of the table.
+            vocabulary: What the rows mean.
+            new: The rows by which the table grew last, if it did.
+
+        Raises:
+            InputError: As for `Rows.resolve`, or the order does not fit.
+        """
+        before = self.before.resolve(num_rows, vocabulary, new=new)
+        after = self.after.resolve(num_rows, vocabulary, new=new)
+        joining = np.setdiff1d(after, before, assume_unique=True)
+        total = before.size + joining.size
+        trainable = self.growth.trainable(self.increment, self.increments, before.size, total)
+        order = self.growth.arranged(joining, num_rows, vocabulary)
+        return np.sort(np.concatenate([before, order[: trainable - before.size]]))
+
+    def to_config(self) -> Config:
+        """Write the choice as plain values, for messages."""
+        return {
+            "from": self.before.to_config(),
+            "to": self.after.to_config(),
+            "growth": self.growth.to_config(),
+            "increment": self.increment,
+            "increments": self.increments,
+        }
 
 
 def _given_order(order: Any) -> tuple[int, ...] | tuple[str, ...]:

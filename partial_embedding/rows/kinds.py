@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from partial_embedding.errors import InputError
+from partial_embedding.rows.cosines import cosines_of
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
 
@@ -33,7 +34,7 @@ class Choice(NamedTuple):
 def _no_argument(argument: Any) -> None:
     if argument is not None:
         raise InputError(
-            f"'all', 'none' and 'missing' take no argument. Received: {argument!r}. "
+            f"'all', 'none', 'missing' and 'new' take no argument. Received: {argument!r}. "
             "Write the word alone."
         )
 
@@ -205,6 +206,13 @@ def _select_missing(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Id
     return ids.copy()
 
 
+def _select_new(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
+    raise InputError(
+        "new rows are those by which a table grew. Received a table that did not. Call grow_table "
+        "first, or name the rows otherwise, as {range: [-20, null]} names the last twenty."
+    )
+
+
 def _select_most_frequent(amount: int | float, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
     return np.sort(by_frequency(vocabulary)[: number_of_rows(amount, num_rows)])
 
@@ -254,11 +262,10 @@ def _select_nearest(
     vectors = _known("vectors", vocabulary).astype(np.float32, copy=False)
     own = rows_of(tokens, vocabulary)
     lengths = np.linalg.norm(vectors, axis=1)
-    divisors = np.where(lengths > 0, lengths, 1)
     # A vector of zeros has no direction: among the given it would be nearer than an opposite one.
     given = own[lengths[own] > 0]
-    cosines = vectors @ (vectors[given].T / divisors[given])
-    closeness = cosines.max(axis=1, initial=-np.inf if given.size else 0) / divisors
+    cosines = cosines_of(vectors, vectors[given])
+    closeness = cosines.max(axis=1, initial=-np.inf if given.size else 0)
     closeness[lengths == 0] = -np.inf  # padding is near to nothing
     closeness[own] = np.inf
     order = np.argsort(-closeness, kind="stable")
@@ -275,6 +282,7 @@ CHOICES: Mapping[str, Choice] = {
     "tokens": Choice(_check_tokens, _select_tokens),
     "matching": Choice(_check_pattern, _select_matching),
     "missing": Choice(_no_argument, _select_missing),
+    "new": Choice(_no_argument, _select_new),
     "most_frequent": Choice(check_amount, _select_most_frequent),
     "least_frequent": Choice(check_amount, _select_least_frequent),
     "covering": Choice(_check_covered, _select_covering),

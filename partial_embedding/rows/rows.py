@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, Literal, SupportsIndex, Union
 
 import numpy as np
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows.growth import Growth
 from partial_embedding.rows.kinds import (
     CHOICES,
     Choice,
     flat_array,
-    is_whole,
     read_ids,
     read_tokens,
 )
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
 Config = str | dict[str, Any]
+RowsLike = Union[
+    "Rows",
+    Literal["all", "none", "missing", "new"],
+    Iterable[SupportsIndex],  # ids, or a mask; also an array or a tensor of either
+    slice,
+    Mapping[str, Any],
+]
+"""What `Rows.parse` reads, for type checkers and editors: a misspelt name is seen there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +43,7 @@ class Rows:
       `.npy` file of ids or a mask, or text with one id a line;
     - `tokens: [the, of]`, `token_file: PATH` with one token a line, and `matching: "^@"`, a regular
       expression that is searched for in each token;
-    - `missing`, the rows that had no pre-trained vector;
+    - `missing`, the rows that had no pre-trained vector; `new`, those by which the table grew last;
     - `most_frequent: 1000` and `least_frequent: 0.2`, a number or a share of all rows;
       `covering: 0.9`, the fewest rows that make up this share of the training data's tokens;
       `min_count: 5`, those that occur at least so often;
@@ -150,33 +156,15 @@ class Rows:
         """
         return _make("most_frequent", amount)
 
-    @staticmethod
-    def grown(before: Rows, after: Rows, growth: Growth, increment: int, increments: int) -> Rows:
-        """Rows on their way from one choice to another: those of the first, and some that join.
-
-        Args:
-            before: The rows that train at first, and stay so.
-            after: The rows that will train at last.
-            growth: How many train, and in which order they are unfrozen.
-            increment: The increments that have begun, 0 to `increments`.
-            increments: In how many increments the rows are unfrozen.
-
-        Raises:
-            InputError: There is no such increment.
-
-        Example:
-            >>> before, growth = Rows.parse([9]), Growth(order="ids")
-            >>> Rows.grown(before, Rows.all(), growth, increment=1, increments=3).resolve(10)
-            array([0, 1, 2, 9])
-        """
-        return Rows("grown", _Grown(before, after, growth, increment, increments))
-
-    def resolve(self, num_rows: int, vocabulary: Vocabulary | None = None) -> Ids:
+    def resolve(
+        self, num_rows: int, vocabulary: Vocabulary | None = None, *, new: Ids | None = None
+    ) -> Ids:
         """Evaluate the choice for one table.
 
         Args:
             num_rows: The number of rows V of the table.
             vocabulary: What the rows mean, for choices that ask for it.
+            new: The rows by which the table grew last, sorted ids, int64, if it did.
 
         Returns:
             Sorted ids without duplicates, int64, shape (K,).
@@ -196,7 +184,18 @@ class Rows:
                 f"a vocabulary has one token per row. Received {len(vocabulary)} tokens for "
                 f"{num_rows} rows. Build the table from this vocabulary."
             )
-        return _CHOICES[self.kind].select(self.argument, num_rows, vocabulary)
+        choice = self if new is None else self._knowing_new(new)
+        return _CHOICES[choice.kind].select(choice.argument, num_rows, vocabulary)
+
+    def _knowing_new(self, new: Ids) -> Rows:
+        """The same choice, with the ids of new rows in the place of their name."""
+        if self.kind == "new":
+            return Rows("ids", new) if new.size else Rows("none")
+        if isinstance(self.argument, Rows):
+            return Rows(self.kind, self.argument._knowing_new(new))
+        if self.kind in ("union", "intersection", "difference"):
+            return Rows(self.kind, tuple(choice._knowing_new(new) for choice in self.argument))
+        return self
 
     def to_config(self) -> Config:
         """Write the choice as plain YAML values; the inverse of `parse`.
@@ -305,69 +304,17 @@ def _select_not(choice: Rows, num_rows: int, vocabulary: Vocabulary | None) -> I
     return np.flatnonzero(mask)
 
 
-@dataclass(frozen=True)
-class _Grown:
-    """Rows on their way from one choice to another."""
-
-    before: Rows
-    after: Rows
-    growth: Growth
-    increment: int
-    increments: int
-
-    def __post_init__(self) -> None:
-        increment, increments = self.increment, self.increments
-        if not (is_whole(increment) and is_whole(increments) and 0 <= increment <= increments >= 1):
-            raise InputError(
-                f"an increment is one of 0 to all. Received: {increment!r} of {increments!r}."
-            )
-
-
-_GROWN_KEYS = {"from", "to", "growth", "increment", "increments"}
-
-
-def _check_grown(argument: Any) -> _Grown:
-    if not isinstance(argument, Mapping) or argument.keys() != _GROWN_KEYS:
-        raise InputError(
-            f"rows that grow have the keys {sorted(_GROWN_KEYS)}. Received: {argument!r}."
-        )
-    before, after = Rows.parse(argument["from"]), Rows.parse(argument["to"])
-    growth = Growth.parse(argument["growth"])
-    return _Grown(before, after, growth, argument["increment"], argument["increments"])
-
-
-def _select_grown(grown: _Grown, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    before = grown.before.resolve(num_rows, vocabulary)
-    joining = np.setdiff1d(grown.after.resolve(num_rows, vocabulary), before, assume_unique=True)
-    total = before.size + joining.size
-    trainable = grown.growth.trainable(grown.increment, grown.increments, before.size, total)
-    order = grown.growth.arranged(joining, num_rows, vocabulary)
-    return np.sort(np.concatenate([before, order[: trainable - before.size]]))
-
-
-def _write_grown(grown: _Grown) -> dict[str, Any]:
-    return {
-        "from": grown.before.to_config(),
-        "to": grown.after.to_config(),
-        "growth": grown.growth.to_config(),
-        "increment": grown.increment,
-        "increments": grown.increments,
-    }
-
-
 _CHOICES: Mapping[str, Choice] = {
     **CHOICES,
     "union": Choice(_check_choices, _select_union),
     "intersection": Choice(_check_choices, _select_intersection),
     "difference": Choice(_check_choices, _select_difference),
     "not": Choice(Rows.parse, _select_not),
-    "grown": Choice(_check_grown, _select_grown),
 }
 # How an argument is written that is no plain list of values.
 _WRITTEN: Mapping[str, Callable[[Any], Any]] = {
     "random": lambda pair: {"amount": pair[0], "seed": pair[1]},
     "nearest": lambda pair: {"tokens": list(pair[0]), "amount": pair[1]},
-    "grown": _write_grown,
 }
 # Files, how each is read, and the kind of choice that is in it.
 _READ: Mapping[str, tuple[Callable[[str], Any], str | None]] = {

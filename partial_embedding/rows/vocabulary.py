@@ -208,3 +208,18 @@ def _told_apart(tokens: list[str]) -> list[str]:
 
 def _same(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
     return a is b or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def find_vocabulary(given: Vocabulary | None, *owners: Any) -> Vocabulary | None:
+    """The vocabulary that was given, or the first that one of some objects has as `vocabulary`.
+
+    Args:
+        given: One that comes before all others, or None.
+        owners: A datamodule, a model, or None.
+
+    Example:
+        >>> find_vocabulary(None, None, object()) is None
+        True
+    """
+    found = (given, *(getattr(owner, "vocabulary", None) for owner in owners))
+    return next((one for one in found if isinstance(one, Vocabulary)), None)

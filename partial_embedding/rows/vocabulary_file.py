@@ -65,6 +65,9 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         >>> vocabulary.tokens, vocabulary.counts.tolist(), vocabulary.missing.tolist()
         (('the', 'zyzzyva'), [9, 1], [1])
     """
+    if Path(path).exists() and not Path(path).is_file():
+        kind = "folder" if Path(path).is_dir() else "device"
+        raise InputError(f"{path}: a vocabulary is a file. Received a {kind}.")
     try:
         # Not `splitlines`, which also breaks at characters that tokens may have.
         lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")

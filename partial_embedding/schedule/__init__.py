@@ -1,15 +1,13 @@
 """When: a pure function from the position in training to the rows that train there."""
 
-from partial_embedding.schedule.changes import changes
 from partial_embedding.schedule.position import Evaluation, Position
-from partial_embedding.schedule.rate_scale import RateScale
 from partial_embedding.schedule.schedule import (
     AnySchedule,
     Schedule,
     StageState,
     schedules_by_table,
 )
-from partial_embedding.schedule.stages import Stage
+from partial_embedding.schedule.stages import RateScale, Stage
 from partial_embedding.schedule.starts import Plateau, Start
 
 __all__ = [
@@ -22,6 +20,5 @@ __all__ = [
     "Stage",
     "StageState",
     "Start",
-    "changes",
     "schedules_by_table",
 ]

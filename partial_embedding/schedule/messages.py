@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +12,13 @@ from partial_embedding.errors import InputError
 from partial_embedding.rows.kinds import shown
 from partial_embedding.rows.rows import Rows
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
-from partial_embedding.schedule import Plateau, Position, Schedule, changes
+from partial_embedding.schedule.position import Position
+from partial_embedding.schedule.schedule import Schedule
+from partial_embedding.schedule.starts import Plateau
 
 
 @dataclass(frozen=True)
-class StageReport:
+class AuditResult:
     """What happened to a table's frozen rows during one stage.
 
     Args:
@@ -153,24 +156,59 @@ def resumed_lines(
     return [f"{table}: the schedule is not the checkpoint's: {change}" for change in changed]
 
 
-def audit_line(reports: Sequence[StageReport]) -> str:
+def audit_line(results: Sequence[AuditResult]) -> str:
     """The proof at the end of a run: frozen rows of each stage, and how many changed a bit.
 
     Args:
-        reports: One for each table and stage, in order.
+        results: One for each table and stage, in order.
 
     Example:
-        >>> audit_line([StageReport("words", 0, 90, 0), StageReport("words", 1, 40, 0)])
+        >>> audit_line([AuditResult("words", 0, 90, 0), AuditResult("words", 1, 40, 0)])
         'audit: words: frozen rows by stage: 90, 40; changed a bit: 0'
     """
-    tables = dict.fromkeys(report.table for report in reports)
+    tables = dict.fromkeys(result.table for result in results)
     parts = []
     for table in tables:
-        own = [report for report in reports if report.table == table]
-        frozen = ", ".join(f"{report.frozen:,}" for report in own)
-        changed = sum(report.changed for report in own)
+        own = [result for result in results if result.table == table]
+        frozen = ", ".join(f"{result.frozen:,}" for result in own)
+        changed = sum(result.changed for result in own)
         parts.append(f"{table}: frozen rows by stage: {frozen}; changed a bit: {changed:,}")
     return "audit: " + "; ".join(parts)
+
+
+def not_reached_line(table: str, schedule: Schedule, stages: Sequence[int]) -> str:
+    """What a run says at its end of stages that it never came to.
+
+    Args:
+        table: The table's name.
+        schedule: Its schedule.
+        stages: The stages' indices.
+
+    Example:
+        >>> schedule = Schedule([{"epoch": 0, "rows": "none"}, {"plateau": "loss", "rows": "all"}])
+        >>> not_reached_line("words", schedule, [1])
+        'words: the run ended before stage 1, at a plateau of loss'
+    """
+    named = "; ".join(f"stage {i}, at {schedule.stages[i].start}" for i in stages)
+    return f"{table}: the run ended before {named}"
+
+
+def stopper_text(stopper: str, monitor: str) -> str:
+    """What a run says at its start of something that may end it before later stages.
+
+    Args:
+        stopper: Its name.
+        monitor: The metric that both look at.
+
+    Example:
+        >>> print(stopper_text("EarlyStopping", "val_loss"))
+        EarlyStopping may end the run before stages that wait for a plateau of val_loss: it counts on from stage to stage, and the schedule begins anew with each. Let it monitor another metric, or let max_epochs end the run.
+    """  # noqa: E501  # a message is shown as it is printed
+    return (
+        f"{stopper} may end the run before stages that wait for a plateau of {monitor}: it counts "
+        "on from stage to stage, and the schedule begins anew with each. Let it monitor another "
+        "metric, or let max_epochs end the run."
+    )
 
 
 def moved_text(table: str, ids: Sequence[int], step: int | None, suspect: str) -> str:
@@ -194,3 +232,57 @@ def moved_text(table: str, ids: Sequence[int], step: int | None, suspect: str) -
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole if whole else 0:.1f} %"
+
+
+# What differs between two schedules
+
+
+def changes(before: Schedule, after: Schedule) -> list[str]:
+    """List what is not the same in two schedules, in the order of their keys.
+
+    Args:
+        before: The schedule as it was, for example in a checkpoint.
+        after: The schedule as it is now.
+
+    Returns:
+        One line for each key that was changed, added or removed; none where nothing was.
+
+    Example:
+        >>> before = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": "all"}])
+        >>> after = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 5, "rows": "all"}])
+        >>> changes(before, after)
+        ['stages[1].epoch: 3 became 5']
+    """
+    lines: list[str] = []
+    _compare("", before.to_config(), after.to_config(), lines)
+    return lines
+
+
+def _compare(place: str, before: Any, after: Any, lines: list[str]) -> None:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in dict.fromkeys([*before, *after]):
+            inner = f"{place}.{key}" if place else key
+            _compare_at(inner, before.get(key, _ABSENT), after.get(key, _ABSENT), lines)
+    elif place == "stages":
+        for i in range(max(len(before), len(after))):
+            old, new = (stages[i] if i < len(stages) else _ABSENT for stages in (before, after))
+            _compare_at(f"{place}[{i}]", old, new, lines)
+    elif repr(before) != repr(after):  # 1 is a number of rows and 1.0 a share, though equal
+        lines.append(f"{place}: {_shown(before)} became {_shown(after)}")
+
+
+def _compare_at(place: str, before: Any, after: Any, lines: list[str]) -> None:
+    if before is _ABSENT:
+        lines.append(f"{place}: {_shown(after)} was added")
+    elif after is _ABSENT:
+        lines.append(f"{place}: {_shown(before)} was removed")
+    else:
+        _compare(place, before, after, lines)
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "…"

@@ -15,6 +15,10 @@ class Evaluation:
         epoch: The epoch that it belongs to; the first is 0.
         step: Optimizer steps completed.
         metrics: The numbers by name.
+
+    Example:
+        >>> Evaluation(epoch=3, step=400, metrics={"val_loss": 0.5}).metrics["val_loss"]
+        0.5
     """
 
     epoch: int
@@ -49,12 +53,12 @@ class Position:
 
     def to_state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        seen = [[one.epoch, one.step, dict(one.metrics)] for one in self.evaluations]
+        evaluations = [[one.epoch, one.step, dict(one.metrics)] for one in self.evaluations]
         return {
             "epoch": self.epoch,
             "step": self.step,
             "total_steps": self.total_steps,
-            "evaluations": seen,
+            "evaluations": evaluations,
         }
 
     @staticmethod
@@ -64,5 +68,5 @@ class Position:
         Args:
             state: What `to_state` gave.
         """
-        seen = tuple(Evaluation(*one) for one in state.get("evaluations", ()))
-        return Position(state["epoch"], state["step"], state.get("total_steps"), seen)
+        evaluations = tuple(Evaluation(*one) for one in state.get("evaluations", ()))
+        return Position(state["epoch"], state["step"], state.get("total_steps"), evaluations)

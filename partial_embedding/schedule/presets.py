@@ -124,8 +124,9 @@ def _arguments(function: Callable[..., Stages]) -> tuple[str, ...]:
 
 
 def _check_whole(name: str, value: Any) -> None:
-    if not is_whole(value) or value < 1:
-        raise InputError(f"preset: {name} is a whole number from 1 up. Received: {value!r}.")
+    # Each is a stage, or its length; a million of them would fill the memory.
+    if not is_whole(value) or not 1 <= value <= 10_000:
+        raise InputError(f"preset: {name} is a whole number from 1 to 10,000. Received: {value!r}.")
 
 
 def _check_decay(value: Any) -> None:

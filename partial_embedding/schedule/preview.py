@@ -52,6 +52,7 @@ def plan(
     epochs: int = 1,
     steps_per_epoch: int = 1,
     padding: int | None = None,
+    new: Ids | None = None,
 ) -> list[Planned]:
     """List what a schedule does in a run, in order.
 
@@ -65,6 +66,7 @@ def plan(
         epochs: The epochs of the run.
         steps_per_epoch: Optimizer steps in an epoch.
         padding: A row that never trains, also when it is among those of a stage.
+        new: The rows by which the table grew last, sorted ids, int64, for schedules that name them.
 
     Raises:
         InputError: The rows do not fit the table or the vocabulary.
@@ -83,7 +85,7 @@ def plan(
             continue
         last = stage_state
         try:
-            ids = schedule.rows_at(stage_state).resolve(num_rows, vocabulary)
+            ids = schedule.rows_at(stage_state).resolve(num_rows, vocabulary, new=new)
         except InputError as error:
             # Rows that grow are asked for by the stage that they grow into.
             raise InputError(
@@ -157,10 +159,10 @@ def plan_text(
 def _positions(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Iterator[Position]:
     total = epochs * steps_per_epoch
     within = range(steps_per_epoch) if schedule.moves_within_epochs else range(1)
-    seen = _improving(schedule, epochs, steps_per_epoch)
+    evaluations = _improving(schedule, epochs, steps_per_epoch)
     for epoch in range(epochs):
         for step in within:
-            yield Position(epoch, epoch * steps_per_epoch + step, total, seen[:epoch])
+            yield Position(epoch, epoch * steps_per_epoch + step, total, evaluations[:epoch])
 
 
 def _improving(schedule: Schedule, epochs: int, steps_per_epoch: int) -> tuple[Evaluation, ...]:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from partial_embedding.errors import InputError
+from partial_embedding.files import read_yaml
+from partial_embedding.rows.growth import GrownRows
 from partial_embedding.rows.rows import Rows
 from partial_embedding.schedule.position import Evaluation, Position
 from partial_embedding.schedule.presets import from_preset
-from partial_embedding.schedule.rate_scale import RateScale
-from partial_embedding.schedule.stages import Stage, only_keys, parsed
+from partial_embedding.schedule.stages import RateScale, Stage, only_keys, parsed
 from partial_embedding.schedule.starts import Plateau, Start, Wait, place_in
 
 # In how many increments rows grow between two stages that do not start at epochs.
 _PARTS = 10
 # Shares are quotients, and their rounding must not make a stage or an increment begin a step late.
 _HAIR = 1e-9
+# More steps than a run has.
+NEVER = 1 << 40
 
 
 class StageState(NamedTuple):
@@ -33,6 +34,11 @@ class StageState(NamedTuple):
         increment: The increments that have begun of growing into the next stage.
         increments: In how many increments it grows; 0 where it does not.
         cycle_index: The cycles that were completed.
+
+    Example:
+        >>> schedule = Schedule([{"epoch": 0, "rows": [7]}, {"epoch": 2, "rows": "all"}])
+        >>> schedule.state_at(Position(epoch=5)).stage
+        1
     """
 
     stage: int
@@ -51,13 +57,13 @@ class Schedule:
     a stage that waits for a plateau is left out when a later one starts first.
 
     With `grow`, rows are unfrozen bit by bit from the start of the stage before, and all train when
-    the stage starts. `lr` and `warmup` say how fast the rows learn that join by this stage, for as
-    long as they train; see `RateScale`.
+    the stage starts. `lr_scale` and `warmup_steps` say how fast the rows learn that join by this
+    stage, for as long as they train; see `RateScale`.
 
     Args:
         stages: `Stage`s, or mappings with one of the keys `epoch`, `step`, `share` and `plateau`,
-            with `rows`, and perhaps `grow`, `lr` and `warmup`. Starts of one unit rise, and the
-            first is 0.
+            with `rows`, and perhaps `grow`, `lr_scale` and `warmup_steps`. Starts of one unit rise,
+            and the first is 0.
         cycle: Begin again with the first stage whenever this much has passed, in the one unit of
             all starts.
 
@@ -120,26 +126,51 @@ class Schedule:
         return StageState(stage, increment, increments, cycle_index)
 
     def _stage_at(self, position: Position) -> int:
-        return self._latest(position, self._reached(position.evaluations, position.total_steps))
+        passed = self._passed(position.evaluations, position.total_steps)
+        return self._latest(position, passed[-1])
 
-    def _reached(self, history: tuple[Evaluation, ...], total_steps: int | None) -> int:
-        """The stage that had started when the last measurement was made, or started by it."""
+    def _passed(self, history: tuple[Evaluation, ...], total_steps: int | None) -> tuple[int, ...]:
+        """The stages in which measurements were made, and the one that the last of them started."""
         if not history or not self.metrics:
-            return 0
+            return (0,)
         # The last answer is kept, since a run asks at every step and measures only now and then.
         known = vars(self).get("_known")
         if known is not None and known[0] is history and known[1] == total_steps:
-            return int(known[2])
-        stage, wait = 0, self._wait_in(0)
-        for seen in history:
+            answer: tuple[int, ...] = known[2]
+            return answer
+        passed, wait = [0], self._wait_in(0)
+        for evaluation in history:
             # What is measured after a step belongs to the stage that the step was made in.
-            there = Position(seen.epoch, seen.step - 1, total_steps)
-            if (later := self._latest(there, stage)) != stage:
-                stage, wait = later, self._wait_in(later)
-            if wait is not None and wait.is_over(seen):
-                stage, wait = stage + 1, self._wait_in(stage + 1)
-        object.__setattr__(self, "_known", (history, total_steps, stage))
-        return stage
+            there = Position(evaluation.epoch, evaluation.step - 1, total_steps)
+            if (later := self._latest(there, passed[-1])) != passed[-1]:
+                passed.append(later)
+                wait = self._wait_in(later)
+            if wait is not None and wait.is_over(evaluation):
+                passed.append(passed[-1] + 1)
+                wait = self._wait_in(passed[-1])
+        object.__setattr__(self, "_known", (history, total_steps, tuple(passed)))
+        return tuple(passed)
+
+    def not_reached(self, position: Position) -> list[int]:
+        """The stages that a run which ends at a position never came to.
+
+        Args:
+            position: Where training ends.
+
+        Example:
+            >>> stages = [{"epoch": 0, "rows": [1]}, {"plateau": "loss", "rows": [2]}]
+            >>> Schedule([*stages, {"epoch": 4, "rows": "all"}]).not_reached(Position(epoch=5))
+            [1]
+        """
+        state = self.state_at(position)
+        if state.cycle_index:
+            return []
+        passed = self._passed(position.evaluations, position.total_steps)
+        return [
+            i
+            for i, stage in enumerate(self.stages)
+            if i > state.stage or (isinstance(stage.start, Plateau) and i not in passed)
+        ]
 
     def _wait_in(self, stage: int) -> Wait | None:
         """The wait that begins with a stage, where a plateau starts the next one."""
@@ -155,6 +186,35 @@ class Schedule:
                 return i
         return stage
 
+    def next_change(self, position: Position, end: int) -> int:
+        """The step at which rows may change next, while neither the epoch nor what was seen does.
+
+        Args:
+            position: Where training stands.
+            end: The last step that is asked for.
+
+        Returns:
+            A step beyond the position's; `NEVER` if no rows change up to the end.
+
+        Example:
+            >>> schedule = Schedule([{"step": 0, "rows": "none"}, {"step": 40, "rows": "all"}])
+            >>> schedule.next_change(Position(step=3), end=1000)
+            40
+        """
+        now = self.state_at(position)
+
+        def is_over(step: int) -> bool:
+            return self.state_at(replace(position, step=step)) != now
+
+        # A stage state that is over does not come back, so the step is found by halving.
+        before, after = position.step, end
+        if not self.moves_within_epochs or not is_over(after):
+            return NEVER
+        while after - before > 1:
+            middle = (before + after) // 2
+            before, after = (before, middle) if is_over(middle) else (middle, after)
+        return after
+
     def _place(self, unit: str, position: Position) -> float:
         place = place_in(unit, position)
         if self.cycle:
@@ -168,7 +228,7 @@ class Schedule:
             position: A `Position`, or an epoch.
 
         Raises:
-            InputError: As for `stage_state`.
+            InputError: As for `state_at`.
         """
         return self.state_at(position).stage
 
@@ -181,30 +241,30 @@ class Schedule:
             position: A `Position`, or an epoch.
 
         Raises:
-            InputError: As for `stage_state`.
+            InputError: As for `state_at`.
         """
         return self.rows_at(self.state_at(position))
 
     def rows_at(self, stage_state: StageState) -> Rows:
-        """The rows that train at a stage_state.
+        """The rows that train in a stage state.
 
         Args:
-            stage_state: One that `stage_state` gave.
+            stage_state: One that `state_at` gave.
         """
         rows = self.stages[stage_state.stage].rows
         if not stage_state.increment:
             return rows
         following = self.stages[stage_state.stage + 1]
         assert following.growth is not None
-        return Rows.grown(
+        return GrownRows(
             rows, following.rows, following.growth, stage_state.increment, stage_state.increments
         )
 
     def rate_scale_at(self, stage_state: StageState) -> RateScale:
-        """How fast the rows learn that join at a stage_state.
+        """How fast the rows learn that join in a stage state.
 
         Args:
-            stage_state: One that `stage_state` gave.
+            stage_state: One that `state_at` gave.
         """
         return self.stages[stage_state.stage + bool(stage_state.increment)].rate_scale
 
@@ -265,22 +325,15 @@ class Schedule:
                 "a schedule is a mapping with the key 'stages' or 'preset', or a YAML file. "
                 f"Received: {value!r}."
             )
+        loaded = read_yaml(value, "schedule")
         try:
-            loaded = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
             if not isinstance(loaded, Mapping):
                 raise InputError(
                     f"a schedule is a mapping with the key 'stages'. Received: {loaded!r}."
                 )
             return Schedule.parse(loaded)
-        except OSError as error:
-            raise InputError(
-                f"{value}: the schedule cannot be read: {error.strerror}. Check the path."
-            ) from None
         except InputError as error:
             raise InputError(f"{value}: {error}") from None
-        except (yaml.YAMLError, ValueError) as error:  # a day that no month has is a ValueError
-            reason = " ".join(str(error).split())
-            raise InputError(f"{value}: a schedule is YAML in UTF-8. Received: {reason}.") from None
 
 
 # What `Schedule.parse` reads.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.rows.kinds import is_whole
 from partial_embedding.schedule.position import Evaluation, Position
 
@@ -144,18 +144,18 @@ class Plateau:
         if not isinstance(given, Mapping) or not set(given) <= set(keys) or "monitor" not in given:
             raise InputError(
                 f"a plateau is the name of a metric, or a mapping with monitor and any of {keys}."
-                f" Received: {value!r}."
+                f" Received: {value!r}.{did_you_mean(given, keys)}"
             )
         return Plateau(**given)
 
-    def is_reached(self, seen: Sequence[Evaluation]) -> bool:
+    def is_reached(self, evaluations: Sequence[Evaluation]) -> bool:
         """Whether the metric has stopped improving.
 
         Args:
-            seen: What was seen since the stage before began.
+            evaluations: What was seen since the stage before began.
         """
         wait = Wait(self)
-        return any([wait.is_over(one) for one in seen][-1:])
+        return any([wait.is_over(one) for one in evaluations][-1:])
 
     def to_config(self) -> dict[str, Any]:
         """Write the plateau as plain YAML values."""
@@ -181,14 +181,14 @@ class Wait:
         self.without = 0
         self.best: float | None = None
 
-    def is_over(self, seen: Evaluation) -> bool:
+    def is_over(self, evaluation: Evaluation) -> bool:
         """Take in what a validation measured, and say whether the metric has stopped improving.
 
         Args:
-            seen: The next validation of the stage.
+            evaluation: The next validation of the stage.
         """
         plateau = self.plateau
-        if (value := seen.metrics.get(plateau.monitor)) is not None:
+        if (value := evaluation.metrics.get(plateau.monitor)) is not None:
             value = -value if plateau.mode == "max" else value
             # A value that is not a number is no improvement.
             first = self.best is None and not math.isnan(value)

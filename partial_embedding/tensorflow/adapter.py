@@ -1,167 +1,224 @@
-"""The tables of one Keras model, moved along their schedules."""
+"""The tables of a Keras model, as the runner of schedules moves them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
-from partial_embedding.schedule import Position, RateScale, Schedule, StageState
-from partial_embedding.schedule.runner import BaseScheduledTables, Say
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.schedule import RateScale
+from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.tensorflow.audit import FrozenRowAudit
-from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.tensorflow.optimizer import Rowwise
-from partial_embedding.tensorflow.tables import tables_in
-
-# More steps than a run has, where the length of an epoch is not known.
-_NEVER = 1 << 40
+from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.optimizer import optimizer_of
+from partial_embedding.tensorflow.row_optimizer import Rowwise
 
 
-class ScheduledTables(BaseScheduledTables[PartialEmbedding]):
-    """The tables of a model that follow schedules.
-
-    Every stage is resolved when this is made, so that a schedule that does not fit is refused
-    before the first step.
+class KerasTables:
+    """The tables of a model; an `Adapter` of the runner.
 
     Args:
-        model: The `keras.Model` that holds the tables.
-        schedules: A schedule for each layer's name; the key None is for all other tables.
-        vocabulary: What rows mean, for schedules that ask for it.
-        audit: Compare the bits of frozen rows whenever others begin to train.
-        say: What takes the lines that tell of stages.
+        model: The `keras.Model`.
 
     Raises:
-        InputError: The model has no such table, or a stage does not fit its table or the optimizer.
+        InputError: It has no table, or two of one name.
 
     Example:
         >>> import keras
+        >>> from partial_embedding import Schedule
+        >>> from partial_embedding.schedule.runner import Runner
+        >>> from partial_embedding.tensorflow import PartialEmbedding
         >>> model = keras.Sequential([PartialEmbedding(10, 4, reserve_rows="all", name="words")])
         >>> schedule = Schedule([{"epoch": 0, "rows": [2]}, {"epoch": 3, "rows": "all"}])
-        >>> tables = ScheduledTables(model, {None: schedule}, say=print)
-        >>> begun = tables.move_to(Position(epoch=0))
+        >>> runner = Runner(KerasTables(model), {None: schedule}, say=print)
+        >>> begun = runner.advance(epoch=0, step=0)
         words: 1 of 10 rows train (4 of 40 parameters), 0 parameters elsewhere
         words: stage 0 from epoch 0: 1 rows train, 10.0 % of the table
-        >>> tables.move_to(Position(epoch=1))
+        >>> runner.advance(epoch=1, step=5)
         False
         >>> model.layers[0].trainable_rows
         array([2])
     """
 
-    def __init__(
-        self,
-        model: Any,
-        schedules: Mapping[str | None, Schedule],
-        vocabulary: Vocabulary | None = None,
-        audit: bool = False,
-        say: Say = lambda line: None,
-    ) -> None:
+    # Replicas of a strategy are in one process.
+    processes = 1
+
+    def __init__(self, model: Any) -> None:
         self.model = model
-        super().__init__(_all_tables(model), schedules, vocabulary, audit, say, FrozenRowAudit)
-        self._check_rate_scales()
-
-    def _check_rate_scales(self) -> None:
-        scaled = [
-            f"{name}: stages[{index}]"
-            for name in self.tables
-            for index, stage in enumerate(self.schedule_of(name).stages)
-            if not stage.rate_scale.is_plain
-        ]
-        if not scaled:
-            return
-        optimizer = innermost(self.model.optimizer)
-        if not isinstance(optimizer, Rowwise) or not optimizer.rate_scales:
+        self.tables = tables_in(model)
+        # What stages train of tables that can still be told which rows to reserve.
+        self._stages: dict[str, list[Ids]] = {}
+        if not self.tables:
             raise InputError(
-                f"{scaled[0]}: lr_scale and warmup_steps are what rowwise(optimizer, "
-                f"rate_scales=True) keeps. Received the optimizer {type(optimizer).__name__}"
-                f"{' with rate_scales=False' if isinstance(optimizer, Rowwise) else ''}. "
-                "Compile the model with one."
+                "RowUnfreezing needs a PartialEmbedding in the model. Received a "
+                f"{type(model).__name__} without one. Replace its Embedding, for example by "
+                "PartialEmbedding.from_layer."
             )
-        if not optimizer.built:
-            if not self.model.built:
-                raise InputError(
-                    f"{scaled[0]}: rows have a learning rate of their own in a built model. "
-                    "Received one that is not. Give it a keras.Input, or call it on a batch."
-                )
-            # Keras builds an optimizer only while it traces the first step.
-            self.model.optimizer.build(self.model.trainable_variables)
 
-    def next_change(self, position: Position, steps: int | None) -> int:
-        """The step at which rows may change next, while neither the epoch nor what was seen does.
+    @property
+    def optimizer(self) -> Any:
+        """What steps the tables, or will; None where the model knows of no optimizer."""
+        known = (optimizer_of(self.model, table.rows_variable) for table in self.tables.values())
+        default = innermost(getattr(self.model, "optimizer", None))
+        return next((optimizer for optimizer in known if optimizer is not None), default)
+
+    @property
+    def steps(self) -> int:
+        """The steps that the optimizer completed, those of earlier runs too; waits for them."""
+        return 0 if self.optimizer is None else int(self.optimizer.iterations.numpy())
+
+    @property
+    def batches_of_a_step(self) -> int:
+        """The batches whose gradients are accumulated for one step."""
+        return getattr(self.optimizer, "gradient_accumulation_steps", None) or 1
+
+    def reserve(self) -> None:
+        """Reserve what the stages that were checked will ever train, where a layer was not told.
+
+        It comes before the first step is traced: the variables that train are others afterwards.
+        """
+        for name, stages in self._stages.items():
+            table = self.tables[name]
+            # A table whose rows all train throughout stays a plain one.
+            if any(ids.size < table.input_dim for ids in stages):
+                ever = np.unique(np.concatenate(stages))
+                table.reserve_rows(ever if ever.size else "none")
+                # What was traced before knows the variables of before.
+                self.model.train_function = self.model.test_function = None
+                self.model.predict_function = None
+        self._stages = {}
+
+    # What the runner asks for
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """The rows V and the columns D of each table."""
+        return {name: (table.input_dim, table.output_dim) for name, table in self.tables.items()}
+
+    def gather(self, view: RankView) -> Sequence[RankView]:
+        """What all processes hand in: there is this one.
 
         Args:
-            position: Where training stands.
-            steps: Optimizer steps until then at most, or None where that is not known.
-
-        Returns:
-            A step beyond the position's; one that is out of reach if no rows change.
+            view: What it hands in.
         """
-        end = position.step + steps if steps is not None else _NEVER
-        changes = [
-            _next_change(schedule, position, end)
-            for schedule in self._followed
-            if schedule.moves_within_epochs
-        ]
-        return min(changes, default=_NEVER)
+        return [view]
 
-    # What Keras does in its own way
+    def check_rows(self, name: str, ids: Ids) -> None:
+        """Refuse rows that the layer cannot train, before it trains any.
 
-    def _shape(self, table: PartialEmbedding) -> tuple[int, int]:
-        return table.input_dim, table.output_dim
+        Args:
+            name: The layer's name.
+            ids: Sorted ids, int64, shape (K,).
 
-    def _trainable(self, table: PartialEmbedding) -> Ids:
-        return table.trainable_rows
+        Raises:
+            InputError: A row is not reserved, or the layer is a plain one, and an optimizer was
+                built for it already; or nothing of the layer trains.
+        """
+        table = self.tables[name]
+        optimizer = innermost(getattr(self.model, "optimizer", None))
+        is_known = optimizer_of(self.model, table.rows_variable) is not None
+        if ids.size and not table.trainable:
+            raise InputError(
+                f"rows train in a layer that does. Received {name!r} with trainable=False. Set "
+                "layer.trainable = True before the model is compiled, or leave the layer out of "
+                "the schedule."
+            )
+        if ids.size and optimizer is not None and optimizer.built and not is_known:
+            raise InputError(
+                f"rows train under an optimizer that was built for them. Received {name!r}, and a "
+                f"{type(optimizer).__name__} that was built without it. Compile the model again."
+            )
+        if table.reserves_rows or is_known:
+            table.check_trainable_rows(ids)
+        else:
+            self._stages.setdefault(name, []).append(ids)
 
-    def _ids_at(self, name: str, stage_state: StageState) -> Ids:
-        return self.tables[name].check_trainable_rows(super()._ids_at(name, stage_state))
+    def check_rate_scale(self, name: str, rate_scale: RateScale) -> None:
+        """Refuse a rate that the optimizer cannot keep, and build the one that can.
 
-    def _train(self, table: PartialEmbedding, ids: Ids, rate_scale: RateScale) -> None:
-        table.set_trainable_rows(ids, rate_scale=rate_scale)
-        if table.name not in self._stage_states:
-            self._tell_size(table.name)
+        Args:
+            name: The layer's name.
+            rate_scale: How fast rows would learn.
 
-    def _parameters_elsewhere(self) -> int:
-        own = {id(v) for table in self.tables.values() for v in table.trainable_variables}
+        Raises:
+            InputError: The optimizer keeps no rates, or cannot be built yet.
+        """
+        if rate_scale.is_plain:
+            return
+        if not self.model.built:
+            raise InputError(
+                "rows have a learning rate of their own in a built model. Received one that is "
+                "not. Give it a keras.Input, or call it on a batch."
+            )
+        rows, whole = self.tables[name].rows_variable, getattr(self.model, "optimizer", None)
+        if optimizer_of(self.model, rows) is None and whole is not None:
+            # Keras builds an optimizer only while it traces the first step.
+            whole.build(self.model.trainable_variables)
+        optimizer = optimizer_of(self.model, rows)
+        if not isinstance(optimizer, Rowwise):
+            raise InputError(
+                "lr_scale and warmup_steps are what rowwise(optimizer) keeps. Received the "
+                f"optimizer {type(optimizer).__name__}. Compile the model with one."
+            )
+
+    def trainable_rows(self, name: str) -> Ids:
+        """The rows that train now, rising, int64, shape (K,).
+
+        Args:
+            name: The layer's name.
+        """
+        return self.tables[name].trainable_rows
+
+    def new_rows(self, name: str) -> Ids | None:
+        """The rows by which the table grew last, rising, int64, or None.
+
+        Args:
+            name: The layer's name.
+        """
+        return self.tables[name].new_rows
+
+    def set_rows(
+        self, name: str, ids: Ids, rate_scale: RateScale, *, all_join: bool = False
+    ) -> None:
+        """Train these rows and no others.
+
+        Args:
+            name: The layer's name.
+            ids: Sorted ids, int64, shape (K,).
+            rate_scale: How fast those of them learn that join.
+            all_join: Whether rows that train already join, too; until they make a step, rows do.
+        """
+        self.tables[name].set_trainable_rows(
+            ids, lr_scale=rate_scale.lr_scale, warmup_steps=rate_scale.warmup_steps
+        )
+
+    def watch(self, name: str) -> FrozenRowAudit:
+        """Keep what the frozen rows hold now.
+
+        Args:
+            name: The layer's name.
+        """
+        return FrozenRowAudit(self.tables[name], name)
+
+    def parameters_elsewhere(self, names: Iterable[str]) -> int:
+        """How many parameters train outside of these tables.
+
+        Args:
+            names: The layers' names.
+        """
+        own = {id(v) for name in names for v in self.tables[name].trainable_variables}
         others = (v for v in self.model.trainable_variables if id(v) not in own)
         return sum(int(np.prod(v.shape)) for v in others)
-
-
-def _all_tables(model: Any) -> dict[str, PartialEmbedding]:
-    tables = tables_in(model)
-    if not tables:
-        raise InputError(
-            "RowUnfreezing needs a PartialEmbedding in the model. Received a "
-            f"{type(model).__name__} without one. Replace its Embedding, for example by "
-            "PartialEmbedding.from_layer."
-        )
-    return tables
-
-
-def _next_change(schedule: Schedule, position: Position, end: int) -> int:
-    """The first step up to `end` at which the stage state differs; out of reach without one."""
-    now = schedule.state_at(position)
-
-    def is_over(step: int) -> bool:
-        return schedule.state_at(replace(position, step=step)) != now
-
-    # A stage_state that is over does not come back, so the step is found by halving.
-    before, after = position.step, end
-    if not is_over(after):
-        return _NEVER
-    while after - before > 1:
-        middle = (before + after) // 2
-        before, after = (before, middle) if is_over(middle) else (middle, after)
-    return after
 
 
 def innermost(optimizer: Any) -> Any:
     """The optimizer that steps, inside of those that scale the loss.
 
     Args:
-        optimizer: A Keras optimizer.
+        optimizer: A Keras optimizer, or None.
     """
     while (inner := getattr(optimizer, "inner_optimizer", None)) is not None:
         optimizer = inner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -12,13 +13,13 @@ from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
-from partial_embedding.tensorflow.lr_scale import check_kept
-from partial_embedding.tensorflow.reserve import compact
-from partial_embedding.tensorflow.table_state import Split, over_ids
+from partial_embedding.tensorflow.one_table import OneTable
+from partial_embedding.tensorflow.table_state import compact, over_ids, split_table
 
 
-@keras.saving.register_keras_serializable("partial_embedding", "PartialEmbedding")
-class PartialEmbedding(keras.layers.Embedding):
+# Keras names the package where a file is loaded without its import.
+@keras.saving.register_keras_serializable("partial_embedding.tensorflow", "PartialEmbedding")
+class PartialEmbedding(OneTable):
     """An embedding table of which only chosen rows train, under any Keras optimizer.
 
     Rows that do not train keep their bits through every step. Which rows train may change between
@@ -26,9 +27,12 @@ class PartialEmbedding(keras.layers.Embedding):
     trainable and none reserved, this is the plain layer with its single variable; otherwise the
     reserved rows, R of V, are the one trainable variable, and time and memory of a step follow R.
 
-    Files hold one matrix of shape (V, D) as those of `keras.layers.Embedding` do, and either layer
-    loads the other's. A regularizer and a constraint apply to the reserved rows, as they would in
-    a table of those rows alone.
+    The weights of this layer, in files and in `get_weights`, are one matrix of shape (V, D) as
+    those of `keras.layers.Embedding`, and either layer takes the other's. A model lists variables:
+    here those of the reserved rows, of the frozen table, and of which rows are unfrozen. Models
+    with partial tables exchange all of them; `plain_weights` and `set_plain_weights` lead to models
+    with plain tables and back. A regularizer and a constraint apply to the reserved rows, as they
+    would in a table of those rows alone.
 
     Args:
         input_dim: Number of rows V.
@@ -45,6 +49,8 @@ class PartialEmbedding(keras.layers.Embedding):
             for, which would move frozen rows.
 
     Example:
+        >>> import numpy as np
+        >>> from partial_embedding.tensorflow import PartialEmbedding
         >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows=[3, 4])
         >>> layer(np.array([[0, 3]])).shape
         TensorShape([1, 2, 2])
@@ -53,7 +59,11 @@ class PartialEmbedding(keras.layers.Embedding):
         array([3, 4])
     """
 
+    # Keras publishes no types.
     built: bool
+    input_dim: int
+    embeddings_initializer: Any
+    _embeddings: Any
 
     def __init__(
         self,
@@ -68,17 +78,20 @@ class PartialEmbedding(keras.layers.Embedding):
         weights = kwargs.pop("weights", None)
         super().__init__(input_dim, output_dim, **kwargs)
         self.freeze_padding = freeze_padding
-        self._live: Ids = self._resolve(trainable_rows)
-        self._reserved: Ids = self._live
+        # The rows by which the table grew last.
+        self.new_rows: Ids | None = None
+        # How many rows there were each time before it grew.
+        self.earlier_sizes: tuple[int, ...] = ()
+        # What a layer is built with. Once it is, its variables know which rows train.
+        self._first_rows: Ids = self._resolve(trainable_rows)
+        self._reserved: Ids = self._first_rows
         self._reserves = reserve_rows is not None
         if self._reserves:
             self._reserved = self._resolve(reserve_rows)
-        self._split: Split | None = None
-        self._check_reserved(self._live)
+        self._check_reserved(self._first_rows)
         self._check_lora(bool(self.lora_rank))
         if weights is not None:
-            self.build()
-            self.set_weights(weights if isinstance(weights, list) else [weights])
+            self._build_of(weights if isinstance(weights, list) else [weights])
 
     @classmethod
     def from_matrix(
@@ -159,25 +172,29 @@ class PartialEmbedding(keras.layers.Embedding):
     @property
     def trainable_rows(self) -> Ids:
         """Ids of the rows that train now: sorted, int64, shape (K,)."""
-        return self._live.copy()
+        if self.table_state is not None:
+            return self.table_state.trainable_rows
+        return self._first_rows.copy()
 
     @property
     def reserved_rows(self) -> Ids:
         """Ids of the rows that may train at any time: sorted, int64, shape (R,)."""
         return self._reserved.copy()
 
-    def set_trainable_rows(self, rows: object, *, rate_scale: RateScale | None = None) -> None:
+    def set_trainable_rows(
+        self, rows: object, *, lr_scale: float = 1.0, warmup_steps: int = 0
+    ) -> None:
         """Train these rows from the next step on, and no others.
 
         Args:
             rows: Rows in any form that `Rows.parse` reads.
-            rate_scale: How fast those of them learn that join, for as long as they train; by
-                default at the optimizer's learning rate. Rows that made a step already keep their
-                rate_scale.
+            lr_scale: The factor on the learning rate of those of them that join, above 0, for as
+                long as they train. Rows that made a step already keep theirs.
+            warmup_steps: The steps over which the rate of those that join rises to the full one.
 
         Raises:
-            InputError: A row is not reserved, the layer is plain, or no optimizer keeps a
-                rate_scale.
+            InputError: A row is not reserved, the layer is plain, or rows are to have a rate of
+                their own that no optimizer keeps.
 
         Example:
             >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows="all")
@@ -185,15 +202,22 @@ class PartialEmbedding(keras.layers.Embedding):
             >>> layer.trainable_rows
             array([0, 1, 2])
         """
-        live = self.check_trainable_rows(rows)
-        self._train(live, live, rate_scale)
+        after = self.check_trainable_rows(rows)
+        self._train(after, after, RateScale(lr_scale, warmup_steps))
 
-    def _train(self, live: Ids, begin: Ids, rate_scale: RateScale | None = None) -> None:
-        """Train `live`; those of `begin` that have made no step yet begin at this rate_scale."""
-        check_kept(rate_scale, self._split and self._split.rate_scales, self.name)
-        if self._split is not None:
-            self._split.move(self._live, live, begin, rate_scale or RateScale())
-        self._live = live
+    def _train(self, after: Ids, begin: Ids, rate_scale: RateScale) -> None:
+        """Train `after`; those of `begin` that made no step yet begin at this rate."""
+        state = self.table_state
+        if not rate_scale.is_plain and (state is None or state.optimizer is None):
+            raise InputError(
+                "a learning rate of rows is what rowwise(optimizer) keeps, once it is built. "
+                f"Received: {rate_scale} for {self.name!r}, which none was built for. Make the "
+                "layer with reserve_rows=, and call optimizer.build(model.trainable_variables) "
+                "first."
+            )
+        if state is not None:
+            state.move(after, begin, rate_scale)
+        self._first_rows = after
 
     def check_trainable_rows(self, rows: object) -> Ids:
         """Refuse rows that `set_trainable_rows` would refuse, and change nothing.
@@ -211,25 +235,26 @@ class PartialEmbedding(keras.layers.Embedding):
             >>> PartialEmbedding(5, 2, reserve_rows="all").check_trainable_rows(range(2))
             array([0, 1])
         """
-        live = self._resolve(rows)
-        self._check_reserved(live)
-        if self.built and self._split is None and live.size != self._live.size:
+        after = self._resolve(rows)
+        self._check_reserved(after)
+        if self.built and self.table_state is None and after.size != self._first_rows.size:
             raise InputError(
                 "rows of a table that was built with every row trainable and none reserved cannot "
-                f"be frozen: it is a plain one. Received a wish to train {live.size} of "
+                f"be frozen: it is a plain one. Received a wish to train {after.size} of "
                 f"{self.input_dim} rows. Make the layer with reserve_rows='all'."
             )
-        return live
+        return after
 
-    def unfreeze_rows(self, rows: object, *, rate_scale: RateScale | None = None) -> None:
+    def unfreeze_rows(self, rows: object, *, lr_scale: float = 1.0, warmup_steps: int = 0) -> None:
         """Train these rows too, from the next step on.
 
         Args:
             rows: Rows in any form that `Rows.parse` reads.
-            rate_scale: As for `set_trainable_rows`.
+            lr_scale: As for `set_trainable_rows`.
+            warmup_steps: As for `set_trainable_rows`.
 
         Raises:
-            InputError: A row is not reserved, or no optimizer keeps a rate_scale.
+            InputError: As for `set_trainable_rows`.
 
         Example:
             >>> layer = PartialEmbedding(5, 2, trainable_rows=[3], reserve_rows="all")
@@ -238,7 +263,8 @@ class PartialEmbedding(keras.layers.Embedding):
             array([1, 3])
         """
         ids = self._resolve(rows)
-        self._train(self.check_trainable_rows(np.union1d(self._live, ids)), ids, rate_scale)
+        after = self.check_trainable_rows(np.union1d(self.trainable_rows, ids))
+        self._train(after, ids, RateScale(lr_scale, warmup_steps))
 
     def freeze_rows(self, rows: object) -> None:
         """Train these rows no longer; they keep their bits from now on.
@@ -256,29 +282,103 @@ class PartialEmbedding(keras.layers.Embedding):
             array([], dtype=int64)
         """
         ids = self._resolve(rows)
-        self._train(self.check_trainable_rows(np.setdiff1d(self._live, ids)), begin=ids[:0])
+        after = self.check_trainable_rows(np.setdiff1d(self.trainable_rows, ids))
+        self._train(after, ids[:0], RateScale())
+
+    def reserve_rows(self, rows: object) -> None:
+        """Let these rows train at any time and no others; what trains now and is not of them stops.
+
+        The variable of the reserved rows is another one afterwards, so this comes before an
+        optimizer is built for it and before a function is traced with it.
+
+        Args:
+            rows: Rows in any form that `Rows.parse` reads.
+
+        Example:
+            >>> layer = PartialEmbedding(5, 2)
+            >>> layer.reserve_rows([1, 3])
+            >>> layer.freeze_rows([1])
+            >>> layer.trainable_rows, layer.reserved_rows
+            (array([3]), array([1, 3]))
+        """
+        reserved = self._resolve(rows)
+        self._first_rows = np.intersect1d(self.trainable_rows, reserved)
+        is_other = not np.array_equal(reserved, self._reserved)
+        self._reserved, self._reserves = reserved, True
+        if self.built and (is_other or self.table_state is None):
+            self._split_again()
+
+    def _build_of(self, weights: list[Any]) -> None:
+        """Build with a table as the first value: drawn ones would be as much memory again."""
+        if len(weights) == 1 and np.shape(weights[0]) == (self.input_dim, self.output_dim):
+            configured = self.embeddings_initializer
+            self.embeddings_initializer = partial(_first_value, weights[0])
+            self.build()
+            self.embeddings_initializer = configured
+        else:
+            self.build()
+            self.set_weights(weights)  # which says what is wrong with them
+
+    def grow(self, rows: Any, trainable: bool) -> None:
+        """Add rows; `partial_embedding.tensorflow.grow_table` does it in a model.
+
+        Args:
+            rows: What they begin from, shape (n, D).
+            trainable: Whether they train from here on.
+
+        Raises:
+            InputError: They are not to train, and the layer can freeze none.
+        """
+        if self.built and self.table_state is None and not trainable:
+            raise InputError(
+                "rows of a table that was built with every row trainable and none reserved cannot "
+                "be frozen. Received trainable=False. Make the layer with reserve_rows='all'."
+            )
+        (matrix,) = self.get_weights()
+        before = self.input_dim
+        self.input_dim = before + len(rows)
+        self.earlier_sizes += (before,)
+        self.new_rows = np.arange(before, self.input_dim, dtype=np.int64)
+        trained = self.trainable_rows
+        self._first_rows = np.append(trained, self.new_rows) if trainable else trained
+        self._reserved = np.append(self._reserved, self.new_rows)
+        self._tracker.unlock()
+        state = self.table_state
+        parts = [self._embeddings] if state is None else [state.table, state.rows, state.unfrozen]
+        for variable in parts:
+            self._untrack_variable(variable)
+        self.built = False
+        self._build_of([np.concatenate([matrix, rows.astype(matrix.dtype)])])
+
+    @property
+    def rows_variable(self) -> Any:
+        """The variable that optimizers step: of the reserved rows, or of a plain table."""
+        return self._embeddings if self.table_state is None else self.table_state.rows
+
+    @property
+    def reserves_rows(self) -> bool:
+        """Whether it was said which rows may train at any time."""
+        return self._reserves
 
     def build(self, input_shape: Any = None) -> None:
-        """Make the variables: one for a plain table, two for a split one."""
-        is_plain = self._live.size == self.input_dim and not self._reserves
+        """Make the variables: one for a plain table, three for a split one."""
+        is_plain = self._first_rows.size == self.input_dim and not self._reserves
         if self.built or self.quantization_mode or is_plain:
             super().build(input_shape)
             return
         # A model without a fixed input is built while its first step is traced, and XLA cannot
         # lift the second variable, which begins with rows of the first, out of that.
         with tf.init_scope():
-            self._build_split()
+            self._embeddings = self.add_weight(
+                shape=(self.input_dim, self.output_dim),
+                initializer=self.embeddings_initializer,
+                name="frozen_embeddings",
+                trainable=False,
+                # Under an outer layer's autocast, reading it would convert all of it.
+                autocast=False,
+            )
+            self._split()
         self.built = True
-
-    @property
-    def embeddings(self) -> Any:
-        """The table of shape (V, D): the variable of a plain table, a tensor of a split one.
-
-        A head tied to the tensor, `x @ transpose(layer.embeddings)`, trains the trainable rows. It
-        reads the tensor in the `call` of a layer or model: the one that it got at another time is
-        of that time.
-        """
-        return self._split.merged() if self._split is not None else super().embeddings
 
     def call(self, inputs: Any) -> Any:
         """Look up ids of any shape; dense, ragged or sparse."""
@@ -302,57 +402,21 @@ class PartialEmbedding(keras.layers.Embedding):
             >>> PartialEmbedding.from_matrix(np.eye(2)).rows(np.array([1])).numpy()
             array([[0., 1.]], dtype=float32)
         """
-        if self._split is not None:
-            return self._split.look_up(ids)
+        if self.table_state is not None:
+            return self.table_state.look_up(ids)
         # Not `keras.ops.take`, which copies the whole table once a row of it has been assigned.
         return tf.gather(self._embeddings.value, ids)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, with the rows that train now."""
-        is_default = not self._reserves and np.array_equal(self._reserved, self._live)
+        rows = self.trainable_rows
+        is_default = not self._reserves and np.array_equal(self._reserved, rows)
         return {
             **super().get_config(),
-            "trainable_rows": compact(self._live, self.input_dim),
+            "trainable_rows": compact(rows, self.input_dim),
             "freeze_padding": self.freeze_padding,
             "reserve_rows": None if is_default else compact(self._reserved, self.input_dim),
         }
-
-    def get_weights(self) -> list[Any]:
-        """The table as one array of shape (V, D) in a list, as the plain layer gives it."""
-        if self._split is None:
-            return super().get_weights()  # type: ignore[no-any-return]
-        return [self._split.merged().numpy()]
-
-    def set_weights(self, weights: list[Any]) -> None:
-        """Write the table, one array of shape (V, D) in a list, as the plain layer takes it."""
-        if self._split is None:
-            super().set_weights(weights)
-            return
-        if len(weights) != 1 or np.shape(weights[0]) != (self.input_dim, self.output_dim):
-            raise InputError(
-                f"the weights are one table of shape {(self.input_dim, self.output_dim)}. "
-                f"Received the shapes {[np.shape(w) for w in weights]}. Was the vocabulary resized?"
-            )
-        self._split.assign(weights[0])
-
-    def save_own_variables(self, store: Any) -> None:
-        """Write one matrix, as the plain layer does."""
-        if self._split is None:
-            super().save_own_variables(store)
-        else:
-            store["0"] = self._split.merged()
-
-    def load_own_variables(self, store: Any) -> None:
-        """Read one matrix, as the plain layer does."""
-        if self._split is None:
-            super().load_own_variables(store)
-            return
-        if list(store.keys()) != ["0"]:
-            raise InputError(
-                f"a file holds one table for the layer {self.name!r}. Received "
-                f"{len(store.keys())} arrays. Was it saved from a model of another structure?"
-            )
-        self.set_weights([store["0"]])
 
     def enable_lora(self, rank: int, *args: Any, **kwargs: Any) -> None:
         """Train a low-rank change of every row, which only a table with no frozen row allows."""
@@ -369,69 +433,47 @@ class PartialEmbedding(keras.layers.Embedding):
         """
         if type_check and type(self) is not PartialEmbedding:
             raise self._not_implemented_error(self.quantize)
-        if self._split is not None:
+        if self.table_state is not None:
             self._merge()
         super().quantize(mode, type_check=False, config=config)
-        self._live = self._reserved = np.zeros(0, np.int64)
+        self._first_rows = self._reserved = np.zeros(0, np.int64)
         self._reserves = False
 
-    def _build_split(self) -> None:
-        self._embeddings = self.add_weight(
-            shape=(self.input_dim, self.output_dim),
-            initializer=self.embeddings_initializer,
-            name="frozen_embeddings",
-            trainable=False,
-            # Under an outer layer's autocast, reading the variable would convert all of it.
-            autocast=False,
-        )
+    def _split(self) -> None:
+        self.table_state = None
         if self._reserved.size:
-            self._trained = self._add_reserved_weight()
-            self._split = Split(self._embeddings, self._trained, self._reserved, self._live)
-            self._split.constrained = self.embeddings_constraint is not None
-            # Where `rowwise` finds them.
-            self._trained.partial_rows = self._split
+            self.table_state = split_table(self, self._embeddings, self._reserved, self._first_rows)
+            # As attributes, where `tf.train.Checkpoint` finds them.
+            self._rows, self._unfrozen = self.table_state.rows, self.table_state.unfrozen
 
-    def _add_reserved_weight(self) -> Any:
-        return self.add_weight(
-            shape=(self._reserved.size, self.output_dim),
-            initializer=self._initial_rows,
-            name="embeddings",  # Muon knows an embedding by its name
-            regularizer=self._regularize if self.embeddings_regularizer else None,
-            # Optimizers apply a constraint last, after decay and moving averages.
-            constraint=self._constrain,
-            autocast=False,
-            # What each replica computes is the same, and a mean of more than two could round.
-            aggregation="only_first_replica",
-        )
-
-    def _initial_rows(self, shape: Any, dtype: Any = None) -> Any:
-        return tf.gather(self._embeddings.value, self._reserved)
-
-    def _regularize(self, weights: Any) -> Any:
-        return self.embeddings_regularizer(self._split.stop_frozen(weights))  # type: ignore[union-attr]
-
-    def _constrain(self, weights: Any) -> Any:
-        # Every optimizer comes by here while its first step is traced, but for lazy ones.
-        self._split.check_optimizer(self.name)  # type: ignore[union-attr]
-        if self.embeddings_constraint:
-            weights = self.embeddings_constraint(weights)
-        return self._split.pin(weights)  # type: ignore[union-attr]
+    def _split_again(self) -> None:
+        self._tracker.unlock()
+        if (state := self.table_state) is not None:
+            state.write_back()
+            self._untrack_variable(state.rows)
+            self._untrack_variable(state.unfrozen)
+        elif self._embeddings.trainable:
+            self._untrack_variable(self._embeddings)
+            self._embeddings.trainable = False
+            self._track_variable(self._embeddings)
+        self._split()
+        self._tracker.lock()
 
     def _merge(self) -> None:
         (matrix,) = self.get_weights()
-        self._split = None
-        del self._embeddings, self._trained
+        self.table_state = None
+        del self._embeddings, self._rows, self._unfrozen
         self._embeddings = self.add_weight(
             shape=matrix.shape, initializer="zeros", name="embeddings"
         )
         self._embeddings.assign(matrix)
 
     def _resolve(self, rows: object) -> Ids:
-        ids = Rows.parse(rows).resolve(self.input_dim)
+        ids = Rows.parse(rows).resolve(self.input_dim, new=self.new_rows)
         return ids[ids != 0] if self.freeze_padding else ids
 
-    def _check_reserved(self, live: Ids) -> None:
-        if (beyond := np.setdiff1d(live, self._reserved, assume_unique=True)).size:
+    def _check_reserved(self, rows: Ids) -> None:
+        if (beyond := np.setdiff1d(rows, self._reserved, assume_unique=True)).size:
             raise InputError(
                 f"trainable rows are among the {self._reserved.size} reserved ones. Received: "
                 f"{beyond[0]}{f' and {beyond.size - 1} more' if beyond.size > 1 else ''}. "
@@ -439,14 +481,21 @@ class PartialEmbedding(keras.layers.Embedding):
             )
 
     def _check_lora(self, wanted: bool) -> None:
-        frozen = self._reserves or self._live.size != self.input_dim
+        frozen = self._reserves or self._first_rows.size != self.input_dim
         if wanted and frozen and not self.quantization_mode:
             raise InputError(
-                "LoRA moves every row of a table. Received a wish for it on a table with frozen "
-                "rows. Use either of the two."
+                "LoRA adds a change of low rank to every row of a table, frozen ones too. Received "
+                "a wish for it on a table of which only reserved rows may train. Use "
+                "keras.layers.Embedding for LoRA, or leave it out."
             )
+
+
+def _first_value(matrix: Any, shape: Any, dtype: Any = None) -> Any:
+    """A given table as an initializer."""
+    return tf.cast(tf.convert_to_tensor(matrix), dtype)
 
 
 # Keras finds a layer in a weight file by its class's name, in snake case and numbered. Under the
 # parent's name, files of plain models fit and plain models load the files of partial ones.
 PartialEmbedding.__name__ = keras.layers.Embedding.__name__
+PartialEmbedding.__module__ = "partial_embedding.tensorflow"

@@ -7,36 +7,40 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from partial_embedding.errors import InputError
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 
 
-class RowRates:
-    """The rate_scale of each reserved row, in variables that are assigned without tracing again.
+class RowScales:
+    """The rate scale of each reserved row, in variables that are assigned without tracing again.
 
     Args:
         joined_at: The optimizer step at which each row joined, or -1; int64, shape (R,).
-        lr: The factor on the learning rate of each row, float32, shape (R,).
-        warmup: The steps of each row's warm-up, from 1 up, int64, shape (R,).
+        lr_scale: The factor on the learning rate of each row, float32, shape (R,).
+        warmup_steps: The steps of each row's warm-up, from 1 up, int64, shape (R,).
     """
 
-    def __init__(self, joined_at: Any, lr: Any, warmup: Any) -> None:
+    def __init__(self, joined_at: Any, lr_scale: Any, warmup_steps: Any) -> None:
         self.joined_at = joined_at
-        self.lr = lr
-        self.warmup = warmup
+        self.lr_scale = lr_scale
+        self.warmup_steps = warmup_steps
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether every row learns at the optimizer's own rate."""
+        return bool((self.lr_scale.numpy() == 1).all() and (self.warmup_steps.numpy() == 1).all())
 
     def begin(self, slots: Ids, rate_scale: RateScale) -> None:
-        """Set the rate_scale of those of these rows whose first step is still to come.
+        """Set the rate scale of those of these rows whose first step is still to come.
 
         Args:
             slots: Places of rows among the reserved ones, shape (n,).
-            rate_scale: Their rate_scale.
+            rate_scale: Their rate scale.
         """
-        begins = np.isin(np.arange(self.lr.shape[0]), slots) & (self.joined_at.numpy() < 0)
+        begins = np.isin(np.arange(self.lr_scale.shape[0]), slots) & (self.joined_at.numpy() < 0)
         for variable, value in (
-            (self.lr, rate_scale.lr_scale),
-            (self.warmup, max(rate_scale.warmup_steps, 1)),
+            (self.lr_scale, rate_scale.lr_scale),
+            (self.warmup_steps, max(rate_scale.warmup_steps, 1)),
         ):
             variable.assign(np.where(begins, value, variable.numpy()))
 
@@ -51,30 +55,10 @@ class RowRates:
         Returns:
             float32, shape (N, 1).
         """
-        lr, warmup = (
+        scale, warmup = (
             tf.convert_to_tensor(v) if slots is None else tf.gather(v.value, slots)
-            for v in (self.lr, self.warmup)
+            for v in (self.lr_scale, self.warmup_steps)
         )
         warmup = warmup[:, tf.newaxis]
-        risen = tf.cast(tf.minimum(ages + 1, warmup), lr.dtype) / tf.cast(warmup, lr.dtype)
-        return tf.cast(learning_rate, lr.dtype) * (lr[:, tf.newaxis] * risen)
-
-
-def check_kept(rate_scale: RateScale | None, rate_scales: RowRates | None, table: str) -> None:
-    """Refuse a rate_scale that nobody keeps.
-
-    Args:
-        rate_scale: The rate_scale; None is the plain one.
-        rate_scales: Those of the table's rows, where an optimizer keeps them.
-        table: The table's name.
-
-    Raises:
-        InputError: It is not the optimizer's own, and there are none.
-    """
-    if rate_scales is None and rate_scale is not None and not rate_scale.is_plain:
-        raise InputError(
-            "a learning rate of rows is what rowwise(optimizer, rate_scales=True) keeps, once "
-            f"it is built. Received: {rate_scale} for {table!r}, which none was built for. "
-            "Make the layer with "
-            "reserve_rows=, and call optimizer.build(model.trainable_variables) first."
-        )
+        risen = tf.cast(tf.minimum(ages + 1, warmup), scale.dtype) / tf.cast(warmup, scale.dtype)
+        return tf.cast(learning_rate, scale.dtype) * (scale[:, tf.newaxis] * risen)

@@ -8,6 +8,91 @@ import keras
 import tensorflow as tf
 
 
+@tf.RegisterGradient("PartialEmbeddingRows")
+def _gradient_of_rows(operation: Any, upstream: Any, *_: Any) -> tuple[Any, ...]:
+    _, _, slots, shape = operation.inputs
+    return None, _marked(upstream, slots, shape), None, None
+
+
+def _marked(upstream: Any, slots: Any, shape: Any) -> Any:
+    """`tf.IndexedSlices` with a void entry for the first row where a slot is negative.
+
+    XLA needs their number and Keras needs rows that there are, so these entries stay. They are
+    -0.0, which no other entry is: that adds nothing to a sum or a norm, and stays what it is when a
+    gradient is scaled.
+    """
+    is_void = (slots < 0)[:, tf.newaxis]
+    # Keras asks of one entry of each row whether it is finite, which a void one must not hide.
+    first = tf.where((slots == 0)[:, tf.newaxis], upstream, tf.zeros_like(upstream))
+    is_finite = tf.reduce_all(tf.math.is_finite(first))
+    void = tf.where(is_finite, tf.constant(-0.0, upstream.dtype), tf.reduce_sum(first))
+    unsigned = tf.where(upstream == 0, tf.zeros_like(upstream), upstream)
+    return tf.IndexedSlices(tf.where(is_void, void, unsigned), tf.maximum(slots, 0), shape)
+
+
+def _are_void(values: Any) -> Any:
+    # By its bits, as -0.0 == 0.0.
+    integer = {2: tf.int16, 4: tf.int32, 8: tf.int64}[values.dtype.size]
+    return tf.reduce_all(tf.bitcast(values, integer) == integer.min, axis=1)
+
+
+def gather_rows(variable: Any, slots: Any, sparse: bool) -> Any:
+    """Gather rows of a variable; rows with a negative slot are unspecified and get no gradient.
+
+    Args:
+        variable: A `tf.Variable` of shape (R, D).
+        slots: Its rows, or -1, int64, any shape.
+        sparse: Make the gradient of the variable `tf.IndexedSlices`, for `summed`, rather than a
+            dense one.
+
+    Returns:
+        A tensor of shape (*slots.shape, D). What is done to rows with a negative slot must stop
+        their gradients, as `tf.where` does.
+    """
+    places = tf.maximum(slots, 0)
+    if not sparse:
+        # Keras never sums the duplicates of IndexedSlices, which makes most of its optimizers wrong
+        # for an id that occurs twice. The gradient of a reshape is dense, and so sums them.
+        return tf.gather(tf.reshape(variable, variable.shape), places)
+    width = variable.shape[1]
+    flat = tf.reshape(slots, [-1])
+    if tf.executing_eagerly():
+        rows = _gather_eagerly(tf.convert_to_tensor(variable), flat)
+    else:
+        rows = tf.stop_gradient(tf.gather(variable, tf.reshape(places, [-1])))
+        rows = _carrier(variable)(rows, variable.handle, flat)
+    return tf.reshape(rows, tf.concat([tf.shape(slots), [width]], 0))
+
+
+def _carrier(variable: Any) -> Any:
+    """A function that gives back rows, and whose gradient is that of the variable.
+
+    `tf.custom_gradient` would register a function at each trace, which TensorFlow never frees, and
+    with it the table. The gradient here is registered once, and names no variable. It has to be
+    looked up by a function's own backward pass, as tapes do not ask for registered gradients.
+    """
+    shape, dtype = tuple(variable.shape), variable.dtype
+
+    def carry(rows: Any, handle: Any, slots: Any) -> Any:
+        graph = tf.compat.v1.get_default_graph()
+        with graph.gradient_override_map({"IdentityN": "PartialEmbeddingRows"}):
+            return tf.identity_n([rows, handle, slots, tf.constant(shape, tf.int64)])[0]
+
+    return tf.function(carry, autograph=False).get_concrete_function(
+        tf.TensorSpec([None, shape[1]], dtype),
+        tf.TensorSpec([], tf.resource),
+        tf.TensorSpec([None], tf.int64),
+    )
+
+
+@tf.custom_gradient  # registers nothing in eager mode
+def _gather_eagerly(weights: Any, slots: Any) -> tuple[Any, Any]:
+    def gradient(upstream: Any) -> tuple[Any, None]:
+        return _marked(upstream, slots, tf.shape(weights)), None
+
+    return tf.gather(weights, tf.maximum(slots, 0)), gradient
+
+
 def summed(slices: Any, num_rows: int) -> Any:
     """`tf.IndexedSlices` with one entry for each row, and void entries behind them.
 
@@ -18,10 +103,8 @@ def summed(slices: Any, num_rows: int) -> Any:
         slices: Entries of shape (N, D) for rows that may occur several times, and void ones.
         num_rows: The number of rows.
     """
-    # Comparisons take -0.0 for 0.
-    is_void = tf.reduce_all((slices.values == 0) & (1 / slices.values < 0), axis=1)
     beyond = tf.cast(num_rows, slices.indices.dtype)
-    indices = tf.where(is_void, beyond, slices.indices)
+    indices = tf.where(_are_void(slices.values), beyond, slices.indices)
     order = tf.argsort(indices, stable=True)
     indices = tf.gather(indices, order)
     is_first = tf.concat([tf.ones_like(indices[:1]), indices[1:] - indices[:-1]], 0) > 0
@@ -31,6 +114,25 @@ def summed(slices: Any, num_rows: int) -> Any:
     rows = tf.math.unsorted_segment_max(indices, segments, number)
     # The largest of no entries is the least number that there is.
     return tf.IndexedSlices(values, tf.where(rows < 0, beyond, rows), slices.dense_shape)
+
+
+def row_squares(gradient: Any, num_rows: int) -> Any:
+    """The sum of squares of each row of a gradient.
+
+    Args:
+        gradient: Dense, shape (R, D), or `tf.IndexedSlices` as `summed` makes them.
+        num_rows: The number of rows R.
+
+    Returns:
+        float32, shape (R,).
+    """
+    is_sparse = isinstance(gradient, tf.IndexedSlices)
+    values = tf.cast(gradient.values if is_sparse else gradient, tf.float32)
+    squares = tf.reduce_sum(tf.square(values), axis=1)
+    if not is_sparse:
+        return squares
+    slots = tf.where(gradient.indices < num_rows, gradient.indices, -1)
+    return tf.math.unsorted_segment_sum(squares, slots, num_rows)
 
 
 class HeldRows:

@@ -1,11 +1,14 @@
-"""Split storage: a frozen table, and a smaller variable with the rows that may ever train.
+"""What rows of a split table are where: a frozen table, and a variable of the reserved rows.
 
 A `tf.Variable` cannot change shape inside `fit`, and no Keras optimizer can be told to leave rows
-of a variable alone. So the rows that train live in a variable of their own, and a map from row to
-place in it, which is assigned without retracing, says which ones train now.
+of a variable alone. So the rows that may ever train live in a variable of their own. A third
+variable says which of them are unfrozen; it is assigned without retracing. All three are weights
+of the layer, so that whatever Keras or TensorFlow saves, copies or restores is the whole state.
 """
 
-import hashlib
+from __future__ import annotations
+
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,128 +16,238 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
+from partial_embedding.rows import Config
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
-from partial_embedding.tensorflow.lr_scale import RowRates
+from partial_embedding.tensorflow.sparse_update import gather_rows, summed
 
 
-class Split(tf.Module):
-    """Reads and moves rows between a frozen table and the variable of its reserved rows.
-
-    A live row is the one in `weights`; every other row is the one in `table`. What an optimizer
-    does to reserved rows that are not live therefore never reaches the model. They are pinned to
-    their row of the table all the same, since some optimizers look across rows.
+def split_table(layer: Any, table: Any, reserved: Ids, unfrozen: Ids) -> TableState:
+    """Give the reserved rows of a table a variable of their own.
 
     Args:
-        table: The frozen table, a variable of shape (V, D).
-        weights: The reserved rows in rising order, a variable of shape (R, D).
+        layer: The layer, an Embedding, which gets two more weights.
+        table: Its frozen table, a Keras variable of shape (V, D).
         reserved: Ids of the reserved rows, sorted, shape (R,).
-        live: Ids of the reserved rows that train, sorted.
+        unfrozen: Ids of those that train, sorted.
+    """
+    state = TableState(layer, table, reserved)
+    shape = (reserved.size, layer.output_dim)
+    # What each replica computes is the same, and a mean of more than two could round.
+    settings = {"autocast": False, "aggregation": "only_first_replica"}
+    state.rows = layer.add_weight(
+        shape=shape,
+        initializer=lambda *_, **__: state.kept(),
+        name="embeddings",  # Muon knows an embedding by its name
+        regularizer=state.regularize if layer.embeddings_regularizer else None,
+        # Optimizers apply a constraint last, after decay and moving averages.
+        constraint=state.constrain,
+        **settings,
+    )
+    state.unfrozen = layer.add_weight(
+        shape=shape[:1],
+        initializer=lambda *_, **__: tf.constant(np.isin(reserved, unfrozen), tf.float32),
+        # A number, so that code which averages weights can average it.
+        dtype="float32",
+        name="unfrozen",
+        trainable=False,
+        **settings,
+    )
+    # Where optimizers find it.
+    state.rows.table_state = state
+    return state
+
+
+def state_in(variable: Any) -> TableState | None:
+    """The table that a variable is the reserved rows of.
+
+    Args:
+        variable: A Keras variable.
+    """
+    return getattr(variable, "table_state", None)
+
+
+class TableState:
+    """Reads and moves rows between a frozen table and the variable of its reserved rows.
+
+    An unfrozen row is the one in `rows`, every other row is the one in `table`. What an optimizer,
+    a moving average or code that averages trainable variables does to reserved rows that are not
+    unfrozen therefore never reaches the model. They are pinned to their row of the table at each
+    step all the same, since some optimizers look across rows.
+
+    Args:
+        layer: The layer, whose regularizer and constraint apply to the reserved rows.
+        table: The frozen table, a Keras variable of shape (V, D).
+        reserved: Ids of the reserved rows, sorted, int64, shape (R,).
     """
 
-    def __init__(self, table: Any, weights: Any, reserved: Ids, live: Ids) -> None:
-        super().__init__(name="split")
-        self.table = table
-        self.weights = weights
-        # An optimizer wrapper that steps touched rows only asks for the gradient as IndexedSlices.
-        self.sparse_gradient = False
-        # How fast each row learns, where an optimizer wrapper keeps that.
-        self.rate_scales: RowRates | None = None
-        # Whether that wrapper makes the step that is being traced.
-        self.is_stepped_rowwise = False
-        # Whether rows are constrained beyond being pinned.
-        self.constrained = False
-        with tf.init_scope():
-            # int64, as TensorFlow keeps int32 variables off the GPU.
-            self.reserved = tf.constant(reserved, tf.int64)
-            self.slots = tf.Variable(
-                _slots(table.shape[0], reserved, live), trainable=False, name="slots"
-            )
-            # A number that tells sets of live rows apart, for what follows them inside a graph.
-            self.signature = tf.Variable(_signature(live), trainable=False, name="signature")
+    # The reserved rows in rising order, a Keras variable of shape (R, D), and one of shape (R,),
+    # above 0 for those that train.
+    rows: Any
+    unfrozen: Any
 
-    def live(self) -> Any:
+    def __init__(self, layer: Any, table: Any, reserved: Ids) -> None:
+        self.layer = layer
+        self.table = table
+        self.reserved = reserved
+        # The `Rowwise` that was built last for these rows.
+        self.optimizer: Any = None
+        self._is_freed = False
+        with tf.init_scope():
+            # int64, as TensorFlow keeps int32 tensors off the GPU.
+            self._reserved = tf.constant(reserved, tf.int64)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether rows are constrained beyond being pinned."""
+        return self.layer.embeddings_constraint is not None
+
+    @property
+    def trainable_rows(self) -> Ids:
+        """Ids of the rows that train now: sorted, int64, shape (K,)."""
+        with tf.init_scope():  # also while a graph is traced
+            ids: Ids = self.reserved[self.unfrozen.numpy() > 0]
+        return ids
+
+    def is_unfrozen(self) -> Any:
         """Which reserved rows train now, a boolean tensor of shape (R,)."""
-        return tf.gather(self.slots, self.reserved) >= 0
+        return tf.convert_to_tensor(self.unfrozen.value) > 0
 
     def look_up(self, ids: Any) -> Any:
         """The rows of a dense tensor of ids, of shape (*ids.shape, D)."""
-        slots = tf.gather(self.slots, ids)
+        self._free_with_the_layer()
         # `tf.gather` of a variable reads the rows only; reading the variable first would copy all
         # of it at every step once a row of it has been assigned.
         frozen = tf.gather(self.table.value, ids)
-        gather = _touched_rows if self.sparse_gradient else _live_rows
-        live = gather(self.weights.value, slots)
-        return tf.where((slots >= 0)[..., tf.newaxis], live, frozen)
+        slots = self._slots_of(ids)
+        sparse = self.optimizer is not None and self.optimizer.lazy
+        unfrozen = gather_rows(self.rows.value, slots, sparse)
+        return tf.where((slots >= 0)[..., tf.newaxis], unfrozen, frozen)
+
+    def _free_with_the_layer(self) -> None:
+        """Free the memory of the variables when nothing refers to them any more.
+
+        While an optimizer of Keras reduces dense gradients, TensorFlow registers a gradient
+        function for ever. That holds the graph of the step, and the graph a handle to the memory.
+        """
+        values = [self.table.value, self.rows.value]
+        # Keras looks for shapes before it makes variables.
+        if self._is_freed or not all(isinstance(value, tf.Variable) for value in values):
+            return
+        self._is_freed = True
+        for value in values:
+            for part in getattr(value, "values", (value,)):
+                weakref.finalize(part, _empty, part.handle, part.dtype).atexit = False
+
+    def _slots_of(self, ids: Any) -> Any:
+        """The place of each id in `rows`, or -1 for one that does not train, or that is none."""
+        ids = tf.cast(ids, tf.int64)
+        places = tf.reshape(tf.searchsorted(self._reserved, tf.reshape(ids, [-1])), tf.shape(ids))
+        slots = tf.minimum(tf.cast(places, tf.int64), self.reserved.size - 1)
+        trains = tf.gather(self.unfrozen.value, slots) > 0
+        return tf.where((tf.gather(self._reserved, slots) == ids) & trains, slots, -1)
 
     def merged(self) -> Any:
-        """The whole table as one tensor of shape (V, D), through which live rows get gradients."""
-        rows = tf.where(self.live()[:, tf.newaxis], self.weights.value, self._pins())
+        """The whole table as one tensor of shape (V, D), through which unfrozen rows train."""
+        rows = tf.where(self.is_unfrozen()[:, tf.newaxis], self.rows.value, self.kept())
         table = tf.convert_to_tensor(self.table.value)
-        return tf.tensor_scatter_nd_update(table, self.reserved[:, tf.newaxis], rows)
+        return tf.tensor_scatter_nd_update(table, self._reserved[:, tf.newaxis], rows)
 
-    def pin(self, weights: Any) -> Any:
-        """The reserved rows, with those that are not live at their value in the table."""
-        weights, live = tf.convert_to_tensor(weights), self.live()
+    def table_gradient(self, gradient: Any) -> Any:
+        """The gradient of the whole table, `tf.IndexedSlices`, from that of the reserved rows."""
+        shape = tf.constant(tuple(self.table.shape), tf.int64)
+        if isinstance(gradient, tf.IndexedSlices):
+            gradient = summed(gradient, self.reserved.size)
+            ids = tf.gather(self._reserved, tf.minimum(gradient.indices, self.reserved.size - 1))
+            return tf.IndexedSlices(gradient.values, ids, shape)
+        return tf.IndexedSlices(gradient, self._reserved, shape)
+
+    def pin(self, rows: Any) -> Any:
+        """The reserved rows, with those that are not unfrozen as the table keeps them."""
+        rows, unfrozen = tf.convert_to_tensor(rows), self.is_unfrozen()
         return tf.cond(
-            tf.reduce_all(live),
-            lambda: weights,
-            lambda: tf.where(live[:, tf.newaxis], weights, self._pins()),
+            tf.reduce_all(unfrozen),
+            lambda: rows,
+            lambda: tf.where(unfrozen[:, tf.newaxis], rows, self.kept()),
         )
 
-    def stop_frozen(self, weights: Any) -> Any:
-        """The reserved rows, with no gradient through those that are not live."""
-        weights = tf.convert_to_tensor(weights)
-        return tf.where(self.live()[:, tf.newaxis], weights, tf.stop_gradient(weights))
+    def regularize(self, rows: Any) -> Any:
+        """The penalty of the reserved rows, through which unfrozen ones get gradients."""
+        return self.layer.embeddings_regularizer(self.pin(rows))
+
+    def constrain(self, rows: Any) -> Any:
+        """The reserved rows after a step of an optimizer, constrained and pinned."""
+        # Every optimizer comes by here while its first step is traced, but for lazy ones.
+        self._check_optimizer()
+        if self.constrained:
+            rows = self.layer.embeddings_constraint(rows)
+        return self.pin(rows)
+
+    def _check_optimizer(self) -> None:
+        """Refuse a step by an optimizer that the table was not made ready for."""
+        if (known := self.optimizer) is None or known.is_stepping:
+            return
+        with tf.init_scope():
+            is_needed = known.lazy or not known.row_scales(self.rows).are_plain
+        if is_needed:
+            raise InputError(
+                "a table that rowwise was built for with lazy=True, or whose rows have a learning "
+                "rate of their own, is stepped rightly by none but rowwise. Received another "
+                f"optimizer for {self.layer.name!r}. Wrap it by rowwise too."
+            )
+        self.optimizer = None
 
     def assign(self, matrix: Any) -> None:
         """Write a whole table, shape (V, D)."""
         self.table.assign(matrix)
-        self.weights.assign(self._pins())
+        self.rows.assign(self.kept())
 
-    def move(self, before: Ids, after: Ids, begin: Ids, rate_scale: RateScale) -> None:
-        """Make `after` the live rows instead of `before`, without retracing anything.
+    def write_rows(self, ids: Ids, rows: Any) -> None:
+        """Write some rows, shape (n, D)."""
+        rows = tf.cast(rows, self.table.dtype)
+        self.table.value.scatter_update(tf.IndexedSlices(rows, tf.constant(ids)))
+        self.rows.assign(self.kept())
 
-        Those of `begin` whose first step is still to come take the rate_scale, where rate_scales
-        are kept.
+    def write_back(self) -> None:
+        """Write the unfrozen rows into the table, which then holds every row."""
+        self._keep(self.trainable_rows)
+
+    def move(self, after: Ids, begin: Ids, rate_scale: RateScale) -> None:
+        """Make `after` the unfrozen rows, without retracing anything.
+
+        Those of `begin` whose first step is still to come take the rate scale, where an optimizer
+        keeps them.
         """
         if not tf.executing_eagerly():
             raise InputError(
                 "rows are frozen and unfrozen outside of tf.function, where it costs no retracing. "
                 "Received a call while a graph is traced. Call from a callback or between steps."
             )
-        reserved = self.reserved.numpy()
-        if (leaving := np.setdiff1d(before, after, assume_unique=True)).size:
-            rows = tf.gather(self.weights.value, np.searchsorted(reserved, leaving))
-            self.table.value.scatter_update(tf.IndexedSlices(rows, tf.constant(leaving)))
+        before = self.trainable_rows
+        self._keep(np.setdiff1d(before, after, assume_unique=True))
         if (joining := np.setdiff1d(after, before, assume_unique=True)).size:
             # Assigned as a whole: a scatter would make every later read of the variable a copy.
-            joins = np.isin(reserved, joining, assume_unique=True)[:, np.newaxis]
-            self.weights.assign(tf.where(joins, self._pins(), self.weights.value))
-        self.slots.assign(_slots(self.table.shape[0], reserved, after))
-        self.signature.assign(_signature(after))
-        if self.rate_scales is not None:
-            self.rate_scales.begin(np.searchsorted(reserved, begin), rate_scale)
+            joins = np.isin(self.reserved, joining, assume_unique=True)[:, np.newaxis]
+            self.rows.assign(tf.where(joins, self.kept(), self.rows.value))
+        self.unfrozen.assign(np.isin(self.reserved, after, assume_unique=True).astype(np.float32))
+        if self.optimizer is not None:
+            scales = self.optimizer.row_scales(self.rows)
+            scales.begin(np.searchsorted(self.reserved, begin), rate_scale)
 
-    def check_optimizer(self, table: str) -> None:
-        """Refuse a step by an optimizer that this was not made ready for.
+    def _keep(self, ids: Ids) -> None:
+        if ids.size:
+            rows = tf.gather(self.rows.value, np.searchsorted(self.reserved, ids))
+            self.table.value.scatter_update(tf.IndexedSlices(rows, tf.constant(ids)))
 
-        Args:
-            table: The table's name.
+    def kept(self) -> Any:
+        """What the table holds of the reserved rows, shape (R, D)."""
+        return tf.gather(self.table.value, self._reserved)
 
-        Raises:
-            InputError: It is none that `rowwise` made.
-        """
-        if self.sparse_gradient or (self.rate_scales is not None and not self.is_stepped_rowwise):
-            raise InputError(
-                "a table that rowwise was built for with lazy=True or rate_scales=True is stepped "
-                "rightly"
-                f" by none but rowwise. Received another optimizer for {table!r}. Wrap it by "
-                "rowwise too."
-            )
 
-    def _pins(self) -> Any:
-        return tf.gather(self.table.value, self.reserved)
+def _empty(handle: Any, dtype: Any) -> None:
+    with tf.init_scope():
+        nothing = tf.zeros([0], dtype)
+        tf.raw_ops.AssignVariableOp(resource=handle, value=nothing, validate_shape=False)
 
 
 def over_ids(rows: Callable[[Any], Any], inputs: Any, num_rows: int) -> Any:
@@ -153,47 +266,22 @@ def over_ids(rows: Callable[[Any], Any], inputs: Any, num_rows: int) -> Any:
     return rows(tf.where(inputs < 0, inputs + tf.cast(num_rows, inputs.dtype), inputs))
 
 
-def _live_rows(weights: Any, slots: Any) -> Any:
-    """Gather rows of `weights`; rows with a negative slot are unspecified and get no gradient."""
+def compact(ids: Ids, num_rows: int) -> Config:
+    """Rows as plain values, short where they can be: configs of layers are stored as JSON.
 
-    @tf.custom_gradient
-    def gather(weights: Any) -> tuple[Any, Callable[[Any], Any]]:
-        def gradient(upstream: Any) -> Any:
-            values = tf.reshape(upstream, [-1, weights.shape[-1]])
-            # Keras never sums the duplicates of IndexedSlices, which makes most of its optimizers
-            # wrong for an id that occurs twice. Negative slots are dropped here.
-            return tf.math.unsorted_segment_sum(values, tf.reshape(slots, [-1]), weights.shape[0])
+    Args:
+        ids: Sorted ids without duplicates, shape (n,).
+        num_rows: The number of rows V of the table.
 
-        return tf.gather(weights, tf.maximum(slots, 0)), gradient
+    Returns:
+        What `Rows.parse` reads.
 
-    return gather(tf.convert_to_tensor(weights))
-
-
-def _touched_rows(weights: Any, slots: Any) -> Any:
-    """The same with a gradient of IndexedSlices, of valid slots and static shape.
-
-    XLA needs the shape and Keras the slots, so frozen tokens stay in the gradient, as void entries
-    for the first row. They are -0.0, which no other entry is: that adds nothing to a sum or a norm,
-    and stays what it is when a gradient is scaled.
+    Example:
+        >>> compact(np.array([2, 3]), 5), compact(np.array([1, 3]), 5), compact(np.arange(5), 5)
+        ({'range': [2, 4]}, {'ids': [1, 3]}, 'all')
     """
-
-    @tf.custom_gradient
-    def mark(rows: Any) -> tuple[Any, Callable[[Any], Any]]:
-        def gradient(upstream: Any) -> Any:
-            unsigned = tf.where(upstream == 0, tf.zeros_like(upstream), upstream)
-            return tf.where((slots >= 0)[..., tf.newaxis], unsigned, -tf.zeros_like(upstream))
-
-        return tf.identity(rows), gradient
-
-    return mark(tf.gather(weights, tf.maximum(slots, 0)))
-
-
-def _signature(live: Ids) -> Any:
-    digest = hashlib.blake2b(live.tobytes(), digest_size=8, salt=b"live").digest()
-    return np.frombuffer(digest, np.int64)[0]
-
-
-def _slots(num_rows: int, reserved: Ids, live: Ids) -> Ids:
-    slots = np.full(num_rows, -1, np.int64)
-    slots[live] = np.searchsorted(reserved, live)
-    return slots
+    if ids.size in (0, num_rows):
+        return "all" if ids.size else "none"
+    if ids[-1] - ids[0] + 1 == ids.size:
+        return {"range": [int(ids[0]), int(ids[-1]) + 1]}
+    return {"ids": ids.tolist()}

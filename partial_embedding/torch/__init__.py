@@ -5,6 +5,7 @@ from partial_embedding.torch import averaging as averaging
 from partial_embedding.torch.audit import FrozenRowAudit
 from partial_embedding.torch.ddp import distributed_data_parallel
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
+from partial_embedding.torch.grow import grow_table
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.optimizer import (
     average_gradients,
@@ -14,6 +15,7 @@ from partial_embedding.torch.optimizer import (
 )
 from partial_embedding.torch.replace import replace_embedding, restore_embedding
 from partial_embedding.torch.tokens import add_tokens
+from partial_embedding.torch.transfer import transfer_vocabulary
 
 __all__ = [
     "FrozenRowAudit",
@@ -25,8 +27,10 @@ __all__ = [
     "average_gradients",
     "detach_rowwise",
     "distributed_data_parallel",
+    "grow_table",
     "masked_gradient_only",
     "replace_embedding",
     "restore_embedding",
     "rowwise",
+    "transfer_vocabulary",
 ]

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.schedule.messages import moved_text
+from partial_embedding.torch.fingerprint import fingerprints
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.table import PartialTable
-
-# Rows are fingerprinted in chunks of about this many elements, which bounds the extra memory.
-_CHUNK = 1 << 22
 
 
 class FrozenRowAudit:
@@ -86,30 +84,3 @@ class FrozenRowAudit:
             "an optimizer with masked_gradient_only, or a write into the weight from outside (a "
             "callback that averages or swaps weights, load_state_dict, code of your own)"
         )
-
-
-@torch.no_grad()
-def fingerprints(weight: Tensor, ids: Tensor) -> Tensor:
-    """A number for each row that differs when any bit of the row does.
-
-    The row's words are summed with fixed odd factors modulo 2⁶⁴, so that a change of one word is
-    always seen, and one of several words but for a chance of 2⁻⁶⁴.
-
-    Args:
-        weight: Shape (V, D), any dtype.
-        ids: The rows, int64, shape (n,).
-
-    Returns:
-        int64, shape (n,).
-    """
-    if not len(ids):
-        return torch.zeros(0, dtype=torch.int64, device=weight.device)
-    width = weight.shape[1] * weight.element_size()
-    generator = torch.Generator().manual_seed(0x5EED)
-    factors = torch.randint(-(2**62), 2**62, (width,), generator=generator) * 2 + 1
-    factors = factors.to(weight.device)
-    parts = []
-    for chunk in ids.split(max(1, _CHUNK // max(1, width))):
-        words = weight.detach().index_select(0, chunk).contiguous().view(torch.uint8)
-        parts.append((words.view(len(chunk), width).long() * factors).sum(1))
-    return torch.cat(parts)

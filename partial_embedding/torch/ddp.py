@@ -179,16 +179,17 @@ def _begin_alike(tables: Mapping[str, PartialTable], wrapper: DistributedDataPar
 
 
 @torch.no_grad()
-def average(tables: Iterable[tuple[nn.Parameter, PartialTable]]) -> None:
+def average(tables: Iterable[tuple[nn.Parameter, PartialTable]], names: Mapping[int, str]) -> None:
     """Replace the gradients of tables by their means over processes, which all call this.
 
     Dense gradients cost K×D numbers, whatever V; of those that are held by row in each process, the
-    rows are exchanged that some process touched. A process without a gradient counts as zero,
+    rows are exchanged that some process stepped. A process without a gradient counts as zero,
     unless none has one. As in DDP each process divides before the sum, for the sake of half
     precision.
 
     Args:
         tables: The parameters of an optimizer that belong to tables, in its order, with these.
+        names: Names of parameters for messages, by their ids, where they are known.
 
     Raises:
         InputError: Processes train different rows; all raise the same.
@@ -196,7 +197,9 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]]) -> None:
     found: dict[Any, list[_Gradient]] = {}
     for parameter, table in tables:
         if (group := _group_of(parameter, table)) is not None:
-            found.setdefault(group, []).append(_Gradient(parameter, table))
+            found.setdefault(group, []).append(
+                _Gradient(names.get(id(parameter), repr(table)), parameter, table)
+            )
             table.awaits_average = False
     for group, gradients in found.items():
         _tell_each_other(gradients, group)
@@ -210,12 +213,13 @@ class _Gradient:
     """What this process has for the mean of one table.
 
     Args:
+        name: Its name in messages.
         weight: Its weight.
         table: The table.
     """
 
-    def __init__(self, weight: nn.Parameter, table: PartialTable) -> None:
-        self.name = repr(table)
+    def __init__(self, name: str, weight: nn.Parameter, table: PartialTable) -> None:
+        self.name = name
         self.weight = weight
         self.rows = table.row_set
         self.grad = self.weight.grad
@@ -224,7 +228,7 @@ class _Gradient:
         self.run = slice(0, len(self.rows)) if in_order else None
         self.kind = _NONE
         # The slots that a sparse gradient has entries for, rising, and the sum of each.
-        self.touched = self.rows.order[:0]
+        self.stepped = self.rows.order[:0]
         self.sums = self.weight.new_zeros(0, *self.weight.shape[1:])
         # What all processes have: how many of them each, and the widest kind.
         self.counts: list[int] = []
@@ -235,23 +239,23 @@ class _Gradient:
         if entries is not None:
             self.kind = _SPARSE
             slots = self.rows.slots.index_select(0, entries[0]).long()
-            touched, places = distinct(slots, len(self.rows) + 1)
-            sums = sum_rows(places, entries[1], len(touched))
+            stepped, places = distinct(slots, len(self.rows) + 1)
+            sums = sum_rows(places, entries[1], len(stepped))
             # The last slot is that of frozen rows.
-            number = int(torch.searchsorted(touched, len(self.rows)))
-            self.touched, self.sums = touched[:number], sums[:number]
+            number = int(torch.searchsorted(stepped, len(self.rows)))
+            self.stepped, self.sums = stepped[:number], sums[:number]
 
     @property
     def header(self) -> list[int]:
         """What the other processes must know."""
-        return [self.kind, len(self.touched), self.rows.fingerprint]
+        return [self.kind, len(self.stepped), self.rows.fingerprint]
 
     def by_slot(self) -> Tensor:
         """The gradient of all trainable rows, shape (K, …)."""
         if self.grad is not None and self.kind == _DENSE:
             return read_rows(self.grad, self.rows.order, self.run)
         dense = self.weight.new_zeros(len(self.rows), *self.weight.shape[1:])
-        return dense.index_copy_(0, self.touched, self.sums)
+        return dense.index_copy_(0, self.stepped, self.sums)
 
     def become_dense(self, mean: Tensor) -> None:
         """Take the mean of all trainable rows, shape (K, …)."""
@@ -305,11 +309,11 @@ def _average_sparse(gradients: Sequence[_Gradient], group: Group) -> None:
     # As if they were one table, in which the slots of each begin where those before it end.
     ends = list(itertools.accumulate(len(gradient.rows) for gradient in gradients))
     starts = [0, *ends[:-1]]
-    touched = [gradient.touched + start for gradient, start in zip(gradients, starts, strict=True)]
+    stepped = [gradient.stepped + start for gradient, start in zip(gradients, starts, strict=True)]
     sums = _joined([gradient.sums for gradient in gradients])
     counts = [sum(of_one) for of_one in zip(*(g.counts for g in gradients), strict=True)]
-    mean_of = _joined(touched), sums.div_(dist.get_world_size(group))
-    slots, mean = _sums_of_touched(*mean_of, counts, ends[-1], group)
+    mean_of = _joined(stepped), sums.div_(dist.get_world_size(group))
+    slots, mean = _sums_of_stepped(*mean_of, counts, ends[-1], group)
     bounds = torch.searchsorted(slots, torch.tensor([0, *ends], device=slots.device)).tolist()
     for i, (gradient, start) in enumerate(zip(gradients, starts, strict=True)):
         mine = slice(bounds[i], bounds[i + 1])
@@ -320,11 +324,11 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _sums_of_touched(
-    touched: Tensor, values: Tensor, counts: list[int], height: int, group: Group
+def _sums_of_stepped(
+    stepped: Tensor, values: Tensor, counts: list[int], height: int, group: Group
 ) -> tuple[Tensor, Tensor]:
-    """The slots that any process touched, rising, and the sums of their values."""
-    everyone = _gathered(touched.int(), counts, group)
+    """The slots that any process stepped, rising, and the sums of their values."""
+    everyone = _gathered(stepped.int(), counts, group)
     union, places = distinct(torch.cat(everyone).long(), height)
     place_of = places.split(counts)
     total = values.new_zeros(len(union), *values.shape[1:])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.errors import InputError
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.table import PartialTable
 
 
@@ -61,7 +62,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> None:
         if sparse and scale_grad_by_freq:
             raise InputError(
@@ -128,7 +129,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         scale_grad_by_freq: bool = False,
         sparse: bool = True,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> Self:
         """Make a table of given vectors.
 
@@ -207,7 +208,7 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> None:
         if sparse and (scale_grad_by_freq or mode == "max"):
             option = "scale_grad_by_freq" if scale_grad_by_freq else 'mode="max"'
@@ -303,7 +304,7 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         include_last_offset: bool = False,
         padding_idx: int | None = None,
         *,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> Self:
         """Make a table of given vectors.
 

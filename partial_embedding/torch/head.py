@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.table import PartialTable
 
 
@@ -56,7 +57,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         dtype: torch.dtype | None = None,
         *,
         sparse: bool = True,
-        trainable_rows: object = "all",
+        trainable_rows: RowsLike = "all",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.sparse = sparse

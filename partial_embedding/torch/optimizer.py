@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
+from torch import nn
+from torch.optim import SGD, Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.ddp import average, is_averaged_here
-from partial_embedding.torch.hooks import refuse_sharded, tables_of
-from partial_embedding.torch.inspection import (
-    KEY,
-    Group,
-    State,
-    StateLayout,
-    first_state,
-    inspect_optimizer,
-    kind_of,
-    options_of,
-)
+from partial_embedding.torch.ddp import average
+from partial_embedding.torch.inspection import KEY
 from partial_embedding.torch.row_gradient import RowGradient
-from partial_embedding.torch.saving import (
-    Entries,
-    check,
-    into_state_dict,
-    mark,
-    restore,
-    take_from,
-    without_tables,
+from partial_embedding.torch.row_optimizer import (
+    Arguments,
+    Rowwise,
+    held_tables,
+    with_gradients,
 )
+from partial_embedding.torch.saving import take_from
 from partial_embedding.torch.table import PartialTable, row_parameters_in
-from partial_embedding.torch.table_state import Block, TableState, clear_history
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-# What a group has one of for each parameter.
-_LISTS = ("params", "param_names")
 # Wrappers whose step is that of the optimizer inside, and where they keep it.
 _SEEN_THROUGH = {
     "AcceleratedOptimizer": "optimizer",
@@ -141,6 +123,13 @@ def detach_rowwise(optimizer: Optimizer) -> None:
 
     Raises:
         InputError: It was not prepared.
+
+    Example:
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
+        >>> optimizer = rowwise(torch.optim.AdamW(table.parameters()))
+        >>> detach_rowwise(optimizer)
+        >>> optimizer = rowwise(optimizer, lazy=True)
     """
     handle = prepared(optimizer)
     if handle is None:
@@ -163,8 +152,19 @@ def average_gradients(optimizer: Optimizer) -> None:
 
     Raises:
         InputError: Processes train different rows.
+
+    Example:
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
+        >>> optimizer = torch.optim.AdamW(table.parameters())
+        >>> table(torch.tensor([7])).sum().backward()
+        >>> average_gradients(optimizer)  # one process alone has nothing to average
+        >>> optimizer.step()
     """
-    average(_held_tables(_inside(optimizer)))
+    handle = prepared(optimizer)
+    states = {} if handle is None else handle.tables
+    names = {key: state.name for key, state in states.items()}
+    average(_held_tables(_inside(optimizer)), names)
 
 
 def prepared(optimizer: Optimizer) -> Rowwise | None:
@@ -176,358 +176,16 @@ def prepared(optimizer: Optimizer) -> Rowwise | None:
     return vars(_inside(optimizer)).get("_rowwise")
 
 
-class Rowwise:
-    """The hooks on one optimizer, and the state of its tables.
+def is_left_alone(optimizer: Optimizer) -> bool:
+    """Whether `masked_gradient_only` was called for an optimizer.
 
     Args:
-        optimizer: The optimizer to prepare.
-        lazy: Step only rows that the batch touched.
-        names: Names of parameters for messages, by their ids.
-
-    Raises:
-        InputError: As for `rowwise`.
+        optimizer: Any optimizer, wrapped or not.
     """
-
-    def __init__(self, optimizer: Optimizer, lazy: bool, names: Mapping[int, str]) -> None:
-        self.optimizer = optimizer
-        self.lazy = lazy
-        self.tables: dict[int, TableState] = {}  # by the id of the parameter
-        self._names = names
-        self._layouts: dict[Any, StateLayout] = {}
-        self._add_tables()
-        if not self.tables:
-            raise InputError(
-                f"the optimizer holds the weight of a table. Received {type(optimizer).__name__} "
-                "without any PartialEmbedding. Build it from model.parameters()."
-            )
-        # Whatever the optimizer remembers already, of its own or from a checkpoint of ours.
-        _, entries = without_tables(vars(optimizer))
-        check(optimizer, self.tables, entries, before_steps=True)
-        restore(optimizer, self.tables, take_from(optimizer))
-        self._loading: Entries = {}
-        self._blocks: list[_Lent] = []
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_pre_hook(self._before_saving),
-            optimizer.register_state_dict_post_hook(self._save),
-            optimizer.register_load_state_dict_pre_hook(self._before_loading),
-            optimizer.register_load_state_dict_post_hook(self._load),
-        ]
-        vars(optimizer)["_rowwise"] = self
-
-    def _add_tables(self) -> None:
-        """Serve all tables that the optimizer holds, of which some may have come later."""
-        new = [
-            (group, parameter, table)
-            for group, parameter, table in _held(self.optimizer)
-            if id(parameter) not in self.tables
-        ]
-        # All of them or none.
-        made = [self._state_of(parameter, table, group) for group, parameter, table in new]
-        for (group, parameter, table), state in zip(new, made, strict=True):
-            self.tables[id(parameter)] = state
-            table.stepped_by(state)
-            if hasattr(self, "_hooks"):
-                state.adopt_from(self.optimizer, group)
-        self._count = _count_parameters(self.optimizer)
-
-    def _state_of(self, parameter: nn.Parameter, table: PartialTable, group: Group) -> TableState:
-        name = self._names.get(id(parameter)) or _name_in(group, parameter) or repr(table)
-        refuse_sharded(parameter, table)
-        refuse_what_cannot_train(table, name)
-        layout, unscaled = self._layout_of(parameter, group)
-        return TableState(name, table, parameter, layout, self.lazy, unscaled, options_of(group))
-
-    def _layout_of(self, parameter: nn.Parameter, group: Group) -> tuple[StateLayout, str | None]:
-        options = {key: value for key, value in group.items() if key != KEY}
-        key = (kind_of(options), parameter.dtype, parameter.device, parameter.dim())
-        if key not in self._layouts:
-            self._layouts[key] = inspect_optimizer(self.optimizer, options, parameter)
-        layout = self._layouts[key]
-        if self.lazy and not layout.elementwise:
-            raise InputError(
-                "lazy=True is for optimizers that move each row by itself. Received "
-                f"{type(self.optimizer).__name__}, which looks across rows. Leave lazy=False."
-            )
-        return layout, _why_unscaled(self.optimizer, layout, group)
-
-    # Around the optimizer's maths
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Arguments | None:
-        if optimizer is not self.optimizer:
-            return None  # a step of the parent class, made by the stand-in in the midst of its own
-        self._forget_blocks()
-        self._check_held()
-        if _count_parameters(optimizer) != self._count:
-            self._add_tables()
-        self._follow_history()  # here, since LBFGS looks its history up before the closure
-        # The maths runs on a stand-in with groups of its own. The user's optimizer thus holds its
-        # tables at any time: while the closure runs, for other hooks, and after an exception.
-        self._stand_in = stand_in = self._make_stand_in()
-        args = (stand_in, *args[1:])
-        return _with_gradients(args, kwargs, lambda: self._gather(stand_in), self._scatter)
-
-    def _make_stand_in(self) -> Optimizer:
-        """The same optimizer, but for groups of its own where there are tables."""
-        groups, lists = [], {}
-        for group in self.optimizer.param_groups:
-            if any(id(p) in self.tables for p in group["params"]):
-                own = group["params"]
-                group = {**group, "params": list(own)}
-                lists[id(own)] = group["params"]
-            groups.append(group)
-        stand_in: Optimizer = object.__new__(type(self.optimizer))
-        # LBFGS keeps the list of its parameters as an attribute too.
-        attributes = {k: lists.get(id(v), v) for k, v in vars(self.optimizer).items()}
-        vars(stand_in).update(attributes, param_groups=groups)
-        self._attributes = dict(vars(stand_in))
-        return stand_in
-
-    def _take_over(self) -> None:
-        """Give the user's optimizer what the maths wrote into the stand-in."""
-        for key, value in vars(self._stand_in).items():
-            if value is not self._attributes.get(key):
-                vars(self.optimizer)[key] = value
-        groups = zip(self.optimizer.param_groups, self._stand_in.param_groups, strict=False)
-        for group, seen in groups:
-            if group is not seen:
-                group.update({key: v for key, v in seen.items() if key not in _LISTS})
-
-    def _check_held(self) -> None:
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        for key, state in self.tables.items():
-            if key not in held or state.parameter.shape[1:] != state.row_shape:
-                raise InputError(
-                    "a prepared optimizer holds its tables, whole, for as long as it steps. "
-                    f"Received {type(self.optimizer).__name__} without {state.name!r}, which an "
-                    "engine that flattens or shards parameters takes out (FSDP, DeepSpeed), or "
-                    "your own code. Keep the table out of the engine, in an optimizer of its own; "
-                    "or call detach_rowwise(optimizer) if it is to go."
-                )
-
-    @torch.no_grad()
-    def _gather(self, stand_in: Optimizer) -> None:
-        """Put compact parameters in the place of the tables.
-
-        Raises:
-            InputError: A gradient that the processes should share was not averaged.
-        """
-        for state in self.tables.values():
-            _check_averaged(state)
-        own, lent = self.optimizer.param_groups, stand_in.param_groups
-        for group, seen in zip(own, lent[: len(own)], strict=True):
-            if not any(id(p) in self.tables for p in group["params"]):
-                continue
-            # A closure may have set a rate.
-            seen.update({key: value for key, value in group.items() if key not in _LISTS})
-            params: list[nn.Parameter] = []
-            names: list[str] = []
-            for i, parameter in enumerate(group["params"]):
-                served = self.tables.get(id(parameter))
-                made = [parameter] if served is None else self._blocks_of(served, group, lent)
-                params += made
-                names += [group["param_names"][i]] * len(made) if "param_names" in group else []
-            if not params and isinstance(self.optimizer, LBFGS):
-                # It cannot flatten nothing, and a gradient of zero ends its step at once.
-                params.append(nn.Parameter(group["params"][0].new_zeros(1)))
-            seen["params"][:] = params  # in place: LBFGS keeps the list itself
-            if "param_names" in group:
-                seen["param_names"] = names
-
-    def _blocks_of(
-        self, state: TableState, group: Group, groups: list[Group]
-    ) -> list[nn.Parameter]:
-        if any(group.get(key) is not value for key, value in state.options.items()):
-            layout, state.unscaled = self._layout_of(state.parameter, group)
-            state.change_layout(layout, options_of(group))
-        state.sync()
-        shared: list[nn.Parameter] = []
-        for block in state.blocks(self.optimizer, group):
-            if not state.layout.flat:
-                self.optimizer.state[block.parameter] = state.gather_state(block)
-            alone: Group | None = None
-            cohort = block.cohort
-            if (
-                state.layout.in_group
-                or not cohort.rate_scale.is_plain
-                or (group.get("fused") and cohort.is_new)
-            ):
-                # A count or a rate kept in the group would be one for all cohorts, and fused
-                # kernels cannot mix first steps with later ones: such a cohort steps in a group of
-                # its own, which no learning-rate scheduler sees.
-                alone = self._group_for(block, state, group)
-                groups.append(alone)
-            else:
-                shared.append(block.parameter)
-            self._blocks.append(_Lent(state, block, group, alone))
-        return shared
-
-    def _group_for(self, block: Block, state: TableState, group: Group) -> Group:
-        own = {k: v for k, v in group.items() if k not in state.layout.in_group}
-        begun = copy.deepcopy(state.layout.begun)  # some optimizers count in place
-        if "param_names" in own:
-            own["param_names"] = [state.name]
-        if not (rate_scale := block.cohort.rate_scale).is_plain:
-            own["lr"] = own["lr"] * rate_scale.factor(block.cohort.steps)
-        return {**own, **begun, **block.cohort.group_state, "params": [block.parameter]}
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer is not self.optimizer:
-            return
-        self._count_steps()
-        self._take_over()
-        self._scatter()
-        mark(optimizer, self.tables)
-
-    def _count_steps(self) -> None:
-        """Count a step for each cohort that warms up; called when one was really made."""
-        scaled = [lent.block for lent in self._blocks if not lent.block.cohort.rate_scale.is_plain]
-        if not scaled:
-            return
-        # A fused optimizer is called by the scaler also where it then skips the step by itself.
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        if found_inf is not None and found_inf:
-            return
-        for block in scaled:
-            block.cohort.steps += block.parameter.grad is not None
-
-    @torch.no_grad()
-    def _scatter(self) -> None:
-        """Write the rows back, and take their state."""
-        lent_out = self._blocks
-        states = self._forget_blocks()
-        for lent, state in zip(lent_out, states, strict=True):
-            lent.state.check_state(state, self.optimizer)
-        for lent, state in zip(lent_out, states, strict=True):
-            cohort = lent.block.cohort
-            lent.state.scatter(lent.block, state, self.optimizer, lent.options)
-            if lent.alone is not None:
-                keys = lent.state.layout.in_group & lent.alone.keys()
-                cohort.group_state = {key: lent.alone[key] for key in keys}
-
-    def _forget_blocks(self) -> list[State]:
-        """Take the blocks' state out of the optimizer, after a step or one that was cut short."""
-        lent_out, self._blocks = self._blocks, []
-        return [self.optimizer.state.pop(lent.block.parameter, {}) for lent in lent_out]
-
-    def _follow_history(self) -> None:
-        """Clear LBFGS's one flat history for all parameters when its length no longer fits."""
-        changed = [state.sync() for state in self.tables.values() if state.layout.flat]
-        if any(changed):
-            clear_history(self.optimizer)
-
-    # Around the optimizer's state_dict
-
-    def _before_saving(self, optimizer: Optimizer) -> None:
-        self._forget_blocks()
-        # Rows may have changed since the last step, and what is saved belongs to those of now.
-        self._follow_history()
-        for state in self.tables.values():
-            state.sync()
-
-    def _save(self, optimizer: Optimizer, state_dict: State) -> State:
-        return into_state_dict(optimizer, self.tables, state_dict)
-
-    def _before_loading(self, optimizer: Optimizer, state_dict: State) -> State:
-        self._forget_blocks()
-        # Past torch, which would cast it to the dtype of the weight.
-        own, entries = without_tables(state_dict)
-        check(optimizer, self.tables, entries)
-        self._loading = entries
-        return own
-
-    def _load(self, optimizer: Optimizer) -> None:
-        restore(optimizer, self.tables, self._loading)
-        self._loading = {}
-
-    def detach(self) -> None:
-        """Take the hooks off; state that the constructor makes is made anew."""
-        self._forget_blocks()
-        for hook in self._hooks:
-            hook.remove()
-        del vars(self.optimizer)["_rowwise"]
-        for state in self.tables.values():
-            state.table.no_longer_stepped_by(state)
-        if any(state.layout.flat for state in self.tables.values()):
-            clear_history(self.optimizer)
-        take_from(self.optimizer)
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                table = self.tables.get(id(param))
-                if table is not None and table.layout.eager:
-                    self.optimizer.state[param] = first_state(self.optimizer, group, param)
-
-    # What the Lightning callback calls until it is written anew.
-
-    def average(self) -> None:
-        """Average the gradients of tables."""
-        average(_held_tables(self.optimizer))
-
-    def enter(self) -> None:
-        """Do nothing."""
-
-    def leave(self) -> None:
-        """Do nothing."""
+    return bool(vars(_inside(optimizer)).get("_masked_gradient_only"))
 
 
-class _Lent:
-    """A block that the stand-in steps.
-
-    Args:
-        state: The state of its table.
-        block: The block.
-        group: The user's group that holds the table.
-        alone: The group that the block steps in by itself, if it does.
-    """
-
-    def __init__(self, state: TableState, block: Block, group: Group, alone: Group | None) -> None:
-        self.state = state
-        self.block = block
-        self.group = group
-        self.alone = alone
-
-    @property
-    def options(self) -> Group:
-        """The user's group, with the learning rate that the block was stepped at."""
-        if self.alone is None or self.block.cohort.rate_scale.is_plain:
-            return self.group
-        return {**self.group, "lr": self.alone["lr"]}
-
-
-def _with_gradients(
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    then: Callable[[], None],
-    before: Callable[[], None] = lambda: None,
-) -> Arguments:
-    """The arguments of a step that does something when it has its gradients.
-
-    Args:
-        args: The positional arguments of the step.
-        kwargs: The others.
-        then: Called where there are gradients: now, or after each call of a closure.
-        before: Called before each call of a closure.
-    """
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        then()
-        return args, kwargs
-
-    def evaluate() -> Any:
-        before()
-        loss = closure()
-        then()
-        return loss
-
-    if len(args) > 1:
-        return (args[0], evaluate, *args[2:]), kwargs
-    return args, {**kwargs, "closure": evaluate}
-
-
-# What an optimizer holds
+# The optimizer itself
 
 
 def _inside(optimizer: Optimizer) -> Optimizer:
@@ -538,67 +196,8 @@ def _inside(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _held(optimizer: Optimizer) -> Iterator[tuple[Group, nn.Parameter, PartialTable]]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for table in tables_of(parameter):
-                yield group, parameter, table
-                break  # those that are tied have one row set
-
-
 def _held_tables(optimizer: Optimizer) -> list[tuple[nn.Parameter, PartialTable]]:
-    return [(parameter, table) for _, parameter, table in _held(optimizer)]
-
-
-def _count_parameters(optimizer: Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
-
-
-def _name_in(group: Group, parameter: nn.Parameter) -> str | None:
-    names = zip(group["params"], group.get("param_names", ()), strict=False)
-    return next((name for one, name in names if one is parameter), None)
-
-
-def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
-    """Refuse a table whose rows are to train while its weight gets no gradient.
-
-    Args:
-        table: The table.
-        name: Its name.
-
-    Raises:
-        InputError: The weight does not require gradients, and some rows are to train.
-    """
-    if table.leaf_weight.requires_grad or not table.has_frozen_rows or not len(table.row_set):
-        return
-    raise InputError(
-        f"rows train whose weight requires gradients. Received {name!r}, of which "
-        f"{len(table.row_set):,} rows are to train, with requires_grad=False: from_pretrained("
-        "freeze=True), requires_grad_(False), module.freeze() and PEFT set it. Call "
-        "weight.requires_grad_(True) after that; or, for a copy that is never to train, "
-        'set_trainable_rows("none").'
-    )
-
-
-def _check_averaged(state: TableState) -> None:
-    is_own = state.parameter.grad is not None and state.table.awaits_average
-    if is_own and is_averaged_here(state.parameter, state.table):
-        raise InputError(
-            "gradients of tables are averaged over all processes before a step. Received "
-            f"that of {state.name!r} as this process made it. Call "
-            "average_gradients(optimizer) after backward; in Lightning, call "
-            "self.manual_backward(loss) for loss.backward()."
-        )
-
-
-def _why_unscaled(optimizer: Optimizer, layout: StateLayout, group: Group) -> str | None:
-    """Why rows cannot have a learning rate of their own, or None where they can."""
-    name = type(optimizer).__name__
-    if layout.flat:
-        return f"{name}, which has one rate for all parameters"
-    if "lr" in layout.in_group or not isinstance(group.get("lr"), int | float | Tensor):
-        return f"{name}, whose parameter groups have no lr of the user's"
-    return None
+    return [(parameter, table) for _, parameter, table in held_tables(optimizer)]
 
 
 # Without a call
@@ -611,9 +210,10 @@ def _before_any_step(
     if "_rowwise" in vars(optimizer):
         return None  # its own hook comes next
     tables = _held_tables(optimizer)
-    exact = not vars(optimizer).get("_masked_gradient_only")
+    exact = not is_left_alone(optimizer)
     loaded = any(isinstance(one, dict) and KEY in one for one in optimizer.state.values())
-    if exact and tables and (loaded or any(table.has_frozen_rows for _, table in tables)):
+    by_rows = any(table.has_frozen_rows or table.earlier_sizes for _, table in tables)
+    if exact and tables and (loaded or by_rows):
         Rowwise(optimizer, False, {})
         return None
     if loaded:
@@ -621,7 +221,7 @@ def _before_any_step(
     if not tables:
         return None
     parameters = [parameter for parameter, _ in tables]
-    return _with_gradients(args, kwargs, lambda: _settle_gradients(optimizer, parameters))
+    return with_gradients(args, kwargs, lambda: _settle_gradients(optimizer, parameters))
 
 
 def _settle_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

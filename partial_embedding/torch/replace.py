@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.table import PartialTable
+
+# The name of the part by which `peft` knows a table; its own wrapper has one of this name.
+ADAPTER = "token_adapter"
 
 _PARTIAL: dict[type[nn.Module], type[PartialTable]] = {
     nn.Embedding: PartialEmbedding,
@@ -26,7 +32,7 @@ _PARTIAL: dict[type[nn.Module], type[PartialTable]] = {
 def replace_embedding(
     model: nn.Module,
     name: str | nn.Module | None = None,
-    trainable_rows: object = "all",
+    trainable_rows: RowsLike = "all",
     *,
     sparse: bool = True,
 ) -> dict[str, nn.Module]:
@@ -151,7 +157,9 @@ def _input_embeddings(model: Any, candidates: dict[str, Any]) -> dict[str, Any]:
     if not callable(getattr(model, "get_input_embeddings", None)):
         return embeddings
     try:
-        within = set(model.get_input_embeddings().modules())
+        asked = model.get_input_embeddings()
+        # Of one that has another for some of its tokens, as IDEFICS has, itself.
+        within = {asked} if isinstance(asked, nn.Embedding) else set(asked.modules())
     except (NotImplementedError, AttributeError):  # a model without words, such as one for sound
         return embeddings
     return {name: module for name, module in embeddings.items() if module in within}
@@ -195,6 +203,12 @@ def _check_weight(name: str, module: Any) -> None:
             f"Received {name!r}, whose weight is a {kind}. Load the model without quantization "
             "and sharding."
         )
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
+        raise InputError(
+            "a partly trainable weight stays on its device. Received "
+            f"{name!r}, which is off-loaded between its uses. Keep it on a device in device_map."
+        )
     if weight.dim() != 2:
         raise InputError(
             f"a table is a matrix of rows by columns. Received {name!r} of the shape "
@@ -225,7 +239,7 @@ def check_replaceable(model: nn.Module, table: Any, sparse: bool) -> None:
                 )
 
 
-def _checked_rows(model: nn.Module, table: Any, trainable_rows: object) -> Ids:
+def _checked_rows(model: nn.Module, table: Any, trainable_rows: RowsLike) -> Ids:
     if isinstance(trainable_rows, Tensor):
         trainable_rows = trainable_rows.detach().cpu().numpy()
     ids = Rows.parse(trainable_rows).resolve(table.weight.shape[0])
@@ -281,6 +295,8 @@ def train_only(model: nn.Module, table: Any, ids: Ids, sparse: bool) -> dict[str
         if isinstance(module, tuple(_PARTIAL)) and not isinstance(module, PartialTable):
             _make_partial(module, sparse)
     table.set_trainable_ids(ids)
+    if getattr(model, "peft_config", None):
+        _stand_beside_adapters(model)
     if len(ids):
         table.weight.requires_grad_(True)
         for module in users.values():
@@ -298,6 +314,7 @@ def _make_partial(module: Any, sparse: bool) -> None:
 
 
 def _make_plain(table: Any, plain: type[nn.Module]) -> None:
+    table._modules.pop(ADAPTER, None)
     table.detach()
     if isinstance(table, PartialLinear):
         vars(table).pop("sparse", None)
@@ -347,3 +364,57 @@ def _reduce(table: Any, protocol: int) -> tuple[Any, ...]:
 def _remade(plain: type[nn.Module]) -> PartialTable:
     partial = _partial_class(plain)
     return partial.__new__(partial)
+
+
+# What happens to a module from outside. No hook of the module itself is asked when another takes
+# its place, or when `peft` adapts the model that it is in, so these are hooks of the process.
+
+
+def _stay_partial(parent: nn.Module, name: str, new: Any) -> None:
+    """Where a plain module takes a table's place with its rows in another number, train the same.
+
+    `transformers.resize_token_embeddings` does so to a head that is not tied.
+    """
+    old: Any = parent._modules.get(name)
+    if not isinstance(old, PartialTable) or _PARTIAL.get(type(new)) is not type(old):
+        return
+    rows, before = new.weight, old.weight
+    count = min(len(rows), len(before))
+    if len(rows) == len(before) or rows.shape[1:] != before.shape[1:] or rows.is_meta:
+        return
+    if torch.equal(rows[:count], before[:count].to(rows)):
+        _make_partial(new, old.sparse)  # type: ignore[arg-type]  # every kind of table has it
+        new.row_set = old.row_set.resized_to(len(rows)).to(rows.device)
+
+
+def _meet_peft(parent: nn.Module, name: str, part: nn.Module | None) -> nn.Module | None:
+    """Let `peft` know the tables of a model before it adapts it, and let their rows learn after."""
+    if "peft.tuners.tuners_utils" not in sys.modules:
+        return None
+    tuner, tokens = (
+        getattr(sys.modules[f"peft.{module}"], kind, ())
+        for module, kind in (
+            ("tuners.tuners_utils", "BaseTuner"),
+            ("utils.other", "TrainableTokensWrapper"),
+        )
+    )
+    if isinstance(part, tuner) or (isinstance(parent, tuner) and name == "model"):
+        _stand_beside_adapters(part, adapted=isinstance(part, tuner))
+    elif isinstance(part, tokens) and isinstance(table := parent._modules.get(name), PartialTable):
+        from partial_embedding.torch.adapter_rows import serve_tokens
+
+        return serve_tokens(table, part)
+    return None
+
+
+def _stand_beside_adapters(model: Any, adapted: bool = False) -> None:
+    # Not at the top: peft is an optional package, and loads many others.
+    from partial_embedding.torch.adapter_rows import let_rows_learn, stand_beside_adapters
+
+    stand_beside_adapters(model)
+    if adapted:
+        let_rows_learn(model)
+
+
+register_module_module_registration_hook(_stay_partial)
+register_module_module_registration_hook(_meet_peft)  # type: ignore[arg-type]  # torch takes what it returns

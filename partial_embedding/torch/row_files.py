@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +19,30 @@ from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.table import row_parameters_in
-from partial_embedding.torch.tokens import grow
+from partial_embedding.torch.tokens import put_into, tokenizer_of
+from partial_embedding.torch.vocabulary_tables import VocabularyTables
 
 _FORMAT = "partial_embedding rows 1"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_NAME = "trainable_tokens_delta"
 
+# Under which a parameter remembers the rows that files have brought.
+_LOADED = "_rows_of_files"
+
 Path_ = str | os.PathLike[str]
+# Ids and values of rows, by the parameter's name in the model itself.
+Parts = dict[str, tuple[Tensor, Tensor]]
 
 
 def save_rows(model: nn.Module, path: Path_, tokenizer: Any = None) -> None:
     """Write the trainable rows of a model's tables, and nothing else, to a safetensors file.
 
     Args:
-        model: A model with partly trainable tables.
+        model: A model with partly trainable tables. Whether `peft` has wrapped it makes no
+            difference to the file.
         path: The file. Its folder must exist.
-        tokenizer: The model's tokenizer. With it, the file knows the tokens of its rows, and is
-            refused by a tokenizer with other ones.
+        tokenizer: The model's tokenizer or processor. With it, the file knows the tokens of its
+            rows, and is refused by a tokenizer with other ones.
 
     Raises:
         InputError: The model has no partly trainable table, or the tokenizer has fewer tokens than
@@ -52,74 +61,97 @@ def save_rows(model: nn.Module, path: Path_, tokenizer: Any = None) -> None:
         >>> torch.equal(model[0].weight[7], plain[0].weight[7])
         True
     """
-    rows = _trained(model)
+    rows, parameters = _trained(model), _parameters(model)
     tensors: dict[str, Tensor] = {}
     for key, ids in rows.items():
-        tensors[key] = model.get_parameter(key).detach()[ids].cpu().contiguous()
+        tensors[key] = parameters[key].detach()[ids].cpu().contiguous()
         tensors[f"{key}:rows"] = ids.cpu().clone()  # a bias has those of its weight
     about = {
         "format": _FORMAT,
-        "num_rows": json.dumps({key: len(model.get_parameter(key)) for key in rows}),
+        "num_rows": json.dumps({key: len(parameters[key]) for key in rows}),
     }
     if tokenizer is not None:
-        ids = torch.cat(list(rows.values())).unique().tolist()
-        if ids and ids[-1] >= len(tokenizer):
-            raise InputError(
-                f"each trained row is a token's. Received row {ids[-1]} and a tokenizer of "
-                f"{len(tokenizer)} tokens. Pass the tokenizer that the tokens were added to."
-            )
-        names = tokenizer.convert_ids_to_tokens(ids)
-        about["tokens"] = json.dumps(dict(zip(map(str, ids), names, strict=True)))
-        about["vocabulary"] = _digest(tokenizer, set(names))
+        about |= _tokens_of(tokenizer_of(tokenizer), torch.cat(list(rows.values())).unique())
     with write_atomically(path) as temporary:
         save_file(tensors, temporary, about)
 
 
-def load_rows(model: nn.Module, path: Path_, tokenizer: Any = None) -> dict[str, list[int]]:
+def load_rows(
+    model: nn.Module, path: Path_, tokenizer: Any = None, *, overwrite: bool = False
+) -> dict[str, list[int]]:
     """Write the rows of a file into a model, partly trainable or plain.
 
     Args:
-        model: A model of the kind that the rows come from.
+        model: A model of the kind that the rows come from, wrapped by `peft` or not.
         path: A file that `save_rows` wrote.
-        tokenizer: The model's tokenizer. Tokens of the file that it lacks are added to it, and the
-            tables grow, where that gives them the rows that they have in the file.
+        tokenizer: The model's tokenizer or processor. Tokens of the file that it lacks are added to
+            it, special ones as such, and the tables grow, where that gives them the rows that they
+            have in the file.
+        overwrite: Write over rows that another file has brought.
 
     Returns:
         The rows that were written, by the parameter's name.
 
     Raises:
-        InputError: The file is not one of these, or belongs to another model or vocabulary. Model
-            and tokenizer are then as they were.
+        InputError: The file is not one of these, belongs to another model or vocabulary, or has
+            other values for rows of another file. Model and tokenizer are then as they were.
         OSError: The file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> trained = nn.Sequential(PartialEmbedding(10, 4, trainable_rows=[7]))
+        >>> model = nn.Sequential(nn.Embedding(10, 4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_rows(trained, f"{folder}/rows.safetensors")
+        ...     load_rows(model, f"{folder}/rows.safetensors")
+        {'0.weight': [7]}
+        >>> torch.equal(model[0].weight[7], trained[0].weight[7])
+        True
     """
     tensors, about = _read(path)
     if about.get("format") != _FORMAT:
         raise InputError(f"{path}: rows come from a file that save_rows wrote. Received another.")
-    sizes: dict[str, int] = json.loads(about["num_rows"])
-    tokens = {int(row): token for row, token in json.loads(about.get("tokens", "{}")).items()}
-    missing = _missing_tokens(path, about, tokens, tokenizer)
+    sizes = _json_of(path, about, "num_rows")
+    if lacking := [k for k in sizes if not {k, f"{k}:rows"} <= tensors.keys()]:
+        raise InputError(f"{path}: a file has rows and ids of each table. Received {lacking[0]!r}.")
     parts = {key: (tensors[f"{key}:rows"], tensors[key]) for key in sizes}
-    _check_parts(model, path, parts, sizes, may_grow=bool(missing))
-    if missing:
-        tokenizer.add_tokens(missing)
-        grow(model, max(sizes.values()))
+    missing: list[Any] = []
+    if tokenizer is not None:
+        tokenizer = tokenizer_of(tokenizer)
+        missing = _missing_tokens(path, about, tokenizer)
+    count = _check_parts(model, path, parts, sizes, may_grow=bool(missing))
+    _check_overlap(model, path, parts, overwrite)
+    if count:
+        VocabularyTables(model).grow(count)
+    put_into(tokenizer, missing)
     return _write(model, parts)
 
 
-def export_peft(model: nn.Module, folder: Path_) -> None:
+def export_peft(model: Any, folder: Path_) -> None:
     """Write the trainable rows as an adapter of PEFT's trainable tokens.
 
     PEFT, and servers that read its adapters, load it onto the original model with its tables grown
-    to the same size.
+    to the same size. Of a model that `peft` has adapted, adapter and rows become one, as they do in
+    its own `save_pretrained`.
 
     Args:
-        model: A model with partly trainable tables that train the same rows.
+        model: A model with partly trainable tables.
         folder: Where `adapter_config.json` and `adapter_model.safetensors` go; made if missing.
 
     Raises:
-        InputError: Tables train different rows, or a head's bias trains, for which PEFT's format
-            has no place.
+        InputError: No table is partly trainable, or rows of a head's bias train, for which PEFT's
+            format has no place.
         OSError: A file cannot be written.
+
+    Example:
+        >>> import os, tempfile
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> model = nn.Sequential(PartialEmbedding(10, 4, trainable_rows=[7]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_peft(model, folder)
+        ...     sorted(os.listdir(folder))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     rows = _trained(model)
     if biases := [key for key in rows if not key.endswith(".weight")]:
@@ -127,27 +159,28 @@ def export_peft(model: nn.Module, folder: Path_) -> None:
             f"PEFT's trainable tokens have no bias. Received {biases[0]!r}, whose rows train. Use "
             "save_rows."
         )
-    first, *others = rows.values()
-    if any(not torch.equal(first, ids) for ids in others):
-        raise InputError(
-            "an adapter trains the same rows of each table. Received different ones for "
-            f"{', '.join(rows)}. Use save_rows."
-        )
-    modules = [key.removesuffix(".weight") for key in rows]
+    if hasattr(model, "get_base_model"):
+        # The whole tables are left out: their rows that learned are in the adapter.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return
+    # An adapter of LoRA without any: of PEFT's two places for tokens the one that can be one of
+    # several adapters of a model with a tied head, and in which each table has rows of its own.
+    names = [key.removesuffix(".weight") for key in rows]
     config = {
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
-        "init_weights": True,
-        "peft_type": "TRAINABLE_TOKENS",
-        "target_modules": modules,
+        "peft_type": "LORA",
+        "r": 1,
+        "target_modules": "dummy-target-modules",
         "task_type": None,
-        "token_indices": first.tolist(),
+        "trainable_token_indices": {name: rows[f"{name}.weight"].tolist() for name in names},
     }
+    parameters = _parameters(model)
     tensors = {
-        f"{_PEFT_PREFIX}{name}.{_PEFT_NAME}": model.get_parameter(f"{name}.weight")
-        .detach()[first]
+        f"{_PEFT_PREFIX}{name}.token_adapter.{_PEFT_NAME}": parameters[f"{name}.weight"]
+        .detach()[rows[f"{name}.weight"]]
         .cpu()
-        for name in modules
+        for name in names
     }
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -157,13 +190,16 @@ def export_peft(model: nn.Module, folder: Path_) -> None:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def import_peft(model: nn.Module, folder: Path_) -> dict[str, list[int]]:
+def import_peft(
+    model: nn.Module, folder: Path_, *, overwrite: bool = False
+) -> dict[str, list[int]]:
     """Write the rows of an adapter of PEFT's trainable tokens into a model.
 
     Args:
         model: The model that the adapter was trained on, with its tables grown to the same size.
         folder: The adapter, of trainable tokens or of LoRA with `trainable_token_indices`, of which
             the tokens alone are read.
+        overwrite: As for `load_rows`.
 
     Returns:
         The rows that were written, by the parameter's name.
@@ -172,6 +208,15 @@ def import_peft(model: nn.Module, folder: Path_) -> dict[str, list[int]]:
         InputError: The folder holds no trainable tokens, or those of another model. The model is
             then as it was.
         OSError: A file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from partial_embedding.torch import PartialEmbedding
+        >>> model = nn.Sequential(PartialEmbedding(10, 4, trainable_rows=[7]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_peft(model, folder)
+        ...     import_peft(nn.Sequential(nn.Embedding(10, 4)), folder)
+        {'0.weight': [7]}
     """
     place = Path(folder)
     try:
@@ -180,15 +225,17 @@ def import_peft(model: nn.Module, folder: Path_) -> dict[str, list[int]]:
         raise InputError(f"{place}: adapter_config.json is JSON. Received: {error}.") from None
     indices = config.get("token_indices") or config.get("trainable_token_indices")
     tensors, _ = _read(place / "adapter_model.safetensors")
-    parts = {}
+    parts: Parts = {}
     for key, values in tensors.items():
         if not key.endswith(f".{_PEFT_NAME}") or not indices:
             continue
-        name = key.removeprefix(_PEFT_PREFIX).removesuffix(f".{_PEFT_NAME}")
-        name = name.removesuffix(".token_adapter")
+        name = key.removesuffix(f".{_PEFT_NAME}").removesuffix(".token_adapter")
+        name = _plain(f"{name}.weight").removesuffix(".weight")
         own = indices
         if isinstance(indices, dict):
-            own = next(i for end, i in indices.items() if f".{name}".endswith(f".{end}"))
+            own = next((i for end, i in indices.items() if f".{name}".endswith(f".{end}")), None)
+            if own is None:
+                raise InputError(f"{place}: each table has its ids. Received none for {name!r}.")
         parts[f"{name}.weight"] = torch.tensor(own), values
     if not parts:
         raise InputError(
@@ -196,15 +243,26 @@ def import_peft(model: nn.Module, folder: Path_) -> dict[str, list[int]]:
             f"{config.get('peft_type')} adapter without."
         )
     _check_parts(model, place, parts, {}, may_grow=False)
+    _check_overlap(model, place, parts, overwrite)
     return _write(model, parts)
 
 
 # What trains, and what tokens it stands for
 
 
+def _plain(name: str) -> str:
+    """A parameter's name in the model itself, whatever is wrapped around it or the model."""
+    return name.replace("_orig_mod.", "").removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    named = model.named_parameters(remove_duplicate=False)
+    return {_plain(name): parameter for name, parameter in named}
+
+
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable rows of each parameter, by its name in the `state_dict`."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    """The trainable rows of each parameter, by its name in the model itself."""
+    names = {id(own): name for name, own in reversed(_parameters(model).items())}
     rows = {
         names[id(parameter)]: table.row_set.ids
         for _, table, parameter in row_parameters_in(model)
@@ -218,34 +276,55 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     return rows
 
 
-def _digest(tokenizer: Any, without: set[str]) -> str:
-    vocabulary = tokenizer.get_vocab()
+def _tokens_of(tokenizer: Any, rows: Tensor) -> dict[str, str]:
+    """What a file says of its rows' tokens."""
+    ids = rows.tolist()
+    if ids and ids[-1] >= len(tokenizer):
+        raise InputError(
+            f"each trained row is a token's. Received row {ids[-1]} and a tokenizer of "
+            f"{len(tokenizer)} tokens. Pass the tokenizer that the tokens were added to."
+        )
+    names = tokenizer.convert_ids_to_tokens(ids)
+    # How each is found in texts, and whether it is special.
+    added = {row: token for row, token in tokenizer.added_tokens_decoder.items() if row in ids}
+    return {
+        "tokens": json.dumps(dict(zip(map(str, ids), names, strict=True))),
+        "added": json.dumps({str(row): token.__getstate__() for row, token in added.items()}),
+        "vocabulary": _digest(tokenizer.get_vocab(), set(names)),
+    }
+
+
+def _digest(vocabulary: Mapping[str, int], without: set[str]) -> str:
     known = sorted((row, token) for token, row in vocabulary.items() if token not in without)
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
-def _missing_tokens(
-    path: Path_, about: dict[str, str], tokens: dict[int, str], tokenizer: Any
-) -> list[str]:
+def _missing_tokens(path: Path_, about: dict[str, str], tokenizer: Any) -> list[Any]:
     """The file's tokens that a tokenizer lacks, in the order in which it is to get them."""
-    if tokenizer is None:
-        return []
-    if not tokens:
+    if "tokens" not in about:
         raise InputError(
             f"{path}: a tokenizer is compared with the tokens of the file. Received a file without "
             "tokens. Leave the tokenizer out, or pass it to save_rows too."
         )
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for _, token in sorted(tokens.items()) if token not in vocabulary]
-    expected = {token: len(tokenizer) + i for i, token in enumerate(missing)}
-    for row, token in sorted(tokens.items()):
-        here = expected.get(token, vocabulary.get(token))
-        if here != row:
+    # Not at the top: it comes with the tokenizer.
+    from tokenizers import AddedToken
+
+    names = {int(row): name for row, name in _json_of(path, about, "tokens").items()}
+    added = {int(row): AddedToken(**how) for row, how in _json_of(path, about, "added").items()}
+    known = tokenizer.get_vocab()
+    missing = [added.get(row, name) for row, name in sorted(names.items()) if name not in known]
+    # Tried on a copy, since a tokenizer takes nothing back.
+    grown = copy.deepcopy(tokenizer)
+    put_into(grown, missing)
+    vocabulary = grown.get_vocab()
+    for row, name in sorted(names.items()):
+        if vocabulary.get(name) != row:
             raise InputError(
-                f"{path}: rows belong to one vocabulary. Received a tokenizer in which {token!r} "
-                f"has row {here} and not {row}. Pass the tokenizer that they were trained with."
+                f"{path}: rows belong to one vocabulary. Received a tokenizer in which {name!r} "
+                f"has row {vocabulary.get(name)} and not {row}. Pass the tokenizer that they were "
+                "trained with."
             )
-    if _digest(tokenizer, set(tokens.values())) != about["vocabulary"]:
+    if _digest(vocabulary, set(names.values())) != about.get("vocabulary"):
         raise InputError(
             f"{path}: rows belong to one vocabulary. Received a tokenizer with other tokens. Pass "
             "the one that they were trained with."
@@ -264,14 +343,25 @@ def _read(path: Path_) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path}: a safetensors file is meant. Received: {error}.") from None
 
 
+def _json_of(path: Path_, about: Mapping[str, str], name: str) -> dict[str, Any]:
+    try:
+        read = json.loads(about.get(name, "null"))
+    except json.JSONDecodeError:
+        read = None
+    if not isinstance(read, dict):
+        raise InputError(
+            f"{path}: a file of rows says {name!r} of them, an object in JSON. Received: "
+            f"{about.get(name)!r}. Write it with save_rows."
+        )
+    return read
+
+
 def _check_parts(
-    model: nn.Module,
-    path: Path_,
-    parts: dict[str, tuple[Tensor, Tensor]],
-    sizes: dict[str, int],
-    may_grow: bool,
-) -> None:
-    known = dict(model.named_parameters(remove_duplicate=False))
+    model: nn.Module, path: Path_, parts: Parts, sizes: dict[str, Any], may_grow: bool
+) -> int:
+    """Refuse rows that do not fit the model, and say by how many rows its tables have to grow."""
+    known = _parameters(model)
+    lacking = set()
     for key, (ids, values) in parts.items():
         if key not in known:
             raise InputError(
@@ -284,18 +374,65 @@ def _check_parts(
                 f"{path}: {key!r} has rows of shape {tuple(values.shape[1:])}. Received a model "
                 f"where they are {tuple(here.shape[1:])}."
             )
+        if ids.dtype != torch.int64 or ids.shape != values.shape[:1] or _has_twice(ids):
+            raise InputError(
+                f"{path}: each row of {key!r} has one id, an int64. Received {len(values)} rows "
+                f"and {ids.dtype} ids of shape {tuple(ids.shape)}: {shown(ids.flatten())}."
+            )
         size = sizes.get(key, len(here))
-        if (len(here) != size and not (may_grow and len(here) < size)) or ids.max() >= size:
+        lacking.add(size - len(here))
+        too_small = size != len(here) and not (may_grow and len(here) < size)
+        if too_small or (len(ids) and not 0 <= ids.min() <= ids.max() < size):
             raise InputError(
                 f"{path}: {key!r} had {sizes.get(key, 'more')} rows, of which {shown(ids)} are "
                 f"here. Received a model with {len(here)}. Pass the tokenizer too, so that its "
                 "tables grow, or the model of that vocabulary."
             )
+    for key, (ids, values) in parts.items():
+        for other, (its_ids, its_values) in parts.items():
+            if known[other] is known[key] and not (
+                torch.equal(ids, its_ids) and torch.equal(values, its_values)
+            ):
+                raise InputError(
+                    f"{path}: tables that are tied have the same rows. Received others for "
+                    f"{key!r} than for {other!r}. Pass a model in which they are not tied."
+                )
+    if len(lacking) > 1:
+        raise InputError(
+            f"{path}: all tables grow by as many rows. Received a model whose tables lack "
+            f"{', '.join(map(str, sorted(lacking)))}. Pass the model that they were trained with."
+        )
+    return int(max(lacking, default=0))
+
+
+def _has_twice(ids: Tensor) -> bool:
+    return len(ids.unique()) < len(ids)
+
+
+def _check_overlap(model: nn.Module, path: Path_, parts: Parts, overwrite: bool) -> None:
+    known = _parameters(model)
+    for key, (ids, values) in parts.items():
+        parameter = known[key]
+        brought = vars(parameter).get(_LOADED)
+        if brought is None or overwrite:
+            continue
+        places = torch.isin(ids, brought).nonzero().flatten().tolist()
+        here = parameter.detach()[ids[places]].cpu()
+        differs = [bool((a != b).any()) for a, b in zip(here, values[places].to(here), strict=True)]
+        both = ids[places][torch.tensor(differs, dtype=torch.bool)]
+        if len(both):
+            raise InputError(
+                f"{path}: rows of two files are not the same ones. Received {shown(both)} of "
+                f"{key!r}, which another file has brought. Pass overwrite=True to replace them."
+            )
 
 
 @torch.no_grad()
-def _write(model: nn.Module, parts: dict[str, tuple[Tensor, Tensor]]) -> dict[str, list[int]]:
+def _write(model: nn.Module, parts: Parts) -> dict[str, list[int]]:
+    known = _parameters(model)
     for key, (ids, values) in parts.items():
-        parameter = model.get_parameter(key)
+        parameter = known[key]
         parameter[ids.to(parameter.device)] = values.to(parameter)
+        brought = vars(parameter).get(_LOADED, ids)
+        vars(parameter)[_LOADED] = torch.cat([brought, ids]).unique()
     return {key: ids.tolist() for key, (ids, _) in parts.items()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
+from partial_embedding.rows.fingerprint import fingerprint_of
 from partial_embedding.schedule import RateScale
 
 
@@ -76,8 +76,7 @@ class RowSet:
     @cached_property
     def fingerprint(self) -> int:
         """A number that tells row sets apart, by their rows and the order of their slots."""
-        digest = blake2b(self.order.cpu().numpy().tobytes(), digest_size=7).digest()
-        return int.from_bytes(digest) ^ self.num_rows
+        return fingerprint_of(self.order.cpu().numpy()) ^ self.num_rows
 
     def is_trainable(self, ids: Tensor) -> Tensor:
         """Whether each row trains.

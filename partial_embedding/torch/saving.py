@@ -12,6 +12,7 @@ tables are listed in their parameter group, and so is LBFGS's, which has one his
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -188,7 +189,7 @@ def _dumped(table: TableState) -> State:
 
 def _check_one(table: TableState, entry: State, before_steps: bool) -> None:
     num_rows = table.parameter.shape[0]
-    if entry["num_rows"] != num_rows:
+    if entry["num_rows"] not in (num_rows, *table.table.earlier_sizes):
         raise InputError(
             f"optimizer state belongs to a table of one size. Received state for "
             f"{entry['num_rows']} rows and {table.name!r} with {num_rows}. Load the checkpoint's "
@@ -197,6 +198,7 @@ def _check_one(table: TableState, entry: State, before_steps: bool) -> None:
     ids = [_as_ids(cohort["rows"]).cpu() for cohort in entry.get("cohorts", {}).values()]
     saved = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).sort().values
     rows = table.table.row_set.ids.cpu()
+    rows = rows[rows < entry["num_rows"]]  # by which the table grew since has no state yet
     some = before_steps and bool(torch.isin(saved, rows).any())
     if not (some or torch.equal(saved, rows)):
         raise InputError(
@@ -209,6 +211,7 @@ def _check_one(table: TableState, entry: State, before_steps: bool) -> None:
 
 
 def _cohorts_of(entry: State, table: TableState, group: Group) -> dict[int, Cohort]:
+    entry = copy.deepcopy(entry)  # optimizers write in place, and what was saved is not theirs
     device, cohorts = table.table.row_set.device, {}
     for number, saved in entry.get("cohorts", {}).items():
         state = {k: _on_device(k, v, device, group) for k, v in saved.get("state", {}).items()}

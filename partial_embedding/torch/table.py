@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -14,24 +14,17 @@ from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
+from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.hooks import RowHook, hooks_on, tables_of
+from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import RowSet, shown
+from partial_embedding.torch.shared_rows import SharedRows
+from partial_embedding.torch.table_files import TableFiles
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
 _WIRING = ("_hooked", "_steppers", "_wrapper", "awaits_average")
-
-
-@dataclass(eq=False)
-class _Shared:
-    """Which rows of a weight train: one object for all tables that have this weight.
-
-    None stands for "every row but padding", for which no bookkeeping exists.
-    """
-
-    row_set: RowSet | None = None
-    padding_row: int | None = None
 
 
 class Stepper(Protocol):
@@ -45,7 +38,7 @@ class Stepper(Protocol):
         """
 
 
-class PartialTable(nn.Module):
+class PartialTable(TableFiles):
     """A mix-in that freezes rows of `weight`, a parameter of shape (V, D).
 
     It stands before the module class that owns the weight. The row set is neither a parameter nor a
@@ -56,7 +49,7 @@ class PartialTable(nn.Module):
 
     if TYPE_CHECKING:  # jit.script reads annotations, and knows few
         weight: nn.Parameter
-        _shared: _Shared
+        _shared: SharedRows
         _hooked: Mapping[str, nn.Parameter]
 
     # The parameters with an entry for each row.
@@ -77,6 +70,10 @@ class PartialTable(nn.Module):
         "padding_row",
         "leaf_weight",
         "is_wrapped",
+        "new_rows",
+        "earlier_sizes",
+        "origin",
+        "saves_rows",
     )
 
     # Which rows train
@@ -87,7 +84,7 @@ class PartialTable(nn.Module):
         return self.row_set.ids.clone()
 
     def set_trainable_rows(
-        self, rows: object, *, lr_scale: float = 1.0, warmup_steps: int = 0
+        self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
     ) -> None:
         """Train exactly these rows from the next step on.
 
@@ -114,7 +111,9 @@ class PartialTable(nn.Module):
         """
         self.set_trainable_ids(self._resolve(rows), RateScale(lr_scale, warmup_steps))
 
-    def unfreeze_rows(self, rows: object, *, lr_scale: float = 1.0, warmup_steps: int = 0) -> None:
+    def unfreeze_rows(
+        self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
+    ) -> None:
         """Train these rows too, as a cohort of their own.
 
         Args:
@@ -128,7 +127,7 @@ class PartialTable(nn.Module):
         ids = np.union1d(self.row_set.ids.cpu().numpy(), self._resolve(rows))
         self.set_trainable_ids(ids, RateScale(lr_scale, warmup_steps))
 
-    def freeze_rows(self, rows: object) -> None:
+    def freeze_rows(self, rows: RowsLike) -> None:
         """Stop training these rows; they lose their optimizer state.
 
         Args:
@@ -146,6 +145,12 @@ class PartialTable(nn.Module):
     @_row_set.setter
     def _row_set(self, row_set: RowSet | None) -> None:
         self._shared.row_set = row_set
+        if row_set is None:
+            return
+        if self._shared.origin is not None:
+            self._shared.origin.include(self.leaf_weight, row_set.ids)
+        for told in self._shared.before_training:
+            told(row_set.ids)
 
     @property
     def row_set(self) -> RowSet:
@@ -185,6 +190,28 @@ class PartialTable(nn.Module):
             return False
         return len(self.row_set) < self._most_trainable(self.leaf_weight.shape[0])
 
+    @property
+    def new_rows(self) -> Ids | None:
+        """The rows by which the table grew last, sorted, or None."""
+        return self._shared.new_rows
+
+    @property
+    def earlier_sizes(self) -> tuple[int, ...]:
+        """How many rows there were each time before the table grew."""
+        return self._shared.earlier_sizes
+
+    def note_growth(self, earlier_size: int, new_rows: Ids) -> None:
+        """Know that rows were added.
+
+        Args:
+            earlier_size: How many rows there were before; as many as now, where rows that were
+                there already got a meaning.
+            new_rows: The rows that are new, sorted, int64.
+        """
+        if earlier_size != self.leaf_weight.shape[0]:
+            self._shared.earlier_sizes += (earlier_size,)
+        self._shared.new_rows = new_rows
+
     def _most_trainable(self, num_rows: int) -> int:
         # While a graph is traced the size of an axis is a tensor, which takes no bool away.
         return num_rows - int(self.padding_row is not None)
@@ -201,10 +228,10 @@ class PartialTable(nn.Module):
         own: int | None = getattr(self, "padding_idx", None)
         return self._shared.padding_row if own is None else own
 
-    def _resolve(self, rows: object) -> Ids:
+    def _resolve(self, rows: RowsLike) -> Ids:
         if isinstance(rows, Tensor):
             rows = rows.detach().cpu().numpy()
-        return Rows.parse(rows).resolve(self.leaf_weight.shape[0])
+        return Rows.parse(rows).resolve(self.leaf_weight.shape[0], new=self._shared.new_rows)
 
     def set_trainable_ids(self, ids: Ids, rate_scale: RateScale | None = None) -> None:
         """Train exactly these rows, given as `Rows.resolve` gives them; there may be none.
@@ -220,6 +247,11 @@ class PartialTable(nn.Module):
         ids = ids[ids != self.padding_row]
         if self._row_set is None and len(ids) == self._most_trainable(self.leaf_weight.shape[0]):
             return  # every row trains already, with no bookkeeping to keep
+        if self._row_set is None:
+            # Those that stay are the first cohort. All rows, which leave, are not written down.
+            of_first = {0: torch.tensor(ids, device="cpu")}
+            self.row_set = RowSet(self.leaf_weight.shape[0], of_first, 1)
+            return
         before = self.row_set
         self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
 
@@ -300,21 +332,22 @@ class PartialTable(nn.Module):
     @property
     def is_wrapped(self) -> bool:
         """Whether `distributed_data_parallel` leaves the table to `average_gradients`."""
-        return "_wrapper" in self.__dict__
+        # A weak reference: a run that ended leaves a dead one.
+        return self.__dict__.get("_wrapper", lambda: None)() is not None
 
     def _wire(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
         if not any(self._parameters.get(n) is not None for n in ("weight", "weight_orig")):
             return
         weight = self.leaf_weight
-        rows = self.__dict__.setdefault("_shared", _Shared())
+        rows = self.__dict__.setdefault("_shared", SharedRows())
         before = self._hooked.get("weight", weight)
         for name in self.row_parameters:
             if name in self._hooked and self._hooked[name] is not self._row_parameter(name):
                 self._unhook(name)
         if before is not weight:
             # No longer tied to whoever has the old weight.
-            rows = self.__dict__["_shared"] = replace(rows, padding_row=None)
+            rows = self.__dict__["_shared"] = replace(rows, padding_row=None, origin=None)
         rows.padding_row = self.padding_row
         for other in list(tables_of(weight)):
             if other is not self:
@@ -413,6 +446,13 @@ class PartialTable(nn.Module):
         if name in self.row_parameters:
             self._wire()
 
+    def remember_origin(self) -> None:
+        """Remember, from here on, what rows hold before they train; see `TableFiles`."""
+        if self._shared.origin is None:
+            origin = self._shared.origin = Origin(self.leaf_weight)
+            every = self._row_set is None
+            origin.include(self.leaf_weight, self._all_ids() if every else self.row_set.ids)
+
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts its shards past `register_parameter` where this is nn.Module's own method.
         super().__setattr__(name, value)
@@ -431,9 +471,7 @@ class PartialTable(nn.Module):
 
     def extra_repr(self) -> str:
         """The plain module's description, and how many rows train."""
-        every = self._most_trainable(
-            self.leaf_weight.shape[0]
-        )  # counted without making bookkeeping
+        every = self._most_trainable(self.leaf_weight.shape[0])  # counted without bookkeeping
         count = every if self._row_set is None else len(self.row_set)
         return f"{super().extra_repr()}, trainable_rows={count}"
 

@@ -213,7 +213,7 @@ class TableState:
         # In a dense gradient nothing tells an untouched row from one whose gradient is zero.
         entries = None if grad is None else entries_of(grad)
         if entries is not None and self.lazy:
-            made = self._touched_blocks(*entries)
+            made = self._lazy_blocks(*entries)
         else:
             made = self._whole_blocks(grad, entries)
         for block in made:
@@ -245,16 +245,16 @@ class TableState:
         self._summed = sum_rows(slots, values, len(rows) + 1, self._summed)
         return self._summed[: len(rows)]
 
-    def _touched_blocks(self, ids_given: Tensor, values_given: Tensor) -> Iterator[Block]:
+    def _lazy_blocks(self, ids_given: Tensor, values_given: Tensor) -> Iterator[Block]:
         rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
         slots = rows.slots.index_select(0, ids_given).long()
-        touched, position = distinct(slots, len(rows) + 1)
-        summed = sum_rows(position, values_given, len(touched))
-        ends = torch.tensor([0, *sizes], device=touched.device).cumsum(0)
-        bounds = torch.searchsorted(touched, ends).tolist()
+        stepped, position = distinct(slots, len(rows) + 1)
+        summed = sum_rows(position, values_given, len(stepped))
+        ends = torch.tensor([0, *sizes], device=stepped.device).cumsum(0)
+        bounds = torch.searchsorted(stepped, ends).tolist()
         starts = ends.tolist()
         for i, cohort in enumerate(self.cohorts.values()):
-            local = touched[bounds[i] : bounds[i + 1]] - starts[i]
+            local = stepped[bounds[i] : bounds[i + 1]] - starts[i]
             ids = cohort.ids.index_select(0, local)
             part_grad = summed[bounds[i] : bounds[i + 1]]
             if self.layout.sparse:
@@ -333,6 +333,7 @@ class TableState:
         self._rows = RowSet(now.num_rows, ids, after, now.device, scaled)
         # Rows may have changed since an optimizer loaded that was not prepared then.
         self.table.row_set = self._rows.followed_by(now)
+        self.sync()
 
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
         """Go on with the state of shape V×D that a plain optimizer has for the whole table.
@@ -346,7 +347,10 @@ class TableState:
             clear_history(optimizer)  # as long as the whole table
             return
         state = optimizer.state.pop(self.parameter, {})
+        heights = [len(value) for key, value in state.items() if key in self.layout.per_row]
         for cohort in self.cohorts.values():
+            if len(cohort.ids) and cohort.ids[0] >= min(heights, default=len(self.parameter)):
+                continue  # by which the table grew since
             cohort.state = {
                 key: value.index_select(0, cohort.ids.to(value.device))
                 if key in self.layout.per_row

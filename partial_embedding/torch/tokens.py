@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.replace import check_replaceable, find_table, train_only
+from partial_embedding.torch.replace import check_replaceable, train_only
+from partial_embedding.torch.vocabulary_tables import VocabularyTables
 
 Init = Literal["pieces", "mean"] | Tensor
 
@@ -21,37 +24,41 @@ _SPREAD = 1e-5
 def add_tokens(
     model: nn.Module,
     tokenizer: Any,
-    tokens: Sequence[str],
+    tokens: Sequence[Any],
     init: Init = "pieces",
     *,
+    pad_to_multiple_of: int | None = None,
     sparse: bool = True,
 ) -> list[int]:
     """Add tokens to a model and its tokenizer, and train their rows alone.
 
-    The tables grow where they have to, input and head, tied or not; exactly the new rows of both
-    are trainable from here on, with their entries of the head's bias. Prepare the optimizer with
-    `rowwise`. Parameters other than the tables train or not as they did; where LoRA is added to
-    them, do so first, since `peft` freezes all that it does not add.
+    All tables of the vocabulary grow where they have to, inputs and heads, tied or not; exactly the
+    new rows of each are trainable from here on, with their entries of a head's bias, and `"new"`
+    names them in schedules. Then train as always, with LoRA put on before or after. Parameters
+    other than the tables train or not as they did.
 
     Args:
         model: A `transformers` model, or one that `peft` has wrapped.
-        tokenizer: Its tokenizer, which gets the tokens.
-        tokens: The new tokens.
+        tokenizer: Its tokenizer, or its processor, which gets the tokens.
+        tokens: The new tokens, strings or `tokenizers.AddedToken`s; those with `special=True`
+            become special tokens. Tokens that the tokenizer has already, and the model has not,
+            are taken too.
         init: What new rows begin from: `"pieces"`, the mean of the rows of the pieces that the
             tokenizer has made of the token so far; `"mean"`, a draw around the mean of all rows,
             with their covariance made small (Hewitt 2021,
             https://nlp.stanford.edu/~johnhew/vocab-expansion.html); or vectors for the input,
-            shape (n, D), while a head that is not tied begins from the pieces.
-        sparse: Give the tables sparse gradients. Hugging Face's `Trainer` needs False: it measures
-            the norm of all gradients.
+            shape (n, D), while all other tables begin from the pieces.
+        pad_to_multiple_of: Where tables have to grow, let them have a multiple of so many rows, as
+            kernels like it; tokens that are added later take the rows that are free.
+        sparse: Give the tables sparse gradients.
 
     Returns:
         The row of each token, in the order of the tokens.
 
     Raises:
-        InputError: A token is empty, occurs twice or is in the vocabulary already; the vectors do
-            not fit; or the model has no tables that can grow or be partly trainable. Model and
-            tokenizer are then as they were.
+        InputError: A token is empty, occurs twice or has a row already; the vectors do not fit; or
+            the model has no tables that can grow or be partly trainable. Model and tokenizer are
+            then as they were.
 
     Example:
         >>> import transformers
@@ -65,156 +72,202 @@ def add_tokens(
         >>> model.lm_head.weight is model.transformer.wte.weight, model.lm_head.trainable_rows
         (True, tensor([3, 4]))
     """
-    tables = _tables(model)
-    for table in tables:
+    tables = VocabularyTables(model)
+    for table in tables.tables:
         check_replaceable(model, table, sparse)
-    _check_tokens(tokenizer, tokens)
-    if not isinstance(init, Tensor) and init not in ("pieces", "mean"):
-        raise InputError(f"init is 'pieces', 'mean' or vectors, a tensor. Received: {init!r}.")
-    _check_room(model, tables[0], len(tokenizer) + len(tokens))
-    known = len(tokenizer)
-    begun = _beginnings(tables, known, _pieces(tokenizer, tokens, known), init)
+    tokenizer = tokenizer_of(tokenizer)
+    names = _names(tokens)
+    check_init(init, ("pieces", "mean"))
+    rows = _rows_to_be(tokenizer, tokens, names, len(tables.input.weight))
+    count = _growth(tables, max(rows) + 1, pad_to_multiple_of)
+    if count:
+        tables.check_can_change()
+    known = min(len(tokenizer), tables.num_rows)
+    begun = _beginnings(tables, known, _pieces(tokenizer, names, known), init)
 
-    tokenizer.add_tokens(list(tokens))
-    rows: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
-    grow(model, max(rows) + 1)
+    sizes = [len(table.weight) for table in tables.tables]
+    if count:
+        tables.grow(count)
+    put_into(tokenizer, tokens)
     with torch.no_grad():
         for (table, attribute), values in begun.items():
             parameter = getattr(table, attribute)
             parameter[rows] = values.to(parameter)
-    for table in tables:
-        train_only(model, table, np.unique(np.array(rows, np.int64)), sparse)
+    new = np.unique(np.array(rows, np.int64))
+    for table, size in zip(tables.tables, sizes, strict=True):
+        train_only(model, table, new, sparse)
+        table.note_growth(size, new)
     return rows
 
 
-def grow(model: Any, num_rows: int) -> None:
-    """Give a model's tables at least so many rows; what new rows hold is not said.
+# The tokenizer
+
+
+def tokenizer_of(tokenizer: Any) -> Any:
+    """A tokenizer, or that of a processor.
 
     Args:
-        model: A `transformers` model.
-        num_rows: The rows that are needed. Tables that have more, as some models do, keep them.
+        tokenizer: Either.
+
+    Raises:
+        InputError: It is neither.
     """
-    if model.get_input_embeddings().weight.shape[0] >= num_rows:
-        return
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    model.resize_token_embeddings(num_rows, mean_resizing=False)
-    # transformers makes another head where it is not tied, of parameters that no optimizer knows,
-    # and ties the two biases of an untied BERT, which then cannot be saved. So what was there goes
-    # back to its place, with the new values.
-    resized = dict(model.named_parameters(remove_duplicate=False))
-    taken: set[int] = set()
-    for path, parameter in parameters.items():
-        if (new := resized[path]) is not parameter:
-            parameter.data = new.data.clone() if id(new) in taken else new.data
-            taken.add(id(new))
-    for path, module in modules.items():
-        if (new := model.get_submodule(path)) is not module:
-            size = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
-            setattr(module, size, getattr(new, size))
-            _put(model, path, module)
-    for path, parameter in parameters.items():
-        if model.get_parameter(path) is not parameter:
-            _put(model, path, parameter)
+    for found in (tokenizer, getattr(tokenizer, "tokenizer", None)):
+        if callable(getattr(found, "add_tokens", None)):
+            return found
+    raise InputError(
+        "tokens are added to a tokenizer of transformers, or a processor that has one. Received a "
+        f"{type(tokenizer).__name__}."
+    )
 
 
-def _put(model: nn.Module, path: str, value: Any) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, value)
+def put_into(tokenizer: Any, tokens: Iterable[Any]) -> None:
+    """Add tokens to a tokenizer, special ones as such.
+
+    Args:
+        tokenizer: A tokenizer of `transformers`.
+        tokens: Strings or `AddedToken`s.
+    """
+    for special, some in groupby(tokens, lambda token: bool(getattr(token, "special", False))):
+        if special:
+            # As an added token alone it would not be one of `all_special_tokens`.
+            tokenizer.add_special_tokens(
+                {"extra_special_tokens": list(some)}, replace_extra_special_tokens=False
+            )
+        else:
+            tokenizer.add_tokens(list(some))
 
 
-def _tables(model: Any) -> list[Any]:
-    """The input embedding, and the output head where there is one."""
-    if not callable(getattr(model, "get_input_embeddings", None)):
-        raise InputError(
-            "tokens are added to a model of transformers. Received a "
-            f"{type(model).__name__}. For another model call replace_embedding."
-        )
-    table, head = find_table(model, None), model.get_output_embeddings()
-    if head is None:
-        return [table]
-    inner = [module for module in head.modules() if isinstance(module, nn.Linear)]
-    if not inner:
-        raise InputError(
-            "an output head is a linear layer. Received a "
-            f"{type(head).__name__}. For such a model call replace_embedding."
-        )
-    return [table, find_table(model, inner[0])]
-
-
-# Checks
-
-
-def _check_tokens(tokenizer: Any, tokens: object) -> None:
+def _names(tokens: object) -> list[str]:
     if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not tokens:
         raise InputError(f"tokens are a list of words. Received: {tokens!r}.")
+    names: list[Any] = [getattr(token, "content", token) for token in tokens]
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not name:
+            raise InputError(f"a token is a word. Received: {tokens[i]!r}.")
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise InputError(f"each token is added once. Received {twice!r} twice. Drop one.")
+    return names
+
+
+def _rows_to_be(
+    tokenizer: Any, tokens: Sequence[Any], names: list[str], num_rows: int
+) -> list[int]:
+    """The rows that tokens will have: tried on a copy, since a tokenizer takes nothing back."""
     known = tokenizer.get_vocab()
-    for i, token in enumerate(tokens):
-        if not isinstance(token, str) or not token.strip():
-            raise InputError(f"a token is a word. Received: {token!r}.")
-        if token in tokens[:i]:
-            raise InputError(f"each token is added once. Received {token!r} twice. Drop one.")
-    if present := [token for token in tokens if token in known]:
+    if present := [name for name in names if known.get(name, num_rows) < num_rows]:
         raise InputError(
             f"new tokens are not in the vocabulary. Received {', '.join(map(repr, present))}, "
             "which are. Train their rows with replace_embedding."
         )
-
-
-def _check_room(model: Any, table: Any, num_rows: int) -> None:
-    if table.weight.shape[0] >= num_rows:
-        return
-    embedding = model.get_input_embeddings()
-    if embedding is not table or not callable(getattr(model, "resize_token_embeddings", None)):
+    grown = copy.deepcopy(tokenizer)
+    put_into(grown, tokens)
+    vocabulary = grown.get_vocab()
+    if lost := [name for name in names if name not in vocabulary]:
         raise InputError(
-            f"the tables grow to {num_rows} rows. Received a {type(model).__name__} whose input "
-            f"embedding is a {type(embedding).__name__}, which does not grow. Leave the embedding "
-            "out of what peft adapts."
+            f"a tokenizer takes a token as it is. Received {lost[0]!r}, which the "
+            f"{type(tokenizer).__name__} changes or leaves out."
         )
+    without = sorted(
+        (row, name) for name, row in vocabulary.items() if row >= num_rows and name not in names
+    )
+    if without:
+        listed = ", ".join(repr(name) for _, name in without[:6])
+        raise InputError(
+            f"each token has a row. Received a tokenizer with {len(without)} that the model's "
+            f"{num_rows} rows do not reach: {listed}. Add them too; list them among the tokens."
+        )
+    return [vocabulary[name] for name in names]
+
+
+def _growth(tables: VocabularyTables, num_rows: int, multiple: int | None) -> int:
+    """How many rows the tables lack; their sizes may differ, and go on differing by as much."""
+    if multiple is not None and (type(multiple) is not int or multiple < 1):
+        raise InputError(f"pad_to_multiple_of is a whole number from 1 on. Received: {multiple!r}.")
+    if num_rows <= tables.num_rows:
+        return 0
+    return -(-num_rows // (multiple or 1)) * (multiple or 1) - tables.num_rows
 
 
 # What new rows begin from
 
 
 def _pieces(tokenizer: Any, tokens: Sequence[str], known: int) -> list[list[int]]:
-    """For each token the rows of its pieces, or all rows where the tokenizer knows none."""
+    """For each token the rows of its pieces that the tokenizer knows; there may be none."""
     found = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
     return [
-        [piece for piece in pieces if piece != tokenizer.unk_token_id] or list(range(known))
+        [piece for piece in pieces if piece != tokenizer.unk_token_id and piece < known]
         for pieces in found
     ]
 
 
 def _beginnings(
-    tables: list[Any], known: int, pieces: list[list[int]], init: Init
+    tables: VocabularyTables, known: int, pieces: list[list[int]], init: Init
 ) -> dict[tuple[Any, str], Tensor]:
     """The first values of the new rows, for each parameter that has such rows, once."""
     begun: dict[tuple[Any, str], Tensor] = {}
     seen: set[int] = set()
-    for table in tables:
-        for attribute in ("weight", "bias"):
-            parameter = getattr(table, attribute, None)
-            if parameter is None or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            is_input = table is tables[0]
-            begun[table, attribute] = (
-                _given(init, len(pieces), parameter)
-                if isinstance(init, Tensor) and is_input
-                else _drawn(parameter.detach()[:known].float(), len(pieces))
-                if init == "mean"
-                else torch.stack([parameter.detach()[own].float().mean(0) for own in pieces])
-            )
+    for table, attribute in tables.parameters():
+        parameter = getattr(table, attribute)
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        if isinstance(init, Tensor) and table is tables.input:
+            check_vectors(init, len(pieces), parameter)
+            begun[table, attribute] = init
+        elif isinstance(init, str) and init == "mean":
+            begun[table, attribute] = _drawn(parameter.detach()[:known].float(), len(pieces))
+        else:
+            begun[table, attribute] = means_of_pieces(parameter.detach()[:known], pieces)
     return begun
 
 
-def _given(vectors: Tensor, count: int, weight: Tensor) -> Tensor:
+def means_of_pieces(rows: Tensor, pieces: list[list[int]]) -> Tensor:
+    """The mean of each token's pieces, or of all rows where a token has none.
+
+    Args:
+        rows: The rows of the tokens that are known, shape (V, …).
+        pieces: The rows of each token's pieces.
+
+    Returns:
+        One row for each token, shape (n, …), float32.
+    """
+    every = None if all(pieces) else rows.float().mean(0)
+    return torch.stack([rows[own].float().mean(0) if own else every for own in pieces])  # type: ignore[misc]  # there is one where it is needed
+
+
+def check_init(init: object, names: tuple[str, ...]) -> None:
+    """Refuse what rows cannot begin from.
+
+    Args:
+        init: What was asked for.
+        names: What may be asked for by name.
+
+    Raises:
+        InputError: It is neither one of these nor a tensor.
+    """
+    if not isinstance(init, Tensor) and init not in names:
+        listed = ", ".join(map(repr, names))
+        raise InputError(f"init is {listed} or vectors, a tensor. Received: {init!r}.")
+
+
+def check_vectors(vectors: Tensor, count: int, weight: Tensor) -> None:
+    """Refuse vectors that new rows cannot begin from.
+
+    Args:
+        vectors: What was given.
+        count: The number n of new rows.
+        weight: The table, shape (V, D).
+
+    Raises:
+        InputError: They are not of the shape (n, D).
+    """
     if vectors.shape != (count, weight.shape[1]):
         raise InputError(
             f"init has a vector for each token, {(count, weight.shape[1])}. Received: "
             f"{tuple(vectors.shape)}."
         )
-    return vectors
 
 
 def _drawn(rows: Tensor, count: int) -> Tensor:

@@ -1,7 +1,9 @@
 """The contract's verbs in Keras on TensorFlow."""
 
+import json
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -9,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 from reference import ACCUMULATOR, EPSILON, Array, Batch, Optimizer
 
-from partial_embedding import Schedule
 from partial_embedding.callbacks.keras import RowUnfreezing
 from partial_embedding.schedule import RateScale
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
@@ -26,7 +27,7 @@ class Training:
         optimizer: What steps it.
         ever: What may ever train, and is reserved.
         padded: Whether row 0 is the padding row.
-        scaled: Whether rows may have a rate_scale of their own.
+        scaled: Whether rows may have a rate scale of their own; Keras need not know.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Training:
             mask_zero=padded,
             freeze_padding=padded,
         )
-        self._optimizer = rowwise(_made(optimizer), lazy=optimizer.lazy, rate_scales=scaled)
+        self._optimizer = rowwise(_made(optimizer), lazy=optimizer.lazy)
         self._optimizer.build(self._layer.trainable_variables)
 
     @property
@@ -64,11 +65,11 @@ class Training:
 
     def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows and no others."""
-        self._layer.set_trainable_rows(rows, rate_scale=rate_scale)
+        self._layer.set_trainable_rows(rows, **vars(rate_scale or RateScale()))
 
     def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows too."""
-        self._layer.unfreeze_rows(rows, rate_scale=rate_scale)
+        self._layer.unfreeze_rows(rows, **vars(rate_scale or RateScale()))
 
     def freeze(self, rows: object) -> None:
         """Train these rows no longer."""
@@ -82,6 +83,52 @@ class Training:
         gradients = tape.gradient(rows, [v.value for v in variables], output_gradients=upstream)
         self._optimizer.apply(gradients, variables)
 
+    # Doors
+
+    def plain(self) -> Array:
+        """The table of a plain layer that was given the weights of this one."""
+        plain = keras.layers.Embedding(self._layer.input_dim, self._layer.output_dim)
+        plain.build()
+        plain.set_weights(self._layer.get_weights())
+        return np.array(plain.get_weights()[0])
+
+    def take_plain(self, table: Array) -> None:
+        """Take the weights of a plain layer with this table."""
+        plain = keras.layers.Embedding(*table.shape, weights=[table])
+        self._layer.set_weights(plain.get_weights())
+
+    def keep(self) -> Any:
+        """What a run keeps of the best weights."""
+        return keras.Sequential([self._layer]).get_weights()
+
+    def restore(self, kept: Any) -> None:
+        """Put back what was kept."""
+        keras.Sequential([self._layer]).set_weights(kept)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of weights and optimizer."""
+        self._checkpoint.write(folder / "state")
+
+    def load(self, folder: Path) -> None:
+        """Read it."""
+        self._checkpoint.read(folder / "state").assert_consumed()
+
+    @property
+    def _checkpoint(self) -> Any:
+        return tf.train.Checkpoint(model=self._layer, optimizer=self._optimizer)
+
+    def average(self, batches: Sequence[Batch]) -> Array:
+        """Step along batches, and give the table with the average of all steps for weights."""
+        variables = self._layer.trainable_variables
+        averages = [np.zeros(v.shape, np.float32) for v in variables]
+        for count, batch in enumerate(batches, 1):
+            self.step(*batch)
+            for average, variable in zip(averages, variables, strict=True):
+                average += (variable.numpy() - average) / count
+        for average, variable in zip(averages, variables, strict=True):
+            variable.assign(average)
+        return self.table
+
 
 def fit(
     matrix: Array,
@@ -91,7 +138,11 @@ def fit(
     epochs: int,
     ever: object,
     measured: Sequence[float] = (),
-) -> list[Array]:
+    audit: bool | int = True,
+    write: tuple[int, int] | None = None,
+    folder: Path | None = None,
+    trains: bool = True,
+) -> tuple[list[Array], Any]:
     """Train a table named "words" along a schedule with the callback, and its audit.
 
     Args:
@@ -102,35 +153,60 @@ def fit(
         epochs: How many.
         ever: What may ever train, and is reserved.
         measured: What validations log as `val_measured`, epoch by epoch.
+        audit: As the callback takes it.
+        write: A step and a row; the row is written to before the step.
+        folder: Where the run is kept, and goes on if it was kept there before.
+        trains: Whether the table's weight may train.
 
     Returns:
-        The table after each epoch.
+        The table after each epoch, and what is kept of the schedule.
     """
     layer = PartialEmbedding.from_matrix(
-        matrix, reserve_rows=ever, trainable_rows=ever, name="words"
+        matrix, reserve_rows=ever, trainable_rows=ever, name="words", trainable=trains
     )
     model = keras.Sequential([keras.Input((None,), dtype="int64"), layer])
-    scaled = any(not stage.rate_scale.is_plain for stage in Schedule.parse(schedule).stages)
     metric = _Measured(measured)
     model.compile(
-        rowwise(_made(optimizer), lazy=optimizer.lazy, rate_scales=scaled),
+        rowwise(_made(optimizer), lazy=optimizer.lazy),
         loss=_product,
         metrics=[metric],
     )
     tables: list[Array] = []
-    begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: metric.begin(epoch))
-    keep = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: tables.append(np.array(layer.get_weights()[0]))
-    )
+    callbacks = [
+        keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: metric.begin(epoch)),
+        RowUnfreezing(schedule, audit=audit, backup_dir=folder),
+        keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: tables.append(np.array(layer.get_weights()[0]))
+        ),
+    ]
+    if write is not None:
+        callbacks.append(_Writes(*write))
+    if folder is not None:
+        callbacks.append(keras.callbacks.BackupAndRestore(folder, delete_checkpoint=False))
     model.fit(
         _Batches(batches),
         epochs=epochs,
         shuffle=False,
         verbose=0,
         validation_data=_Batches(batches[:1]) if measured else None,
-        callbacks=[begin, RowUnfreezing(schedule, audit=True), keep],
+        callbacks=callbacks,
     )
-    return tables
+    if folder is None:
+        return tables, None
+    kept = json.loads((folder / "row_unfreezing.json").read_text(encoding="utf-8"))
+    return tables, kept["runner"]
+
+
+class _Writes(keras.callbacks.Callback):
+    def __init__(self, step: int, row: int) -> None:
+        super().__init__()
+        self.step, self.row = step, row
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if int(self.model.optimizer.iterations) == self.step:
+            (matrix,) = self.model.layers[0].get_weights()
+            matrix[self.row] += 1
+            self.model.layers[0].set_weights([matrix])
 
 
 class _Measured(keras.metrics.Metric):

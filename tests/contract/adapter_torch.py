@@ -1,7 +1,10 @@
 """The contract's verbs in PyTorch and Lightning."""
 
+import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -64,11 +67,11 @@ class Training:
 
     def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows and no others."""
-        self._embedding.set_trainable_rows(rows, rate_scale=rate_scale)
+        self._embedding.set_trainable_rows(rows, **asdict(rate_scale or RateScale()))
 
     def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows too."""
-        self._embedding.unfreeze_rows(rows, rate_scale=rate_scale)
+        self._embedding.unfreeze_rows(rows, **asdict(rate_scale or RateScale()))
 
     def freeze(self, rows: object) -> None:
         """Train these rows no longer."""
@@ -80,6 +83,46 @@ class Training:
         self._embedding(torch.tensor(ids)).backward(torch.tensor(upstream))
         self._optimizer.step()
 
+    # Doors
+
+    def plain(self) -> Array:
+        """The table of a plain layer that was given the weights of this one."""
+        plain = nn.Embedding(*self._embedding.weight.shape)
+        plain.load_state_dict(self._embedding.state_dict())
+        return plain.weight.detach().numpy().copy()
+
+    def take_plain(self, table: Array) -> None:
+        """Take the weights of a plain layer with this table."""
+        plain = nn.Embedding.from_pretrained(torch.tensor(table))
+        self._embedding.load_state_dict(plain.state_dict())
+
+    def keep(self) -> Any:
+        """What a run keeps of the best weights."""
+        return copy.deepcopy(self._embedding.state_dict())
+
+    def restore(self, kept: Any) -> None:
+        """Put back what was kept."""
+        self._embedding.load_state_dict(kept)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of weights and optimizer."""
+        state = {"model": self._embedding.state_dict(), "optimizer": self._optimizer.state_dict()}
+        torch.save(state, folder / "state.pt")
+
+    def load(self, folder: Path) -> None:
+        """Read it."""
+        state = torch.load(folder / "state.pt", weights_only=True)
+        self._embedding.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def average(self, batches: Sequence[Batch]) -> Array:
+        """Step along batches, and give the table of the framework's average of all steps."""
+        averaged = torch.optim.swa_utils.AveragedModel(self._embedding)
+        for batch in batches:
+            self.step(*batch)
+            averaged.update_parameters(self._embedding)
+        return averaged.module.weight.detach().numpy().copy()
+
 
 def fit(
     matrix: Array,
@@ -89,7 +132,11 @@ def fit(
     epochs: int,
     ever: object,
     measured: Sequence[float] = (),
-) -> list[Array]:
+    audit: bool | int = True,
+    write: tuple[int, int] | None = None,
+    folder: Path | None = None,
+    trains: bool = True,
+) -> tuple[list[Array], Any]:
     """Train a table named "words" along a schedule with the callback, and its audit.
 
     Args:
@@ -100,11 +147,17 @@ def fit(
         epochs: How many.
         ever: What may ever train; PyTorch need not know.
         measured: What validations log as `val_measured`, epoch by epoch.
+        audit: As the callback takes it.
+        write: A step and a row; the row is written to before the step.
+        folder: Where the run is kept, and goes on if it was kept there before.
+        trains: Whether the table's weight may train.
 
     Returns:
-        The table after each epoch.
+        The table after each epoch, and what is kept of the schedule.
     """
     model = _Model(matrix, optimizer, measured)
+    model.words.weight.requires_grad_(trains)
+    unfreezing = RowUnfreezing(schedule, lazy=optimizer.lazy, audit=audit)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -112,12 +165,25 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[RowUnfreezing(schedule, lazy=optimizer.lazy, audit=True)],
+        callbacks=[unfreezing, *([] if write is None else [_Writes(*write)])],
     )
     pairs = [(torch.tensor(ids), torch.tensor(upstream)) for ids, upstream in batches]
     loader = torch.utils.data.DataLoader(pairs, batch_size=None)  # type: ignore[arg-type]
-    trainer.fit(model, loader, loader if measured else None)
-    return model.tables
+    kept = None if folder is None else folder / "run.ckpt"
+    before = kept if kept is not None and kept.exists() else None
+    trainer.fit(model, loader, loader if measured else None, ckpt_path=before)
+    if kept is not None:
+        trainer.save_checkpoint(kept)
+    return model.tables, unfreezing.state_dict()
+
+
+class _Writes(pl.Callback):
+    def __init__(self, step: int, row: int) -> None:
+        self.step, self.row = step, row
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            pl_module.words.weight.data[self.row] += 1
 
 
 class _Model(pl.LightningModule):

@@ -62,7 +62,7 @@ def test_the_callback_follows_the_schedule_of_a_file(
     schedule = HISTORIES["leaving_and_returning"]
     (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule.to_config()))
     batches = batches_of(0)
-    tables = adapter.fit(
+    tables, _ = adapter.fit(
         MATRIX, tmp_path / "schedule.yaml", optimizer, batches, EPOCHS, [1, 2, 4, 6, 7]
     )
     assert len(tables) == EPOCHS
@@ -85,7 +85,7 @@ def test_the_callback_moves_rows_at_steps_shares_and_plateaus_and_at_their_pace(
     optimizer, batches = OPTIMIZERS[name], batches_of(0)
     schedule = for_optimizer(schedule, optimizer)
     (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule.to_config()))
-    tables = adapter.fit(
+    tables, _ = adapter.fit(
         MATRIX, tmp_path / "schedule.yaml", optimizer, batches, EPOCHS, [1, 2, 4, 5, 6, 7], MEASURED
     )
     reference = Reference(MATRIX, optimizer)

@@ -27,7 +27,7 @@ def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_fit_leaves_log_checkpoints_vectors_and_picture_and_says_where(
+def test_fit_leaves_log_checkpoints_vectors_and_page_and_says_where(
     small_run: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *small_run]) == 0
@@ -42,7 +42,7 @@ def test_fit_leaves_log_checkpoints_vectors_and_picture_and_says_where(
         "checkpoint": RUN / "checkpoints/last.ckpt",
         "best checkpoint": RUN / "checkpoints/best.ckpt",
         "vectors": RUN / "vectors.vec",
-        "picture": RUN / "rows.png",
+        "page": RUN / "report.html",
     }.items():
         assert f"\n{what}: {file}\n" in out
         assert file.exists()
@@ -53,7 +53,7 @@ def test_fit_leaves_log_checkpoints_vectors_and_picture_and_says_where(
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "schedule", "report"):
+    for command in ("fit", "validate", "test", "predict", "compare", "schedule", "report"):
         assert re.search(rf"^  {command} ", out, re.MULTILINE)
 
 
@@ -64,7 +64,7 @@ def test_a_command_that_is_none_is_refused_with_the_list(
     assert main(args) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "fit, validate, test, predict, report, schedule" in error
+    assert "fit, validate, test, predict, compare, schedule, report" in error
 
 
 def test_the_exported_vectors_are_the_table_of_the_checkpoint(fitted_run: list[str]) -> None:
@@ -83,8 +83,7 @@ def test_validate_test_and_predict_take_a_checkpoint(
     for command in ("validate", "test"):
         assert main([command, *fitted_run, "--ckpt_path=last"]) == 0
         assert "accuracy" in capfd.readouterr().out
-    best = f"--ckpt_path={RUN / 'checkpoints/best.ckpt'}"
-    assert main(["predict", *fitted_run, best]) == 0
+    assert main(["predict", *fitted_run, "--ckpt_path=best"]) == 0
     assert files_below(Path()) - before == {"runs/predictions.csv"}
     with Path("runs/predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -106,7 +105,7 @@ def test_the_printed_config_is_a_config(
         main(["fit", *small_run, "--print_config"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert yaml.safe_load(printed)["data"]["path"] == "texts.csv"
+    assert yaml.safe_load(printed)["data"]["init_args"]["path"] == "texts.csv"
     (tmp_path / "printed.yaml").write_text(printed)
     assert main(["fit", "--config=printed.yaml", "--trainer.fast_dev_run=true"]) == 0
 
@@ -122,7 +121,7 @@ def test_a_config_of_the_repository_runs(
     quick = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
     where = ["--trainer.default_root_dir=runs", "--trainer.enable_progress_bar=false"]
     assert main(["fit", *own, *quick, *where]) == 0
-    assert {"vectors.vec", "rows.png"} <= files_below(RUN)
+    assert {"vectors.vec", "rows.json", "report.html"} <= files_below(RUN)
 
 
 # Bad input. Each case prepares something in the working directory and gives the arguments to add
@@ -156,7 +155,7 @@ CASES: dict[str, Case] = {
     "config_missing": (nothing, ["--config=none.yaml"], "none.yaml"),
     "config_no_yaml": (write("c.yaml", "trainer: [1, {"), ["--config=c.yaml"], "c.yaml"),
     "config_not_utf8": (write("c.yaml", b"trainer: \xff"), ["--config=c.yaml"], "UTF-8"),
-    "config_folder": (nothing, ["--config=."], "directory"),
+    "config_folder": (nothing, ["--config=."], "folder"),
     "config_unknown_key": (write("c.yaml", "trainerz: 1"), ["--config=c.yaml"], "trainerz"),
     "option_unknown": (nothing, ["--data.pathz=x"], "pathz"),
     "option_of_wrong_type": (nothing, ["--data.batch_size=many"], "batch_size"),
@@ -217,8 +216,7 @@ CASES: dict[str, Case] = {
         "bad.ckpt",
     ),
     "checkpoint_last_of_no_run": (nothing, ["--ckpt_path=last"], "which holds none"),
-    "export_suffix": (nothing, ["--export.suffix=xyz"], "xyz"),
-    "picture_suffix": (nothing, ["--monitor.picture=xyz"], "xyz"),
+    "export_suffix": (nothing, ["--model.export=xyz"], "xyz"),
 }
 
 
@@ -267,7 +265,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     write_wide_vectors()
     before = {name: Path(name).read_bytes() for name in files_below(Path())}
     capfd.readouterr()
-    code = main(["fit", *fitted_run, *args, "--ckpt_path=last"])
+    code = main(["fit", *fitted_run, *args, "--ckpt_path=last", "--trainer.max_epochs=7"])
     assert_one_line(code, capfd.readouterr().err, part)
     assert {name: Path(name).read_bytes() for name in files_below(Path())} == before
 

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import re
 import sysconfig
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from partial_embedding import Position, Schedule, Vocabulary
 from partial_embedding.cli import main
 from partial_embedding.rows.vocabulary_file import read_vocabulary
 from partial_embedding.schedule.preview import plan
-from partial_embedding.torch import FrozenRowAudit, PartialEmbedding, rowwise
+from partial_embedding.torch import FrozenRowAudit, PartialEmbedding, grow_table, rowwise
 
 SCHEDULES = Path(__file__).parents[2] / "configs" / "schedules"
 OF_WORDS = sorted(path.stem for path in SCHEDULES.glob("*.yaml") if path.stem != "new_items")
@@ -94,9 +95,10 @@ def test_new_items_of_a_recommender_run_as_planned() -> None:
     vocabulary = Vocabulary(items)
     torch.manual_seed(0)
     of_users = torch.nn.Embedding(len(users), 8)
-    table = PartialEmbedding(len(items), 8, trainable_rows="none")
+    table = PartialEmbedding(len(items) - 20, 8, trainable_rows="none")
     model = torch.nn.ModuleList([of_users, table])
     optimizer = rowwise(torch.optim.AdamW(model.parameters(), 0.02, weight_decay=0.1), model)
+    grow_table(model, table, 20, init=torch.nn.init.normal_, trainable=False)
     user_ids = torch.tensor([users.index(user) for user, _ in pairs])
     item_ids = torch.tensor([vocabulary.index[item] for _, item in pairs])
     others = torch.from_numpy(np.random.default_rng(0).integers(len(items), size=len(pairs)))
@@ -105,8 +107,8 @@ def test_new_items_of_a_recommender_run_as_planned() -> None:
         # A plain loop asks the schedule for its rows.
         stage_state = schedule.state_at(Position(epoch))
         rows = schedule.rows_at(stage_state)
-        if len(rows.resolve(len(items))) != len(table.trainable_rows):
-            table.set_trainable_rows(rows, rate_scale=schedule.rate_scale_at(stage_state))
+        if len(rows.resolve(len(items), new=table.new_rows)) != len(table.trainable_rows):
+            table.set_trainable_rows(rows, **asdict(schedule.rate_scale_at(stage_state)))
         audit = FrozenRowAudit(table)
         for chosen in torch.arange(len(pairs)).split(64):
             vectors = of_users(user_ids[chosen])
@@ -119,9 +121,8 @@ def test_new_items_of_a_recommender_run_as_planned() -> None:
         audit.check()
         trainable.append(len(table.trainable_rows))
         losses.append(loss.item())
-    planned = {
-        step.position.epoch: step.trainable for step in plan(schedule, len(items), epochs=10)
-    }
+    steps = plan(schedule, len(items), epochs=10, new=table.new_rows)
+    planned = {step.position.epoch: step.trainable for step in steps}
     assert trainable == [planned[max(e for e in planned if e <= epoch)] for epoch in range(10)]
     assert new == [items[row] for row in table.trainable_rows.tolist()]
     assert losses[-1] < 0.7 * losses[0]

@@ -1,6 +1,7 @@
 """The language-model recipe: its data, its module, and the command that runs both."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ import torch  # noqa: E402  # after the packages that may be missing
 from pytorch_lightning import Trainer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from partial_embedding import cli  # noqa: E402
 from partial_embedding.cli import main  # noqa: E402
 from partial_embedding.errors import InputError  # noqa: E402
-from partial_embedding.recipes import language_model  # noqa: E402
+from partial_embedding.recipes import causal_model, language_model  # noqa: E402
 from partial_embedding.recipes.language_model import NewTokens, TokenTexts  # noqa: E402
 from partial_embedding.recipes.small_language_model import small_language_model  # noqa: E402
 from partial_embedding.torch.row_files import load_rows  # noqa: E402
@@ -84,6 +84,42 @@ def test_the_config_runs_and_says_what_was_learned(
     assert torch.equal(model.get_input_embeddings().weight, table)
 
 
+def test_test_and_predict_need_the_checkpoint_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as quickly:
+        quickly.setattr(
+            language_model,
+            "small_language_model",
+            lambda texts: small_language_model(texts, steps=20),
+        )
+        options = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "1"]
+        options += ["--trainer.enable_progress_bar", "false", "--model.max_new_tokens", "4"]
+        assert main(["fit", "--config", str(CONFIG), *options]) == 0
+    run = Path(the(lines_of(capsys), "model: ").removeprefix("model: ")).resolve().parent
+    # What plain transformers loads says what the checkpoint says.
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    words = transformers.AutoTokenizer.from_pretrained(run / "model")
+    prompt = "the mailbox is a"
+    ids = torch.tensor([words(prompt)["input_ids"]])
+    made = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    checkpoint = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    quiet = ["--trainer.default_root_dir", str(tmp_path / "again")]
+    quiet += ["--trainer.enable_progress_bar", "false"]
+    (tmp_path / "texts.txt").write_text("a mailbox\nthe python iterator\n", encoding="utf-8")
+    monkeypatch.setattr(language_model, "small_language_model", None)
+    assert main(["predict", *checkpoint, *quiet, "--text", prompt]) == 0
+    continuation = words.decode(made, skip_special_tokens=True)
+    assert f"{prompt},{continuation}" in capsys.readouterr().out.splitlines()
+    texts = ["--data.test_path", str(tmp_path / "texts.txt")]
+    assert main(["test", *checkpoint, *quiet, *texts]) == 0
+    assert "test_loss" in capsys.readouterr().out
+    assert main(["predict", *checkpoint, *quiet, *texts]) == 0
+    rows = (tmp_path / "again" / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[0] == "text,continuation"
+    assert [row.partition(",")[0] for row in rows[1:]] == ["a mailbox", "the python iterator"]
+
+
 @pytest.mark.usefixtures("quickly")
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -118,7 +154,8 @@ def test_a_model_of_ones_own_and_files_of_texts_and_tokens(
     (tmp_path / "tokens.txt").write_text("quokka\n", encoding="utf-8")
     capsys.readouterr()
     arguments = {
-        "recipe": "language_model",
+        "model": "partial_embedding.recipes.language_model.NewTokens",
+        "data": "partial_embedding.recipes.language_model.TokenTexts",
         "model.name": tmp_path / "model",
         "data.path": tmp_path / "texts.txt",
         "data.tokens": tmp_path / "tokens.txt",
@@ -135,9 +172,8 @@ def test_a_model_of_ones_own_and_files_of_texts_and_tokens(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "images"], "a recipe is 'text' or 'language_model'. Received: 'images'"),
         (["--model.name", "no/such/model"], "a model is a name on the Hugging Face hub"),
-        (["--data.tokens", "missing.txt"], "missing.txt: the file cannot be read"),
+        (["--data.tokens", "missing.txt"], "Received: missing.txt, which is missing"),
         (["--data.tokens", "['the']"], "not in the vocabulary. Received 'the'"),
         (["--data.tokens", "['zyzzyva']"], "Received none with any of zyzzyva"),
         (["--data.batch_size", "0"], "batch_size is at least 1. Received: 0"),
@@ -169,6 +205,8 @@ def test_module_and_data_belong_together() -> None:
 def test_without_transformers_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for module in (language_model, causal_model):
+        monkeypatch.delitem(sys.modules, module.__name__)
     assert main(["fit", "--config", str(CONFIG)]) == 2
     assert "Install partial-embedding[transformers]" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""RowMonitor: what it measures, logs, keeps and draws."""
+"""RowMonitor: what it measures, logs and keeps."""
 
 import re
 from pathlib import Path
@@ -17,10 +17,8 @@ from torch.utils.data import DataLoader
 from partial_embedding import Vocabulary
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor, _row_squares
-from partial_embedding.monitor.figures import row_picture
 from partial_embedding.monitor.record import read_record
-from partial_embedding.monitor.sampling import TableWatch
-from partial_embedding.monitor.track import CohortTrack, RowTrack
+from partial_embedding.monitor.sampling import TableSample
 from partial_embedding.torch import PartialEmbedding
 
 V, D, BATCHES = 40, 4, 5
@@ -135,13 +133,14 @@ def test_the_gradient_of_an_id_that_occurs_twice_is_summed(sparse: bool) -> None
     table(torch.tensor([5, 5, 7])).sum().backward()
     assert table.weight.grad is not None
     ids, squares = _row_squares(table.weight.grad)
+    assert len(ids) == (2 if sparse else V)  # the cost follows the rows of the batch
     assert {i: s for i, s in zip(ids.tolist(), squares.tolist(), strict=True) if s} == {
         5: 4.0 * D,
         7: 1.0 * D,
     }
 
 
-def test_rates_follow_pace_and_scheduler(tmp_path: Path) -> None:
+def test_rates_follow_scale_and_scheduler(tmp_path: Path) -> None:
     class Decayed(Model):
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
@@ -173,8 +172,8 @@ def test_it_logs_to_any_logger(tmp_path: Path) -> None:
     table = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True, dtype=None)
     names = table.dtype.names
     assert names is not None
-    assert {"tables0rows_awake", "tables0tokens_that_train"} <= set(names)
-    assert table["tables0rows_awake"].tolist() == [3] * 10 + [V - 1] * 10
+    assert {"tables0trainable_rows", "tables0tokens_that_train"} <= set(names)
+    assert table["tables0trainable_rows"].tolist() == [3] * 10 + [V - 1] * 10
 
 
 class Recorded(DummyLogger):
@@ -200,8 +199,8 @@ def test_every_logger_gets_the_same_numbers_under_documented_names(tmp_path: Pat
     for name, value in last.items():
         assert read.Scalars(name)[-1].value == pytest.approx(value)
     # The docstring names those of the first cohort and of one band, and nothing else is logged.
-    assert TableWatch.__doc__ is not None
-    documented = set(re.findall(r"`([\w/]+)`", TableWatch.__doc__))
+    assert TableSample.__doc__ is not None
+    documented = set(re.findall(r"`([\w/]+)`", TableSample.__doc__))
     for name in last:
         short = re.sub(r"cohort_\d+/|seen_\w+?/", "", name.removeprefix("tables.0/"))
         assert any(short == known.rpartition("/")[2] for known in documented), name
@@ -211,13 +210,13 @@ def test_nothing_is_measured_between_measurements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = []
-    measure = TableWatch.measure
+    measure = TableSample.measure
 
-    def noted(self: TableWatch, *given: Any) -> dict[str, float]:
+    def noted(self: TableSample, *given: Any) -> dict[str, float]:
         measured.append(self)
         return measure(self, *given)
 
-    monkeypatch.setattr(TableWatch, "measure", noted)
+    monkeypatch.setattr(TableSample, "measure", noted)
     model = fit(tmp_path, RowMonitor(every_n_steps=3))
     assert len(measured) == 4 * 2  # the batches 2 and 4 of each epoch
     assert not any(table._forward_pre_hooks for table in model.tables)
@@ -248,14 +247,20 @@ def test_the_record_holds_plan_scores_and_audit(tmp_path: Path) -> None:
     fit(tmp_path, RowMonitor())
     record = read_record(tmp_path)
     (plan,) = record.plans.values()
-    assert [(stage.start, stage.trainable) for stage in plan] == [
-        ("epoch 0", 3),
-        ("epoch 2", V - 1),
+    assert [(step.place, step.trainable) for step in plan] == [
+        ("stage 0 from epoch 0", 3),
+        ("stage 1 from epoch 2", V - 1),
     ]
     assert [(report.frozen, report.changed) for report in record.audit] == [(V - 3, 0), (1, 0)]
     assert (record.length, record.epoch_steps) == (4, BATCHES)
     (track,) = record.tables.values()
     assert track.trainable == [(0.0, 3), (2.0, V - 1)]
+
+
+def test_each_table_has_a_record_of_its_own(tmp_path: Path) -> None:
+    fit(tmp_path, RowMonitor(), Model(tables=2))
+    record = read_record(tmp_path)
+    assert list(record.tables) == list(record.plans) == ["tables.0", "tables.1"]
 
 
 def test_a_run_that_fails_leaves_what_was_seen(tmp_path: Path) -> None:
@@ -276,13 +281,13 @@ def test_a_run_with_nothing_left_to_train_leaves_no_record(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     fit(tmp_path / "run", RowMonitor(), max_epochs=0)
-    assert not list(tmp_path.rglob("rows.*"))
+    assert not list(tmp_path.rglob("rows.json"))
 
 
 def test_it_changes_neither_training_nor_random_numbers(tmp_path: Path) -> None:
     with_monitor = fit(tmp_path / "a", RowMonitor())
     after = torch.rand(1)
-    without = fit(tmp_path / "b", RowMonitor(every_n_steps=10**6, picture=None))
+    without = fit(tmp_path / "b", RowMonitor(every_n_steps=10**6))
     assert torch.equal(after, torch.rand(1))
     for name, value in with_monitor.state_dict().items():
         assert torch.equal(value, without.state_dict()[name])
@@ -311,45 +316,3 @@ def test_it_goes_on_where_a_checkpoint_stood(tmp_path: Path) -> None:
     assert [t.cohorts for t in rest.tracks.values()] != [t.cohorts for t in half.tracks.values()]
     for one, other in zip(rest.tracks.values(), half.tracks.values(), strict=True):
         assert one.token_share[: len(other.token_share)] == other.token_share
-
-
-@pytest.mark.parametrize(("tables", "files"), [(1, ["rows.png"]), (2, None)])
-def test_it_draws_one_picture_per_table(
-    tables: int, files: list[str] | None, tmp_path: Path
-) -> None:
-    fit(tmp_path, RowMonitor(), Model(tables))
-    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert drawn == (files or ["rows-tables.0.png", "rows-tables.1.png"])
-    for name in drawn:
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    "track",
-    [
-        RowTrack(10, 1.0),
-        RowTrack(10, 1.0, trainable=[(0, 0)], end=1.0),
-        RowTrack(10, 0.0, "step", [(0, 10)], [], {0: CohortTrack(0, 10, [(0, 0, 0, 0)])}, 7.0),
-        RowTrack(
-            10**6,
-            1.0,
-            trainable=[(i, 10 * i) for i in range(16)],
-            cohorts={i: CohortTrack(i, 10, [(i, 0, 0, 0), (16, 1, 2, 3)]) for i in range(16)},
-            end=16.0,
-        ),
-    ],
-    ids=["nothing", "no_row_awake", "steps", "many_groups"],
-)
-def test_a_picture_is_drawn_of_any_track(track: RowTrack, tmp_path: Path) -> None:
-    row_picture(track).savefig(tmp_path / "rows.png")
-    assert (tmp_path / "rows.png").stat().st_size > 0
-
-
-def test_a_long_track_stays_short_enough_for_a_checkpoint() -> None:
-    track = RowTrack(10, 1.0, cohorts={0: CohortTrack(0, 1)})
-    for i in range(5000):
-        track.token_share.append((i, 1.0))
-        track.cohorts[0].drift.append((i, 0, 0, 0))
-        track.thin()
-    assert len(track.token_share) <= 1000
-    assert track.cohorts[0].drift[0] == (0, 0, 0, 0)

@@ -1,6 +1,8 @@
 """`RowUnfreezing` along every kind of schedule: steps, shares, plateaus, growth and rate_scales."""
 
 import re
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,18 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from pytorch_lightning.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from small_runs import (
     BATCHES,
     EPOCHS,
     Net,
     Parts,
+    Witness,
     assert_same_run,
     data,
     fit,
@@ -108,7 +116,7 @@ def test_a_stage_may_begin_at_a_share_of_the_run(limits: dict[str, int]) -> None
 def test_a_share_of_an_endless_run_is_refused_before_any_step() -> None:
     net = Net().build()
     schedule = {"stages": [{"share": 0, "rows": [1]}, {"share": 0.75, "rows": [2]}]}
-    with pytest.raises(InputError, match=r"run without end.*max_steps"):
+    with pytest.raises(InputError, match=r"run of unknown length.*max_steps"):
         watch(net, schedule, max_epochs=-1, max_time={"seconds": 20})
     assert net.steps_begun == 0
 
@@ -166,6 +174,43 @@ def test_cycles_begin_again() -> None:
     assert watch(Net().build(), schedule).rows == 4 * [[1], [1], [2]]
 
 
+HALVES = {"stages": [{"share": 0, "rows": [1]}, {"share": 0.5, "rows": [1, 2, 3]}]}
+
+
+@pytest.mark.parametrize("schedule", [HALVES, BY_STEP], ids=["shares", "steps"])
+@pytest.mark.parametrize("step", [2, 4, 7])
+def test_a_run_resumed_within_an_epoch_trains_on_the_batches_that_were_left(
+    schedule: Any, step: int, tmp_path: Path
+) -> None:
+    def run(*more: pl.Callback, **options: Any) -> tuple[Any, Witness]:
+        ids, labels = data().tensors
+        batches = ReplayableLoader(
+            lambda chosen: (ids[torch.from_numpy(chosen)], labels[torch.from_numpy(chosen)]),
+            size=len(ids),
+            batch_size=4,
+            seed=3,
+        )
+        net, witness = Net().build(), Witness()
+        checkpoint = options.pop("ckpt_path", None)
+        made = trainer(RowUnfreezing(schedule), witness, *more, **options)
+        made.fit(net, batches, ckpt_path=checkpoint)
+        return net, witness
+
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, seen = run(saving, enable_checkpointing=True)
+    resumed, rest = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert_same_run(rest, seen.seen[step:])
+    assert same_bits(resumed.words.weight, whole.words.weight)
+
+
+def test_a_run_names_the_stages_that_it_did_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
+    waits = {"plateau": {"monitor": "val_loss", "patience": 9}, "rows": [2]}
+    stages = [{"epoch": 0, "rows": [1]}, waits, {"step": 8, "rows": [3]}, {"epoch": 9, "rows": [4]}]
+    watch(validated(1.0), {"stages": stages})
+    told = "words: the run ended before stage 1, at a plateau of val_loss; stage 3, at epoch 9"
+    assert told in capsys.readouterr().out.splitlines()
+
+
 # Metrics
 
 
@@ -205,6 +250,40 @@ def test_a_metric_that_is_not_logged_is_one_error_that_lists_what_was() -> None:
     assert net.steps_begun == BATCHES
 
 
+WITHOUT_VALIDATION: dict[str, tuple[type[Net], bool, dict[str, Any]]] = {
+    "no_validation_data": (Validated, False, {}),
+    "no_validation_step": (Net, True, {}),
+    "no_batch_of_it": (Validated, True, {"limit_val_batches": 0}),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_VALIDATION)
+def test_stages_that_wait_are_refused_where_nothing_validates(case: str) -> None:
+    kind, with_data, options = WITHOUT_VALIDATION[case]
+    net = kind().build()
+    made = trainer(RowUnfreezing(PLATEAU), **options)
+    with pytest.raises(InputError, match=r"'val_loss'.* never validates: .*limit_val_batches=0"):
+        made.fit(net, loader(data()), loader(data(1)) if with_data else None)
+    assert net.steps_begun == 0
+
+
+def test_early_stopping_by_the_metric_that_stages_wait_for_is_warned_of() -> None:
+    class Gentle(EarlyStopping):
+        """A subclass of one's own."""
+
+    def run(*more: pl.Callback, schedule: Any = PLATEAU) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            watch(validated(1.0), schedule, *more)
+        return [str(w.message) for w in caught if "end the run" in str(w.message)]
+
+    (told,) = run(Gentle("val_loss", patience=9))
+    assert told.startswith("Gentle may end the run before stages that wait for a plateau of val_")
+    # As it says: another metric, or none.
+    assert run(EarlyStopping("lr", strict=False)) == run() == []
+    assert run(EarlyStopping("val_loss"), schedule=BY_STEP) == []
+
+
 def test_a_validation_outside_fit_counts_for_nothing() -> None:
     net, unfreezing = validated(1.0), RowUnfreezing(PLATEAU)
     made = trainer(unfreezing, max_epochs=1)
@@ -213,6 +292,16 @@ def test_a_validation_outside_fit_counts_for_nothing() -> None:
     seen = unfreezing.state_dict()["position"]["evaluations"]
     made.validate(net, loader(data(1)))
     assert unfreezing.state_dict()["position"]["evaluations"] == seen == [[0, 3, {"val_loss": 1.0}]]
+
+
+def test_a_fit_begins_anew_after_a_checkpoint_was_validated(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    alone = watch(validated(1.0), PLATEAU, saving, enable_checkpointing=True)
+    witness, net = RowWitness(), validated(1.0)
+    made = trainer(RowUnfreezing(PLATEAU), witness)
+    made.validate(net, loader(data(1)), ckpt_path=tmp_path / "epoch=2.ckpt")
+    made.fit(net, loader(data()), loader(data(1)))
+    assert witness.rows == alone.rows
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3])
@@ -382,7 +471,7 @@ def test_a_changed_schedule_says_what_changed_and_goes_on_or_stops(
     assert [line for line in said if "the checkpoint's" in line] == lines
     assert witness.rows[0] == [1, 2]
     if case == "another_rate":
-        saved = made.optimizers[0].state_dict()["state"][0]["rowwise"]["cohorts"]
+        saved = made.optimizers[0].state_dict()["state"][0]["rowwise"]["cohorts"].values()
         assert not any(
             "rate_scale" in cohort for cohort in saved
         )  # rows keep what they joined with
@@ -412,7 +501,7 @@ def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: P
     schedule = changed({"epoch": 0, "rows": [1, 2], "lr_scale": 0.5, "warmup_steps": 5})
     watch(Net().build(), schedule, Keep(), max_epochs=1)
     saved = torch.load(tmp_path / "made.ckpt", weights_only=True)
-    (cohort,) = saved["optimizer_states"][0]["state"][0]["rowwise"]["cohorts"]
+    (cohort,) = saved["optimizer_states"][0]["state"][0]["rowwise"]["cohorts"].values()
     assert cohort["rate_scale"] == {"lr_scale": 0.5, "warmup_steps": 5, "steps": 3}
     plain = Net().build(plain=True)
     trainer(Keep(), max_epochs=2).fit(plain, loader(data()), ckpt_path=tmp_path / "made.ckpt")
@@ -420,7 +509,7 @@ def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: P
     made = trainer(RowUnfreezing(schedule), witness, max_epochs=3)
     made.fit(Net().build(), loader(data()), ckpt_path=tmp_path / "made.ckpt")
     assert witness.rows == BATCHES * [[1, 2]]
-    cohorts = made.optimizers[0].state_dict()["state"][0]["rowwise"]["cohorts"]
+    cohorts = made.optimizers[0].state_dict()["state"][0]["rowwise"]["cohorts"].values()
     assert [cohort["rate_scale"]["steps"] for cohort in cohorts] == [3]  # they joined with this run
 
 
@@ -443,7 +532,7 @@ def test_a_plain_loop_follows_the_same_file(tmp_path: Path) -> None:
             position = Position(epoch, step)
             net.words.set_trainable_rows(
                 schedule.trainable_rows(position),
-                rate_scale=schedule.rate_scale_at(schedule.state_at(position)),
+                **asdict(schedule.rate_scale_at(schedule.state_at(position))),
             )
             optimizer.zero_grad()
             net.loss(batch).backward()

@@ -76,18 +76,20 @@ def test_trained_vectors_are_kept_in_the_users_cache_folder(
 def test_texts_to_test_come_from_their_own_file(small_run: list[str]) -> None:
     Path("test.csv").write_text("text,label\na joy,pos\na bore,neg\nunseen words,neg\n")
     data = TextData(path="texts.csv", vectors="vectors.txt", test_path="test.csv")
-    data.setup("test")
+    data.setup("fit")
     ((ids, labels),) = data.test_dataloader()
     assert labels.tolist() == [1, 0, 0]
     assert ids[2].tolist() == [1, 1, 0, 0, 0]
-    assert data.test_texts.texts == ("a joy", "a bore", "unseen words")
+    (_,) = data.predict_dataloader()
+    assert data.given_texts == ["a joy", "a bore", "unseen words"]
 
 
 def test_texts_to_test_of_another_class_are_refused(small_run: list[str]) -> None:
     Path("test.csv").write_text("text,label\na joy,pos\na bore,dull\n")
     data = TextData(path="texts.csv", vectors="vectors.txt", test_path="test.csv")
-    with pytest.raises(InputError, match=r"Received: 'dull' in test\.csv"):
-        data.setup("test")
+    data.setup("fit")
+    with pytest.raises(InputError, match=r"test\.csv, where 1 of 2 are of 'dull', which training"):
+        data.test_dataloader()
 
 
 @pytest.mark.parametrize("encoder", ["cnn", "mean"])

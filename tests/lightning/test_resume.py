@@ -93,7 +93,7 @@ def fit(callbacks: list[Callback], ckpt_path: Path | None = None) -> tuple[Train
         callbacks=[
             RandomState(),
             RowUnfreezing("schedule.yaml", audit=True),
-            RowMonitor(picture=None),
+            RowMonitor(),
             *callbacks,
         ],
     )

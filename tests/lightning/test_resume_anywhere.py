@@ -55,7 +55,7 @@ def test_a_killed_run_resumes_exactly(
         # What was compared is a schedule that went through all of its stages and rate_scales.
         assert [stage for stage, _ in whole["reports"]] == [0, 1, 2, 3, 4]
         assert [stage for stage, _ in resumed["reports"]][-1] == 4
-        cohorts = whole["optimizer"]["state"][0]["rowwise"]["cohorts"]
+        cohorts = whole["optimizer"]["state"][0]["rowwise"]["cohorts"].values()
         assert [cohort["rate_scale"] for cohort in cohorts] == [
             {"lr_scale": 2.0, "warmup_steps": 3, "steps": 26},
             {"lr_scale": 0.5, "warmup_steps": 6, "steps": 23},

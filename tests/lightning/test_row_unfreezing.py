@@ -46,6 +46,8 @@ from torch import Tensor, nn
 from partial_embedding import InputError, Rows, Schedule, Vocabulary
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.torch import masked_gradient_only
+from partial_embedding.torch.optimizer import prepared
 
 
 def stages(**rows_by_epoch: Any) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def test_rows_that_need_a_vocabulary_find_it(owner: str) -> None:
     vocabulary = Vocabulary(map(str, range(12)), counts=range(12), missing=[2, 5])
     schedule = stages(epoch_0="missing", epoch_1={"union": ["missing", {"most_frequent": 3}]})
     net, witness = Net().build(), Witness()
-    callback = RowUnfreezing(schedule, vocabulary if owner == "argument" else None)
+    callback = RowUnfreezing(schedule, vocabulary=vocabulary if owner == "argument" else None)
     datamodule = pl.LightningDataModule()
     datamodule.train_dataloader = lambda: loader(data())
     if owner != "argument":
@@ -102,6 +104,54 @@ def test_rows_that_need_a_vocabulary_find_it(owner: str) -> None:
     trainer(callback, witness).fit(net, datamodule=datamodule)
     rows = {0: (2, 5), 1: (2, 5, 9, 10, 11)}
     assert_frozen_rows_kept_their_bits(witness, starting_table(), stages=rows)
+
+
+def test_a_vocabulary_may_be_a_plain_list_of_tokens() -> None:
+    tokens = [f"w{row}" for row in range(12)]
+    schedule = stages(epoch_0={"tokens": ["w1", "w4"]})
+    witness = fit(Net().build(), unfreezing=RowUnfreezing(schedule, vocabulary=tokens))
+    assert_frozen_rows_kept_their_bits(witness, starting_table(), stages={0: (1, 4)})
+    with pytest.raises(InputError, match=r"a vocabulary is a mapping .*Received: str"):
+        RowUnfreezing(schedule, vocabulary="w1")
+
+
+# Several callbacks
+
+OTHER_STAGES = {0: (0, 11), 2: (0, 5, 11)}
+OTHER = {"stages": [{"epoch": e, "rows": list(r)} for e, r in OTHER_STAGES.items()]}
+
+
+def two_callbacks() -> list[RowUnfreezing]:
+    return [
+        RowUnfreezing({name: s}, audit=1) for name, s in (("words", SCHEDULE), ("items", OTHER))
+    ]
+
+
+@pytest.mark.parametrize("saved_after", [0, 2])
+def test_two_callbacks_move_two_tables_as_one_would(saved_after: int, tmp_path: Path) -> None:
+    tables = ("words", "items")
+    one, two = Net().build(tables), Net().build(tables)
+    by_name = {"words": SCHEDULE, "items": OTHER}
+    expected = fit(one, unfreezing=RowUnfreezing(by_name, audit=1))
+    first, second = two_callbacks()
+    got = fit(two, second, Keep(tmp_path), unfreezing=first)
+    assert_same_run(got, expected.seen)
+    assert [report.table for report in first.audit_results] == 3 * ["words"]
+    assert [report.table for report in second.audit_results] == 2 * ["items"]
+    first, second = two_callbacks()
+    resumed = Net().build(tables, seed=9)
+    rest = fit(resumed, second, unfreezing=first, ckpt_path=tmp_path / f"{saved_after}.ckpt")
+    assert_same_run(rest, expected.seen[-len(rest.seen) :])
+    assert len(rest.seen) == (EPOCHS - 1 - saved_after) * BATCHES
+
+
+@pytest.mark.parametrize("schedule", [{"words": OTHER}, OTHER], ids=["by_name", "all_tables"])
+def test_two_callbacks_for_one_table_are_refused(schedule: Any) -> None:
+    net = Net().build(("words", "items"))
+    both = {"words": SCHEDULE, "items": OTHER}
+    with pytest.raises(InputError, match=r"one schedule\. Received two RowUnfreezing for 'words'"):
+        fit(net, RowUnfreezing(schedule), unfreezing=RowUnfreezing(both))
+    assert net.steps_begun == 0
 
 
 # What it says
@@ -112,7 +162,7 @@ def test_lines_say_what_trains_when_stages_begin_and_what_the_audit_found(
 ) -> None:
     vocabulary = Vocabulary(map(str, range(12)), counts=[1] * 10 + [5] * 2)
     net = Net().build()
-    fit(net, unfreezing=RowUnfreezing(SCHEDULE, vocabulary, audit=True))
+    fit(net, unfreezing=RowUnfreezing(SCHEDULE, vocabulary=vocabulary, audit=True))
     assert capsys.readouterr().out.splitlines() == [
         "words: 3 of 12 rows train (12 of 48 parameters), 15 parameters elsewhere",
         "words: stage 0 from epoch 0: 3 rows train, 25.0 % of the table, 15.0 % of training tokens",
@@ -149,6 +199,15 @@ class Tableless(Net):
         return super().build(*arguments, plain=True, **options)
 
 
+class Frozen(Net):
+    """Freezes its table, as `from_pretrained(freeze=True)` does."""
+
+    def build(self, *arguments: Any, **options: Any) -> Any:
+        built = super().build(*arguments, **options)
+        built.words.requires_grad_(False)
+        return built
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
     "no_table": (lambda: Tableless().build(), SCHEDULE, ("PartialEmbedding", "Tableless")),
     "no_optimizer_holds_it": (
@@ -176,6 +235,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
     ),
     "short_mask": (lambda: Net().build(), stages(epoch_0=[True] * 3), ("words", "12 rows", "3")),
     "no_vocabulary": (lambda: Net().build(), stages(epoch_0="missing"), ("words", "vocabulary")),
+    "frozen_weight": (
+        lambda: Frozen().build(),
+        SCHEDULE,
+        ("words", "requires_grad=False", "freeze=True", "get_peft_model"),
+    ),
     "lazy_across_rows": (
         lambda: Net().build(make=adafactor),
         SCHEDULE,
@@ -256,18 +320,28 @@ def test_a_strategy_that_shards_is_refused_when_fit_starts() -> None:
     assert net.steps_begun == 0
 
 
-def test_a_frozen_table_that_is_stepped_without_the_callback_is_warned_of_once() -> None:
-    net = Net().build(sparse=False)
+def test_a_frozen_table_keeps_its_bits_without_the_callback() -> None:
+    net = Net().build()
     net.words.set_trainable_rows([1, 4])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(max_epochs=2).fit(net, loader(data()))
-        prepared = Net().build()
-        fit(prepared)
-    told = [str(w.message) for w in caught if "rowwise" in str(w.message)]
-    assert len(told) == 1
-    assert "RowUnfreezing" in told[0]
-    assert "AdamW" in told[0]
+        trainer(max_epochs=2, gradient_clip_val=0.2).fit(net, loader(data()))
+    assert rows_that_differ(net.words.weight, starting_table()) == [1, 4]
+    assert not [str(w.message) for w in caught if "rowwise" in str(w.message)]
+
+
+def test_an_optimizer_that_was_left_alone_stays_so() -> None:
+    def make(parts: Parts) -> list[torch.optim.Optimizer]:
+        parameters = [p for part in parts.values() for p in part]
+        return [masked_gradient_only(torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.3))]
+
+    schedule = stages(epoch_0=[1, 4])
+    net = Net().build(make=make)
+    made = trainer(RowUnfreezing(schedule), max_epochs=1)
+    made.fit(net, loader(data()))
+    assert prepared(made.optimizers[0]) is None
+    with pytest.raises(FrozenRowsMoved, match="masked_gradient_only"):
+        fit(Net().build(make=make), schedule=schedule)
 
 
 # Checkpoints
@@ -363,10 +437,14 @@ def test_a_checkpoint_of_the_callback_loads_without_it(plain: bool, tmp_path: Pa
     net = Net().build(plain=plain, sparse=False, seed=9)
     after = plain_fit(net, ckpt_path=tmp_path / "1.ckpt", max_epochs=3)
     assert after.epochs == [2] * BATCHES
-    # All rows move now; the table's stage_states begin afresh, so that each first step is lr long.
+    # All rows move now. Those that have no state yet begin, with a first step that is lr long; of a
+    # plain table none has.
     start = witness.seen[2 * BATCHES - 1]["words.weight"]
     assert rows_that_differ(after.seen[-1]["words.weight"], start) == list(range(12))
     ids = loader(data()).dataset.tensors[0][:4].unique()
+    if not plain:
+        ids = ids[~torch.isin(ids, torch.tensor(STAGES[1]))]
+        assert len(ids)
     first = after.seen[0]["words.weight"][ids] - start[ids] * (1 - 0.1 * 0.3)
     torch.testing.assert_close(first.abs(), torch.full_like(first, 0.1), rtol=1e-3, atol=1e-4)
 
@@ -518,20 +596,17 @@ def test_the_audit_leaves_trainable_rows_alone_and_can_be_switched_off() -> None
         fit(Net().build(), Meddling(1, 8, flip_a_sign), unfreezing=RowUnfreezing(SCHEDULE, audit=1))
 
 
-def test_the_audit_sees_an_optimizer_that_is_not_prepared() -> None:
+def test_the_audit_sees_an_optimizer_that_keeps_no_row_exact() -> None:
     class Careless(pl.Callback):
         """Steps the same weights with an optimizer of its own."""
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             weight = pl_module.words.weight
             weight.grad = torch.zeros_like(weight)
-            torch.optim.SGD([weight], lr=0.1, weight_decay=0.1).step()
+            masked_gradient_only(torch.optim.SGD([weight], lr=0.1, weight_decay=0.1)).step()
             weight.grad = None
 
-    with (
-        pytest.raises(FrozenRowsMoved, match="rowwise"),
-        pytest.warns(UserWarning, match="rowwise"),
-    ):
+    with pytest.raises(FrozenRowsMoved, match="masked_gradient_only"):
         fit(Net().build(), Careless(), unfreezing=RowUnfreezing(SCHEDULE, audit=1))
 
 

@@ -1,6 +1,7 @@
 """`partial-embedding schedule` shows what a schedule will do, before any training."""
 
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
@@ -23,14 +24,14 @@ def files(small_run: list[str]) -> None:
 def test_a_schedule_is_printed_and_drawn_for_a_vocabulary(
     files: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["schedule", "schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.png"]) == 0
+    assert main(["schedule", "schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.svg"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "10 rows, 5 epochs"
     assert lines[1].startswith("stage 0 from epoch 0  █████·")
     assert lines[1].endswith("2 rows (20.0 %), 2.2 % of training tokens, 2 join")
     assert lines[3].endswith("10 rows (100.0 %), 100.0 % of training tokens, 5 join")
-    assert lines[4] == "picture: p.png"
-    assert Path("p.png").read_bytes().startswith(b"\x89PNG")
+    assert lines[4] == "picture: p.svg"
+    assert ET.parse("p.svg").getroot().tag.endswith("}svg")
 
 
 def test_steps_and_tables_are_chosen(files: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,14 +53,59 @@ def test_a_configuration_brings_its_own_texts(
     assert main(["fit", *small_run]) == 0
     trained = capsys.readouterr().out
     stages = [line.split(": ", 1)[1] for line in trained.splitlines() if ": stage " in line]
-    assert planned.startswith("30 rows, 6 epochs")
+    assert "\n30 rows, 6 epochs\n" in planned
     for stage in stages:
         place, _, rest = stage.partition(": ")
         assert f"{place}  " in planned
         assert f"  {rest.split(' ')[0]} rows (" in planned
 
 
+def test_a_vocabulary_is_counted_from_texts(
+    files: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--texts=texts.csv", "--vectors=vectors.txt"]
+    assert main(["schedule", "schedule.yaml", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "30 rows, 5 epochs"
+    assert lines[-1].startswith("stage 2 from epoch 4")
+    assert "29 rows (96.7 %), 100.0 % of training tokens" in lines[-1]
+
+
+def test_the_epochs_of_a_configuration_are_its_own(
+    files: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"rows": {"schedule": "schedule.yaml"}, "trainer": {"max_epochs": 7}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["schedule", "config.yaml", "--vocab=vocabulary.tsv"]) == 0
+    assert capsys.readouterr().out.startswith("10 rows, 7 epochs\n")
+
+
+def test_rates_are_shown(files: None, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = "{stages: [{epoch: 0, rows: [1], lr_scale: 1e-1, warmup_steps: 20}]}"
+    Path("slow.yaml").write_text(stages)
+    assert main(["schedule", "slow.yaml", "--rows=9"]) == 0
+    assert "lr × 0.1, warm-up of 20 steps" in capsys.readouterr().out
+
+
+def test_a_table_of_any_name_is_chosen(files: None, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = {"stages": [{"epoch": 0, "rows": [1]}]}
+    Path("named.yaml").write_text(yaml.safe_dump({"encoder/words": stages, "b": stages}))
+    assert main(["schedule", "named.yaml", "--rows=9", "--table=encoder/words"]) == 0
+    assert "1 rows" in capsys.readouterr().out
+
+
+def test_a_plan_without_end_is_cut(files: None, capsys: pytest.CaptureFixture[str]) -> None:
+    cycle = "{stages: [{step: 0, rows: [1]}, {step: 1, rows: all}], cycle: 2}"
+    Path("cycle.yaml").write_text(cycle)
+    assert main(["schedule", "cycle.yaml", "--rows=9", "--steps-per-epoch=10", "--epochs=150"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1001
+    assert lines[-1] == "and 501 changes more"
+
+
 REFUSED = {
+    "no_end": (["schedule.yaml", "--rows=9", "--epochs=100000000"], "up to 1,000,000 epochs"),
+    "no_folder_of_texts": (["schedule.yaml", "--texts=none.csv"], "none.csv, which is missing"),
     "no_file": (["absent.yaml", "--rows=3"], "absent.yaml: the schedule cannot be read"),
     "no_table": (["by_step.yaml"], "neither --vocab nor --rows"),
     "no_steps": (["by_step.yaml", "--rows=50"], "--steps-per-epoch"),
@@ -69,8 +115,8 @@ REFUSED = {
     "no_such_option": (["schedule.yaml", "--colour=red"], "--colour=red"),
     "no_number": (["schedule.yaml", "--rows=many"], "'many'"),
     "nothing": ([], "file"),
-    "no_folder": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=a/p.png"], "a/"),
-    "no_format": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.xyz"], "xyz"),
+    "no_folder": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=a/p.svg"], "a/"),
+    "no_format": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.png"], ".svg"),
 }
 
 

@@ -17,7 +17,7 @@ import keras  # after the setting above
 import numpy as np
 
 from partial_embedding.callbacks.keras import RowUnfreezing
-from partial_embedding.tensorflow import PartialEmbedding, rowwise, schedule_rows
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 folder, fatal_epoch, fatal_place, first, kind = sys.argv[1:]
 STAGES: list[dict[str, Any]] = [
@@ -66,16 +66,14 @@ matrix = rng.normal(size=(12, 4)).astype(np.float32)
 model = keras.Sequential(
     [
         keras.Input((3,), dtype="int64"),
-        PartialEmbedding.from_matrix(
-            matrix, trainable_rows=[3, 5], reserve_rows=schedule_rows(SCHEDULE, 12)
-        ),
+        PartialEmbedding.from_matrix(matrix),
         keras.layers.Flatten(),
         keras.layers.Dense(1, kernel_initializer="ones"),
     ]
 )
 optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1)
 if kind != "plain":
-    optimizer = rowwise(optimizer, rate_scales=kind == "rate_scales")
+    optimizer = rowwise(optimizer)
 model.compile(optimizer, "mse")
 callbacks = [
     RowUnfreezing(SCHEDULE, audit=True, backup_dir=folder),

@@ -14,12 +14,12 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
 from partial_embedding import InputError, Vocabulary  # noqa: E402
-from partial_embedding.callbacks.keras import RowUnfreezing  # noqa: E402
+from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
+from partial_embedding.monitor.record import read_record  # noqa: E402
 from partial_embedding.tensorflow import (  # noqa: E402
     FrozenRowsMoved,
     PartialEmbedding,
     rowwise,
-    schedule_rows,
 )
 
 IDS = np.arange(8).reshape(4, 2)
@@ -53,7 +53,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
 def test_each_epoch_trains_the_rows_of_its_stage() -> None:
     model, recorder = _model(), Recorder()
     start = model.layers[0].get_weights()[0]
-    _fit(model, RowUnfreezing(SCHEDULE, VOCABULARY), recorder)
+    _fit(model, RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY), recorder)
     changed = [
         np.flatnonzero((after != before).any(axis=1)).tolist()
         for before, after in zip([start, *recorder.tables], recorder.tables, strict=False)
@@ -64,7 +64,7 @@ def test_each_epoch_trains_the_rows_of_its_stage() -> None:
 def test_each_stage_is_said_once_and_the_audit_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _fit(_model(), RowUnfreezing(SCHEDULE, VOCABULARY, audit=1))
+    _fit(_model(), RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY, audit=1))
     assert capsys.readouterr().out.splitlines() == [
         "words: 2 of 8 rows train (4 of 16 parameters), 3 parameters elsewhere",
         "words: stage 0 from epoch 0: 2 rows train, 25.0 % of the table, 6.7 % of training tokens",
@@ -81,7 +81,7 @@ def test_an_epoch_in_the_middle_of_a_schedule_needs_no_epochs_before_it() -> Non
         initial_epoch=3,
         epochs=4,
         verbose=0,
-        callbacks=[RowUnfreezing(SCHEDULE, VOCABULARY)],
+        callbacks=[RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY)],
     )
     assert model.layers[0].trainable_rows.tolist() == [0, 1, 2, 3]
 
@@ -95,9 +95,9 @@ def test_a_schedule_traces_the_training_step_once() -> None:
         return step(data)
 
     model.train_step = counted
-    _fit(model, RowUnfreezing(SCHEDULE, VOCABULARY), epochs=2)
+    _fit(model, RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY), epochs=2)
     before = len(traces)
-    _fit(model, RowUnfreezing(SCHEDULE, VOCABULARY), epochs=4)
+    _fit(model, RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY), epochs=4)
     assert before >= 1
     assert len(traces) == before
 
@@ -242,7 +242,7 @@ def test_a_share_of_data_of_unknown_length_is_refused() -> None:
         while True:
             yield IDS, np.ones((4, 2, 1))
 
-    with pytest.raises(InputError, match=r"unknown length\. Pass steps_per_epoch="):
+    with pytest.raises(InputError, match=r"unknown length\. .*pass steps_per_epoch="):
         _model().fit(batches(), verbose=0, callbacks=[RowUnfreezing(HALF)])
     # Steps need no length.
     model = _model()
@@ -275,7 +275,7 @@ def test_the_optimizer_is_asked_for_its_step_only_where_rows_may_change() -> Non
 
 def _resume(folder: Path, schedule: Any, epoch: int, **settings: Any) -> None:
     settings = {"epochs": epoch + 1, "initial_epoch": epoch, "batch_size": 2, **settings}
-    unfreezing = RowUnfreezing(schedule, VOCABULARY, backup_dir=folder)
+    unfreezing = RowUnfreezing(schedule, vocabulary=VOCABULARY, backup_dir=folder)
     _model().fit(IDS, np.ones((4, 2, 1)), verbose=0, callbacks=[unfreezing], **settings)
 
 
@@ -294,9 +294,31 @@ def test_a_schedule_that_changed_since_the_backup_is_told_or_refused(
         InputError, match=r"in stage 0 from epoch 1, \{'ids': \[6, 7\].*5, 7.*ahead"
     ):
         _resume(tmp_path, other, 2)
-    (tmp_path / "rows.json").write_text("[]")
-    with pytest.raises(InputError, match=r"rows\.json: the record of a run is the JSON"):
+    (tmp_path / "row_unfreezing.json").write_text("[]")
+    with pytest.raises(InputError, match=r"row_unfreezing\.json: the record of a run is the JSON"):
         _resume(tmp_path, SCHEDULE, 2)
+
+
+def test_a_vocabulary_may_be_a_plain_list_of_tokens() -> None:
+    model = _model()
+    schedule = {"stages": [{"epoch": 0, "rows": {"tokens": ["b", "h"]}}]}
+    _fit(model, RowUnfreezing(schedule, vocabulary=list("abcdefgh")), epochs=1)
+    assert model.layers[0].trainable_rows.tolist() == [1, 7]
+
+
+def test_the_record_of_a_run_and_that_of_a_monitor_share_a_folder(tmp_path: Path) -> None:
+    waits = {"stages": [{"epoch": 0, "rows": [1]}, {"plateau": "loss", "rows": [2]}]}
+    for epochs in (2, 4):
+        unfreezing = RowUnfreezing(waits, backup_dir=tmp_path)
+        _model().fit(
+            IDS,
+            np.ones((4, 2, 1)),
+            epochs=epochs,
+            initial_epoch=epochs - 2,
+            verbose=0,
+            callbacks=[unfreezing, RowMonitor(tmp_path)],
+        )
+    assert read_record(tmp_path).tables.keys() == {"words"}
 
 
 def test_a_pace_needs_an_optimizer_that_keeps_it() -> None:
@@ -304,20 +326,15 @@ def test_a_pace_needs_an_optimizer_that_keeps_it() -> None:
     rule = r"words: stages\[1\]: lr_scale and warmup_steps .* AdamW\. Compile"
     with pytest.raises(InputError, match=rule):
         _fit(_model(), RowUnfreezing(schedule))
-    model = _model()
-    model.compile(rowwise(keras.optimizers.SGD(0.1)), "mse")
-    with pytest.raises(InputError, match=r"Rowwise with rate_scales=False\. Compile"):
-        _fit(model, RowUnfreezing(schedule))
     unbuilt = keras.Sequential([PartialEmbedding(8, 2, reserve_rows="all", name="words")])
-    unbuilt.compile(rowwise(keras.optimizers.SGD(0.1), rate_scales=True), "mse")
+    unbuilt.compile(rowwise(keras.optimizers.SGD(0.1)), "mse")
     with pytest.raises(InputError, match=r"in a built model"):
         unbuilt.fit(IDS, np.ones((4, 2, 2)), verbose=0, callbacks=[RowUnfreezing(schedule)])
 
 
 def test_growing_rows_are_reserved_told_and_audited(capsys: pytest.CaptureFixture[str]) -> None:
     stages = [{"epoch": 0, "rows": [6, 7]}, {"epoch": 3, "rows": "all", "grow": {"order": "ids"}}]
-    rows = schedule_rows({"stages": stages}, 8)
-    _fit(_model(reserve_rows=rows), RowUnfreezing({"stages": stages}, audit=True))
+    _fit(_model(reserve_rows=None), RowUnfreezing({"stages": stages}, audit=True))
     towards = "of 3 towards stage 1"
     assert capsys.readouterr().out.splitlines()[1:] == [
         "words: stage 0 from epoch 0: 2 rows train, 25.0 % of the table",
@@ -328,7 +345,7 @@ def test_growing_rows_are_reserved_told_and_audited(capsys: pytest.CaptureFixtur
     ]
     unknown = {"stages": [stages[0], {**stages[1], "grow": {"order": ["a", "nobody"]}}]}
     with pytest.raises(InputError, match=r"words: stages\[1\]\.rows: .*nobody"):
-        _fit(_model(), RowUnfreezing(unknown, VOCABULARY))
+        _fit(_model(), RowUnfreezing(unknown, vocabulary=VOCABULARY))
 
 
 def test_the_audit_names_rows_that_were_written_from_outside() -> None:
@@ -339,7 +356,7 @@ def test_the_audit_names_rows_that_were_written_from_outside() -> None:
             self.model.layers[0].set_weights([matrix])
 
     with pytest.raises(FrozenRowsMoved, match=r"words: 1 frozen row changed by step 1: 1\. Most"):
-        _fit(_model(), RowUnfreezing(SCHEDULE, VOCABULARY, audit=1), Vandal())
+        _fit(_model(), RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY, audit=1), Vandal())
 
 
 def test_tables_may_have_schedules_of_their_own() -> None:
@@ -371,9 +388,9 @@ def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
         _fit(_model(), RowUnfreezing(SCHEDULE))
     narrow = _model(trainable_rows=[6, 7], reserve_rows=[6, 7])
     with pytest.raises(InputError, match=r"words: stages\[1\]\.rows: .*reserve_rows"):
-        _fit(narrow, RowUnfreezing(SCHEDULE, VOCABULARY))
+        _fit(narrow, RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY))
     with pytest.raises(InputError, match=r"stages\[0\]\.rows: .*reserve_rows='all'"):
-        _fit(_model(reserve_rows=None), RowUnfreezing(SCHEDULE, VOCABULARY))
+        _fit(_model(reserve_rows=None), RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY))
     plain = keras.Sequential([keras.layers.Embedding(8, 2), keras.layers.Dense(1)])
     plain.compile("sgd", "mse")
     with pytest.raises(InputError, match="needs a PartialEmbedding"):

@@ -272,7 +272,8 @@ def test_a_model_that_was_not_built_compiles_with_xla() -> None:
     model.compile("adam", "mse", jit_compile=True)
     model.fit(np.array([[1, 2, 3]]), np.ones((1, 3, 2)), verbose=0)
     assert model.layers[0].built
-    assert model.count_params() == 6 * 2 + 2 * 2
+    assert model.count_params() == 6 * 2 + 2 * 2 + 2
+    assert model.layers[0].count_params() == 6 * 2
 
 
 def test_unfreezing_and_freezing_reserved_rows_traces_nothing_again() -> None:
@@ -328,9 +329,9 @@ def test_freezing_rows_of_a_plain_table_is_refused_once_it_is_built() -> None:
 
 
 def test_lora_is_refused_where_rows_are_frozen_and_works_where_none_is() -> None:
-    with pytest.raises(InputError, match="LoRA moves every row"):
+    with pytest.raises(InputError, match="LoRA adds a change of low rank to every row"):
         PartialEmbedding(6, 3, trainable_rows=[1], lora_rank=2)
-    with pytest.raises(InputError, match="LoRA moves every row"):
+    with pytest.raises(InputError, match="LoRA adds a change of low rank to every row"):
         _layer().enable_lora(2)
     layer = PartialEmbedding(6, 3, lora_rank=2)
     assert layer(IDS).shape == (2, 3, 3)

@@ -14,8 +14,11 @@ keras = pytest.importorskip("keras")
 pytest.importorskip("gensim")
 
 from partial_embedding import InputError, Schedule  # noqa: E402  # after the skip
+from partial_embedding.cli import main  # noqa: E402
 from partial_embedding.monitor.record import read_record  # noqa: E402
 from partial_embedding.recipes import keras_text  # noqa: E402
+from partial_embedding.recipes.prepare_texts import PreparedTexts, prepare_texts  # noqa: E402
+from partial_embedding.recipes.settings import read_config  # noqa: E402
 from partial_embedding.schedule.preview import plan  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -44,12 +47,16 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+def texts_of(config: Path) -> PreparedTexts:
+    return prepare_texts(keras_text.read_settings(read_config(config))["data"])
+
+
 @pytest.mark.parametrize("encoder", ["cnn", "mean"])
 def test_a_run_says_its_stages_and_saves_a_file_that_a_fresh_process_loads(
     encoder: str, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config.write_text(config.read_text().replace("cnn", encoder))
-    assert keras_text.main([str(config)]) == 0
+    assert main(["fit", f"--config={config}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1].split(" from")[0] for line in lines if ": stage " in line] == [
         "stage 0",
@@ -57,16 +64,15 @@ def test_a_run_says_its_stages_and_saves_a_file_that_a_fresh_process_loads(
     ]
     assert any(line.startswith("audit: embedding: ") for line in lines)
     assert any(line.endswith("changed a bit: 0") for line in lines)
-    saved = config.parent / "text-keras" / "model.keras"
+    saved = config.parent / "text" / "version_0" / "model.keras"
     record = read_record(saved.parent)
     assert [report.changed for report in record.audit] == [0, 0]
     track, planned = record.tables["embedding"], record.plans["embedding"]
     assert [place for place, _ in track.trainable] == [0.0, 1.0]
     assert [trainable for _, trainable in track.trainable] == [stage.trainable for stage in planned]
     assert {"gradient_norm", "lr"} <= track.cohorts[0].numbers.keys()
-    assert track.token_share[-1][1] == 1.0
     assert record.scores[0].metrics.keys() == {"accuracy", "loss", "val_accuracy", "val_loss"}
-    assert keras_text.read_config(saved.parent / "config.yaml") == keras_text.read_config(config)
+    assert read_config(saved.parent / "config.yaml") == read_config(config)
     script = (
         "import keras, numpy, partial_embedding.recipes.keras_text\n"
         f"model = keras.models.load_model({str(saved)!r})\n"
@@ -98,12 +104,12 @@ def test_a_schedule_of_words_runs_as_planned(
     first, last = text.index("{stages"), text.index("\n  audit")
     text = f"{text[:first]}{path}{text[last:]}".replace("batch_size: 8", "batch_size: 1")
     config.write_text(text)
-    assert keras_text.main([str(config)]) == 0
+    assert main(["fit", f"--config={config}"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"audit: embedding: frozen rows by stage: .*; changed a bit: 0\n", out)
     said = re.findall(r"embedding: (stage .+?): ([\d,]+) rows train", out)
-    data = keras_text.read_texts(keras_text.read_config(config)["data"])
-    rows, steps = len(data.vocabulary), len(data.training[0])
+    data = texts_of(config)
+    rows, steps = len(data.vocabulary), len(data.training)
     planned = plan(Schedule.parse(path), rows, data.vocabulary, epochs, steps, padding=0)
     if name == "plateau":
         # When validation stops improving is not for a plan to know; what comes then is.
@@ -138,7 +144,7 @@ def test_it_takes_the_schedules_of_the_lightning_recipe(
     text = config.read_text().replace("cnn", "mean").replace("max_epochs: 2", "max_epochs: 4")
     first, last = text.index("{stages"), text.index("\n  audit")
     config.write_text(f"{text[:first]}{schedule}\n  lazy: {lazy}{text[last:]}")
-    assert keras_text.main([str(config)]) == 0
+    assert main(["fit", f"--config={config}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     told = [line.split(": stage ")[1] for line in lines if line.startswith("embedding: stage ")]
     assert list(dict.fromkeys(int(line[0]) for line in told)) == stages
@@ -146,8 +152,7 @@ def test_it_takes_the_schedules_of_the_lightning_recipe(
 
 
 def test_the_order_and_the_dropout_of_an_epoch_follow_from_its_number(config: Path) -> None:
-    data = keras_text.read_texts(keras_text.read_config(config)["data"])
-    batches = keras_text.TextBatches(data.training, 8, seed=3)
+    batches = keras_text.TextBatches([[2]] * 50, np.zeros(50, np.int64), 8, seed=3)
     orders = []
     for epoch in (0, 1, 0):
         batches.set_epoch(epoch)
@@ -164,9 +169,8 @@ def test_the_order_and_the_dropout_of_an_epoch_follow_from_its_number(config: Pa
 
 
 def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) -> None:
-    config_read = keras_text.read_config(config)
-    data = keras_text.read_texts(config_read["data"])
-    schedule = keras_text.Schedule.parse(config_read["rows"]["schedule"])
+    data = texts_of(config)
+    schedule = Schedule.parse(read_config(config)["rows"]["schedule"])
     model = keras_text.text_classifier(data, schedule, channels=4)
     short = np.array([[3, 4, 5, 6, 7]])
     padded = np.pad(short, ((0, 0), (0, 9)))
@@ -178,13 +182,17 @@ def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: {depth: 3}", "in Keras, model has the keys .*Received: 'depth'"),
+        ("model: {depth: 3}", "model has the keys .*Received: 'depth'"),
+        ("model: {dropuot: 0.3}", "Did you mean dropout"),
+        ("data: {batch_size: many}", r"data\.batch_size is int\. Received: 'many'"),
+        ("data: {batch_size: 0}", "batch_size is at least 1. Received: 0"),
+        ("trainer: {max_epochs: 2.5}", r"trainer\.max_epochs is int\. Received: 2\.5"),
         ("colour: {}", "has the parts .*Received: 'colour'"),
         (
             "rows: {schedule: {items: {stages: [{epoch: 0, rows: all}]}}}",
             r"\['embedding'\]. Received: 'items'",
         ),
-        ("model: {encoder: rnn}", "an encoder is 'cnn' or 'mean'"),
+        ("model: {encoder: rnn}", r"model\.encoder is one of \('cnn', 'mean'\)\. Received: 'rnn'"),
         ("{", "a configuration is YAML"),
     ],
 )
@@ -193,10 +201,53 @@ def test_a_configuration_that_is_wrong_is_refused_in_one_line(
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    assert keras_text.main([str(path)]) == 2
+    assert main(["fit", f"--config={path}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     with pytest.raises(InputError, match=message):
         raise InputError(line)
+
+
+def test_options_of_the_command_line_come_after_the_configuration(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.max_epochs=1", "--model.encoder=mean", "--data.batch_size=16"]
+    assert main(["fit", "--config", str(config), *options]) == 0
+    saved = read_config(config.parent / "text" / "version_0" / "config.yaml")
+    assert saved["trainer"]["max_epochs"] == 1
+    assert saved["data"]["batch_size"] == 16
+    assert "of 2 classes: sea " in capsys.readouterr().out
+
+
+def test_a_configuration_of_the_lightning_recipe_runs_and_says_what_is_left_out(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--data.path={config.parent / 'texts.csv'}", "--trainer.max_epochs=1"]
+    options += [
+        "--data.cache=",
+        "--data.dimension=4",
+        f"--trainer.default_root_dir={config.parent}",
+    ]
+    assert main(["fit", f"--config={ROOT / 'configs' / 'quickstart.yaml'}", *options]) == 0
+    out = capsys.readouterr().out
+    assert "in Keras, these parts of the configuration are left out: best\n" in out
+
+
+def test_ways_of_training_are_compared(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(config), "--seeds=1", "--trainer.max_epochs=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:4]] == ["frozen", "missing", "all", "staged"]
+    assert any(line.startswith("best: ") for line in lines)
+
+
+def test_schedules_are_shown_without_torch_and_what_is_missing_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["schedule", str(config)]) == 0
+    assert "stage 1 from epoch 1" in capsys.readouterr().out
+    assert main(["test", "--ckpt_path=best"]) == 2
+    assert "Install partial-embedding[lightning,text]" in capsys.readouterr().err
+    assert main(["fit", f"--config={config}", "--model.chanels=3"]) == 2
+    assert "Did you mean --model.channels?" in capsys.readouterr().err
 
 
 def test_the_recipe_never_imports_torch(tmp_path: Path) -> None:

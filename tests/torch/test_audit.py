@@ -16,8 +16,9 @@ from partial_embedding.torch import (
     masked_gradient_only,
     rowwise,
 )
-from partial_embedding.torch import audit as audit_module
-from partial_embedding.torch.audit import FrozenRowAudit, fingerprints
+from partial_embedding.torch import fingerprint as fingerprint_module
+from partial_embedding.torch.audit import FrozenRowAudit
+from partial_embedding.torch.fingerprint import fingerprints
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OF_EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,7 +142,7 @@ def test_fingerprints_do_not_depend_on_layout_device_or_random_state() -> None:
 def test_a_table_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
     table = table_of()
     whole = fingerprints(table.weight, torch.arange(V))
-    monkeypatch.setattr(audit_module, "_CHUNK", rows_at_once * D * 4)
+    monkeypatch.setattr(fingerprint_module, "_CHUNK", rows_at_once * D * 4)
     sizes = []
     select = Tensor.index_select
 

@@ -10,9 +10,6 @@ import pytest
 import torch
 from processes import CASES, FIRST, LATER, STEPS, D, V
 
-from partial_embedding import InputError
-from partial_embedding.torch import average_gradients
-
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE_DDP = [
     "dense",
@@ -267,9 +264,3 @@ def test_a_step_on_gradients_that_were_not_averaged_is_refused(
 ) -> None:
     for process in seen[case]:
         assert "Call average_gradients(optimizer) after backward" in process
-
-
-def test_gradients_of_a_plain_optimizer_are_refused() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(V, D))], lr=0.1)
-    with pytest.raises(InputError, match=r"plain SGD\. Call rowwise"):
-        average_gradients(optimizer)

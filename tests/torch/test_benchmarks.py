@@ -109,7 +109,7 @@ def test_a_race_is_reported_with_its_targets(
     assert section.startswith("before\n")
     assert section.endswith("\nafter\n")
     assert "old" not in section
-    assert section.count("| ours | 1.0 |") == 1
+    assert section.count("| **`PartialEmbedding`** | yes |") == 1
 
 
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="only Linux counts bytes there")

@@ -162,15 +162,13 @@ def test_steps_are_counted_only_where_rows_warm_up_and_only_when_made() -> None:
     made = batches()
 
     def steps() -> list[int]:
-        saved = optimizer.state_dict()["state"][0]["rowwise"]["cohorts"]
-        return [cohort.get("rate_scale", {}).get("steps", -1) for cohort in saved]
+        states = optimizer.state_dict()["state"].values()
+        (saved,) = (state["rowwise"]["cohorts"] for state in states if "rowwise" in state)
+        return [cohort.get("rate_scale", {}).get("steps", -1) for cohort in saved.values()]
 
     train(case_of("AdamW"), model, optimizer, made[0])
     assert steps() == [1, -1]
     train(case_of("AdamW"), model, optimizer, made[5])  # does not look up the table
-    assert steps() == [1, -1]
-    optimizer._rowwise.enter()  # and a step that is then skipped
-    optimizer._rowwise.leave()
     assert steps() == [1, -1]
     with pytest.raises(RuntimeError, match="no loss"):
         optimizer.step(lambda: (_ for _ in ()).throw(RuntimeError("no loss")))
@@ -225,8 +223,9 @@ def test_a_step_that_the_scaler_skips_is_not_counted(fused: bool) -> None:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        saved = optimizer.state_dict()["state"][0]["rowwise"]["cohorts"]
-        counted.append(saved[0]["rate_scale"]["steps"])
+        states = optimizer.state_dict()["state"].values()
+        (saved,) = (state["rowwise"]["cohorts"] for state in states if "rowwise" in state)
+        counted.append(next(iter(saved.values()))["rate_scale"]["steps"])
     assert counted == [1, 1, 2]
 
 

@@ -145,6 +145,58 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "rows.safetensors").exists()
 
 
+def test_rows_of_another_file_are_overwritten_only_when_asked(tmp_path: Path) -> None:
+    for name, rows in (("a", [2, 4]), ("b", [4, 6]), ("c", [1])):
+        model = nn.Embedding(9, 3)
+        replace_embedding(model, trainable_rows=rows)
+        save_rows(model, tmp_path / name)
+    table = nn.Embedding(9, 3)
+    load_rows(table, tmp_path / "a")
+    load_rows(table, tmp_path / "a")  # the same rows once more
+    load_rows(table, tmp_path / "c")
+    before = table.weight.detach().clone()
+    with pytest.raises(InputError, match=r"Received \(4\) of 'weight', which another file"):
+        load_rows(table, tmp_path / "b")
+    assert_same_bits(table.weight, before, "the table")
+    assert load_rows(table, tmp_path / "b", overwrite=True) == {"weight": [4, 6]}
+    assert_same_bits(table.weight[[1, 2]], before[[1, 2]], "other files' rows")
+
+
+ROWS = {"0.weight": torch.ones(2, 4), "0.weight:rows": torch.tensor([1, 2])}
+SIZES = '{"0.weight": 10}'
+
+
+@pytest.mark.parametrize(
+    ("tensors", "about", "message"),
+    [
+        ({**ROWS, "0.weight:rows": torch.tensor([-1, 2])}, SIZES, r"\(-1, 2\) are here"),
+        ({**ROWS, "0.weight:rows": torch.tensor([1, 10])}, SIZES, r"\(1, 10\) are here"),
+        ({**ROWS, "0.weight:rows": torch.tensor([2, 2])}, SIZES, r"has one id.*\(2, 2\)"),
+        ({**ROWS, "0.weight:rows": torch.tensor([1, 2, 3])}, SIZES, r"Received 2 rows"),
+        ({**ROWS, "0.weight:rows": torch.tensor([1.0, 2.0])}, SIZES, r"torch.float32 ids"),
+        (ROWS, '{"0.weight": 10, "1.weight": 10}', r"rows and ids of each table.*'1.weight'"),
+        (
+            {**ROWS, "1.weight": torch.ones(3, 4), "1.weight:rows": torch.tensor([1, 2])},
+            '{"0.weight": 10, "1.weight": 10}',
+            r"'1.weight' has one id",
+        ),
+        (ROWS, "{", r"'num_rows' of them, an object in JSON"),
+        (ROWS, None, r"'num_rows' of them, an object in JSON. Received: None"),
+    ],
+)
+def test_malformed_files_are_refused_before_anything_is_written(
+    tensors: dict[str, Any], about: str | None, message: str, tmp_path: Path
+) -> None:
+    said = {"format": "partial_embedding rows 1", **({"num_rows": about} if about else {})}
+    save_file(tensors, tmp_path / "rows", said)
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        load_rows(model, tmp_path / "rows")
+    for name, value in model.state_dict().items():
+        assert_same_bits(value, before[name], name)
+
+
 # PEFT
 
 
@@ -187,14 +239,24 @@ def test_what_peft_saved_is_imported(tied: bool, lora: bool, tmp_path: Path) -> 
         torch.testing.assert_close(plain(**inputs(tokenizer(), NEW_TEXT)).logits, expected)
 
 
+def test_both_tables_of_a_tied_model_are_imported_where_they_are_alike(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.TrainableTokensConfig(target_modules=["wte", "lm_head"], token_indices=[1, 2])
+    adapted = peft.get_peft_model(language_model("GPT-2"), config)
+    adapted.save_pretrained(tmp_path)
+    written = import_peft(language_model("GPT-2"), tmp_path)
+    assert written == {"transformer.wte.weight": [1, 2], "lm_head.weight": [1, 2]}
+    with torch.no_grad():
+        next(p for n, p in adapted.named_parameters() if "wte.trainable" in n).add_(1)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"tables that are tied have the same rows"):
+        import_peft(language_model("GPT-2"), tmp_path)
+
+
 def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     with pytest.raises(InputError, match=r"no bias\. Received 'cls.predictions"):
         export_peft(learned("BERT")[0], tmp_path)
-    model, _ = learned("Llama", tied=False)
-    model.lm_head.set_trainable_rows([1])
-    with pytest.raises(InputError, match=r"same rows of each table"):
-        export_peft(model, tmp_path)
     assert not list(tmp_path.iterdir())
     adapted = peft.get_peft_model(
         language_model("Llama"), peft.LoraConfig(target_modules=["q_proj"])

@@ -84,6 +84,14 @@ def test_bookkeeping_takes_at_most_9_bytes_for_each_row() -> None:
         assert sum(ids.values()) <= 3 * 8 * len(table.row_set)
 
 
+def test_making_a_table_lists_no_more_rows_than_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Eight bytes for each row of the table, if only for a moment.
+    monkeypatch.setattr(PartialEmbedding, "_all_ids", lambda table: pytest.fail("lists all rows"))
+    table = PartialEmbedding(LARGE, 1, trainable_rows=[7, 2])
+    gradient(table, torch.arange(9))
+    assert table.trainable_rows.tolist() == [2, 7]
+
+
 def test_a_plain_table_has_no_bookkeeping() -> None:
     table = PartialEmbedding(LARGE, 1)
     gradient(table, torch.arange(9))

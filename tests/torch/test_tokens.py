@@ -107,7 +107,7 @@ def lightning(model: Any, words: Any, folder: Path) -> None:
         default_root_dir=folder,  # where the monitor writes its record
         accelerator="cpu",
         gradient_clip_val=1.0,
-        callbacks=[RowUnfreezing(schedule, audit=True), RowMonitor(picture=None)],
+        callbacks=[RowUnfreezing(schedule, audit=True), RowMonitor()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -342,7 +342,7 @@ def without_a_table() -> Any:
         (None, ["quokkas", "quokkas"], "pieces", r"Received 'quokkas' twice"),
         (None, "quokkas", "pieces", r"list of words\. Received: 'quokkas'"),
         (None, [], "pieces", r"list of words\. Received: \[\]"),
-        (None, ["quokkas", " "], "pieces", r"a token is a word\. Received: ' '"),
+        (None, ["quokkas", ""], "pieces", r"a token is a word\. Received: ''"),
         (None, [3], "pieces", r"a token is a word\. Received: 3"),
         (None, NEW, "piece", r"init is 'pieces', 'mean' or vectors.*'piece'"),
         (None, NEW, torch.zeros(2, 3), r"\(2, 8\)\. Received: \(2, 3\)"),
@@ -367,6 +367,25 @@ def test_an_embedding_that_peft_adapts_does_not_grow() -> None:
     peft = pytest.importorskip("peft")
     model, words = language_model("Llama", tied=False), tokenizer()
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["embed_tokens"], r=2))
-    with pytest.raises(InputError, match=r"grow to 18 rows.*which does not grow"):
+    with pytest.raises(InputError, match=r"a Embedding wraps one, which does not grow"):
         add_tokens(adapted, words, NEW)
     assert len(words) == V
+
+
+@MODELS
+def test_new_names_the_rows_of_new_tokens_and_older_checkpoints_load(
+    family: str, tied: bool
+) -> None:
+    model, words = language_model(family, tied), tokenizer()
+    before = copy.deepcopy(model.get_input_embeddings().state_dict())
+    add_tokens(model, words, NEW)
+    for _, table in tables_in(model):
+        table.set_trainable_rows("all")
+        table.set_trainable_rows("new")
+        assert table.trainable_rows.tolist() == NEW_ROWS
+    table = model.get_input_embeddings()
+    with torch.no_grad():
+        table.weight.fill_(7.0)
+    table.load_state_dict(before)
+    assert_same_bits(table.weight[:V], before["weight"], "the old rows")
+    assert (table.weight[V:] == 7.0).all()

@@ -368,34 +368,10 @@ def test_trainer_leaves_frozen_rows_alone_under_weight_decay(
     assert is_tied(partial) == head_is_tied(family, tied)
 
 
-def test_trainer_without_rowwise_moves_frozen_rows_and_is_warned_of(tmp_path: Path) -> None:
-    # What the tests above would miss if the trainer's own weight decay did nothing.
-    _, partial = models("GPT-2", True)
-    before = table_of(partial).weight.detach().clone()
-    with pytest.warns(UserWarning, match="rowwise"):
-        trainer(partial, adamw(partial), tmp_path).train()
-    assert rows_that_differ(before, table_of(partial).weight.detach()) == list(range(V))
-
-
 def with_sparse_gradients(family: str = "Llama") -> Any:
     _, partial = models(family, False)
     swap_embedding(partial, sparse=True)
     return partial
-
-
-@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0], ids=["clipping", "no_clipping"])
-def test_trainer_stops_at_sparse_gradients_before_anything_moves(
-    max_grad_norm: float, tmp_path: Path
-) -> None:
-    # It asks torch for the norm of all gradients also where it does not clip, for its log: tables
-    # under the trainer need `sparse=False`.
-    partial = with_sparse_gradients()
-    before = [parameter.detach().clone() for parameter in partial.parameters()]
-    made = trainer(partial, rowwise(adamw(partial), partial), tmp_path, max_grad_norm=max_grad_norm)
-    with pytest.raises(NotImplementedError, match=r"[Ss]parse"):
-        made.train()
-    for old, parameter in zip(before, partial.parameters(), strict=True):
-        assert_same_bits(parameter, old, "a parameter")
 
 
 def test_trainer_resumes_where_it_stopped(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """RowUnfreezing in Hugging Face's Trainer, on a tiny random GPT-2."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def train(
     sparse: bool = False,
     callbacks: tuple[Any, ...] = (),
     schedule: Any = SCHEDULE,
+    partial_positions: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Train four epochs of four steps; the table before and after."""
@@ -39,6 +41,9 @@ def train(
         model.get_input_embeddings().weight.data.clone(), sparse=sparse
     )
     model.set_input_embeddings(table)
+    if partial_positions:
+        positions = model.transformer.wpe.weight.data.clone()
+        model.transformer.wpe = PartialEmbedding.from_pretrained(positions, sparse=sparse)
     before = table.weight.detach().clone()
     ids = [torch.arange(i, i + 8) % 50 for i in range(32)]
     given = {
@@ -76,9 +81,13 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, epo
     assert not rows_that_differ(after, resumed)
 
 
-def test_a_sparse_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'transformer\.wte'\. Make it with sparse=False"):
-        train(tmp_path, sparse=True)
+def test_a_sparse_table_is_clipped_as_a_dense_one(tmp_path: Path) -> None:
+    before, dense = train(tmp_path / "a", max_grad_norm=0.1)
+    _, sparse = train(tmp_path / "b", max_grad_norm=0.1, sparse=True)
+    assert rows_that_differ(before, sparse) == list(range(10))
+    torch.testing.assert_close(sparse, dense)
+    _, unclipped = train(tmp_path / "c", max_grad_norm=1e9)
+    assert not torch.allclose(unclipped, dense, atol=1e-5)
 
 
 def test_a_write_into_a_frozen_row_is_found(tmp_path: Path) -> None:
@@ -190,3 +199,69 @@ def test_a_metric_that_is_not_evaluated_is_one_error(tmp_path: Path) -> None:
     waits = {"stages": [{"epoch": 0, "rows": [3]}, {"plateau": "eval_f1", "rows": [4]}]}
     with pytest.raises(InputError, match=r"'eval_f1'. Received: .*'eval_loss'"):
         train(tmp_path, schedule=waits, eval_strategy="epoch")
+
+
+def test_stages_that_wait_are_refused_where_nothing_evaluates(tmp_path: Path) -> None:
+    waits = {"stages": [{"epoch": 0, "rows": [3]}, {"plateau": "eval_loss", "rows": [4]}]}
+    with pytest.raises(InputError, match=r"'eval_loss'.* its eval_strategy is 'no'\. Set it to"):
+        train(tmp_path, schedule=waits)
+
+
+def test_early_stopping_by_the_metric_that_stages_wait_for_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits = {"stages": [{"epoch": 0, "rows": [3]}, {"plateau": "eval_loss", "rows": [4]}]}
+
+    def run(folder: str, metric: str) -> None:
+        train(
+            tmp_path / folder,
+            schedule=waits,
+            callbacks=(transformers.EarlyStoppingCallback(early_stopping_patience=9),),
+            eval_strategy="epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model=metric,
+        )
+
+    with pytest.warns(UserWarning, match=r"EarlyStoppingCallback may end .* plateau of eval_loss"):
+        run("a", "loss")
+    assert "transformer.wte: the run ended before stage 1" in capsys.readouterr().out
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run("b", "runtime")
+    assert not [w for w in caught if "end the run" in str(w.message)]
+
+
+def test_two_callbacks_move_two_tables_and_are_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(
+        folder: Path, resume: Path | None = None, schedule: Any = SCHEDULE
+    ) -> tuple[Tensor, Tensor]:
+        other = {"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": [1, 2]}]}
+        second = RowUnfreezing({"transformer.wpe": other}, audit=1)
+        positions: list[Tensor] = []
+
+        class Swaps(transformers.TrainerCallback):
+            """Takes the table of positions out at the end."""
+
+            def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                positions.append(kwargs["model"].transformer.wpe.weight.detach().clone())
+
+        _, words = train(
+            folder,
+            resume,
+            callbacks=(second, Swaps()),
+            schedule={"transformer.wte": schedule},
+            partial_positions=True,
+        )
+        return words, positions[0]
+
+    whole = run(tmp_path / "a")
+    for step in (4, 12):
+        # Each is told of its own schedule.
+        longer = {"stages": [*SCHEDULE["stages"], {"epoch": 9, "rows": [1]}]}
+        resumed = run(tmp_path / "b", tmp_path / "a" / f"checkpoint-{step}", longer)
+        told = [line for line in capsys.readouterr().out.splitlines() if "checkpoint's" in line]
+        assert [line.partition(" ")[0] for line in told] == ["transformer.wte:"]
+        for one, other in zip(whole, resumed, strict=True):
+            assert not rows_that_differ(one, other)

@@ -2,7 +2,7 @@
 
 from partial_embedding.recipes.text.docstrings import stdlib_docstrings
 from partial_embedding.recipes.text.labelled import LabelledTexts, split
-from partial_embedding.recipes.text.reading import read_labelled
+from partial_embedding.recipes.text.reading import read_labelled, read_texts
 from partial_embedding.recipes.text.tokens import (
     PADDING,
     UNKNOWN,
@@ -20,6 +20,7 @@ __all__ = [
     "encode",
     "pad",
     "read_labelled",
+    "read_texts",
     "split",
     "stdlib_docstrings",
     "tokenize",

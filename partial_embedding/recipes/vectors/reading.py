@@ -1,43 +1,57 @@
-"""Word vectors from files of every usual form.
+"""Word vectors from files of every usual form, text converted once and then opened in no time."""
 
-gensim reads. What it accepts but mangles is refused here: a line with a single value fills its
-whole row, rows beyond the header's number are dropped, and infinite values pass.
-"""
+from __future__ import annotations
 
+import hashlib
+import json
 import os
-import re
+import pickle
 import reprlib
-import zlib
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BufferedReader
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-import gensim
 import numpy as np
-from gensim.models import KeyedVectors
+from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
+from partial_embedding.files import write_atomically
+from partial_embedding.recipes.vectors.formats import TWICE, Block, read_binary, read_text
+from partial_embedding.recipes.vectors.opening import opened
+from partial_embedding.recipes.vectors.word_vectors import WordVectors
+from partial_embedding.rows.vocabulary_file import read_vocabulary
 
-_HEADER = re.compile(rb"\s*(\d{1,18})\s+(\d{1,18})\s*")
-_BUFFER = 1 << 20  # bytes
+_WHAT = "the word vectors"
+# Smaller files are read in less than a second.
+_KEPT_FROM = 1 << 22  # bytes
+_FASTTEXT = b"\xba\x16\x4f\x2f"
+_NUMPY = b"\x93NUMPY"
+# Where the tokens of `table.npy` are, with `table` for *.
+_TOKEN_FILES = ("*.tsv", "*.txt", "*.vocab", "vocabulary.tsv", "vocab.txt")
 
-# Number of rows and of values per row.
-_Header = tuple[int, int]
 
+def read_vectors(
+    path: str | os.PathLike[str],
+    dimension: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> WordVectors:
+    r"""Read word vectors from a file of GloVe, word2vec, fastText, gensim or numpy.
 
-def read_vectors(path: str | os.PathLike[str], dimension: int | None = None) -> KeyedVectors:
-    r"""Read word vectors from a file of GloVe, word2vec or fastText, also gzipped.
-
-    A name that ends in `.bin` or `.bin.gz` is word2vec's binary format. Every other file is text,
-    whose first line is a header when it is two whole numbers (word2vec, fastText) and a vector
-    otherwise (GloVe). Of a token that occurs twice the first vector counts, as in gensim, which
-    logs a warning.
+    The file may be packed: gzip, bzip2, xz, Zstandard, or zip with one file. A name that ends in
+    `.bin` is word2vec's binary format or fastText's model, `.kv` and `.model` are gensim's, which
+    run code when they are read, so take only those that you trust; `.npy` is an array, whose tokens
+    stand in a file of the same name that ends in `.tsv`, `.txt` or `.vocab`, or in
+    `vocabulary.tsv` or `vocab.txt`. Every other file is text, whose first line is a header when it
+    is two whole numbers (word2vec, fastText) and a vector otherwise (GloVe). Of a token that occurs
+    twice the first vector counts.
 
     Args:
         path: The file.
         dimension: The number of values that each vector must have; None takes what is there.
+        cache: A folder in which a large file is kept as an array, which the next call opens without
+            reading it; None keeps nothing.
 
     Returns:
         The vectors, float32, in the order of the file.
@@ -54,193 +68,172 @@ def read_vectors(path: str | os.PathLike[str], dimension: int | None = None) -> 
         [-2.0, 0.25]
     """
     path = Path(path)
-    with _damage_named(path):
-        with _open(path) as stream:
-            check = _check_binary if is_binary(path) else _check_text
-            has_header = check(path, stream, dimension)
-        try:
-            # A value beyond float32 becomes infinite, which is refused below with its line.
-            with np.errstate(over="ignore"):
-                vectors = KeyedVectors.load_word2vec_format(
-                    str(path), binary=is_binary(path), no_header=not has_header
-                )
-        except ValueError:
-            _refuse_first_bad_number(path, has_header)
-            raise
-    _drop_unfilled_rows(vectors)
-    finite = np.isfinite(vectors.vectors).all(axis=1)
-    if not finite.all():
-        if not is_binary(path):
-            _refuse_first_bad_number(path, has_header)
-        token = vectors.index_to_key[int(np.argmin(finite))]
+    with opened(path, _WHAT) as (stream, name):
+        magic = stream.peek(6)
+        if magic.startswith(_NUMPY):
+            return _of_dimension(path, _read_array(path), dimension)
+        if magic.startswith(_FASTTEXT):
+            return _of_dimension(path, _read_fasttext(path), dimension)
+        if name.endswith((".kv", ".model")):
+            return _of_dimension(path, _read_gensim(path), dimension)
+        kept = None
+        if cache is not None and path.stat().st_size >= _KEPT_FROM:
+            kept = Path(cache) / f"{_fingerprint(path)}.npy"
+            if kept.is_file():
+                return _of_dimension(path, _read_kept(kept), dimension)
+        noted: Counter[str] = Counter()
+        read = read_binary if name.endswith(".bin") else read_text
+        blocks = _first_of_each(read(str(path), stream, dimension, noted), noted)
+        if kept is None:
+            tokens, values = zip(*blocks, strict=True)
+            return WordVectors([*chain(*tokens)], np.concatenate(values), _notes(noted))
+        _keep(kept, blocks, noted)
+    return _read_kept(kept)
+
+
+def _first_of_each(blocks: Iterator[Block], noted: Counter[str]) -> Iterator[Block]:
+    seen: set[str] = set()
+    for tokens, values in blocks:
+        first = []
+        for row, token in enumerate(tokens):
+            if token not in seen:
+                seen.add(token)
+                first.append(row)
+        if len(first) < len(tokens):
+            noted[TWICE] += len(tokens) - len(first)
+            tokens, values = [tokens[row] for row in first], values[first]
+        yield tokens, values
+
+
+def _notes(noted: Counter[str]) -> tuple[str, ...]:
+    return tuple(f"{count:,} {what}" for what, count in noted.items())
+
+
+# What is kept
+
+
+def _fingerprint(path: Path) -> str:
+    """Of the file's place, size and time, since its content would take as long as reading it."""
+    stat = path.stat()
+    place = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return hashlib.sha256(json.dumps(place).encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+def _keep(path: Path, blocks: Iterator[Block], noted: Counter[str]) -> None:
+    """Write the vectors as an array, and the tokens beside it, as they are read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokens: list[str] = []
+    with write_atomically(path) as temporary:
+        with temporary.open("wb") as file:
+            for block, values in blocks:
+                if not tokens:
+                    _write_header(file, 0, values.shape[1])
+                tokens += block
+                file.write(values.astype("<f4").tobytes())
+            # numpy leaves room in a header for the first number to grow.
+            file.seek(0)
+            _write_header(file, len(tokens), values.shape[1])
+        with write_atomically(_tokens_of(path)) as beside:
+            lines = [json.dumps(_notes(noted)), *tokens]
+            beside.write_text("\n".join(lines), encoding="utf-8", newline="\n")
+
+
+def _write_header(file: Any, rows: int, dimension: int) -> None:
+    described = {"descr": "<f4", "fortran_order": False, "shape": (rows, dimension)}
+    np.lib.format.write_array_header_1_0(file, described)
+
+
+def _tokens_of(path: Path) -> Path:
+    return path.with_suffix(".tokens")
+
+
+def _read_kept(path: Path) -> WordVectors:
+    notes, *tokens = _tokens_of(path).read_text(encoding="utf-8").split("\n")
+    return WordVectors(tokens, np.load(path, mmap_mode="r"), tuple(json.loads(notes)))
+
+
+# Formats of other libraries
+
+
+def _of_dimension(path: Path, vectors: WordVectors, dimension: int | None) -> WordVectors:
+    if dimension is not None and vectors.dimension != dimension:
         raise InputError(
-            f"values are finite. Received: nan or inf in the vector of {reprlib.repr(token)} in "
-            f"{path}. Make the file again without it."
+            f"the vectors have {dimension} values each. Received: {vectors.dimension} in {path}. "
+            f"Ask for {vectors.dimension}, or take another file."
         )
     return vectors
 
 
-def is_binary(path: Path) -> bool:
-    """Whether a file of this name is in the binary format."""
-    return path.name.endswith((".bin", ".bin.gz"))
-
-
-def _open(path: Path) -> BufferedReader:
-    # Small reads of a gzip file are slow without another buffer.
-    return BufferedReader(gensim.utils.open(str(path), "rb"), _BUFFER)
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _read_array(path: Path) -> WordVectors:
+    beside = [path.with_name(name.replace("*", path.stem)) for name in _TOKEN_FILES]
+    found = next((file for file in beside if file.is_file()), None)
+    if found is None:
+        raise InputError(
+            f"the tokens of an array stand in a file beside it. Received: {path} without. Write "
+            f"them, one a line, to {beside[1].name}."
+        )
     try:
-        yield
+        values = np.load(path, mmap_mode="r")
+    except ValueError as error:  # cut off, packed, or of Python objects
+        raise InputError(f"{path}: an array of numbers is not packed. Received: {error}.") from None
+    tokens = read_vocabulary(found).tokens
+    if values.ndim != 2 or len(values) != len(tokens) or values.dtype.kind != "f":
+        raise InputError(
+            f"{path}: an array has a row of floating-point values for each of the {len(tokens):,} "
+            f"tokens of {found.name}. Received: {values.dtype} of the shape {values.shape}."
+        )
+    return _finite(path, WordVectors(tokens, _as_float32(values)))
+
+
+def _as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    converted: NDArray[np.float32] = values.astype(np.float32, copy=False)
+    return converted
+
+
+def _finite(path: Path, vectors: WordVectors) -> WordVectors:
+    for row in range(0, len(vectors), 1 << 16):
+        finite = np.isfinite(vectors.values[row : row + (1 << 16)]).all(axis=1)
+        if not finite.all():
+            token = vectors.tokens[row + int(np.argmin(finite))]
+            raise InputError(
+                f"values are finite. Received: nan or inf in the vector of {reprlib.repr(token)} "
+                f"in {path}. Make the file again without it."
+            )
+    return vectors
+
+
+def _read_fasttext(path: Path) -> WordVectors:
+    from gensim.models.fasttext import load_facebook_vectors
+
+    try:
+        vectors = load_facebook_vectors(str(path))
+    # Of a damaged model, gensim's reader raises what its numbers lead it to.
+    except Exception as error:
+        raise InputError(
+            f"{path}: a model of fastText can be read in whole. Received: "
+            f"{type(error).__name__}: {error}. Get it again, or take the .vec file of the model."
+        ) from error
+    return _finite(path, WordVectors(vectors.index_to_key, _as_float32(vectors.vectors)))
+
+
+def _read_gensim(path: Path) -> WordVectors:
+    import gensim
+
+    try:
+        found = gensim.utils.SaveLoad.load(str(path), mmap="r")
     except FileNotFoundError as error:
         raise InputError(
-            f"the word vectors are in a file. Received: {path}, which is missing. Check the path."
-        ) from error
-    except (EOFError, zlib.error, OSError) as error:
+            f"{path}: gensim keeps large arrays in files beside. Received: {error.filename}, "
+            "which is missing. Copy it too."
+        ) from None
+    except (pickle.UnpicklingError, AttributeError, EOFError, ImportError, ValueError) as error:
         raise InputError(
-            f"the word vectors can be read. Received: {error} for {path}. Check its permissions, "
-            "or get it again if it is cut off."
-        ) from error
-
-
-def _check_text(path: Path, stream: BufferedReader, dimension: int | None) -> bool:
-    """Check the shape of a text file and say whether it has a header."""
-    first = stream.readline()
-    if not first:
-        _check_rows(path, 0, 0, 0)
-    header = _parse_header(first)
-    rows, size = header or (0, first.rstrip().count(b" "))
-    _check_size(path, size, dimension)
-    found = 0
-    for number, line in enumerate(stream if header else chain([first], stream), 1 + bool(header)):
-        _check_line(f"{path}, line {number}", line, size)
-        found += 1
-    _check_rows(path, rows if header else found, found, size)
-    return header is not None
-
-
-def _check_binary(path: Path, stream: BufferedReader, dimension: int | None) -> bool:
-    """Check that a binary file holds the rows of its header, no more and no less."""
-    header = _parse_header(stream.readline(100))
-    if header is None:
+            f"{path}: a .kv or .model is a file that gensim saved. Received: {error}. Save it as "
+            "text: vectors.save_word2vec_format('vectors.txt')."
+        ) from None
+    vectors = getattr(found, "wv", found)
+    if not hasattr(vectors, "index_to_key"):
         raise InputError(
-            f"a binary file begins with its numbers of rows and values. Received: {path}, which "
-            "does not. Name a text file .txt or .vec."
+            f"{path}: a .kv or .model holds word vectors. Received: {type(found).__name__}."
         )
-    rows, size = header
-    _check_size(path, size, dimension)
-    found = 0
-    while (token := _read_token(stream)).endswith(b" "):
-        if not _skip(stream, 4 * size):
-            break
-        found += 1
-        _check_utf8(f"{path}, row {found}", token)
-    _check_rows(path, rows, found, size)
-    if token.strip(b"\n"):
-        raise InputError(
-            f"a binary file ends after its last row. Received: {reprlib.repr(token)} after row "
-            f"{found} in {path}. Get it again."
-        )
-    return True
-
-
-def _read_token(stream: BufferedReader) -> bytes:
-    """Read a token and the space after it, or what is left at the end of the file."""
-    token = bytearray()
-    while byte := stream.read(1):
-        token += byte
-        if byte == b" ":
-            break
-    return bytes(token)
-
-
-def _skip(stream: BufferedReader, size: int) -> bool:
-    """Pass over some bytes and say whether they were there."""
-    # A damaged header may ask for more than fits into memory.
-    while size and (read := stream.read(min(size, _BUFFER))):
-        size -= len(read)
-    return not size
-
-
-def _parse_header(line: bytes) -> _Header | None:
-    match = _HEADER.fullmatch(line)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def _check_size(path: Path, size: int, dimension: int | None) -> None:
-    if size == 0:
-        raise InputError(
-            f"each vector has at least one value. Received: 0 in line 1 of {path}. Are the values "
-            "separated by spaces?"
-        )
-    if dimension is not None and size != dimension:
-        raise InputError(
-            f"the vectors have {dimension} values each. Received: {size} in {path}. Ask for "
-            f"{size}, or take another file."
-        )
-
-
-def _check_line(place: str, line: bytes, size: int) -> None:
-    _check_utf8(place, line)
-    found = line.rstrip().count(b" ")
-    if found != size:
-        raise InputError(
-            f"each line is a token and {size} values with single spaces between. "
-            f"Received: {found} values in {place}. Correct or remove the line."
-        )
-
-
-def _check_utf8(place: str, data: bytes) -> None:
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"tokens are UTF-8. Received: the byte 0x{data[error.start]:02x} in {place}. Convert "
-            "the file to UTF-8, or name a binary file .bin."
-        ) from error
-
-
-def _check_rows(path: Path, promised: int, found: int, size: int) -> None:
-    if promised != found:
-        raise InputError(
-            f"the header says how many rows follow. Received: a header that promises {promised} "
-            f"rows in {path}, which holds {found}. Get the file again, or correct its first line "
-            f"to `{found} {size}`."
-        )
-    if not found:
-        raise InputError(
-            f"a file of vectors holds at least one. Received: {path}, which has none. Get it again."
-        )
-
-
-def _refuse_first_bad_number(path: Path, has_header: bool) -> None:
-    with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if has_header and number == 1:
-                continue
-            for value in line.decode().rstrip().split(" ")[1:]:
-                if not _is_finite_number(value):
-                    raise InputError(
-                        "values are finite numbers in float32, with single spaces between. "
-                        f"Received: {reprlib.repr(value)} in {path}, line {number}. Correct or "
-                        "remove the line."
-                    )
-
-
-def _is_finite_number(value: str) -> bool:
-    try:
-        with np.errstate(over="ignore"):
-            return bool(np.isfinite(np.float32(value)))
-    except ValueError:
-        return False
-
-
-def _drop_unfilled_rows(vectors: KeyedVectors) -> None:
-    """Cut off the empty rows that gensim leaves at the end for tokens that occur twice."""
-    filled = len(vectors.key_to_index)
-    if filled < len(vectors.index_to_key):
-        vectors.index_to_key = vectors.index_to_key[:filled]
-        vectors.vectors = vectors.vectors[:filled].copy()
-        vectors.expandos = {name: values[:filled] for name, values in vectors.expandos.items()}
+    return _finite(path, WordVectors(vectors.index_to_key, _as_float32(vectors.vectors)))

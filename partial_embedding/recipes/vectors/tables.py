@@ -9,12 +9,13 @@ from pathlib import Path
 
 import gensim
 import numpy as np
-from gensim.models import KeyedVectors, Word2Vec
+from gensim.models import Word2Vec
 from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
 from partial_embedding.recipes.text import PADDING, count_tokens
 from partial_embedding.recipes.vectors.reading import read_vectors
+from partial_embedding.recipes.vectors.word_vectors import WordVectors
 from partial_embedding.recipes.vectors.writing import check_tokens, save_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
 
@@ -26,7 +27,7 @@ def train_vectors(
     epochs: int = 20,
     seed: int = 0,
     cache: str | os.PathLike[str] | None = None,
-) -> KeyedVectors:
+) -> WordVectors:
     """Train word vectors on documents with gensim's Word2Vec.
 
     Tokens that are rarer than `min_count` get no vector: they are the missing rows of a table
@@ -50,7 +51,7 @@ def train_vectors(
 
     Example:
         >>> vectors = train_vectors([["a", "b"], ["a", "c"], ["a", "b"]], dimension=4, min_count=2)
-        >>> vectors.index_to_key, vectors.vectors.shape
+        >>> vectors.tokens, vectors.values.shape
         (['a', 'b'], (2, 4))
     """
     for name, value in (("dimension", dimension), ("epochs", epochs)):
@@ -74,13 +75,13 @@ def train_vectors(
     except InputError:
         vectors = _train(kept, settings)
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_vectors(file, vectors.index_to_key, vectors.vectors)
+        save_vectors(file, vectors.tokens, vectors.values)
         return read_vectors(file, dimension)
 
 
 def build_table(
     vocabulary: Vocabulary,
-    vectors: KeyedVectors,
+    vectors: WordVectors,
     seed: int = 0,
     padding: str = PADDING,
     scale: float = 1.0,
@@ -106,15 +107,14 @@ def build_table(
         InputError: Not one token has a vector, or the scale is negative.
 
     Example:
-        >>> vectors = KeyedVectors(2)
-        >>> vectors.add_vectors(["the"], np.array([[1, 2]], np.float32))
+        >>> vectors = WordVectors(["the"], np.array([[1, 2]], np.float32))
         >>> table, vocabulary = build_table(Vocabulary(["<pad>", "zyzzyva", "The"]), vectors)
         >>> table[[0, 2]].tolist(), vocabulary.missing.tolist()
         ([[0.0, 0.0], [1.0, 2.0]], [1])
     """
     if not scale >= 0:
         raise InputError(f"a scale is not negative. Received: {scale}. 1 is that of known rows.")
-    index = vectors.key_to_index
+    index = vectors.index
     sources = np.array(
         [
             -1 if token == padding else index.get(token, index.get(token.lower(), -1))
@@ -127,13 +127,13 @@ def build_table(
         raise InputError(
             f"at least one token has a vector. Received: {len(vocabulary)} tokens, such as "
             f"{reprlib.repr(list(vocabulary.tokens[-3:]))}, and vectors for others, such as "
-            f"{reprlib.repr(vectors.index_to_key[:3])}. Are they of another language or case?"
+            f"{reprlib.repr(list(vectors.tokens[:3]))}. Are they of another language or case?"
         )
     missing = np.array(
         [row for row in np.flatnonzero(sources < 0) if vocabulary.tokens[row] != padding], np.int64
     )
-    table = np.zeros((len(vocabulary), vectors.vector_size), np.float32)
-    table[known] = vectors.vectors[sources[known]]
+    table = np.zeros((len(vocabulary), vectors.dimension), np.float32)
+    table[known] = vectors.values[sources[known]]
     found = table[known].astype(np.float64)
     spread = found.std(axis=0) if known.size > 1 else found.std()
     table[missing] = np.random.default_rng(seed).normal(
@@ -142,8 +142,9 @@ def build_table(
     return table, Vocabulary(vocabulary.tokens, vocabulary.counts, missing)
 
 
-def _train(documents: Sequence[Sequence[str]], settings: dict[str, int]) -> KeyedVectors:
-    return Word2Vec(documents, **settings).wv
+def _train(documents: Sequence[Sequence[str]], settings: dict[str, int]) -> WordVectors:
+    vectors = Word2Vec(documents, **settings).wv
+    return WordVectors(vectors.index_to_key, vectors.vectors)
 
 
 def _fingerprint(documents: Sequence[Sequence[str]], settings: dict[str, int]) -> str:

@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.recipes.vectors.reading import is_binary
 
 _WRITTEN_SUFFIXES = (".txt", ".vec", ".bin", ".txt.gz", ".vec.gz", ".bin.gz")
 
@@ -40,7 +39,7 @@ def save_vectors(path: str | os.PathLike[str], tokens: Sequence[str], table: Arr
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder) / "table.vec.gz"
         ...     save_vectors(file, ["the", "of"], np.array([[0.1], [0.2]]))
-        ...     read_vectors(file).index_to_key
+        ...     read_vectors(file).tokens
         ['the', 'of']
     """
     path = Path(path)
@@ -70,7 +69,7 @@ def save_vectors(path: str | os.PathLike[str], tokens: Sequence[str], table: Arr
     for row, token in enumerate(tokens):
         vectors.set_vecattr(token, "count", len(tokens) - row)
     with write_atomically(path) as temporary:
-        vectors.save_word2vec_format(str(temporary), binary=is_binary(path))
+        vectors.save_word2vec_format(str(temporary), binary=path.name.endswith((".bin", ".bin.gz")))
 
 
 def check_tokens(tokens: Sequence[str]) -> None:

@@ -56,7 +56,7 @@ def fit(case: str, rank: int) -> None:
         schedule, counts = STARTS, range(12) if rank else range(12, 0, -1)
     elif case == "rows_of_a_later_part":
         schedule, counts = GROWTH, range(12) if rank else range(12, 0, -1)
-    callback = RowUnfreezing(schedule, Vocabulary("abcdefghijkl", counts=counts))
+    callback = RowUnfreezing(schedule, vocabulary=Vocabulary("abcdefghijkl", counts=counts))
     strategy = DDPStrategy(process_group_backend="gloo")
     made = trainer(callback, strategy=strategy, devices=2)
     made.fit(net, loader(data(6)), loader(data(2)))

@@ -150,7 +150,7 @@ def fit(
         "weights": net.state_dict(),
         "optimizer": made.optimizers[0].state_dict(),
         "schedule": unfreezing.state_dict(),
-        "reports": [(report.stage, report.frozen) for report in unfreezing.reports],
+        "reports": [(result.stage, result.frozen) for result in unfreezing.audit_results],
     }
     torch.save(kept, folder.parent / f"{out}-{rank}.pt")
 

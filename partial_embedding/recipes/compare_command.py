@@ -1,0 +1,136 @@
+"""The command `partial-embedding compare`: the same run with other rows, and which was best."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from partial_embedding.errors import InputError
+from partial_embedding.files import read_yaml, shown
+from partial_embedding.monitor.record import read_record
+from partial_embedding.recipes.command import CommandParser
+
+# The rows that train from the start; the last is the schedule of the configuration.
+_WAYS = {"frozen": "none", "missing": "missing", "all": "all", "staged": None}
+
+
+def compare_command(args: Sequence[str]) -> None:
+    """Train a configuration with frozen, missing and all rows, and by its schedule.
+
+    Each way is trained once for each seed. What is compared is the best of the epochs.
+
+    Args:
+        args: The arguments of the command, without its name; options that it does not know are
+            those of `fit`.
+
+    Raises:
+        InputError: An argument is refused, or what is compared was not measured.
+    """
+    given, options = _parser().parse_known_args(args)
+    config = read_yaml(given.config, "configuration")
+    if not isinstance(config, dict) or "schedule" not in (config.get("rows") or {}):
+        raise InputError(
+            f"{given.config}: a schedule is compared with training without. Received none. Write "
+            "one under rows.schedule."
+        )
+    root = Path(given.out or f"{(config.get('trainer') or {}).get('default_root_dir', 'runs')}")
+    found: dict[str, list[float]] = {}
+    folders = []
+    for way, rows in _WAYS.items():
+        own = [f"--config={given.config}", *options]
+        if rows is not None:
+            own.append(f"--rows.schedule={{stages: [{{epoch: 0, rows: {rows}}}]}}")
+        for seed in range(given.seeds):
+            folder = _fit([*own, f"--trainer.default_root_dir={root / way}"], seed)
+            folders.append(folder)
+            found.setdefault(way, []).append(_best(folder, given.metric, given.mode))
+            print(f"{way}, seed {seed}: {given.metric} {found[way][-1]:.4f}", flush=True)
+    for line in verdict(found, given.metric, given.mode):
+        print(line)
+    print(f"partial-embedding report {' '.join(map(shown, folders))} shows them side by side")
+
+
+def verdict(found: dict[str, list[float]], metric: str, mode: str) -> list[str]:
+    r"""Lines that say how the ways did, and whether one was ahead of the others.
+
+    Args:
+        found: What each run reached, by way.
+        metric: What was measured.
+        mode: `"max"` or `"min"`.
+
+    Example:
+        >>> runs = {"frozen": [0.5, 0.52], "all": [0.7, 0.74], "staged": [0.73, 0.77]}
+        >>> print(*verdict(runs, "val_accuracy", "max"), sep="\n")
+        val_accuracy, mean and range over 2 seeds
+        frozen   0.5100  0.5000 to 0.5200
+        all      0.7200  0.7000 to 0.7400
+        staged   0.7500  0.7300 to 0.7700
+        best: staged; but all is within the range of its seeds
+    """
+    sign = 1 if mode == "max" else -1
+    means = {way: statistics.fmean(values) for way, values in found.items()}
+    seeds = len(next(iter(found.values())))
+    lines = [f"{metric}, mean and range over {seeds} seed{'s' if seeds > 1 else ''}"]
+    for way, values in found.items():
+        lines.append(f"{way:<8} {means[way]:.4f}  {min(values):.4f} to {max(values):.4f}")
+    best = max(means, key=lambda way: sign * means[way])
+    worst_of_best = min(sign * value for value in found[best])
+    near = [
+        way
+        for way, values in found.items()
+        if way != best and max(sign * value for value in values) >= worst_of_best
+    ]
+    line = f"best: {best}"
+    if near:
+        line += f"; but {' and '.join(near)} {'are' if len(near) > 1 else 'is'} within the range "
+        line += "of its seeds"
+    elif seeds == 1:
+        line += "; one seed says little"
+    return [*lines, line]
+
+
+def _fit(args: list[str], seed: int) -> Path:
+    """Train, with what it says in a file of the run, and give its folder."""
+    log = Path(args[-1].partition("=")[2]) / "fit.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        if find_spec("pytorch_lightning") is None:
+            from partial_embedding.recipes.keras_text import fit_command
+
+            return fit_command([*args, f"--data.seed={seed}"])
+        from partial_embedding.recipes.lightning_cli import run_lightning
+
+        quiet = "--trainer.enable_progress_bar=false"
+        cli = run_lightning("fit", [*args, quiet, f"--seed_everything={seed}"])
+        return Path(str(cli.trainer.log_dir))
+
+
+def _best(folder: Path, metric: str, mode: str) -> float:
+    scores = read_record(folder).scores
+    values = [score.metrics[metric] for score in scores if metric in score.metrics]
+    if not values:
+        known = sorted({name for score in scores for name in score.metrics})
+        raise InputError(
+            f"runs are compared by what their validations measure: {', '.join(known)}. Received: "
+            f"{metric!r}. Pass one of these as --metric."
+        )
+    return max(values) if mode == "max" else min(values)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="partial-embedding compare",
+        usage="partial-embedding compare CONFIG [--seeds N] [--metric NAME] [options of fit]",
+        description="Train frozen, missing and all rows, and by schedule; say which was best.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, help="a configuration of fit, with a schedule")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each way, by default 3")
+    parser.add_argument("--metric", default="val_accuracy", help="by default val_accuracy")
+    parser.add_argument("--mode", choices=("max", "min"), default="max", help="by default max")
+    parser.add_argument("--out", help="the folder of the runs, by default default_root_dir")
+    return parser

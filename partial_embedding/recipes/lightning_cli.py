@@ -1,0 +1,393 @@
+"""`fit`, `validate`, `test` and `predict`: LightningCLI, with the callbacks of this library."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from partial_embedding.callbacks.lightning import RowUnfreezing
+from partial_embedding.callbacks.lightning_monitor import RowMonitor
+from partial_embedding.errors import InputError
+from partial_embedding.files import read_yaml, shown
+from partial_embedding.recipes.checkpoints import (
+    WholeCheckpoints,
+    find_checkpoint,
+    read_checkpoint,
+    settings_in,
+)
+from partial_embedding.recipes.command import did_you_mean
+from partial_embedding.recipes.predictions import write_predictions
+from partial_embedding.recipes.prepare_texts import TextSettings
+from partial_embedding.recipes.report_command import write_page
+from partial_embedding.recipes.resume import RandomState
+from partial_embedding.recipes.run_folder import RunLogger
+
+# Imported so that configurations can name them without their module.
+from partial_embedding.recipes.text_classifier import TextClassifier, TextData
+
+_DEFAULT_CLASSES: dict[str, dict[str, Any]] = {
+    "data": {"class_path": "TextData"},
+    "model": {"class_path": "TextClassifier", "init_args": {"export": "vec"}},
+}
+_DEFAULTS = {
+    "rows.schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},
+    # Two callbacks: with a metric to watch, Lightning refreshes `last` only when it improves.
+    "last.filename": "last",
+    "last.enable_version_counter": False,
+    "best.filename": "best",
+    "best.monitor": "val_loss",
+    "best.enable_version_counter": False,
+    "trainer.default_root_dir": "runs",
+    "trainer.max_epochs": 10,
+    "trainer.log_every_n_steps": 10,
+    # It counts the weights of frozen rows among those that train.
+    "trainer.enable_model_summary": False,
+}
+
+
+def row_unfreezing(
+    schedule: dict[str, Any] | str, lazy: bool = False, audit: bool | int = True
+) -> RowUnfreezing:
+    """Which rows train, and when.
+
+    Args:
+        schedule: `{stages: [{epoch: …, rows: …}, …]}`, or the path of a YAML file that holds it.
+        lazy: Step only the rows that a batch touched.
+        audit: Compare the bits of frozen rows at the end of each stage, and every n steps too.
+    """
+    return RowUnfreezing(schedule, lazy=lazy, audit=audit)
+
+
+# What has options of its own, in the order of `--help`.
+_PARTS: dict[str, Any] = {
+    "data": TextData,
+    "model": TextClassifier,
+    "rows": row_unfreezing,
+    "monitor": RowMonitor,
+    "random_state": RandomState,
+    "last": ModelCheckpoint,
+    "best": ModelCheckpoint,
+    "trainer": Trainer,
+}
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Keeps the configuration beside the log, once all of it has been accepted."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do nothing: the run may still be refused."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        super().setup(trainer, pl_module, "fit")
+
+
+class _ConfigFile(ActionConfigFile):
+    """Names the file in which something is wrong."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        """Apply a file, or YAML."""
+        # What a checkpoint says comes as YAML, of several lines.
+        if "\n" not in values:
+            read_yaml(values, "configuration")
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
+
+
+class RecipeCLI(LightningCLI):
+    """Trainer, model, data and callbacks, from a command line and its configuration files.
+
+    Any model and datamodule can be named by their `class_path`; those of the text recipe are the
+    default. A fit keeps its log, checkpoints and what else it writes in one folder, `version_N`
+    below `trainer.default_root_dir`. The other commands take the settings that they are not given
+    from the checkpoint.
+
+    Args:
+        command: `"fit"`, `"validate"`, `"test"` or `"predict"`.
+        args: The arguments after it.
+
+    Raises:
+        InputError: A checkpoint is refused, or a class refuses its arguments.
+        jsonargparse.ArgumentError: An option is unknown or has a wrong value.
+    """
+
+    trainer: Trainer
+    model: Any
+    datamodule: Any
+
+    def __init__(self, command: str, args: Sequence[str]) -> None:
+        self.command = command
+        # With the classes known, the parser knows their options, and lists them.
+        known = "--help" in args or "-h" in args
+        model, data = (
+            (TextClassifier, TextData) if known else (LightningModule, LightningDataModule)
+        )
+        super().__init__(
+            model,
+            data,
+            subclass_mode_model=not known,
+            subclass_mode_data=not known,
+            save_config_callback=_SaveConfig if command == "fit" else None,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": f"partial-embedding {command}",
+                "usage": f"partial-embedding {command} [--config FILE] [--OPTION VALUE …]",
+                "description": None,
+                "allow_abbrev": False,
+                # Errors are raised, so that they are said in one line.
+                "exit_on_error": False,
+            },
+            auto_configure_optimizers=False,
+            args=list(args),
+            run=False,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make the parser, with an option for configuration files."""
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=_ConfigFile, help="a YAML file with any of these"
+        )
+        return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Put what belongs to this command first, and Lightning's trainer last."""
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="last, best, or the path of a checkpoint; last and best are those of the newest "
+            "run below trainer.default_root_dir",
+        )
+        if self.command == "predict":
+            parser.add_argument("--text", type=str | None, help="a text, instead of a file")
+            parser.add_argument(
+                "--output",
+                type=str | None,
+                help="the CSV file to write, or - for the terminal; by default predictions.csv "
+                "below trainer.default_root_dir",
+            )
+            parser.add_argument("--top_k", type=int, default=1, help="the classes of each text")
+        for key, made in _PARTS.items():
+            any_class: Any = {"data": LightningDataModule, "model": LightningModule}.get(key)
+            if any_class and self.subclass_mode_model:
+                parser.add_lightning_class_args(any_class, key, subclass_mode=True)
+                parser.set_defaults({key: _DEFAULT_CLASSES[key]})
+            else:
+                parser.add_lightning_class_args(made, key)
+        parser.set_defaults(_DEFAULTS)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, find the checkpoint, and take from it what was not given."""
+        # Not the parent's, which warns of arguments that come from Python.
+        if self.subclass_mode_model:
+            # jsonargparse gives the settings of the default class to another one that has the same
+            # names, so the class that is meant becomes the default before the settings are read.
+            named = parser.parse_args([arg for arg in args if not arg.startswith("--print_config")])
+            for key, default in _DEFAULT_CLASSES.items():
+                if not named[key].class_path.endswith(f".{default['class_path']}"):
+                    parser.set_defaults({key: {"class_path": named[key].class_path}})
+        self.config = parser.parse_args(args)
+        self.ckpt_path: Path | None = None
+        if (named := self.config.ckpt_path) is None:
+            if self.command != "fit":
+                raise InputError(
+                    f"{self.command} is of a checkpoint. Received no --ckpt_path. Pass best, last "
+                    "or the path of one."
+                )
+            return
+        self.ckpt_path = find_checkpoint(named, Path(self.config.trainer.default_root_dir))
+        checkpoint = read_checkpoint(self.ckpt_path, to_go_on=self.command == "fit")
+        if self.command != "fit":
+            settings = yaml.safe_dump(settings_in(checkpoint))
+            self.config = parser.parse_args(["--config", settings, *args])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, whose log is the folder of the run."""
+        config = self.config_init.trainer
+        self.log: RunLogger | None = None
+        if self.command != "fit":
+            # Several processes would measure some texts twice, to have equally many.
+            kwargs |= {"logger": False, "devices": 1, "num_nodes": 1}
+        elif config.logger in (None, True):
+            went_on = self.ckpt_path if self.config.ckpt_path == "last" else None
+            self.log = RunLogger(config.default_root_dir, went_on and went_on.parents[1])
+            kwargs["logger"] = self.log
+        callbacks = config.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if config.enable_progress_bar is not False and find_spec("rich") is not None:
+            from partial_embedding.recipes.progress_bar import OneLineBar
+
+            if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+                kwargs["callbacks"] = [*callbacks, OneLineBar()]
+        plugins = config.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        try:
+            return super().instantiate_trainer(plugins=[*plugins, WholeCheckpoints()], **kwargs)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Lightning's trainer refuses its options: {error}") from error
+
+    def run(self) -> None:
+        """Do what the command says.
+
+        Raises:
+            InputError: Data, vectors, schedule or checkpoint are refused.
+            FrozenRowsMoved: The audit found that frozen rows changed.
+        """
+        do = {"fit": self._fit, "predict": self._predict}.get(self.command, self._measure)
+        try:
+            do()
+        finally:
+            if self.log is not None:
+                self.log.leave_nothing_empty()
+
+    def _fit(self) -> None:
+        trainer = self.trainer
+        trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
+        if not trainer.is_global_zero:
+            return
+        made = self.config_init
+        if (accuracy := trainer.callback_metrics.get("val_accuracy")) is not None:
+            print(f"validation accuracy: {100 * float(accuracy):.1f} %")
+        places = {
+            "log": trainer.log_dir,
+            "checkpoint": made.last.best_model_path,
+            "best checkpoint": made.best.best_model_path,
+            "page": made.monitor.path and write_page(made.monitor.path.parent),
+        }
+        for name, place in places.items():
+            if place:
+                print(f"{name}: {shown(place)}")
+
+    def how_to_go_on(self) -> str:
+        """What to say after an interrupt."""
+        if self.command != "fit" or not (path := self.config_init.last.best_model_path):
+            return "interrupted before the first checkpoint"
+        return f"interrupted; the same command with --ckpt_path last goes on from {shown(path)}"
+
+    def _measure(self) -> None:
+        print(f"checkpoint: {shown(str(self.ckpt_path))}")
+        measure = self.trainer.test if self.command == "test" else self.trainer.validate
+        measure(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
+
+    def _predict(self) -> None:
+        config = self.config
+        if not hasattr(self.datamodule, "given_texts"):
+            raise InputError(
+                "predict is of texts. Received: the data of a "
+                f"{type(self.datamodule).__name__}. Call the trainer's predict for others."
+            )
+        if config.text is not None:
+            self.datamodule.given_texts = [config.text]
+        batches = self.trainer.predict(
+            self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path
+        )
+        typed = config.text is not None or self.datamodule.hparams.get("test_path") == "-"
+        file = Path(config.trainer.default_root_dir) / "predictions.csv"
+        output = config.output or ("-" if typed else file)
+        if not isinstance(self.model, TextClassifier):
+            self.model.write_predictions(output, self.datamodule.given_texts or (), batches)
+            return
+        probabilities = torch.cat(batches).numpy()  # type: ignore[arg-type]  # one for each batch
+        write_predictions(
+            output,
+            self.datamodule.given_texts or (),
+            probabilities,
+            self.model.names,
+            config.top_k,
+        )
+
+
+def run_lightning(command: str, args: Sequence[str]) -> RecipeCLI:
+    """Run a command that trains or measures.
+
+    Args:
+        command: `"fit"`, `"validate"`, `"test"` or `"predict"`.
+        args: The arguments after it.
+
+    Raises:
+        InputError: An argument, the data, the schedule or a checkpoint are refused.
+        FrozenRowsMoved: The audit found that frozen rows changed.
+        KeyboardInterrupt: It was interrupted; the message says how to go on.
+    """
+    _quieten()
+    try:
+        cli = RecipeCLI(command, args)
+    except InputError:
+        raise
+    except (ArgumentError, ValueError) as error:  # jsonargparse's, also of what a class refuses
+        raise InputError(_in_one_line(command, str(error))) from error
+    try:
+        cli.run()
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from error
+    except RuntimeError as error:
+        if "Early stopping conditioned on metric" in str(error):
+            raise InputError(f"{error} Set the monitor of EarlyStopping to one of these.") from None
+        raise
+    except SystemExit:  # Lightning's answer to an interrupt
+        raise KeyboardInterrupt(cli.how_to_go_on()) from None
+    return cli
+
+
+def _in_one_line(command: str, message: str) -> str:
+    """What jsonargparse says in a tree of lines, one for each type that it tried."""
+    option = "--" + ".".join(re.findall(r'Parser key "(.+?)"', message))
+    given = re.findall(r"(?:Got|Given) value: (.*)", message)
+    expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.M))
+    refused = re.search(r"^ +- (.+)\n", message, re.M)
+    unknown = re.search(
+        r"Option '(.+?)' is not accepted|unrecognized arguments: (--[^\s=]+)", message
+    )
+    see = f"See partial-embedding {command} --help."
+    if unknown:
+        name = unknown[2] or f"{option}.{unknown[1]}".replace("--.", "--")
+        return f"{name} is no option.{did_you_mean(name, _known_options())} {see}"
+    expected.pop("<class 'NoneType'>", None)
+    if expected and given:
+        kinds = (re.sub(r"<class '(.+)'>", r"\1", kind) for kind in expected)
+        kinds = (re.sub(r"typing\.Literal\[(.+)\]", r"one of \1", kind) for kind in kinds)
+        return f"{option} is {' or '.join(kinds)}. Received: {given[0]}. {see}"
+    return refused[1] if refused else message
+
+
+def _known_options() -> list[str]:
+    own = ["--config", "--ckpt_path", "--text", "--output", "--top_k", "--seed_everything"]
+    for part, made in {**_PARTS, "data": TextSettings}.items():
+        own += [f"--{part}.{name}" for name in signature(made).parameters]
+    return own
+
+
+def _quieten() -> None:
+    """Leave out what tells a user of this command nothing."""
+    # Advertisements of other packages, and the seed, which stands in the configuration.
+    for logger in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed"):
+        logging.getLogger(logger).addFilter(_tells_something)
+    for message in (
+        # Lightning's own use of what its dependencies deprecate.
+        r"\s*``instantiate_classes`` was deprecated",
+        r"\s*By default only one JsonargparseDeprecationWarning",
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        # A resumed run goes on in its own folder.
+        r"Checkpoint directory .* exists and is not empty",
+        # `test` writes no checkpoints of its own.
+        r"The dirpath has changed from",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    return not re.match("💡|Seed set to", record.getMessage())

@@ -1,0 +1,63 @@
+"""What a classifier says of texts, as a CSV file."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partial_embedding.errors import InputError
+from partial_embedding.files import shown, write_atomically
+
+
+def write_predictions(
+    output: str | Path,
+    texts: Sequence[str],
+    probabilities: NDArray[np.float32],
+    names: Sequence[str],
+    top_k: int = 1,
+) -> None:
+    """Write the most likely classes of each text, and their probabilities.
+
+    Args:
+        output: The file, or `"-"` for the terminal.
+        texts: N texts.
+        probabilities: Of each class, shape (N, C).
+        names: The names of the C classes.
+        top_k: How many classes of each text; the columns of the second are `label_2` and
+            `probability_2`, and so on.
+
+    Raises:
+        InputError: `top_k` is below 1.
+        OSError: The file cannot be written.
+
+    Example:
+        >>> write_predictions("-", ["a joy"], np.array([[0.25, 0.75]]), ["neg", "pos"], top_k=2)
+        text,label,probability,label_2,probability_2
+        a joy,pos,0.7500,neg,0.2500
+    """
+    if top_k < 1:
+        raise InputError(f"top_k is at least 1. Received: {top_k}.")
+    ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+    header = ["text", "label", "probability"]
+    for place in range(2, ranked.shape[1] + 1):
+        header += [f"label_{place}", f"probability_{place}"]
+    with contextlib.ExitStack() as stack:
+        if str(output) == "-":
+            file = sys.stdout
+        else:
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(write_atomically(output))
+            file = stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(header)
+        for text, classes, shares in zip(texts, ranked, probabilities, strict=True):
+            said = [cell for c in classes for cell in (names[c], f"{shares[c]:.4f}")]
+            rows.writerow([text, *said])
+    if str(output) != "-":
+        print(f"predictions: {shown(output)}")

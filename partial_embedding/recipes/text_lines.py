@@ -1,0 +1,134 @@
+"""Texts for a language model, one on each line of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pytorch_lightning import LightningDataModule
+
+from partial_embedding.errors import InputError
+from partial_embedding.recipes.causal_model import CausalModel, TokenBatch
+from partial_embedding.recipes.resume import ReplayableLoader
+from partial_embedding.recipes.text.labelled import share_of
+from partial_embedding.recipes.text.reading import read_texts
+
+
+class TextLines(LightningDataModule):
+    """Texts, divided into a side to train on and one to validate on.
+
+    Each batch is a function of seed, epoch and batch number, so that a run which stops anywhere
+    goes on exactly.
+
+    Args:
+        path: A file with one text on each line; by default texts that every Python has.
+        test_path: The texts that `test` measures and the prompts that `predict` continues; by
+            default the validation side.
+        max_length: Texts are cut after this many tokens.
+        validation_share: The share of texts held out, chosen by a hash of each text.
+        batch_size: Texts per batch.
+        seed: Divides and shuffles; another seed does so differently.
+
+    Raises:
+        InputError: An argument is out of its range. When the data are set up: a file is missing or
+            has no text.
+    """
+
+    training: list[str]
+    validation: list[str]
+
+    def __init__(
+        self,
+        path: str | None = None,
+        test_path: str | None = None,
+        max_length: int = 64,
+        validation_share: float = 0.2,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value < 1:
+                raise InputError(f"{name} is at least 1. Received: {value}.")
+        if not 0 < validation_share < 1:
+            raise InputError(f"validation_share lies in (0, 1). Received: {validation_share}.")
+        self.path = path
+        self.test_path = test_path
+        self.max_length = max_length
+        self.validation_share = validation_share
+        self.batch_size = batch_size
+        self.seed = seed
+        # What `predict` is asked for: lines of a file by default, or these.
+        self.given_texts: list[str] | None = None
+
+    def default_texts(self) -> Sequence[str]:
+        """The texts where no file is given."""
+        raise NotImplementedError
+
+    def chosen(self, texts: list[str], module: CausalModel) -> list[str]:
+        """Those of some texts that have something to teach: all.
+
+        Args:
+            texts: The texts.
+            module: What learns from them.
+        """
+        return texts
+
+    def setup(self, stage: str) -> None:
+        """Read and divide the texts.
+
+        Args:
+            stage: Any.
+        """
+        texts = read_texts(self.path) if self.path else self.default_texts()
+        held_out = [share_of(self.seed, text) < self.validation_share for text in texts]
+        self.training = [t for t, out in zip(texts, held_out, strict=True) if not out]
+        self.validation = [t for t, out in zip(texts, held_out, strict=True) if out]
+
+    def train_dataloader(self) -> ReplayableLoader[TokenBatch]:
+        """The training side, shuffled anew for each epoch."""
+        return self._loader(self.chosen(self.training, self._module()), self.seed)
+
+    def val_dataloader(self) -> ReplayableLoader[TokenBatch]:
+        """The validation side, in order."""
+        return self._loader(self.chosen(self.validation, self._module()))
+
+    def test_dataloader(self) -> ReplayableLoader[TokenBatch]:
+        """The texts of `test_path`, in order."""
+        return self._loader(self.chosen(self._asked(), self._module()))
+
+    def predict_dataloader(self) -> ReplayableLoader[TokenBatch]:
+        """The prompts, in order, one at a time."""
+        self.given_texts = self.given_texts or self._asked()
+        return self._loader(self.given_texts, batch_size=1)
+
+    def _asked(self) -> list[str]:
+        return read_texts(self.test_path) if self.test_path else self.validation
+
+    def _module(self) -> CausalModel:
+        module = self.trainer and self.trainer.lightning_module
+        if not isinstance(module, CausalModel):
+            raise InputError(
+                "texts become tokens by the tokenizer of a language model. Received "
+                f"{type(module).__name__}. Pass these data to the trainer of one."
+            )
+        return module
+
+    def _loader(
+        self, texts: list[str], seed: int | None = None, batch_size: int | None = None
+    ) -> ReplayableLoader[TokenBatch]:
+        module = self._module()
+        assert self.trainer is not None
+
+        def batch(indices: NDArray[np.int64]) -> TokenBatch:
+            return module.encode([texts[i] for i in indices], self.max_length)
+
+        return ReplayableLoader(
+            batch,
+            len(texts),
+            batch_size or self.batch_size,
+            seed,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )

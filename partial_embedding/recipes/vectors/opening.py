@@ -1,0 +1,133 @@
+"""Files as they are shipped: packed in any of the usual ways, whatever their name says."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from partial_embedding.errors import InputError
+
+_BUFFER = 1 << 20  # bytes
+# A bar for less would be gone before it is seen.
+_SHOWN_FROM = 1 << 24
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+
+@contextmanager
+def opened(path: Path, what: str) -> Iterator[tuple[BufferedReader, str]]:
+    """Open a file for reading, unpacked, with a bar for how much of it was read.
+
+    How it is packed is told from its first bytes: gzip, bzip2, xz, Zstandard, or zip with one file.
+
+    Args:
+        path: The file.
+        what: What it holds, for messages.
+
+    Yields:
+        The content, and the name of the file without the suffix of its packing.
+
+    Raises:
+        InputError: It is missing, none, damaged, packed with others, or packed in a way that needs
+            a package.
+    """
+    if path.exists() and not path.is_file():
+        kind = "Is a directory" if path.is_dir() else "It is a device"
+        raise InputError(f"{what} are in a file. Received: {path}. {kind}.")
+    try:
+        with ExitStack() as stack:
+            raw = stack.enter_context(_with_bar(path))
+            stream, name = _unpacked(path, raw, stack)
+            yield BufferedReader(stream, _BUFFER), name
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{what} are in a file. Received: {path}, which is missing. Check the path."
+        ) from error
+    # RuntimeError: zipfile's word for a password.
+    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
+        raise _damaged(path, what, error) from error
+    except OSError as error:
+        raise _damaged(path, what, error) from error
+
+
+def _damaged(path: Path, what: str, error: Exception) -> InputError:
+    return InputError(
+        f"{what} can be read. Received: {error} for {path}. Check its permissions, or get it "
+        "again if it is cut off."
+    )
+
+
+@contextmanager
+def _with_bar(path: Path) -> Iterator[Any]:
+    size = path.stat().st_size
+    with path.open("rb") as raw:
+        if size < _SHOWN_FROM or not sys.stderr.isatty() or find_spec("rich") is None:
+            yield raw
+            return
+        from rich.console import Console
+        from rich.progress import wrap_file
+
+        console = Console(stderr=True)
+        with wrap_file(raw, size, description=path.name, console=console, transient=True) as bar:
+            yield bar
+
+
+def _unpacked(path: Path, raw: Any, stack: ExitStack) -> tuple[Any, str]:
+    magic = raw.read(6)
+    raw.seek(0)
+    name = path.name.removesuffix(next((s for s in _PACKED if path.name.endswith(s)), ""))
+    if magic[:2] == b"\x1f\x8b" or path.suffix == ".gz":
+        return stack.enter_context(gzip.GzipFile(fileobj=raw)), name
+    if magic[:3] == b"BZh":
+        return stack.enter_context(bz2.BZ2File(raw)), name
+    if magic == b"\xfd7zXZ\0":
+        return stack.enter_context(lzma.LZMAFile(raw)), name
+    if magic[:4] == b"\x28\xb5\x2f\xfd":
+        return stack.enter_context(_zstandard(path, raw)), name
+    if magic[:4] == b"PK\3\4":
+        archive = stack.enter_context(zipfile.ZipFile(raw))
+        return _only_member(path, archive, stack)
+    return raw, name
+
+
+def _zstandard(path: Path, raw: Any) -> Any:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+
+        return zstd.ZstdFile(raw)
+    if find_spec("zstandard") is None:
+        raise InputError(
+            f"files packed by Zstandard need the package zstandard. Received none for {path}. "
+            f"Install it, or unpack the file: zstd -d {path.name}"
+        )
+    import zstandard  # type: ignore[import-not-found]
+
+    try:
+        return zstandard.ZstdDecompressor().stream_reader(raw)
+    except zstandard.ZstdError as error:
+        raise OSError(str(error)) from error
+
+
+def _only_member(path: Path, archive: zipfile.ZipFile, stack: ExitStack) -> tuple[Any, str]:
+    members = [
+        info.filename
+        for info in archive.infolist()
+        # What macOS adds are no files of anybody.
+        if not info.is_dir() and not info.filename.startswith("__MACOSX/")
+    ]
+    if len(members) != 1:
+        raise InputError(
+            f"a zip holds one file. Received: {path}, which holds {len(members)}: "
+            f"{', '.join(members[:5])}. Unpack it (python -m zipfile -e {path.name} .) and name "
+            "one of them."
+        )
+    return stack.enter_context(archive.open(members[0])), Path(members[0]).name

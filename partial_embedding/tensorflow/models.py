@@ -1,0 +1,111 @@
+"""The partial tables of a model, and its weights as those of the same model with plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from partial_embedding.errors import InputError
+from partial_embedding.tensorflow.embedding import PartialEmbedding
+
+
+def tables_in(model: Any) -> dict[str, PartialEmbedding]:
+    """The partial tables of a model by the names of their layers, built.
+
+    Args:
+        model: A `keras.Model` of any kind and nesting.
+
+    Raises:
+        InputError: Two of them have the same name.
+
+    Example:
+        >>> import keras
+        >>> list(tables_in(keras.Sequential([PartialEmbedding(3, 2, name="words")])))
+        ['words']
+    """
+    tables: dict[str, PartialEmbedding] = {}
+    for layer in model._flatten_layers():
+        if not isinstance(layer, PartialEmbedding):
+            continue
+        if layer.name in tables:
+            raise InputError(
+                f"each table of a model has a name of its own. Received {layer.name!r} twice. "
+                "Pass name= to the layers."
+            )
+        # Keras builds a model without a fixed input only while it traces the first step.
+        layer.build()
+        tables[layer.name] = layer
+    return tables
+
+
+def plain_weights(model: Any) -> list[Any]:
+    """What `model.get_weights()` would give with `keras.layers.Embedding` for each partial table.
+
+    Args:
+        model: A built `keras.Model`.
+
+    Returns:
+        Arrays, in the order of the plain model; each table is one of shape (V, D).
+
+    Example:
+        >>> import keras
+        >>> def model(layer):
+        ...     return keras.Sequential([keras.Input((2,)), layer, keras.layers.Dense(1)])
+        >>> partial, plain = model(PartialEmbedding(5, 3, trainable_rows=[1])), model(
+        ...     keras.layers.Embedding(5, 3)
+        ... )
+        >>> plain.set_weights(plain_weights(partial))
+        >>> set_plain_weights(partial, plain.get_weights())
+    """
+    return [
+        part.get_weights()[0] if isinstance(part, PartialEmbedding) else part.numpy()
+        for part in _parts(model)
+    ]
+
+
+def set_plain_weights(model: Any, weights: Sequence[Any]) -> None:
+    """Set the weights of a model with partial tables from those of the same model with plain ones.
+
+    Which rows train stays as it is.
+
+    Args:
+        model: A built `keras.Model`.
+        weights: Arrays as `plain_weights` gives them.
+
+    Raises:
+        InputError: Their number or a shape is another. Nothing is changed then.
+    """
+    parts = list(_parts(model))
+    wanted = [
+        (p.input_dim, p.output_dim) if isinstance(p, PartialEmbedding) else tuple(p.shape)
+        for p in parts
+    ]
+    received = [np.shape(array) for array in weights]
+    if received != wanted:
+        raise InputError(
+            f"the weights of the plain model have the shapes {wanted}. Received: {received}. Take "
+            "them from a model of the same structure, by get_weights or plain_weights."
+        )
+    for part, array in zip(parts, weights, strict=True):
+        if isinstance(part, PartialEmbedding):
+            part.set_weights([array])
+        else:
+            part.assign(array)
+
+
+def _parts(model: Any) -> Iterator[Any]:
+    """The weights of a model, with each split table in the place of its variables."""
+    tables = {
+        id(variable): layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, PartialEmbedding) and layer.table_state is not None
+        for variable in layer.weights
+    }
+    seen = set()
+    for variable in model.weights:
+        part = tables.get(id(variable), variable)
+        if id(part) not in seen:
+            seen.add(id(part))
+            yield part

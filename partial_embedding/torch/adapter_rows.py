@@ -1,0 +1,282 @@
+"""How `peft` knows the rows of a table: as a part of its adapters.
+
+`peft` calls each `AuxiliaryTrainingWrapper` of a model when adapters are switched on and off, put
+on, saved and taken off, and this is one, within the table: `disable_adapter()` then gives the rows
+that they were, and adapters are saved with the rows, in the format of `peft`'s trainable tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from partial_embedding.errors import InputError
+from partial_embedding.torch.replace import ADAPTER
+from partial_embedding.torch.table import PartialTable
+
+# The rows of each parameter in peft's files, where those of weights have the name that its own
+# trainable tokens have; and their ids.
+_KEYS = {"weight": "trainable_tokens_delta", "bias": "trainable_tokens_bias"}
+_IDS = "trainable_tokens_rows"
+
+# One row for each id, by the parameter's name in the table.
+Rows = dict[str, Tensor]
+
+
+def stand_beside_adapters(model: Any) -> None:
+    """Let `peft` know the tables of a model that it adapts.
+
+    Args:
+        model: The model, with or without `peft`'s wrappers around it.
+    """
+    configs: dict[str, Any] | None = getattr(model, "peft_config", None)
+    active = getattr(model, "active_adapter", None)
+    while isinstance(model, PeftModel | BaseTuner):
+        model = model.base_model if isinstance(model, PeftModel) else model.model
+    tables = [(n, m) for n, m in model.named_modules() if isinstance(m, PartialTable)]
+    # Where a table is tied, peft looks for its rows in the embedding.
+    tables.sort(key=lambda found: isinstance(found[1], nn.Linear))
+    known: set[int] = {id(None)}
+    for name, table in tables:
+        own = [a for a in table.row_parameters if id(getattr(table, a)) not in known]
+        known |= {id(getattr(table, attribute)) for attribute in own}
+        part = table._modules.get(ADAPTER)
+        if part is None and own:
+            part = table._modules[ADAPTER] = AdapterRows(name, table, own)
+            if isinstance(active, str | list):
+                part.check_set_adapter(active)
+                part.set_adapter(active)
+        if isinstance(part, AdapterRows):
+            part.configs = configs if part.configs is None else part.configs
+
+
+def let_rows_learn(model: nn.Module) -> None:
+    """Let rows learn on where `peft` has just put adapters on, and frozen all else.
+
+    Args:
+        model: What `peft` has adapted.
+    """
+    for module in model.modules():
+        if isinstance(module, AdapterRows):
+            module.let_learn()
+
+
+def serve_tokens(table: PartialTable, wrapper: Any) -> nn.Module:
+    """Let a table itself serve what `peft` would wrap it in: its trainable tokens.
+
+    Args:
+        table: The table.
+        wrapper: A `TrainableTokensWrapper` around it.
+
+    Returns:
+        The table.
+    """
+    part = table._modules.get(ADAPTER)
+    if isinstance(part, AdapterRows):
+        for adapter, ids in wrapper.token_adapter.token_indices.items():
+            learn = wrapper.token_adapter.trainable_tokens_delta[adapter].requires_grad
+            part.take(adapter, torch.tensor(ids), learn)
+    return table
+
+
+class AdapterRows(AuxiliaryTrainingWrapper):
+    """What `peft` calls for one table. It has no parameters, and changes no key.
+
+    The rows that learned belong to the adapter that was active meanwhile, and an adapter that is
+    added later begins with the rows as they are, as its own copy.
+
+    Args:
+        name: The table's name in the model.
+        table: The table that it is a part of.
+        attributes: The parameters whose rows it is about.
+    """
+
+    # `peft` gives what it unloads the weight of what was there.
+    weight = None
+
+    # The configurations of the adapters, by name.
+    configs: dict[str, Any] | None = None
+
+    def __init__(self, name: str, table: PartialTable, attributes: list[str]) -> None:
+        nn.Module.__init__(self)
+        self._name = name
+        # In a list, past nn.Module's own way of setting attributes: no part of its own part.
+        self._table = [table]
+        self._ids = torch.empty(0, dtype=torch.int64)
+        # The rows as they were before any adapter, and those of adapters that are not shown.
+        self._base: Rows = {name: getattr(table, name).detach()[:0].clone() for name in attributes}
+        self._hidden: dict[str, Rows] = {}
+        # What peft's own configurations say that adapters have.
+        self._theirs: dict[str, Tensor] = {}
+        # Whose rows the table has now; None is the base model.
+        self._shown: str | None = None
+        self._active_adapter: list[str] = []
+        self._adapters: set[str] = set()
+        self._disable_adapters = False
+        self._learns = True
+        table._shared.before_training.append(self._keep)
+        self._keep(table.row_set.ids)
+
+    def __getattr__(self, name: str) -> Any:
+        # Not peft's, which looks into a module that is wrapped.
+        return nn.Module.__getattr__(self, name)
+
+    # Rows in the table, and beside it
+
+    def _keep(self, ids: Tensor) -> None:
+        """Keep rows as they are, before they move; those that are kept stay as they were."""
+        ids = ids.cpu()
+        new = ids[~torch.isin(ids, self._ids)]
+        if not len(new):
+            return
+        for name in self._base:
+            joining = self._data(name)[new]
+            for rows in (self._base, *self._hidden.values()):
+                rows[name] = torch.cat([rows[name].to(joining), joining])
+        self._ids = torch.cat([self._ids, new])
+
+    def _data(self, name: str) -> Tensor:
+        # Its data: a graph that was made before a look at the base model goes on afterwards.
+        parameter: Tensor = getattr(self._table[0], name).data
+        return parameter
+
+    def _read(self) -> Rows:
+        return {name: self._data(name)[self._ids] for name in self._base}
+
+    def _write(self, rows: Rows) -> None:
+        for name, values in rows.items():
+            data = self._data(name)
+            data[self._ids.to(data.device)] = values.to(data)
+
+    def _show(self, adapter: str | None) -> None:
+        """Let the table have an adapter's rows, or those of the base model."""
+        if adapter == self._shown:
+            return
+        if self._shown is not None:
+            self._hidden[self._shown] = self._read()
+        self._shown = adapter
+        self._write(self._base if adapter is None else self._hidden.pop(adapter))
+
+    def take(self, adapter: str, ids: Tensor, learn: bool) -> None:
+        """Serve the trainable tokens of an adapter, which may be more than those that train."""
+        self._theirs[adapter] = ids
+        self._keep(ids)
+        table = self._table[0]
+        if learn and not table.row_set.is_trainable(ids.to(table.row_set.device)).all():
+            table.unfreeze_rows(ids)
+
+    def let_learn(self) -> None:
+        """Let the rows learn, unless all adapters are for inference."""
+        table = self._table[0]
+        if self._learns and len(table.row_set):
+            for name in self._base:
+                getattr(table, name).requires_grad_(True)
+
+    # What peft asks of it
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Show the rows of the active adapter, or those of the base model."""
+        self._disable_adapters = not enabled
+        self._show(next(iter(self._active_adapter), None) if enabled else None)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """The first of some adapters, which `set_adapter` is called with."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self._adapters |= {*names, *(self.configs or {})}
+        return next(iter(names), None)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Show the rows of an adapter, for learning or for inference."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._active_adapter = names
+        self._learns = not inference_mode
+        for name in self._adapters - {*self._hidden, self._shown}:
+            self._hidden[name] = self._read()
+        self.enable_adapters(not self._disable_adapters)
+        self.let_learn()
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """Forget an adapter's rows."""
+        self._adapters.discard(adapter_name)
+        self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
+        self._active_adapter = self._active_adapter or list(new_active_adapters or [])
+        self.enable_adapters(not self._disable_adapters)
+        self._hidden.pop(adapter_name, None)
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """Nothing: a weight learns for whichever adapter is active."""
+
+    def _get_available_adapters(self) -> set[str]:
+        return set()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The rows are merged already; a model that is only unloaded gets those that were."""
+        self.enable_adapters(merge)
+        return self
+
+    # In peft's files
+
+    def adapter_state_dict(  # type: ignore[override]  # as peft's own parts have it
+        self, adapter_name: str, state_dict: Any
+    ) -> dict[str, Tensor]:
+        """An adapter's rows, as `peft` saves and reads them, and their ids."""
+        if not len(self._ids):
+            return {}
+        rows = self._read() if adapter_name == self._shown else self._hidden[adapter_name]
+        if "weight" in rows:
+            self._name_rows(adapter_name)
+        return {_IDS: self._ids.clone(), **{_KEYS[name]: rows[name] for name in rows}}
+
+    def _name_rows(self, adapter_name: str) -> None:
+        """Write into an adapter's configuration which rows it has, for `peft` to read them."""
+        config: Any = (self.configs or {}).get(adapter_name)
+        if not hasattr(config, "trainable_token_indices"):
+            warnings.warn(
+                f"the adapter {adapter_name!r} is saved with the rows of {self._name!r}, but "
+                f"{type(config).__name__} has no place for their ids: peft alone will not read "
+                "them. Use save_rows too.",
+                stacklevel=2,
+            )
+            return
+        rows = config.trainable_token_indices or {}
+        config.trainable_token_indices = {**rows, self._name: self._ids.tolist()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """None: the keys are those of the file, and an adapter without them can be loaded."""
+        self._loading = adapter_name
+        return {}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take the rows of an adapter from a file."""
+        ids = self._theirs.get(self._loading, self._ids)  # peft's own files have none
+        ids = state_dict.pop(f"{prefix}{_IDS}", ids)
+        loaded = {name: state_dict.pop(f"{prefix}{_KEYS[name]}", None) for name in self._base}
+        loaded = {name: values for name, values in loaded.items() if values is not None}
+        count = len(self._data("weight" if "weight" in self._base else "bias"))
+        for values in loaded.values():
+            if len(ids) != len(values) or (len(ids) and ids.max() >= count):
+                raise InputError(
+                    f"an adapter's rows fit the table. Received {len(values)} rows of "
+                    f"{self._name!r} for {len(ids)} ids of {count}."
+                )
+        if not loaded:
+            return
+        self._keep(ids)
+        # Each place in `loaded` of a row that is kept.
+        order = {row: place for place, row in enumerate(self._ids.tolist())}
+        places = torch.tensor([order[row] for row in ids.tolist()])
+        rows = self._read() if self._loading == self._shown else self._hidden[self._loading]
+        for name, values in loaded.items():
+            rows[name][places] = values.to(rows[name])
+        if self._loading == self._shown:
+            self._write(rows)

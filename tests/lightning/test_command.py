@@ -1,0 +1,354 @@
+"""The command as a newcomer uses it: three commands, and one line for what goes wrong."""
+
+import csv
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from partial_embedding.cli import main
+from partial_embedding.recipes.checkpoints import WholeCheckpoints
+from partial_embedding.recipes.run_folder import RunLogger
+from partial_embedding.recipes.text_classifier import TextBatch, TextClassifier
+
+RUN = Path("runs/version_0")
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def error_line(capfd: pytest.CaptureFixture[str]) -> str:
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.fixture
+def only_the_run(fitted_run: list[str]) -> None:
+    """A working directory in which all that training read is gone."""
+    for name in ("texts.csv", "vectors.txt", "schedule.yaml"):
+        Path(name).unlink()
+
+
+# The journey
+
+
+def test_a_text_classifier_takes_three_commands(
+    small_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("test.csv").write_text("text,label\na joy of a film,pos\nthe bore,neg\na dull plot,neg\n")
+    Path("new.txt").write_text("a warm film\na cold plot\n")
+    fit = ["fit", "--data.path=texts.csv", "--data.vectors=vectors.txt", "--trainer.max_epochs=2"]
+    assert main([*fit, *QUIET]) == 0
+    out = capfd.readouterr().out
+    assert "texts: 45 to train on, 15 to validate on; of 2 classes: neg 23 + 7, pos 22 + 8" in out
+    Path("texts.csv").unlink()
+    Path("vectors.txt").unlink()
+    assert main(["test", "--ckpt_path=best", "--data.test_path=test.csv", *QUIET]) == 0
+    out = capfd.readouterr().out
+    assert f"checkpoint: {RUN / 'checkpoints/best.ckpt'}\n" in out
+    assert "test_accuracy" in out
+    predict = ["predict", "--ckpt_path=best", "--data.test_path=new.txt", "--output=said.csv"]
+    assert main([*predict, *QUIET]) == 0
+    assert "predictions: said.csv\n" in capfd.readouterr().out
+    said = rows_of(Path("said.csv"))
+    assert [row["text"] for row in said] == ["a warm film", "a cold plot"]
+    assert all(row["label"] in ("neg", "pos") for row in said)
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in said)
+
+
+@pytest.mark.usefixtures("only_the_run")
+@pytest.mark.parametrize("which", ["best", "last", str(RUN / "checkpoints/last.ckpt")])
+def test_a_checkpoint_is_all_that_test_and_predict_need(
+    which: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("new.jsonl").write_text('{"text": "a joy", "label": "pos"}\n')
+    for command in ("test", "predict"):
+        where = [f"--ckpt_path={which}", "--data.test_path=new.jsonl"]
+        assert main([command, *where, *QUIET]) == 0
+    assert rows_of(Path("runs/predictions.csv"))[0]["text"] == "a joy"
+
+
+@pytest.mark.usefixtures("only_the_run")
+def test_a_single_text_and_lines_of_standard_input_are_answered_in_the_terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = []
+    for asked in (["--text=a warm, funny film"], ["--data.test_path=-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a warm, funny film\n"))
+        assert main(["predict", "--ckpt_path=last", "--top_k=5", *asked, *QUIET]) == 0
+        answers.append(capfd.readouterr().out.split("text,label")[1])
+    assert answers[0] == answers[1]
+    (row,) = csv.DictReader(io.StringIO(f"text,label{answers[0]}"))
+    assert row["text"] == "a warm, funny film"
+    assert {row["label"], row["label_2"]} == {"neg", "pos"}
+    assert abs(float(row["probability"]) + float(row["probability_2"]) - 1) < 1e-3
+    assert not Path("runs/predictions.csv").exists()
+
+
+@pytest.mark.usefixtures("only_the_run")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("new.csv", "text\na joy\na bore\n"),
+        ("new.csv", "a joy\na bore\n"),
+        ("new.tsv", "id\ttext\n1\ta joy\n2\ta bore\n"),
+        ("new.jsonl", '{"text": "a joy"}\n{"text": "a bore"}\n'),
+        ("new.txt", "a joy\n\na bore\n"),
+        ("new.ft", "__label__pos a joy\n__label__other a bore\n"),
+    ],
+)
+def test_texts_without_labels_are_predicted(
+    name: str, content: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path(name).write_text(content)
+    assert main(["predict", "--ckpt_path=best", f"--data.test_path={name}", *QUIET]) == 0
+    assert [row["text"] for row in rows_of(Path("runs/predictions.csv"))] == ["a joy", "a bore"]
+    if "\n\n" in content:
+        assert "new.txt: 1 empty lines were passed over" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("only_the_run")
+def test_a_class_that_training_lacks_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("test.csv").write_text("text,label\na joy,pos\na bore,dull\n")
+    assert main(["test", "--ckpt_path=best", "--data.test_path=test.csv", *QUIET]) == 2
+    line = error_line(capfd)
+    assert "test.csv, where 1 of 2 are of 'dull', which training lacks" in line
+
+
+def test_texts_to_validate_on_can_stand_in_a_file_of_their_own(
+    small_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("held_out.csv").write_text("text,label\na joy, pos\na bore,neg\n")
+    options = ["--data.validation_path=held_out.csv", "--trainer.max_epochs=1"]
+    assert main(["fit", *small_run, *options]) == 0
+    out = capfd.readouterr().out
+    assert "texts: 60 to train on, 2 to validate on; of 2 classes: neg 30 + 1, pos 30 + 1" in out
+    assert main(["validate", "--ckpt_path=best", *QUIET]) == 0
+
+
+def test_a_configuration_of_another_class_has_that_classes_defaults(
+    small_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.py").write_text(
+        "from pytorch_lightning import LightningDataModule\n"
+        "class Own(LightningDataModule):\n"
+        "    def __init__(self, batch_size: int = 7, seed: int = 3): super().__init__()\n"
+    )
+    sys.path.insert(0, ".")
+    try:
+        with pytest.raises(SystemExit):
+            main(["fit", "--data=own.Own", "--data.seed=5", "--print_config"])
+    finally:
+        sys.path.pop(0)
+    printed = yaml.safe_load(capfd.readouterr().out)
+    assert printed["data"] == {"class_path": "own.Own", "init_args": {"batch_size": 7, "seed": 5}}
+
+
+def test_help_shows_the_texts_and_the_model_before_lightnings_trainer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command in ("fit", "predict"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        out = capsys.readouterr().out
+        places = [
+            out.index(f"--{option}") for option in ("data.path", "model.lr", "trainer.devices")
+        ]
+        assert places == sorted(places)
+        assert ("--top_k" in out) == (command == "predict")
+
+
+# One line
+
+
+def no_files() -> None:
+    pass
+
+
+def early_stopping() -> None:
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val_accurracy"}}
+    Path("stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [stopping]}}))
+
+
+WRONG: dict[str, tuple[Callable[[], None], list[str], str]] = {
+    "data_option": (no_files, ["--data.batchsize=3"], "Did you mean --data.batch_size?"),
+    "model_option": (no_files, ["--model.chanels=3"], "Did you mean --model.channels?"),
+    "rows_option": (no_files, ["--rows.schedul=x"], "Did you mean --rows.schedule?"),
+    "trainer_option": (no_files, ["--trainer.max_epoch=3"], "Did you mean --trainer.max_epochs?"),
+    "number": (no_files, ["--model.lr=fast"], "--model.lr is float. Received: fast"),
+    "whole_number": (no_files, ["--trainer.max_epochs=1.5"], "--trainer.max_epochs is int"),
+    "choice": (no_files, ["--model.encoder=lstm"], "one of 'cnn', 'mean'. Received: lstm"),
+    "trainer_value": (no_files, ["--trainer.accelerator=abacus"], "abacus"),
+    "early_stopping": (early_stopping, ["--config=stop.yaml"], "`val_accurracy` which is not"),
+    "best_monitor": (no_files, ["--best.monitor=val_acc"], "val_acc"),
+    "not_a_number": (no_files, ["--model.lr=1e30"], "finite"),
+}
+
+
+@pytest.mark.parametrize(("prepare", "args", "part"), WRONG.values(), ids=WRONG)
+def test_what_goes_wrong_is_said_in_one_line(
+    prepare: Callable[[], None],
+    args: list[str],
+    part: str,
+    small_run: list[str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    prepare()
+    assert main(["fit", *small_run, "--trainer.max_epochs=1", *args]) == 2
+    assert part in error_line(capfd)
+
+
+def test_small_numbers_may_be_written_with_an_exponent(small_run: list[str]) -> None:
+    data = {"path": "texts.csv", "vectors": "vectors.txt"}
+    stages = "{stages: [{epoch: 0, rows: missing}, {epoch: 1, rows: all, lr_scale: 1e-1}]}"
+    Path("schedule.yaml").write_text(stages)
+    Path("config.yaml").write_text(
+        f"data: {yaml.safe_dump(data, default_flow_style=True)}\nmodel: {{lr: 1e-3, channels: 4}}\n"
+        "rows: {schedule: schedule.yaml}\ntrainer: {max_epochs: 2}\n"
+    )
+    assert main(["schedule", "config.yaml"]) == 0
+    assert main(["fit", "--config=config.yaml", "--trainer.fast_dev_run=1", *QUIET]) == 0
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Interrupt training at a place, once."""
+    places: list[tuple[int, int]] = []
+    step = TextClassifier.training_step
+
+    def stop(self: TextClassifier, batch: TextBatch, batch_idx: int) -> Any:
+        if (self.current_epoch, batch_idx) in places:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(TextClassifier, "training_step", stop)
+    handler = signal.getsignal(signal.SIGINT)
+    yield places
+    # Lightning ignores further interrupts, for what would be the rest of the process.
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_an_interrupt_says_how_to_go_on(
+    interrupted: list[tuple[int, int]], small_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    interrupted.append((0, 1))
+    assert main(["fit", *small_run]) == 130
+    assert error_line(capfd) == "error: interrupted before the first checkpoint"
+    interrupted[:] = [(2, 1)]
+    assert main(["fit", *small_run]) == 130
+    line = error_line(capfd)
+    assert "--ckpt_path last goes on from runs/version_" in line
+    interrupted.clear()
+    assert main(["fit", *small_run, "--ckpt_path", "last"]) == 0
+    assert "vectors: runs/version_" in capfd.readouterr().out
+
+
+# Checkpoints
+
+
+def test_runs_that_start_together_have_folders_of_their_own(tmp_path: Path) -> None:
+    loggers = [RunLogger(str(tmp_path)) for _ in range(3)]
+    assert [logger.version for logger in loggers] == [0, 1, 2]
+    loggers[1].leave_nothing_empty()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version_0", "version_2"]
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_refreshed_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"epoch": 1}, path)
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            WholeCheckpoints().save_checkpoint({"epoch": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_a_torn_checkpoint_is_refused_and_another_named(
+    fitted_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    last = RUN / "checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
+    assert main(["fit", *fitted_run, "--ckpt_path=last"]) == 2
+    line = error_line(capfd)
+    assert "last.ckpt" in line
+    assert f"Try {RUN / 'checkpoints/best.ckpt'}." in line
+    assert main(["fit", *fitted_run, f"--ckpt_path={RUN / 'checkpoints/best.ckpt'}"]) == 0
+
+
+def test_weights_alone_are_tested_but_not_gone_on_from(
+    small_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = ["--last.save_weights_only=true", "--trainer.max_epochs=1"]
+    assert main(["fit", *small_run, *weights]) == 0
+    capfd.readouterr()
+    assert main(["fit", *small_run, "--ckpt_path=last"]) == 2
+    assert "holds weights alone" in error_line(capfd)
+    assert main(["test", "--ckpt_path=last", "--data.test_path=texts.csv", *QUIET]) == 0
+
+
+# Comparing
+
+
+def test_ways_of_training_are_compared_and_the_best_is_named(
+    small_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = {"path": "texts.csv", "vectors": "vectors.txt", "batch_size": 8}
+    rows = {"schedule": yaml.safe_load(Path("schedule.yaml").read_text())}
+    trainer = {"max_epochs": 2, "accelerator": "cpu"}
+    config = {"data": data, "rows": rows, "trainer": trainer, "model": {"encoder": "mean"}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["compare", "config.yaml", "--seeds=2", "--model.lr=0.1"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    ways = ("frozen", "missing", "all", "staged")
+    for way in ways:
+        assert sum(line.startswith(f"{way}, seed ") for line in lines) == 2
+        assert {path.name for path in Path("runs", way).iterdir()} >= {"version_0", "version_1"}
+    assert lines[8] == "val_accuracy, mean and range over 2 seeds"
+    best = next(line for line in lines if line.startswith("best: "))
+    assert best.removeprefix("best: ").split(";")[0] in ways
+    assert lines[-1].startswith("partial-embedding report runs/frozen/version_0 ")
+
+
+def test_a_comparison_by_what_was_not_measured_is_refused(
+    small_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = {"path": "texts.csv", "vectors": "vectors.txt"}
+    config = {"data": data, "rows": {"schedule": "schedule.yaml"}, "trainer": {"max_epochs": 1}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["compare", "config.yaml", "--metric=val_f1"]) == 2
+    line = error_line(capfd)
+    assert "val_accuracy, val_loss. Received: 'val_f1'" in line
+
+
+def test_the_bar_keeps_one_line_of_80_columns(
+    small_run: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    small_run.remove("--trainer.enable_progress_bar=false")
+    assert main(["fit", *small_run, "--trainer.max_epochs=3"]) == 0
+    out = capfd.readouterr().out
+    bars = [line for line in re.split(r"[\r\n]", out) if "val_accuracy: 0" in line]
+    assert bars
+    assert all(re.match(r"Epoch \d", line) and len(line) <= 80 for line in bars)

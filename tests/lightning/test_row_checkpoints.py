@@ -1,0 +1,164 @@
+"""Checkpoints that hold the rows that trained: loaded, resumed, and refused by another table."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from small_runs import STAGES, Core, V, data, loader, same_bits, trainer
+
+from partial_embedding import InputError
+from partial_embedding.callbacks.lightning import RowUnfreezing
+from partial_embedding.torch import PartialEmbedding
+
+SCHEDULE = {"stages": [{"epoch": epoch, "rows": list(rows)} for epoch, rows in STAGES.items()]}
+EVER = sorted({row for rows in STAGES.values() for row in rows})
+
+
+class SmallNet(Core, pl.LightningModule):
+    """A module that is made anew from its class alone."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.build(seed=seed)
+
+    def test_step(self, batch: Any, index: int) -> None:
+        self.log("loss", self.loss(batch))
+
+
+class Kept(pl.Callback):
+    """The words as they were when each epoch ended."""
+
+    def __init__(self) -> None:
+        self.words: list[torch.Tensor] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.words.append(pl_module.words.weight.detach().clone())
+
+
+def run(
+    folder: Path, net: SmallNet | None = None, ckpt_path: Any = None, *more: Any, **options: Any
+) -> tuple[Any, SmallNet, Kept]:
+    net = net or SmallNet()
+    kept = Kept()
+    callback = RowUnfreezing(SCHEDULE, audit=1, checkpoint=options.pop("checkpoint", "rows"))
+    every = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    # Kept comes before the checkpoints, which Lightning puts last.
+    made = trainer(callback, kept, every, *more, enable_checkpointing=True, **options)
+    made.fit(net, loader(data()), ckpt_path=ckpt_path)
+    return made, net, kept
+
+
+def saved(path: Path) -> dict[str, Any]:
+    return dict(torch.load(path, weights_only=True))
+
+
+def test_a_checkpoint_holds_the_rows_that_trained_until_then(tmp_path: Path) -> None:
+    run(tmp_path)
+    for epoch, ever in enumerate([[1, 4, 6], [1, 2, 4, 6, 8], [1, 2, 4, 6, 8], EVER]):
+        state = saved(tmp_path / f"epoch={epoch}.ckpt")["state_dict"]
+        assert state["words.weight.ids"].tolist() == ever
+        assert "words.weight" not in state
+        assert "head.weight" in state
+
+
+def test_the_default_is_the_whole_table(tmp_path: Path) -> None:
+    _, net, _ = run(tmp_path, checkpoint="table")
+    state = saved(tmp_path / "epoch=3.ckpt")["state_dict"]
+    assert list(state) == list(net.state_dict())
+    assert torch.equal(state["words.weight"], net.words.weight)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_a_resumed_run_ends_where_the_whole_one_does(epoch: int, tmp_path: Path) -> None:
+    _, whole, _ = run(tmp_path / "whole")
+    again = SmallNet()
+    run(tmp_path / "again", again, tmp_path / "whole" / f"epoch={epoch}.ckpt")
+    for key, value in whole.state_dict().items():
+        assert same_bits(value, again.state_dict()[key]), key
+    last = [saved(tmp_path / part / "epoch=3.ckpt") for part in ("whole", "again")]
+    assert last[0]["state_dict"].keys() == last[1]["state_dict"].keys()
+    for key, value in last[0]["state_dict"].items():
+        assert same_bits(value, last[1]["state_dict"][key]), key
+
+
+@pytest.mark.parametrize("epoch", range(4))
+def test_load_from_checkpoint_makes_the_module_of_that_epoch(epoch: int, tmp_path: Path) -> None:
+    _, _, kept = run(tmp_path)
+    net = SmallNet.load_from_checkpoint(tmp_path / f"epoch={epoch}.ckpt")
+    assert same_bits(net.words.weight, kept.words[epoch])
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["a_new_module", "the_one_that_trained_on"])
+def test_test_loads_the_rows_of_its_checkpoint(fresh: bool, tmp_path: Path) -> None:
+    made, net, kept = run(tmp_path)
+    net = SmallNet() if fresh else net
+    (trainer() if fresh else made).test(
+        net, loader(data()), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False
+    )
+    assert same_bits(net.words.weight, kept.words[0])
+
+
+def test_another_table_is_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(InputError, match=r"'words\.weight'.*same vectors"):
+        SmallNet.load_from_checkpoint(tmp_path / "epoch=3.ckpt", seed=1)
+    with pytest.raises(InputError, match=r"'words\.weight'.*same vectors"):
+        run(tmp_path / "again", SmallNet(seed=1), tmp_path / "epoch=1.ckpt")
+
+
+def test_a_checkpoint_after_fit_holds_rows_too(tmp_path: Path) -> None:
+    made, net, _ = run(tmp_path)
+    made.save_checkpoint(tmp_path / "after.ckpt")
+    assert saved(tmp_path / "after.ckpt")["state_dict"]["words.weight.ids"].tolist() == EVER
+    assert "words.weight" in net.state_dict()
+    # Of weights alone, for those who have not the table as it was.
+    made.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert len(saved(tmp_path / "weights.ckpt")["state_dict"]["words.weight"]) == V
+
+
+def test_a_second_fit_goes_on_from_the_same_origin(tmp_path: Path) -> None:
+    _, net, _ = run(tmp_path)
+    _, _, kept = run(tmp_path / "second", net)
+    again = SmallNet.load_from_checkpoint(tmp_path / "second" / "epoch=3.ckpt")
+    assert same_bits(again.words.weight, kept.words[-1])
+
+
+def test_a_run_that_goes_on_from_a_whole_table_says_that_it_saves_whole_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Its rows trained before this process could know what they had been.
+    run(tmp_path, checkpoint="table")
+    run(tmp_path / "again", None, tmp_path / "epoch=1.ckpt")
+    assert "words: saved whole" in capsys.readouterr().out
+    assert "words.weight" in saved(tmp_path / "again" / "epoch=3.ckpt")["state_dict"]
+
+
+def test_averaged_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="WeightAveraging"):
+        run(tmp_path, None, None, WeightAveraging())
+
+
+def test_an_unknown_checkpoint_is_refused() -> None:
+    with pytest.raises(InputError, match=r"'table' or 'rows'.*'row'"):
+        RowUnfreezing(SCHEDULE, checkpoint="row")
+
+
+def test_tables_of_other_schedules_are_saved_whole(tmp_path: Path) -> None:
+    class TwoTables(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = PartialEmbedding(V, 2, trainable_rows=[1])
+
+        def parts(self) -> Any:
+            return {**super().parts(), "other": [self.other.weight]}
+
+    callback = RowUnfreezing({"words": SCHEDULE}, checkpoint="rows")
+    made = trainer(callback, max_epochs=1)
+    made.fit(TwoTables(), loader(data()))
+    made.save_checkpoint(tmp_path / "last.ckpt")
+    state = saved(tmp_path / "last.ckpt")["state_dict"]
+    assert "words.weight.rows" in state
+    assert "other.weight" in state

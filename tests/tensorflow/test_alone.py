@@ -1,0 +1,76 @@
+"""What a process of its own shows: memory, another backend, files without the import."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+
+from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
+
+
+@pytest.fixture
+def last_line(start: Callable[..., Any]) -> Callable[..., str]:
+    def last_line(*arguments: object) -> str:
+        run = start("run_alone.py", *arguments)
+        output, errors = run.communicate()
+        assert run.returncode == 0, errors[-3000:]
+        return str(output.splitlines()[-1])
+
+    return last_line
+
+
+# Keras's own optimizers leave some 5 MB of each step that was traced, of any model without a sparse
+# gradient.
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [("split", 170), ("rowwise", 60), pytest.param("lazy", 60, marks=pytest.mark.full)],
+)
+def test_models_that_were_dropped_leave_no_table(
+    kind: str, limit: int, last_line: Callable[..., str]
+) -> None:
+    # Seventeen tables would be 680 MB.
+    assert int(last_line("leak", kind)) < limit
+
+
+@pytest.mark.parametrize("kind", ["rowwise", "lazy"])
+def test_numbers_may_be_checked_while_it_trains(kind: str, last_line: Callable[..., str]) -> None:
+    assert last_line("numerics", kind) == "no complaint"
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.h5"])
+def test_a_file_that_is_opened_without_the_import_names_it(
+    name: str, last_line: Callable[..., str], tmp_path: Path
+) -> None:
+    layer = PartialEmbedding(5, 2, trainable_rows=[1])
+    model = keras.Sequential([keras.Input((3,), dtype="int64"), layer, keras.layers.Flatten()])
+    model.compile(rowwise("adam"), "mse")
+    model.save(tmp_path / name)
+    told = last_line("load", tmp_path / name)
+    assert "'partial_embedding.tensorflow" in told
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("KERAS_BACKEND", "jax"), ("KERAS_BACKEND", "numpy"), ("TF_USE_LEGACY_KERAS", "1")],
+)
+def test_another_backend_is_refused_in_one_line_when_it_is_imported(
+    variable: str, value: str
+) -> None:
+    environment = {**os.environ, variable: value, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", "import partial_embedding.tensorflow"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "InputError: partial_embedding.tensorflow is for Keras" in run.stderr
+    assert f"Received {variable}={value}" in run.stderr

@@ -1,0 +1,395 @@
+"""Every way out of a model and back in carries the whole state of a partial table.
+
+A run of eight steps, in which row 3 freezes and rows 7 and 8 join at step 4, is cut and goes on
+through a door: it ends bit for bit where the uninterrupted run does.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+
+from partial_embedding import InputError  # noqa: E402
+from partial_embedding.tensorflow import (  # noqa: E402
+    PartialEmbedding,
+    plain_weights,
+    rowwise,
+    set_plain_weights,
+)
+
+NUM_ROWS, WIDTH, STEPS, STAGE = 12, 4, 8, 4
+RESERVED = [3, 5, 7, 8]
+MATRIX = np.random.default_rng(0).normal(size=(NUM_ROWS, WIDTH)).astype(np.float32)
+IDS = np.random.default_rng(1).integers(0, NUM_ROWS, (STEPS, 4, 5))
+TARGETS = np.random.default_rng(2).normal(size=(STEPS, 4, 2)).astype(np.float32)
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "split": lambda: keras.optimizers.AdamW(0.1, weight_decay=0.1),
+    "rowwise": lambda: rowwise(keras.optimizers.AdamW(0.1, weight_decay=0.1)),
+    "lazy": lambda: rowwise(keras.optimizers.AdamW(0.1, weight_decay=0.1), lazy=True),
+}
+# The steps that are made before the cut, and whether the rows of the next one are set already.
+CUTS = {"before": (STAGE - 1, False), "at": (STAGE, True), "after": (STAGE + 2, False)}
+
+
+def rows_at(step: int) -> list[int]:
+    return [3, 5] if step < STAGE else [5, 7, 8]
+
+
+def partial(**settings: Any) -> Any:
+    rows = {"trainable_rows": [3, 5], "reserve_rows": RESERVED}
+    return PartialEmbedding.from_matrix(MATRIX, name="words", **{**rows, **settings})
+
+
+def network(layer: Any) -> Any:
+    inputs = keras.Input((5,), dtype="int64")
+    pooled = keras.layers.GlobalAveragePooling1D()(layer(inputs))
+    head = keras.layers.Dense(2, name="head", kernel_initializer="ones")
+    return keras.Model(inputs, head(pooled))
+
+
+def fresh(kind: str) -> Any:
+    model = network(partial())
+    model.compile(KINDS[kind](), "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def set_rows(model: Any, step: int) -> None:
+    layer = model.get_layer("words")
+    if layer.trainable_rows.tolist() != rows_at(step):
+        layer.set_trainable_rows(rows_at(step))
+
+
+def train(model: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        set_rows(model, step)
+        model.train_on_batch(IDS[step], TARGETS[step])
+
+
+def state(model: Any) -> list[bytes]:
+    arrays = [*plain_weights(model), *(v.numpy() for v in model.optimizer.variables)]
+    return [array.tobytes() for array in arrays]
+
+
+@cache
+def whole_run(kind: str) -> list[bytes]:
+    model = fresh(kind)
+    train(model, 0, STEPS)
+    return state(model)
+
+
+def by_checkpoint(model: Any, kind: str, folder: Path) -> Any:
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(folder / "state")
+    other = fresh(kind)
+    restored = tf.train.Checkpoint(model=other, optimizer=other.optimizer).restore(path)
+    restored.assert_consumed()
+    return other
+
+
+def by_keras_file(model: Any, kind: str, folder: Path) -> Any:
+    model.save(folder / "model.keras")
+    return keras.models.load_model(folder / "model.keras")
+
+
+def by_weights_file(model: Any, kind: str, folder: Path) -> Any:
+    model.save_weights(folder / "model.weights.h5")
+    other = fresh(kind)
+    other.load_weights(folder / "model.weights.h5")
+    return other
+
+
+def by_arrays(model: Any, kind: str, folder: Path) -> Any:
+    other = fresh(kind)
+    other.set_weights(model.get_weights())
+    other.optimizer.set_weights([v.numpy() for v in model.optimizer.variables])
+    return other
+
+
+def by_clone(model: Any, kind: str, folder: Path) -> Any:
+    other = keras.models.clone_model(model)
+    other.compile(KINDS[kind](), "mse")
+    other.optimizer.build(other.trainable_variables)
+    other.set_weights(model.get_weights())
+    other.optimizer.set_weights([v.numpy() for v in model.optimizer.variables])
+    return other
+
+
+def by_going_back(model: Any, kind: str, folder: Path) -> Any:
+    weights = model.get_weights()
+    variables = [v.numpy() for v in model.optimizer.variables]
+    model.get_layer("words").set_trainable_rows([8])
+    model.fit(IDS[0], TARGETS[0], epochs=2, verbose=0)
+    model.set_weights(weights)
+    model.optimizer.set_weights(variables)
+    return model
+
+
+DOORS: dict[str, Callable[[Any, str, Path], Any]] = {
+    "tf.train.Checkpoint": by_checkpoint,
+    ".keras": by_keras_file,
+    ".weights.h5": by_weights_file,
+    "set_weights": by_arrays,
+    "clone_model": by_clone,
+    "pickle": lambda model, kind, folder: pickle.loads(pickle.dumps(model)),
+    "deepcopy": lambda model, kind, folder: copy.deepcopy(model),
+    "going back": by_going_back,
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_run_that_goes_on_through_a_door_ends_where_the_whole_one_does(
+    door: str, kind: str, cut: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("door", door)
+    steps, is_set = CUTS[cut]
+    model = fresh(kind)
+    train(model, 0, steps)
+    if is_set:
+        set_rows(model, steps)
+    at_cut = plain_weights(model)
+    other = DOORS[door](model, kind, tmp_path)
+    for got, expected in zip(plain_weights(other), at_cut, strict=True):
+        assert got.tobytes() == expected.tobytes()
+    train(other, steps, STEPS)
+    assert state(other) == whole_run(kind)
+    assert other.get_layer("words").trainable_rows.tolist() == rows_at(STEPS)
+
+
+def trained(kind: str = "rowwise") -> Any:
+    model = fresh(kind)
+    train(model, 0, STAGE + 2)
+    return model
+
+
+def plain_network() -> Any:
+    return network(keras.layers.Embedding(NUM_ROWS, WIDTH, name="words"))
+
+
+def through_layers(source: Any, target: Any, folder: Path) -> None:
+    for one, other in zip(source.layers, target.layers, strict=True):
+        other.set_weights(one.get_weights())
+
+
+def through_a_weights_file(source: Any, target: Any, folder: Path) -> None:
+    source.save_weights(folder / "model.weights.h5")
+    target.load_weights(folder / "model.weights.h5")
+
+
+def through_an_old_file(source: Any, target: Any, folder: Path) -> None:
+    source.save(folder / "model.h5")
+    target.load_weights(folder / "model.h5")
+
+
+def through_an_old_file_by_name(source: Any, target: Any, folder: Path) -> None:
+    source.save(folder / "model.h5")
+    target.load_weights(folder / "model.h5", by_name=True)
+
+
+def through_the_named_way(source: Any, target: Any, folder: Path) -> None:
+    set_plain_weights(target, plain_weights(source))
+
+
+EXCHANGES = [
+    through_layers,
+    through_a_weights_file,
+    through_an_old_file,
+    through_an_old_file_by_name,
+    through_the_named_way,
+]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_weights_go_to_a_plain_model_and_back(exchange: Any, tmp_path: Path) -> None:
+    source, plain, back = trained(), plain_network(), network(partial())
+    exchange(source, plain, tmp_path)
+    np.testing.assert_array_equal(plain(IDS[0]), source(IDS[0]))
+    exchange(plain, back, tmp_path)
+    assert [a.tobytes() for a in plain_weights(back)] == [a.tobytes() for a in plain.get_weights()]
+    assert back.get_layer("words").trainable_rows.tolist() == [3, 5]
+
+
+def test_weights_of_another_model_are_refused_before_any_is_set() -> None:
+    model = network(partial())
+    before = plain_weights(model)
+    with pytest.raises(InputError, match="of the same structure") as refused:
+        set_plain_weights(model, before[:-1])
+    assert "(12, 4)" in str(refused.value)
+    # The remedy: from a model of the same structure.
+    set_plain_weights(model, plain_network().get_weights())
+
+
+def test_a_layer_is_copied_with_its_rows_and_values() -> None:
+    layer = trained().get_layer("words")
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.get_weights()[0].tobytes() == layer.get_weights()[0].tobytes()
+        assert other.trainable_rows.tolist() == [5, 7, 8]
+
+
+def test_a_saved_model_gives_the_same_numbers_after_rows_froze_again(tmp_path: Path) -> None:
+    model = trained()
+    tf.saved_model.save(model, str(tmp_path / "saved"))
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    served = loaded.signatures["serving_default"](tf.constant(IDS[0]))
+    np.testing.assert_array_equal(next(iter(served.values())), model(IDS[0]))
+
+
+class Freezing(keras.callbacks.Callback):  # type: ignore[misc]
+    """Thaws one set of rows after the other, as chain-thaw does, and keeps each epoch's table."""
+
+    rows = ([3], [5], [7], [3], RESERVED)
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__()
+        self.losses = losses
+        self.tables: list[Any] = []
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.model.get_layer("words").set_trainable_rows(self.rows[epoch])
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        logs["told"] = self.losses[epoch]
+        self.tables.append(plain_weights(self.model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("best", range(4))
+def test_early_stopping_restores_the_best_weights_after_rows_froze_again(
+    kind: str, best: int
+) -> None:
+    losses = [1.0 if epoch == best else 2.0 for epoch in range(5)]
+    losses[:best] = [3.0 - epoch / 10 for epoch in range(best)]
+    freezing = Freezing(losses)
+    stopping = keras.callbacks.EarlyStopping(
+        "told", mode="min", patience=9, restore_best_weights=True
+    )
+    model = fresh(kind)
+    model.fit(IDS[0], TARGETS[0], epochs=5, verbose=0, callbacks=[freezing, stopping])
+    assert stopping.best_epoch == best
+    for got, expected in zip(plain_weights(model), freezing.tables[best], strict=True):
+        assert got.tobytes() == expected.tobytes()
+    assert model.get_layer("words").trainable_rows.tolist() == freezing.rows[best]
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_model_checkpoint_keeps_the_best_table(weights_only: bool, tmp_path: Path) -> None:
+    freezing, model = Freezing([3.0, 1.0, 2.0, 2.0, 2.0]), fresh("rowwise")
+    path = tmp_path / ("best.weights.h5" if weights_only else "best.keras")
+    keep = keras.callbacks.ModelCheckpoint(
+        path, "told", mode="min", save_best_only=True, save_weights_only=weights_only
+    )
+    model.fit(IDS[0], TARGETS[0], epochs=5, verbose=0, callbacks=[freezing, keep])
+    if weights_only:
+        model.load_weights(path)
+    else:
+        model = keras.models.load_model(path)
+        assert model.get_layer("words").trainable_rows.tolist() == [5]
+    for got, expected in zip(plain_weights(model), freezing.tables[1], strict=True):
+        assert got.tobytes() == expected.tobytes()
+
+
+# Averages
+
+
+def changed_rows(model: Any) -> list[int]:
+    table = model.get_layer("words").get_weights()[0]
+    rows = np.arange(NUM_ROWS)
+    return [int(r) for r in rows if table[r].tobytes() != MATRIX[r].tobytes()]
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, rowwise], ids=["split", "rowwise"])
+@pytest.mark.parametrize("swap", [False, True])
+def test_averages_in_place_of_weights_leave_frozen_bits(swap: bool, wrap: Any) -> None:
+    model = network(partial())
+    model.compile(wrap(keras.optimizers.AdamW(0.1, weight_decay=0.5, use_ema=True)), "mse")
+    callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)] if swap else []
+    validation = {"validation_data": (IDS[1], TARGETS[1])}
+    model.fit(IDS[0], TARGETS[0], epochs=3, verbose=0, callbacks=callbacks, **validation)
+    assert changed_rows(model) == [3, 5]
+
+
+def test_averages_by_hand_leave_frozen_bits() -> None:
+    model = fresh("rowwise")
+    kept = [v.numpy() for v in model.trainable_variables]
+    for step in range(3):
+        train(model, step, step + 1)
+        for average, variable in zip(kept, model.trainable_variables, strict=True):
+            average += (variable.numpy() * 1.1 - average) / 3  # which rounds equal numbers
+    for average, variable in zip(kept, model.trainable_variables, strict=True):
+        variable.assign(average)
+    assert changed_rows(model) == [3, 5]
+    # Rows that begin to train begin at what they hold, whatever the average was.
+    model.get_layer("words").set_trainable_rows([7])
+    assert changed_rows(model) == [3, 5]
+
+
+def test_weights_of_the_whole_model_can_be_averaged() -> None:
+    one, other = trained(), trained()
+    train(other, STAGE + 2, STEPS)
+    mean = [(a + b) / 2 for a, b in zip(one.get_weights(), other.get_weights(), strict=True)]
+    expected = [(a + b) / 2 for a, b in zip(plain_weights(one), plain_weights(other), strict=True)]
+    one.set_weights(mean)
+    for got, wanted in zip(plain_weights(one), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+# The table as one variable
+
+
+def test_embeddings_are_read_assigned_and_differentiated_like_a_variable() -> None:
+    layer, plain = partial(), keras.layers.Embedding(NUM_ROWS, WIDTH, weights=[MATRIX])
+    for one in (layer, plain):
+        one.embeddings.assign_add(np.ones_like(MATRIX))
+        assert one.embeddings.shape == (NUM_ROWS, WIDTH)
+        assert one.embeddings.numpy().tobytes() == (MATRIX + 1).tobytes()
+        np.testing.assert_array_equal(one.embeddings[3], MATRIX[3] + 1)
+        np.testing.assert_array_equal(one(IDS[0]), MATRIX[IDS[0]] + 1)
+    gradients = []
+    for one in (layer, plain):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(one(IDS[0]) ** 2)
+        gradients.append(tf.convert_to_tensor(tape.gradient(loss, one.embeddings)).numpy())
+    ours, theirs = gradients
+    np.testing.assert_allclose(ours[[3, 5]], theirs[[3, 5]], rtol=1e-6)
+    assert not np.delete(ours, [3, 5], axis=0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adversarial_steps_perturb_the_table_and_take_it_back(kind: str) -> None:
+    class Adversarial(keras.Model):  # type: ignore[misc]
+        def train_step(self, data: Any) -> Any:
+            ids, targets = data
+            table = self.get_layer("words").embeddings
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(y=targets, y_pred=self(ids, training=True))
+            step = tf.convert_to_tensor(tape.gradient(loss, table)) * 8.0
+            table.assign_add(step)
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(y=targets, y_pred=self(ids, training=True))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            table.assign_sub(step)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+            return {"loss": loss}
+
+    model = network(partial())
+    model = Adversarial(model.inputs, model.outputs)
+    model.compile(KINDS[kind](), "mse")
+    model.fit(IDS[0], TARGETS[0], epochs=2, verbose=0)
+    assert changed_rows(model) == [3, 5]
+
+
+def test_the_size_of_a_layer_is_that_of_its_table() -> None:
+    model = network(partial())
+    assert model.get_layer("words").count_params() == NUM_ROWS * WIDTH
+    trains = sum(int(np.prod(v.shape)) for v in model.get_layer("words").trainable_variables)
+    assert trains == len(RESERVED) * WIDTH

@@ -1,0 +1,180 @@
+"""Tables that grow in Keras: old rows and their optimizer state stay, new rows begin."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+
+from partial_embedding import InputError, Schedule  # noqa: E402  # after the skip
+from partial_embedding.schedule.runner import Runner  # noqa: E402
+from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise  # noqa: E402
+from partial_embedding.tensorflow.adapter import KerasTables  # noqa: E402
+
+V, D, NEW = 10, 4, 3
+OPTIMIZERS: dict[str, Any] = {
+    "rowwise-Adam": lambda: rowwise(keras.optimizers.Adam(0.1, weight_decay=0.1)),
+    "rowwise-lazy": lambda: rowwise(keras.optimizers.Adam(0.1), lazy=True),
+    "SGD-momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+    "Adam": lambda: keras.optimizers.Adam(0.1),
+    "Adam-ema": lambda: keras.optimizers.Adam(0.1, use_ema=True),
+    "loss-scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1)),
+}
+
+
+class TiedScores(keras.layers.Layer):
+    """The scores of all items, by the table itself."""
+
+    def __init__(self, table: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.table = table
+
+    def call(self, inputs: Any) -> Any:
+        scores = inputs @ keras.ops.transpose(self.table.embeddings)
+        return keras.ops.mean(scores[..., :V], axis=-1, keepdims=True)
+
+
+def model_of(num_rows: int = V, rows: Any = (1, 5), tied: bool = False, **options: Any) -> Any:
+    matrix = np.zeros((num_rows, D), np.float32)
+    matrix[:V] = np.random.default_rng(0).normal(size=(V, D))
+    layer = PartialEmbedding.from_matrix(matrix, trainable_rows=rows, name="items", **options)
+    keras.utils.set_random_seed(1)
+    head = TiedScores(layer) if tied else keras.layers.Dense(1)
+    pool = keras.layers.GlobalAveragePooling1D()
+    return keras.Sequential([keras.Input((3,), dtype="int32"), layer, pool, head])
+
+
+def fit(model: Any, num_rows: int, epochs: int = 2) -> None:
+    ids = np.random.default_rng(3).integers(num_rows, size=(24, 3))
+    model.fit(ids, np.ones(24), batch_size=8, epochs=epochs, shuffle=False, verbose=0)
+
+
+def table_of(model: Any) -> Any:
+    (matrix,) = model.layers[0].get_weights()
+    return matrix
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["alone", "tied"])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_old_rows_go_on_and_new_ones_begin_bit_for_bit(make: Any, tied: bool) -> None:
+    # The same run over a table that had all rows from the start, of which the last joined late.
+    grown = model_of(tied=tied)
+    whole = model_of(V + NEW, tied=tied, reserve_rows=[1, 5, *range(V, V + NEW)])
+    for model in (grown, whole):
+        model.compile(make(), "mse")
+        fit(model, V)
+    assert grow_table(grown, "items", NEW, init=np.zeros((NEW, D))) == [10, 11, 12]
+    whole.layers[0].unfreeze_rows(range(V, V + NEW))
+    assert np.array_equal(table_of(grown), table_of(whole))
+    for model in (grown, whole):
+        fit(model, V + NEW)
+    assert np.array_equal(table_of(grown), table_of(whole))
+    assert table_of(grown)[V:].any()
+    assert grown.predict(np.full((1, 3), V + NEW - 1), verbose=0).shape == (1, 1)
+
+
+def test_new_rows_may_stay_as_they_begin() -> None:
+    model = model_of()
+    model.compile(OPTIMIZERS["rowwise-Adam"](), "mse")
+    fit(model, V)
+    mean = table_of(model).mean(axis=0, dtype=np.float32)
+    grow_table(model, "items", NEW, trainable=False)
+    fit(model, V + NEW)
+    assert np.array_equal(table_of(model)[V:], np.tile(mean, (NEW, 1)))
+    model.layers[0].unfreeze_rows("new")
+    fit(model, V + NEW)
+    assert not np.isclose(table_of(model)[V:], mean).any()
+
+
+@pytest.mark.parametrize("reserve", [None, "all"], ids=["plain", "reserved"])
+def test_a_table_of_which_all_rows_train_grows(reserve: Any) -> None:
+    model = model_of(rows="all", reserve_rows=reserve)
+    model.compile("adam", "mse")
+    fit(model, V)
+    before = table_of(model)
+    grow_table(model, "items", NEW, init=keras.initializers.Ones())
+    assert np.array_equal(table_of(model), np.concatenate([before, np.ones((NEW, D))]))
+    fit(model, V + NEW)
+    assert model.layers[0].trainable_rows.size == V + NEW
+    if reserve is None:
+        with pytest.raises(InputError, match="reserve_rows='all'"):
+            grow_table(model, "items", NEW, trainable=False)
+    else:
+        grow_table(model, "items", NEW, trainable=False)
+        assert model.layers[0].trainable_rows.size == V + NEW
+
+
+@pytest.mark.parametrize("rows", [(1, 5), "all"], ids=str)
+def test_weights_from_before_load_into_the_old_rows(rows: Any, tmp_path: Path) -> None:
+    old = model_of(rows=rows)
+    old.compile("sgd", "mse")
+    fit(old, V)
+    old.save_weights(tmp_path / "old.weights.h5")
+    grown = model_of(rows=rows)
+    grow_table(grown, "items", NEW, init=keras.initializers.Ones())
+    grown.load_weights(tmp_path / "old.weights.h5")
+    assert np.array_equal(table_of(grown), np.concatenate([table_of(old), np.ones((NEW, D))]))
+    grown.layers[0].set_weights([np.zeros((V, D))])
+    assert not table_of(grown)[:V].any()
+    assert table_of(grown)[V:].all()
+    with pytest.raises((InputError, ValueError), match="shape"):
+        grown.layers[0].set_weights([np.zeros((V - 1, D))])
+
+
+def test_a_grown_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = model_of()
+    model.compile("adam", "mse")
+    fit(model, V)
+    grow_table(model, "items", NEW)
+    fit(model, V + NEW)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert np.array_equal(table_of(again), table_of(model))
+    for one in (model, again):
+        fit(one, V + NEW)
+    assert np.array_equal(table_of(again), table_of(model))
+
+
+def test_new_names_the_rows_by_which_a_table_grew_last() -> None:
+    model = model_of()
+    schedule = Schedule([{"epoch": 0, "rows": "new"}])
+    with pytest.raises(InputError, match="grow_table"):
+        Runner(KerasTables(model), {None: schedule})
+    grow_table(model, "items", NEW)
+    grow_table(model, "items", 1, trainable=False)
+    Runner(KerasTables(model), {None: schedule}).advance(0, 0)
+    assert model.layers[0].trainable_rows.tolist() == [13]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"name": "words"}, r"the tables are \['items'\]"),
+        ({"rows": 0}, "from 1 up"),
+        ({"init": np.ones((NEW, D + 1))}, "a vector for each new row"),
+        ({"init": "zeros"}, "init is 'mean'"),
+    ],
+    ids=["name", "rows", "vectors", "init"],
+)
+def test_what_cannot_grow_is_refused_and_stays(change: dict[str, Any], reason: str) -> None:
+    model = model_of()
+    before = table_of(model)
+    with pytest.raises(InputError, match=reason):
+        grow_table(model, **{"name": "items", "rows": NEW, **change})
+    assert np.array_equal(table_of(model), before)
+
+
+def test_a_layer_made_of_a_table_draws_no_other_one_first() -> None:
+    # It would be as much memory again.
+    def never(shape: Any, dtype: Any = None) -> Any:
+        pytest.fail("drew a table")
+
+    for rows in ([1], "all"):
+        layer = PartialEmbedding.from_matrix(
+            np.eye(3, dtype=np.float32), trainable_rows=rows, embeddings_initializer=never
+        )
+        assert np.array_equal(layer.get_weights()[0], np.eye(3))
+        assert layer.embeddings_initializer is never

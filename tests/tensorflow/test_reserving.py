@@ -1,0 +1,200 @@
+"""`RowUnfreezing` alone tells a layer which rows to reserve, and refuses what cannot train."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+
+from partial_embedding import InputError, Vocabulary  # noqa: E402
+from partial_embedding.callbacks.keras import RowUnfreezing  # noqa: E402
+from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
+
+NUM_ROWS, WIDTH = 8, 2
+IDS = np.arange(NUM_ROWS).reshape(4, 2)
+STAGES = {"stages": [{"epoch": 0, "rows": [6, 7]}, {"epoch": 1, "rows": {"most_frequent": 2}}]}
+VOCABULARY = Vocabulary("abcdefgh", counts=[9, 8, 1, 1, 1, 1, 1, 1])
+
+
+def network(layer: Any = None, optimizer: Any = "adam") -> Any:
+    layer = layer or PartialEmbedding(NUM_ROWS, WIDTH, name="words")
+    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, keras.layers.Dense(1)])
+    model.compile(optimizer, "mse")
+    return model
+
+
+def fit(model: Any, schedule: Any = STAGES, **settings: Any) -> list[int]:
+    """Train two epochs, and say which rows moved."""
+    before = model.layers[0].get_weights()[0]
+    unfreezing = RowUnfreezing(schedule, vocabulary=VOCABULARY, audit=True)
+    settings = {"epochs": 2, "batch_size": 2, "callbacks": [unfreezing], **settings}
+    model.fit(IDS, np.ones((4, 2, 1)), verbose=0, **settings)
+    moved = (model.layers[0].get_weights()[0] != before).any(axis=1)
+    return [int(row) for row in np.flatnonzero(moved)]
+
+
+@pytest.mark.parametrize("lazy", [None, False, True])
+def test_the_schedule_alone_reserves_what_it_will_ever_train(lazy: bool | None) -> None:
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    model = network(optimizer=optimizer if lazy is None else rowwise(optimizer, lazy=lazy))
+    (table,) = model.layers[0].get_weights()
+    assert fit(model) == [0, 1, 6, 7]
+    layer = model.layers[0]
+    assert layer.reserved_rows.tolist() == [0, 1, 6, 7]
+    assert [tuple(v.shape) for v in layer.trainable_variables] == [(4, WIDTH)]
+    assert layer.get_weights()[0][2:6].tobytes() == table[2:6].tobytes()
+
+
+def test_it_reserves_before_a_backup_is_read(tmp_path: Any) -> None:
+    def callbacks() -> list[Any]:
+        return [
+            keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False),
+            RowUnfreezing(STAGES, vocabulary=VOCABULARY, backup_dir=tmp_path),
+        ]
+
+    fit(model := network(), epochs=1, callbacks=callbacks())
+    resumed = network()
+    fit(resumed, callbacks=callbacks())
+    fit(model, initial_epoch=1, callbacks=callbacks())
+    assert resumed.layers[0].trainable_rows.tolist() == [0, 1]
+
+
+def test_a_model_that_has_predicted_predicts_what_it_learns() -> None:
+    model = network()
+    before = model.predict(IDS, verbose=0)
+    fit(model)
+    after = model.predict(IDS, verbose=0)
+    assert (before != after).any()
+    np.testing.assert_array_equal(after, model(IDS))
+
+
+def test_a_table_whose_rows_all_train_throughout_stays_a_plain_one() -> None:
+    model = network()
+    fit(model, {"stages": [{"epoch": 0, "rows": "all"}]})
+    assert [v.name for v in model.layers[0].variables] == ["embeddings"]
+
+
+def test_rows_that_a_layer_was_told_to_reserve_are_not_added_to() -> None:
+    layer = PartialEmbedding(NUM_ROWS, WIDTH, trainable_rows=[6], reserve_rows=[6, 7])
+    with pytest.raises(InputError, match=r"stages\[1\]\.rows: .*among the 2 reserved ones"):
+        fit(network(layer))
+
+
+def test_it_is_too_late_once_an_optimizer_was_built_for_the_table() -> None:
+    model = network()
+    model.fit(IDS, np.ones((4, 2, 1)), verbose=0)
+    with pytest.raises(InputError, match="it is a plain one"):
+        fit(model)
+    # The remedy.
+    again = network(PartialEmbedding(NUM_ROWS, WIDTH, reserve_rows="all", name="words"))
+    again.fit(IDS, np.ones((4, 2, 1)), verbose=0)
+    assert fit(again) == [0, 1, 6, 7]
+
+
+def test_a_layer_that_does_not_train_is_refused_under_a_schedule() -> None:
+    model = network()
+    model.layers[0].trainable = False
+    with pytest.raises(InputError, match="'words' with trainable=False"):
+        fit(model)
+    # The remedy: before it is compiled.
+    model.layers[0].trainable = True
+    model.compile("adam", "mse")
+    assert fit(model) == [0, 1, 6, 7]
+
+
+def test_an_optimizer_that_was_built_without_the_table_is_refused() -> None:
+    model = network()
+    model.layers[0].trainable = False
+    model.fit(IDS, np.ones((4, 2, 1)), verbose=0)
+    model.layers[0].trainable = True
+    with pytest.raises(InputError, match=r"Adam that was built without it\. Compile the model"):
+        fit(model)
+    model.compile("adam", "mse")
+    assert fit(model) == [0, 1, 6, 7]
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_layer_reserves_rows_and_freezes_all_others(built: bool) -> None:
+    layer = PartialEmbedding(NUM_ROWS, WIDTH, trainable_rows=[1, 2, 5])
+    if built:
+        layer.build()
+        layer.trainable_variables[0].assign_add(np.ones((3, WIDTH)))
+        (table,) = layer.get_weights()
+    layer.reserve_rows([2, 5, 7])
+    layer.build()
+    assert layer.trainable_rows.tolist() == [2, 5]
+    assert [tuple(v.shape) for v in layer.trainable_variables] == [(3, WIDTH)]
+    assert len(layer.weights) == 3
+    if built:
+        assert layer.get_weights()[0].tobytes() == table.tobytes()
+    layer.unfreeze_rows([7])
+    with pytest.raises(InputError, match="among the 3 reserved ones"):
+        layer.unfreeze_rows([1])
+
+
+# Who counts the steps
+
+
+class TwoOptimizers(keras.Model):  # type: ignore[misc]
+    """One optimizer for the table, another for the rest; the one of `compile` steps nothing."""
+
+    def compile(self, table: Any, rest: Any, **settings: Any) -> None:
+        super().compile(**settings)
+        self.of_table, self.of_rest = table, rest
+
+    def train_step(self, data: Any) -> Any:
+        ids, targets = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=targets, y_pred=self(ids, training=True))
+        words = self.get_layer("words").trainable_variables
+        rest = self.get_layer("head").trainable_variables
+        gradients = tape.gradient(loss, [*words, *rest])
+        self.of_table.apply_gradients(zip(gradients[: len(words)], words, strict=True))
+        self.of_rest.apply_gradients(zip(gradients[len(words) :], rest, strict=True))
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("unit", ["step", "share"])
+def test_steps_are_those_of_the_optimizer_that_steps_the_table(unit: str) -> None:
+    layer = PartialEmbedding(NUM_ROWS, WIDTH, name="words")
+    inputs = keras.Input((2,), dtype="int64")
+    model = TwoOptimizers(inputs, keras.layers.Dense(1, name="head")(layer(inputs)))
+    model.compile(rowwise("adam"), keras.optimizers.SGD(), loss="mse")
+    at = {"step": 3, "share": 0.75}[unit]
+    stages = {"stages": [{unit: 0, "rows": [6]}, {unit: at, "rows": [6, 7]}]}
+    rows: list[list[int]] = []
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: rows.append(layer.trainable_rows.tolist())
+    )
+    model.fit(
+        IDS, np.ones((4, 2, 1)), epochs=2, batch_size=2, verbose=0,
+        callbacks=[RowUnfreezing(stages), watch],
+    )  # fmt: skip
+    assert rows == [[6]] * 3 + [[6, 7]]
+
+
+def test_a_loop_of_ones_own_drives_the_callback_of_a_model_that_was_not_compiled() -> None:
+    layer = PartialEmbedding(NUM_ROWS, WIDTH, name="words")
+    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer])
+    callback = RowUnfreezing({"stages": [{"epoch": 0, "rows": [6]}, {"epoch": 1, "rows": [7]}]})
+    callback.set_model(model)
+    callback.on_train_begin()
+    optimizer = keras.optimizers.SGD(1.0)
+    (before,) = layer.get_weights()
+    for epoch in range(2):
+        callback.on_epoch_begin(epoch)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(IDS))
+        variables = model.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        callback.on_epoch_end(epoch)
+    callback.on_train_end()
+    np.testing.assert_array_equal(before - layer.get_weights()[0] > 0.5, [[False] * 2] * 6 + [[True] * 2] * 2)  # fmt: skip  # noqa: E501
+    stepped = RowUnfreezing({"stages": [{"step": 0, "rows": [6]}, {"step": 1, "rows": [7]}]})
+    stepped.set_model(model)
+    with pytest.raises(InputError, match="make the optimizer an attribute"):
+        stepped.on_train_begin()
+    model.own_optimizer = optimizer
+    stepped.on_train_begin()

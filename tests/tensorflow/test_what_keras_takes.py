@@ -1,0 +1,155 @@
+"""`rowwise` takes an optimizer in every form in which Keras does."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+
+from partial_embedding import InputError  # noqa: E402
+from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
+
+IDS = np.array([[1, 2, 3], [2, 2, 8]])
+UPSTREAM = np.random.default_rng(0).integers(-8, 9, (2, 3, 4)).astype(np.float32) / 8
+MATRIX = np.random.default_rng(1).normal(size=(9, 4)).astype(np.float32)
+RATE = 0.125
+
+
+class Unregistered(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
+    """As the Transformer tutorial has one: no `get_config`."""
+
+    def __call__(self, step: Any) -> Any:
+        return RATE
+
+
+def a_function() -> float:
+    return RATE
+
+
+RATES = {"float": RATE, "lambda": lambda: RATE, "function": a_function, "schedule": Unregistered()}
+
+
+def layer() -> Any:
+    return PartialEmbedding.from_matrix(MATRIX, trainable_rows=[1, 2], reserve_rows=[1, 2, 3])
+
+
+def network(optimizer: Any, *more: Any) -> Any:
+    model = keras.Sequential([keras.Input((3,), dtype="int64"), layer(), *more])
+    loss = lambda upstream, rows: tf.reduce_sum(upstream * rows)  # noqa: E731
+    model.compile(optimizer, loss)
+    return model
+
+
+def table_after(optimizer: Any) -> Any:
+    model = network(optimizer)
+    for _ in range(3):
+        model.train_on_batch(IDS, UPSTREAM)
+    return model.layers[0].get_weights()[0]
+
+
+@pytest.mark.parametrize("kind", ["Adam", "SGD", "ScheduleFreeAdamW"])
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("rate", ["lambda", "function", "schedule"])
+def test_a_learning_rate_of_any_kind_is_that_number(rate: str, lazy: bool, kind: str) -> None:
+    if lazy and kind == "ScheduleFreeAdamW":
+        pytest.skip("lazy=True refuses it")
+    make = getattr(keras.optimizers, kind)
+    tables = [table_after(rowwise(make(RATES[name]), lazy=lazy)) for name in (rate, "float")]
+    assert tables[0].tobytes() == tables[1].tobytes()
+    assert tables[0].tobytes() != MATRIX.tobytes()
+
+
+def test_a_name_is_that_optimizer_and_an_unknown_one_is_refused_by_keras() -> None:
+    assert table_after(rowwise("adam")).tobytes() == (
+        table_after(rowwise(keras.optimizers.Adam())).tobytes()
+    )
+    with pytest.raises(ValueError, match="nadamax"):
+        rowwise("nadamax")
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_it_goes_into_a_loss_scale_optimizer(lazy: bool) -> None:
+    outside = keras.optimizers.LossScaleOptimizer(
+        rowwise(keras.optimizers.Adam(RATE), lazy=lazy), initial_scale=8.0, dynamic_growth_steps=5
+    )
+    inside = rowwise(
+        keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.Adam(RATE), initial_scale=8.0, dynamic_growth_steps=5
+        ),
+        lazy=lazy,
+    )
+    assert inside.get_config()["initial_scale"] == 8.0
+    assert inside.get_config()["dynamic_growth_steps"] == 5
+    assert table_after(inside).tobytes() == table_after(outside).tobytes()
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_lazy_step_that_overflows_in_the_first_reserved_row_is_skipped(value: float) -> None:
+    optimizer = rowwise(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), lazy=True)
+    model = network(optimizer)
+    upstream = np.zeros((2, 3, 4), np.float32)
+    upstream[0, 0, 0] = value  # row 1, before entries of frozen rows
+    scale = float(optimizer.initial_scale)
+    model.train_on_batch(IDS, upstream)
+    assert model.layers[0].get_weights()[0].tobytes() == MATRIX.tobytes()
+    assert float(optimizer.dynamic_scale) == scale / 2
+
+
+def choose(variable: Any) -> Any:
+    return EMBEDDING if "embedding" in variable.path else MUON
+
+
+EMBEDDING = MUON = None
+
+
+@pytest.mark.parametrize("by_map", [False, True])
+def test_of_several_optimizers_it_wraps_those_of_tables(by_map: bool) -> None:
+    global EMBEDDING, MUON
+    EMBEDDING, MUON = keras.optimizers.Adam(RATE), keras.optimizers.Muon(RATE)
+    choice = keras.optimizers.OptimizerMap(MUON, {".*embeddings": EMBEDDING}) if by_map else choose
+    optimizer = rowwise(keras.optimizers.MultiOptimizer(choice))
+    model = network(optimizer, keras.layers.Dense(4, use_bias=False))
+    model.train_on_batch(IDS, UPSTREAM)
+    assert [type(one).__name__ for one in optimizer.optimizers] == ["Rowwise", "Muon"]
+    # A row that joins after a thousand steps moves by one learning rate.
+    for one in optimizer.optimizers:
+        one.iterations.assign(1000)
+    (before,) = model.layers[0].get_weights()
+    model.layers[0].unfreeze_rows([3])
+    model.train_on_batch(IDS, UPSTREAM)
+    assert np.abs(model.layers[0].get_weights()[0] - before)[3].max() <= RATE * 1.01
+
+
+def test_an_optimizer_that_cannot_be_served_is_refused_for_the_table_alone() -> None:
+    one_map, lamb = keras.optimizers.OptimizerMap, keras.optimizers.Lamb
+    several = keras.optimizers.MultiOptimizer(
+        one_map(keras.optimizers.Adam(), {".*kernel": lamb()})
+    )
+    network(rowwise(several), keras.layers.Dense(4)).train_on_batch(IDS, UPSTREAM)
+    several = keras.optimizers.MultiOptimizer(one_map(lamb()))
+    with pytest.raises(InputError, match="Received: Lamb"):
+        network(rowwise(several)).train_on_batch(IDS, UPSTREAM)
+
+
+@pytest.mark.parametrize("lazy", [None, False, True])
+@pytest.mark.parametrize("compiled", [{"jit_compile": True}], ids=str)
+def test_ids_that_are_none_train_nothing_under_xla(
+    lazy: bool | None, compiled: dict[str, Any]
+) -> None:
+    optimizer = keras.optimizers.SGD(1.0)
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int64"),
+            PartialEmbedding.from_matrix(MATRIX, trainable_rows=[0, 8]),
+        ]
+    )
+    loss = lambda upstream, rows: tf.reduce_sum(upstream * rows)  # noqa: E731
+    model.compile(optimizer if lazy is None else rowwise(optimizer, lazy=lazy), loss, **compiled)
+    model.optimizer.build(model.trainable_variables)
+    model.train_on_batch(np.array([[9, 40, -10, -50, 1]]), np.ones((1, 5, 4)))
+    assert model.layers[0].get_weights()[0].tobytes() == MATRIX.tobytes()
+    model.train_on_batch(np.array([[8, -9]]), np.ones((1, 2, 4)))
+    moved = (model.layers[0].get_weights()[0] != MATRIX).any(axis=1)
+    assert np.flatnonzero(moved).tolist() == [0, 8]

@@ -1,0 +1,460 @@
+"""What the README, the pages of the site and the configs show is run."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import yaml
+
+from partial_embedding import Schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"python", "diff", "yaml", "bash"}
+# A block in a tab is indented. A comment before it ties it to the one before (`continues: 1`, to
+# the first of the page), or says why it is not run.
+_FENCE = re.compile(
+    r"(?:^(?P<comment>[ ]*<!-- (?:continues(?:: 1)?|not run: [^\n]+) -->)\n+)?"
+    r"^(?P<indent>[ ]*)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
+_TENSORFLOW = re.compile(
+    r"^\s*(?:import|from) (?:keras|tensorflow|\S+\.(?:keras|tensorflow))\b", re.M
+)
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A fenced block: its language, its code, the line it starts on, and what comes before it."""
+
+    language: str
+    code: str
+    line: int
+    before: "Snippet | None" = None
+    not_run: str = ""
+
+    @property
+    def for_tensorflow(self) -> bool:
+        """Whether this or what it continues imports TensorFlow."""
+        earlier = self.before is not None and self.before.for_tensorflow
+        return earlier or bool(_TENSORFLOW.search(self.code))
+
+
+def snippets_of(text: str) -> list[Snippet]:
+    """The fenced blocks of a Markdown text; `<!-- continues -->` ties one to the one before."""
+    found: list[Snippet] = []
+    last: dict[str, Snippet] = {}
+    for match in _FENCE.finditer(text):
+        language, comment = match["language"], (match["comment"] or "").strip(" <>!-")
+        code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
+        before = None
+        if comment.startswith("continues"):
+            assert language in last, f"nothing comes before the {language} block that continues"
+            first = next(s for s in found if s.language == language)
+            before = first if comment.endswith(": 1") else last[language]
+        line = text.count("\n", 0, match.start("code")) + 1
+        reason = comment.removeprefix("not run: ") if comment.startswith("not run") else ""
+        last[language] = Snippet(language, code, line, before, reason)
+        found.append(last[language])
+    return found
+
+
+def versions_of(snippet: Snippet) -> Iterator[Snippet]:
+    """The Python of a block: one text, or what a diff leads from and to."""
+    if snippet.language != "diff":
+        yield snippet
+        return
+    for sign, other in ("-+", "+-"):
+        lines = snippet.code.splitlines()
+        # A line that is not of this version stays as an empty one, for the numbers of lines.
+        kept = ["" if line.startswith(other) else line.removeprefix(sign) for line in lines]
+        kept = [line.removeprefix(" ") if line == lines[i] else line for i, line in enumerate(kept)]
+        yield replace(snippet, language="python", code="\n".join(kept) + "\n")
+
+
+def execute(snippet: Snippet, name: str) -> dict[str, Any]:
+    """Run a block of Python in the names of those it continues; a traceback shows its own line."""
+    namespace = execute(snippet.before, name) if snippet.before else {"__name__": "page"}
+    padded = "\n" * (snippet.line - 1) + snippet.code
+    exec(compile(padded, name, "exec"), namespace)
+    return namespace
+
+
+SNIPPETS = {path: snippets_of(path.read_text(encoding="utf-8")) for path in PAGES}
+
+
+def of(*languages: str) -> list[Any]:
+    return [
+        pytest.param(path, snippet, id=f"{path.name}_{snippet.line}")
+        for path, snippets in SNIPPETS.items()
+        for snippet in snippets
+        if snippet.language in languages
+    ]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_no_block_of_a_page_is_overlooked(path: Path) -> None:
+    fences = re.findall(r"^ *```", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(fences) == 2 * len(SNIPPETS[path])
+    assert {snippet.language for snippet in SNIPPETS[path]} <= LANGUAGES, "it would not be run"
+
+
+def test_what_is_not_run_says_why() -> None:
+    reasons = {s.not_run for snippets in SNIPPETS.values() for s in snippets if s.not_run}
+    assert reasons == {"TensorFlow Addons has ended, and does not install beside TensorFlow 2.21"}
+
+
+@pytest.mark.parametrize(("path", "snippet"), of("python", "diff"))
+def test_python_in_a_page_runs(
+    path: Path, snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if snippet.not_run:
+        pytest.skip(snippet.not_run)
+    framework = "tensorflow" if snippet.for_tensorflow else "torch"
+    if find_spec(framework) is None:
+        pytest.skip(f"this snippet runs in the {framework} environment")
+    if snippet.for_tensorflow and "torch" in sys.modules:
+        pytest.skip("torch and TensorFlow in one process can crash; runs where torch is not loaded")
+    monkeypatch.chdir(tmp_path)
+    for version in versions_of(snippet):
+        execute(version, path.name)
+
+
+@pytest.mark.parametrize(("path", "snippet"), of("yaml"))
+def test_yaml_in_a_page_is_accepted(path: Path, snippet: Snippet, tmp_path: Path) -> None:
+    written = tmp_path / "page.yaml"
+    written.write_text(snippet.code, encoding="utf-8")
+    assert_accepted(written)
+
+
+def assert_accepted(path: Path) -> None:
+    """A file is a schedule, or a configuration of the command line whose schedule is one."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if {"stages", "preset"} & content.keys():
+        assert Schedule.parse(path).stages
+        return
+    assert Schedule.parse(content["rows"]["schedule"]).stages
+    if find_spec("jsonargparse") is None or find_spec("pytorch_lightning") is None:
+        pytest.skip("the command line is not installed: the text extra brings it")
+    if content.get("recipe") == "language_model" and find_spec("transformers") is None:
+        pytest.skip("this recipe needs the transformers extra")
+    from partial_embedding.cli import main
+
+    # The command ends after it has printed what it made of the file.
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(path), "--print_config"])
+    assert ended.value.code in (None, 0)
+
+
+# Each is run by a test of the command line; a file that is added here needs one. All schedules are
+# run by one test, tests/lightning/test_configs.py.
+CONFIGS = {"new_tokens.yaml", "quickstart.yaml", "text_classification.yaml"}
+
+
+def test_each_config_is_known_to_the_tests() -> None:
+    assert {path.name for path in (ROOT / "configs").glob("*.yaml")} == CONFIGS
+    others = {path.name for path in (ROOT / "configs").iterdir()} - CONFIGS
+    assert others == {"schedules"}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_configs_are_accepted_and_come_back_as_they_were_written(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ROOT / "configs" / name
+    assert_accepted(path)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert Schedule.parse(printed["rows"]["schedule"]) == Schedule.parse(
+        written["rows"]["schedule"]
+    )
+    for part in ("trainer", "model", "data"):
+        assert_within(written.get(part, {}), printed[part], part)
+
+
+def assert_within(written: Any, printed: Any, where: str) -> None:
+    """What was written is in what was printed, where classes have whole names, 1e-2 is a number."""
+    if isinstance(written, dict):
+        for key, value in written.items():
+            assert_within(value, printed[key], f"{where}.{key}")
+    elif isinstance(printed, float):
+        assert float(written) == printed, where
+    elif where.endswith("class_path"):
+        assert printed.split(".")[-1] == written.split(".")[-1], where
+    else:
+        assert printed == written, where
+
+
+@pytest.mark.parametrize(("path", "snippet"), of("bash"))
+def test_commands_in_a_page_exist(path: Path, snippet: Snippet) -> None:
+    commands = re.findall(r"^(\w[\w-]*) ([^\s]+)", snippet.code, re.MULTILINE)
+    assert commands
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for program, argument in commands:
+        if program == "make":
+            assert re.search(rf"^{argument}:", makefile, re.MULTILINE), argument
+        elif program == "partial-embedding":
+            assert argument in {
+                "fit", "validate", "test", "predict", "compare", "schedule", "report",
+            }  # fmt: skip
+        else:
+            assert program in {"pip", "python", "git", "cd"}
+    for config in re.findall(r"configs/[\w./-]+", snippet.code):
+        assert (ROOT / config).is_file(), config
+
+
+@pytest.mark.parametrize(("path", "snippet"), of("bash"))
+def test_options_of_a_page_are_taken(
+    path: Path, snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = snippet.code.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("partial-embedding")]
+    if not commands:
+        return
+    if find_spec("jsonargparse") is None or find_spec("pytorch_lightning") is None:
+        pytest.skip("the command line is not installed: the text extra brings it")
+    from partial_embedding.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    tokens = "".join(f"word{i}\t{1000 - i}\t{int(i > 700)}\n" for i in range(800))
+    (tmp_path / "vocabulary.tsv").write_text(f"token\tcount\tmissing\n{tokens}", encoding="utf-8")
+    for command in commands:
+        if command[0] == "schedule":
+            assert main(command) == 0, command
+        elif command[0] == "fit":
+            # The command ends after it has printed what it made of its options.
+            with pytest.raises(SystemExit) as ended:
+                main([*command, "--print_config"])
+            assert ended.value.code in (None, 0), command
+
+
+WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
+def test_no_line_becomes_a_heading_by_its_number(path: Path) -> None:
+    assert re.findall(r"^#\d.*", path.read_text(encoding="utf-8"), re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
+def test_links_lead_to_files_that_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+# The site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built so that a warning is an error."""
+    if find_spec("torch") is None:
+        pytest.skip("tables are made of data of torch's tests: built in the torch environment")
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_has_each_page_and_nothing_is_left_to_generate(site: Path) -> None:
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = re.findall(r"([\w/-]+)\.md$", config.partition("\nnav:\n")[2], re.MULTILINE)
+    assert len(pages) > 20
+    for page in pages:
+        html = site / page.removesuffix("index") / "index.html"
+        text = html.read_text(encoding="utf-8")
+        assert "generated:" not in text, page
+        # Nothing is loaded from elsewhere.
+        assert re.findall(r'(?:src|rel="stylesheet" href)="(https?:[^"]+)"', text) == [], page
+
+
+def test_the_reference_has_all_public_names(site: Path) -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (site / "api").rglob("index.html"))
+    for module in ("", ".torch", ".tensorflow"):
+        source = ROOT / "partial_embedding" / module.strip(".") / "__init__.py"
+        names = re.findall(r'^    "(\w+)",$', source.read_text(encoding="utf-8"), re.MULTILINE)
+        assert names
+        for name in set(names) - {"__version__", "gradients"}:
+            assert f'id="partial_embedding{module}.{name}"' in text, f"{module}.{name}"
+
+
+def shown_by(module: str) -> dict[str, str | None]:
+    """The docstrings of the classes and functions that a package shows, without importing it."""
+    package = ROOT / "partial_embedding" / module.replace(".", "/")
+    lines = ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body
+    docstrings: dict[str, str | None] = {}
+    for line in lines:
+        if not isinstance(line, ast.ImportFrom) or line.module is None:
+            continue
+        path = (ROOT / line.module.replace(".", "/")).with_suffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8")) if path.exists() else ast.Module([])
+        names = {alias.name for alias in line.names}
+        docstrings |= {
+            node.name: ast.get_docstring(node)
+            for node in tree.body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names
+        }
+    return docstrings
+
+
+@pytest.mark.parametrize("module", ["", "schedule", "rows", "torch"])
+def test_what_a_package_shows_has_an_example(module: str) -> None:
+    docstrings = shown_by(module)
+    assert docstrings
+    lacking = {name for name, text in docstrings.items() if "Example:" not in (text or "")}
+    assert lacking == set()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """A folder at an address of this machine, since scripts of a page may not read files."""
+    handler = partial(_Quiet, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_request(self, *args: Any) -> None:
+        """Say nothing of each request."""
+
+
+def console_of(folder: Path, pages: list[str], profile: Path) -> list[str]:
+    """What Chromium says on its console about pages, each in a frame of its own."""
+    if CHROMIUM is None:
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing("no Chromium to open pages in; `apt-get install chromium` brings it")
+    frames = "".join(f'<iframe src="{page}" width=1200 height=800></iframe>' for page in pages)
+    (folder / "frames.html").write_text(f"<!doctype html>{frames}<p>framed", encoding="utf-8")
+    flags = [
+        "headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run",
+        f"user-data-dir={profile}", "enable-logging=stderr", "virtual-time-budget=5000",
+    ]  # fmt: skip
+    with served(folder) as address:
+        done = subprocess.run(
+            [CHROMIUM, *(f"--{flag}" for flag in flags), "--dump-dom", f"{address}/frames.html"],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=True,
+        )
+    assert "framed" in done.stdout
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_no_page_says_anything_on_the_console_of_a_browser(site: Path, tmp_path: Path) -> None:
+    pages = [str(path.relative_to(site)) for path in site.rglob("index.html")]
+    assert len(pages) > 20
+    assert console_of(site, pages, tmp_path / "profile") == []
+    (site / "broken.html").write_text("<script>missing()</script>", encoding="utf-8")
+    assert console_of(site, ["broken.html"], tmp_path / "profile")
+
+
+# The runner itself: it must not pass by running nothing.
+
+SAMPLE = """
+```python
+x = 1
+```
+
+text
+
+<!-- continues -->
+```python
+assert x == 1
+y = x + 1
+```
+
+```yaml
+stages: []
+```
+
+<!-- continues -->
+```python
+assert y == 2, "chained"
+raise RuntimeError("reached")
+```
+"""
+
+
+def test_the_runner_chains_blocks_and_fails_where_they_fail() -> None:
+    first, second, third, fourth = snippets_of(SAMPLE)
+    assert [s.language for s in (first, second, third, fourth)] == ["python"] * 2 + [
+        "yaml",
+        "python",
+    ]
+    assert execute(second, "sample")["y"] == 2
+    with pytest.raises(NameError):
+        execute(Snippet("python", second.code, second.line), "sample")
+    with pytest.raises(RuntimeError, match="reached") as failed:
+        execute(fourth, "sample.md")
+    last = failed.traceback[-1]
+    assert Path(last.path).name == "sample.md"
+    assert SAMPLE.splitlines()[last.lineno] == 'raise RuntimeError("reached")'
+
+
+def test_the_runner_reads_blocks_in_tabs_and_both_sides_of_a_diff() -> None:
+    text = """
+=== "Tab"
+
+    ```python
+    if True:
+        x = 1
+    ```
+
+```diff
+ x = 1
+-y = x + 1
++y = x + 2
+ assert y == 2
+```
+
+<!-- not run: it has no package -->
+```python
+import missing
+```
+"""
+    tab, diff, missing = snippets_of(text)
+    assert execute(tab, "sample")["x"] == 1
+    before, after = versions_of(diff)
+    assert execute(before, "sample")["y"] == 2
+    with pytest.raises(AssertionError):
+        execute(after, "sample")
+    assert (tab.not_run, missing.not_run) == ("", "it has no package")
+
+
+def test_the_runner_knows_which_blocks_are_for_tensorflow() -> None:
+    for line in ("import keras", "from keras import layers", "import tensorflow as tf"):
+        assert _TENSORFLOW.search(line)
+    assert _TENSORFLOW.search("x = 1\nfrom partial_embedding.tensorflow import PartialEmbedding")
+    assert _TENSORFLOW.search("from partial_embedding.callbacks.keras import RowUnfreezing")
+    assert not _TENSORFLOW.search("from partial_embedding.torch import rowwise")

@@ -1,0 +1,68 @@
+"""New tokens in many architectures of `transformers`, in its Trainer as it comes."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import torch  # noqa: E402  # after the packages that may be missing
+from oracle import assert_same_bits, rows_that_differ  # noqa: E402
+from tiny_architectures import ARCHITECTURES, batch, make  # noqa: E402
+from tiny_language_models import NEW, NEW_ROWS, V, tokenizer, training_arguments  # noqa: E402
+
+from partial_embedding.torch import add_tokens, restore_embedding  # noqa: E402
+from partial_embedding.torch.table import PartialTable  # noqa: E402
+
+STEPS = 20
+
+
+def of_tables(model: Any) -> set[int]:
+    tables = [module for module in model.modules() if isinstance(module, PartialTable)]
+    return {id(p) for table in tables for p in table.parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_new_rows_alone_move_and_the_saved_model_is_a_plain_one(
+    architecture: str, tied: bool, tmp_path: Path
+) -> None:
+    model, words = make(architecture, tied), tokenizer()
+    sizes = {name: len(value) for name, value in model.state_dict().items() if value.dim()}
+    assert add_tokens(model, words, NEW) == NEW_ROWS
+    # Every parameter that grew is a table's, or has nothing that could learn.
+    tables, before = of_tables(model), copy.deepcopy(model.state_dict())
+    given = batch(architecture, words)
+    example = {name: value[0] for name, value in given.items()}
+    arguments = training_arguments(
+        tmp_path / "trainer",
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        learning_rate=0.01,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+    )
+    transformers.Trainer(model, arguments, train_dataset=[example] * STEPS).train()
+    for name, parameter in model.named_parameters():
+        moved = rows_that_differ(before[name], parameter)
+        if id(parameter) in tables:
+            assert set(moved) <= set(NEW_ROWS), name
+        elif name in sizes and len(parameter) != sizes[name]:
+            assert not moved, name
+    for used in (model.get_input_embeddings(), model.get_output_embeddings()):
+        (table, *_) = (module for module in used.modules() if isinstance(module, PartialTable))
+        name = next(n for n, p in model.named_parameters() if p is table.weight)
+        assert rows_that_differ(before[name], table.weight) == NEW_ROWS, name
+
+    model.eval()
+    restore_embedding(model)
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model").eval()
+    assert not of_tables(loaded)
+    with torch.no_grad():
+        logits = model(**given).logits
+        assert_same_bits(loaded(**given).logits, logits, "logits")
+    assert logits.shape[-1] == V + 2

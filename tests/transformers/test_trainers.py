@@ -1,0 +1,328 @@
+"""New tokens in the trainers that people use, as they come."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import torch  # noqa: E402  # after the packages that may be missing
+from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
+from tiny_language_models import (  # noqa: E402
+    NEW,
+    NEW_ROWS,
+    NEW_TEXT,
+    inputs,
+    language_model,
+    tokenizer,
+    training_arguments,
+)
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+
+from partial_embedding.torch import add_tokens  # noqa: E402
+from partial_embedding.torch.row_gradient import RowGradient  # noqa: E402
+from partial_embedding.torch.table import PartialTable, tables_in  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.*:FutureWarning",
+    "ignore:.*tied layer.*",
+    "ignore:.*pin_memory.*",
+)
+TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+QUIET: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "learning_rate": 0.02,
+    "weight_decay": 0.1,
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "bf16": False,
+}
+
+
+def lora() -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+
+
+class Gradients(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+    """Keeps what kinds of gradients tables have when they are about to be stepped."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, set[type]] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        for name, table in tables_in(given["model"]):
+            self.kinds.setdefault(name, set()).add(type(table.weight.grad))
+
+    def check_the_input(self) -> None:
+        """Fail if an input table that is not tied had a whole gradient.
+
+        TRL takes a head's weight into a function of its own, which makes it a whole one.
+        """
+        (kinds, *of_head) = self.kinds.values()
+        assert not of_head or kinds == {RowGradient}
+
+
+def examples(words: Any, count: int = 8) -> list[dict[str, Tensor]]:
+    batch = {name: value[0] for name, value in inputs(words, NEW_TEXT).items()}
+    return [batch] * count
+
+
+def logits_of(model: Any, words: Any) -> Tensor:
+    training = model.training
+    with torch.no_grad():
+        logits: Tensor = model.eval()(**inputs(words, NEW_TEXT)).logits
+    model.train(training)
+    return logits
+
+
+def assert_new_rows_learned(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Fail unless of the tables exactly the new rows moved."""
+    seen = 0
+    tables = [module for module in model.modules() if isinstance(module, PartialTable)]
+    weights = {id(table.weight) for table in tables}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in weights:
+            plain = name.removeprefix("base_model.model.")
+            assert rows_that_differ(before[plain], parameter) == NEW_ROWS, name
+            seen += 1
+    assert seen
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as_it_comes": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "bf16": {"bf16": True},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "adafactor": {"optim": "adafactor"},
+    "sgd": {"optim": "sgd"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("order", ["no_lora", "lora_first", "tokens_first"])
+@TIED
+def test_the_trainer_of_transformers(tied: bool, order: str, options: str, tmp_path: Path) -> None:
+    model, words = language_model("Llama", tied), tokenizer()
+    if order == "lora_first":
+        model = pytest.importorskip("peft").get_peft_model(model, lora())
+    add_tokens(model, words, NEW)
+    base = model.get_base_model() if order == "lora_first" else model
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    if order == "tokens_first":
+        model = pytest.importorskip("peft").get_peft_model(model, lora())
+    seen = Gradients()
+    arguments = training_arguments(tmp_path, **{**QUIET, **OPTIONS[options]})
+    transformers.Trainer(model, arguments, train_dataset=examples(words), callbacks=[seen]).train()
+    assert_new_rows_learned(model, before)
+    # No gradient is as large as the table.
+    assert len(seen.kinds) == (1 if tied else 2)
+    assert all(kinds == {RowGradient} for kinds in seen.kinds.values())
+
+
+@pytest.mark.parametrize("order", ["no_lora", "lora_first", "tokens_first"])
+@TIED
+def test_a_resumed_trainer_ends_where_the_uninterrupted_one_does(
+    tied: bool, order: str, tmp_path: Path
+) -> None:
+    def run(folder: str, resume: str | None = None, **options: Any) -> Any:
+        model, words = language_model("Llama", tied), tokenizer()
+        if order == "lora_first":
+            torch.manual_seed(1)
+            model = pytest.importorskip("peft").get_peft_model(model, lora())
+        add_tokens(model, words, NEW)
+        if order == "tokens_first":
+            torch.manual_seed(1)
+            model = pytest.importorskip("peft").get_peft_model(model, lora())
+        given = {**QUIET, "save_strategy": "steps", "save_steps": 2, **options}
+        arguments = training_arguments(tmp_path / folder, **given)
+        transformers.Trainer(model, arguments, train_dataset=examples(words)).train(
+            resume_from_checkpoint=resume
+        )
+        return model
+
+    whole = run("whole")
+    again = run("again", resume=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, one), (_, other) in zip(
+        whole.named_parameters(), again.named_parameters(), strict=True
+    ):
+        assert_same_bits(other, one, name)
+
+
+def accelerate_loop(model: Any, words: Any, folder: Path) -> Any:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    for _ in range(4):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(**inputs(words, NEW_TEXT)).loss)
+            accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def lightning(model: Any, words: Any, folder: Path) -> Any:
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Module(pl.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            loss: Tensor = self.model(**batch).loss
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
+
+    pl.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        precision="bf16-mixed",
+        accumulate_grad_batches=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Module(), DataLoader([inputs(words, NEW_TEXT)] * 8, batch_size=None))
+    return model
+
+
+def sft(model: Any, words: Any, folder: Path) -> Any:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": [NEW_TEXT] * 8})
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(folder), max_length=32, **QUIET),
+        train_dataset=data,
+        processing_class=words,
+        peft_config=lora(),
+        callbacks=[seen := Gradients()],
+    )
+    trainer.train()
+    seen.check_the_input()
+    return trainer.model
+
+
+LOOPS: dict[str, Callable[[Any, Any, Path], Any]] = {
+    "accelerate": accelerate_loop,
+    "lightning": lightning,
+    "sft": sft,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*train_dataloader.*", "ignore:.*eval mode.*")
+@pytest.mark.parametrize("loop", LOOPS)
+@TIED
+def test_other_trainers(tied: bool, loop: str, tmp_path: Path) -> None:
+    model, words = language_model("Llama", tied), tokenizer()
+    add_tokens(model, words, NEW)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = LOOPS[loop](model, words, tmp_path)
+    assert_new_rows_learned(trained, before)
+
+
+def test_the_trainer_of_sentence_transformers(tmp_path: Path) -> None:
+    st = pytest.importorskip("sentence_transformers")
+    datasets = pytest.importorskip("datasets")
+    from sentence_transformers.base.modules.transformer import Transformer
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules.pooling import Pooling
+
+    bert = language_model("BERT").bert
+    bert.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    modules = [Transformer(str(tmp_path / "model"), max_seq_length=16), Pooling(8)]
+    model = st.SentenceTransformer(modules=modules, device="cpu")
+    inner = next(m for m in model.modules() if isinstance(m, transformers.BertModel))
+    assert add_tokens(inner, model.tokenizer, NEW) == NEW_ROWS
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pairs = {
+        "anchor": ["the numbat sat", "a dog ran", "quokkas ran", "the cat"],
+        "positive": ["a numbat ran", "the dog sat", "quokkas sat on", "a cat"],
+    }
+    arguments = st.SentenceTransformerTrainingArguments(str(tmp_path / "run"), **QUIET)
+    st.SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict(pairs),
+        loss=MultipleNegativesRankingLoss(model),
+        callbacks=[seen := Gradients()],
+    ).train()
+    assert_new_rows_learned(model, before)
+    assert list(seen.kinds.values()) == [{RowGradient}]
+
+
+@pytest.fixture
+def preferences() -> Iterator[Any]:
+    datasets = pytest.importorskip("datasets")
+    pairs = {
+        "prompt": ["the numbat sat on"] * 8,
+        "chosen": [" quokkas and a numbat ran"] * 8,
+        "rejected": [" a mat and the dog ran"] * 8,
+    }
+    return datasets.Dataset.from_dict(pairs)
+
+
+@pytest.mark.parametrize("lora_is", ["given_to_trl", "put_on_before"])
+@TIED
+def test_the_reference_of_dpo_is_the_base_model_at_every_step(
+    tied: bool,
+    lora_is: str,
+    preferences: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trl = pytest.importorskip("trl")
+    from trl.trainer import dpo_trainer
+
+    model, words = language_model("Llama", tied), tokenizer()
+    given_to_trl = lora_is == "given_to_trl"
+    if not given_to_trl:
+        model = pytest.importorskip("peft").get_peft_model(model, lora())
+    add_tokens(model, words, NEW)
+    base = model if given_to_trl else model.get_base_model()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    reference = language_model("Llama", tied)
+    add_tokens(reference, tokenizer(), NEW)
+
+    seen = []
+    use_adapter = dpo_trainer.use_adapter
+
+    @contextmanager
+    def seen_through(model: Any, adapter_name: str | None) -> Iterator[None]:
+        with use_adapter(model, adapter_name):
+            seen.append(logits_of(model, words))
+            yield
+
+    monkeypatch.setattr(dpo_trainer, "use_adapter", seen_through)
+    trainer = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(str(tmp_path), max_length=32, **QUIET),
+        train_dataset=preferences,
+        processing_class=words,
+        callbacks=[kinds := Gradients()],
+        **({"peft_config": lora()} if given_to_trl else {}),
+    )
+    trainer.train()
+    kinds.check_the_input()
+    assert_new_rows_learned(trainer.model, before)
+    assert len(seen) == QUIET["max_steps"]
+    for logits in seen:
+        assert_same_bits(logits, logits_of(reference, words), "logits of the reference")
+    assert not same_bits(logits_of(trainer.model, words), logits_of(reference, words))
