@@ -38,7 +38,8 @@ def draw(schedule: Schedule) -> str:
     ends = [*begins[1:], float(EPOCHS)]
     trains = []
     for step, begin, end in zip(planned, begins, ends, strict=True):
-        rows = schedule.rows_at(schedule.state_at(step.position)).resolve(WORDS, words)
+        choice = schedule.rows_at(schedule.state_at(step.position))
+        rows = choice.resolve(WORDS, words, new=new)
         mask = np.zeros(WORDS, np.float32)
         mask[rows] = 1
         shares = [*mask[:-MISSING].reshape(BANDS, -1).mean(1), mask[-MISSING:].mean()]
