@@ -69,13 +69,7 @@ class RowHook:
             if _is_left_to_ddp(table):
                 self._give_ddp_its_own()
             return _without_frozen(grad, table)
-        if table.has_frozen_rows or self._is_tied():
-            return _zero_where_frozen(grad, table)
-        return grad  # a lookup gives its padding row no gradient
-
-    def _is_tied(self) -> bool:
-        parameter = self._parameter()
-        return parameter is not None and len(hooks_on(parameter)) > 1
+        return _zero_where_frozen(grad, table)
 
     def _hold_rows(self, parameter: Tensor) -> None:
         grad, table = parameter.grad, self._table()
@@ -164,7 +158,7 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable) -> Tensor:
         return torch.where(mask.view(-1, *[1] * (grad.dim() - 1)), grad, grad.new_zeros(()))
     if (padding := table.padding_row) is None:
         return grad
-    # A tied head gives it one.
+    # A lookup gives it no gradient; a head that is tied, or another use of the weight, does.
     return grad.index_fill(0, torch.tensor([padding], device=grad.device), 0)
 
 
