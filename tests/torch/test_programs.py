@@ -169,11 +169,13 @@ class Program(RuleBasedStateMachine):
         # A program that goes on sets its rows as they came, one stage after the other.
         self.table.row_set = row_set
         self.table.load_state_dict(saved[0])
-        self.table.weight.grad = grad
         self.optimizer = type(self).make(self.table.parameters())
         if prepares:
             rowwise(self.optimizer)
         self.optimizer.load_state_dict(saved[1])
+        # What was loaded is compared with the rows of its first step, before others may train.
+        self.optimizer.step()
+        self.table.weight.grad = grad
 
     @rule()
     def copy_the_table(self) -> None:
