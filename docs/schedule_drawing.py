@@ -32,12 +32,14 @@ def draw(schedule: Schedule) -> str:
         schedule: For a table of 6,000 words and ten epochs of 80 steps.
     """
     words = vocabulary()
-    planned = plan(schedule, WORDS, words, EPOCHS, STEPS)
+    new = np.arange(WORDS - 20, WORDS)  # for a schedule of rows by which a table grew
+    planned = plan(schedule, WORDS, words, EPOCHS, STEPS, new=new)
     begins = [max(step.position.epoch or 0, (step.position.step or 0) / STEPS) for step in planned]
     ends = [*begins[1:], float(EPOCHS)]
     trains = []
     for step, begin, end in zip(planned, begins, ends, strict=True):
-        rows = schedule.rows_at(schedule.state_at(step.position)).resolve(WORDS, words)
+        choice = schedule.rows_at(schedule.state_at(step.position))
+        rows = choice.resolve(WORDS, words, new=new)
         mask = np.zeros(WORDS, np.float32)
         mask[rows] = 1
         shares = [*mask[:-MISSING].reshape(BANDS, -1).mean(1), mask[-MISSING:].mean()]

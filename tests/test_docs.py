@@ -162,7 +162,7 @@ def assert_accepted(path: Path) -> None:
 
 # Each is run by a test of the command line; a file that is added here needs one. All schedules are
 # run by one test, tests/lightning/test_configs.py.
-CONFIGS = {"new_tokens.yaml", "quickstart.yaml", "text_classification.yaml"}
+CONFIGS = {"new_tokenizer.yaml", "new_tokens.yaml", "quickstart.yaml", "text_classification.yaml"}
 
 
 def test_each_config_is_known_to_the_tests() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -60,7 +60,10 @@ _DEFAULTS = {
 
 
 def row_unfreezing(
-    schedule: dict[str, Any] | str, lazy: bool = False, audit: bool | int = True
+    schedule: dict[str, Any] | str,
+    lazy: bool = False,
+    audit: bool | int = True,
+    checkpoint: Literal["table", "rows"] = "table",
 ) -> RowUnfreezing:
     """Which rows train, and when.
 
@@ -68,8 +71,10 @@ def row_unfreezing(
         schedule: `{stages: [{epoch: …, rows: …}, …]}`, or the path of a YAML file that holds it.
         lazy: Step only the rows that a batch touched.
         audit: Compare the bits of frozen rows at the end of each stage, and every n steps too.
+        checkpoint: What a checkpoint holds: the whole table, or the rows that ever trained; then
+            the texts and vectors of the training are read again to use it.
     """
-    return RowUnfreezing(schedule, lazy=lazy, audit=audit)
+    return RowUnfreezing(schedule, lazy=lazy, audit=audit, checkpoint=checkpoint)
 
 
 # What has options of its own, in the order of `--help`.
@@ -193,14 +198,7 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, find the checkpoint, and take from it what was not given."""
         # Not the parent's, which warns of arguments that come from Python.
-        if self.subclass_mode_model:
-            # jsonargparse gives the settings of the default class to another one that has the same
-            # names, so the class that is meant becomes the default before the settings are read.
-            named = parser.parse_args([arg for arg in args if not arg.startswith("--print_config")])
-            for key, default in _DEFAULT_CLASSES.items():
-                if not named[key].class_path.endswith(f".{default['class_path']}"):
-                    parser.set_defaults({key: {"class_path": named[key].class_path}})
-        self.config = parser.parse_args(args)
+        self.config = self._parsed(parser, args)
         self.ckpt_path: Path | None = None
         if (named := self.config.ckpt_path) is None:
             if self.command != "fit":
@@ -213,7 +211,17 @@ class RecipeCLI(LightningCLI):
         checkpoint = read_checkpoint(self.ckpt_path, to_go_on=self.command == "fit")
         if self.command != "fit":
             settings = yaml.safe_dump(settings_in(checkpoint))
-            self.config = parser.parse_args(["--config", settings, *args])
+            self.config = self._parsed(parser, ["--config", settings, *args])
+
+    def _parsed(self, parser: LightningArgumentParser, args: Sequence[str]) -> Any:
+        if self.subclass_mode_model:
+            # jsonargparse gives the settings of the default class to another one that has the same
+            # names, so the class that is meant becomes the default before the settings are read.
+            named = parser.parse_args([arg for arg in args if not arg.startswith("--print_config")])
+            for key, default in _DEFAULT_CLASSES.items():
+                if not named[key].class_path.endswith(f".{default['class_path']}"):
+                    parser.set_defaults({key: {"class_path": named[key].class_path}})
+        return parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, whose log is the folder of the run."""

@@ -299,17 +299,31 @@ class TextClassifier(LightningModule):
                 "a checkpoint of a TextClassifier holds its vocabulary. Received one without. "
                 "Name a checkpoint that `fit` wrote."
             )
-        table: Tensor = checkpoint["state_dict"]["embedding.weight"]
-        if self.vocabulary is None:
+        table: Tensor | None = checkpoint["state_dict"].get("embedding.weight")
+        if self.vocabulary is None and table is not None:
             self._build(Vocabulary(saved["tokens"]), tuple(saved["names"]), table.clone())
             return
+        if self.vocabulary is None:
+            self._build_for_rows_alone()
+        assert self.vocabulary is not None  # it is built now
         _refuse_another("vocabulary", "tokens", saved["tokens"], self.vocabulary.tokens)
         _refuse_another("classes", "classes", saved["names"], self.names)
-        if table.shape != self.embedding.weight.shape:
+        if table is not None and table.shape != self.embedding.weight.shape:
             raise InputError(
                 f"the checkpoint's vectors have {table.shape[1]} values each. Received data with "
                 f"{self.embedding.weight.shape[1]}. Pass the vectors that it was trained with."
             )
+
+    def _build_for_rows_alone(self) -> None:
+        """Build from the data: the checkpoint has no other rows than those that trained."""
+        data = getattr(self._trainer, "datamodule", None)
+        if not isinstance(data, TextData):
+            raise InputError(
+                "a checkpoint of the rows that trained is put into the table that training began "
+                "with. Received no data to make it. Use a trainer with datamodule=TextData(…)."
+            )
+        data.setup("fit")
+        self._build(data.vocabulary, data.names, torch.from_numpy(data.table.copy()))
 
 
 class _Convolutions(nn.Module):

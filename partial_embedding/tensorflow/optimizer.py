@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 from partial_embedding.tensorflow.table_state import state_in
@@ -79,7 +80,8 @@ class TableOptimizers:
         for own, wrapped in self._wrapped:
             if own is optimizer:
                 return wrapped
-        self._wrapped.append((optimizer, Rowwise(optimizer, self.lazy)))
+        with tf.init_scope():  # Keras asks while it traces the first step
+            self._wrapped.append((optimizer, Rowwise(optimizer, self.lazy)))
         return self._wrapped[-1][1]
 
     def get_config(self) -> dict[str, Any]:

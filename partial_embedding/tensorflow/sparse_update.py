@@ -25,7 +25,9 @@ def _marked(upstream: Any, slots: Any, shape: Any) -> Any:
     # Keras asks of one entry of each row whether it is finite, which a void one must not hide.
     first = tf.where((slots == 0)[:, tf.newaxis], upstream, tf.zeros_like(upstream))
     is_finite = tf.reduce_all(tf.math.is_finite(first))
-    void = tf.where(is_finite, tf.constant(-0.0, upstream.dtype), float("nan"))
+    # No constant: eager TensorFlow keeps the scalars that it made, and gives 0.0 for -0.0 then.
+    negative = -tf.zeros((), upstream.dtype)
+    void = tf.where(is_finite, negative, tf.reduce_sum(first))
     unsigned = tf.where(upstream == 0, tf.zeros_like(upstream), upstream)
     return tf.IndexedSlices(tf.where(is_void, void, unsigned), tf.maximum(slots, 0), shape)
 

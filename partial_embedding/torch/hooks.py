@@ -156,10 +156,9 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable) -> Tensor:
     if table.has_frozen_rows:
         mask = table.row_set.to(grad.device).mask
         return torch.where(mask.view(-1, *[1] * (grad.dim() - 1)), grad, grad.new_zeros(()))
-    padding = table.padding_row
-    # A tied head gives the padding row a gradient; without one there is nothing to copy.
-    if padding is None or not (grad.is_cuda or bool(grad[padding].any())):
+    if (padding := table.padding_row) is None:
         return grad
+    # A lookup gives it no gradient; a head that is tied, or another use of the weight, does.
     return grad.index_fill(0, torch.tensor([padding], device=grad.device), 0)
 
 

@@ -58,6 +58,7 @@ def rowwise(
             or the weight of a table does not require gradients while rows are to train.
 
     Example:
+        >>> import torch
         >>> from partial_embedding.torch import PartialEmbedding
         >>> table = PartialEmbedding(10, 4, trainable_rows=[7, 2])
         >>> before = table.weight.detach().clone()
@@ -94,6 +95,7 @@ def masked_gradient_only(optimizer: OptimizerT) -> OptimizerT:
         InputError: It was prepared.
 
     Example:
+        >>> import torch
         >>> from partial_embedding.torch import PartialEmbedding
         >>> table = PartialEmbedding(10, 4, trainable_rows=[2])
         >>> sgd = masked_gradient_only(torch.optim.SGD(table.parameters(), weight_decay=0.1))
@@ -125,6 +127,7 @@ def detach_rowwise(optimizer: Optimizer) -> None:
         InputError: It was not prepared.
 
     Example:
+        >>> import torch
         >>> from partial_embedding.torch import PartialEmbedding
         >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
         >>> optimizer = rowwise(torch.optim.AdamW(table.parameters()))
@@ -154,6 +157,7 @@ def average_gradients(optimizer: Optimizer) -> None:
         InputError: Processes train different rows.
 
     Example:
+        >>> import torch
         >>> from partial_embedding.torch import PartialEmbedding
         >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
         >>> optimizer = torch.optim.AdamW(table.parameters())

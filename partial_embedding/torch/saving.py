@@ -12,6 +12,7 @@ tables are listed in their parameter group, and so is LBFGS's, which has one his
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -210,6 +211,7 @@ def _check_one(table: TableState, entry: State, before_steps: bool) -> None:
 
 
 def _cohorts_of(entry: State, table: TableState, group: Group) -> dict[int, Cohort]:
+    entry = copy.deepcopy(entry)  # optimizers write in place, and what was saved is not theirs
     device, cohorts = table.table.row_set.device, {}
     for number, saved in entry.get("cohorts", {}).items():
         state = {k: _on_device(k, v, device, group) for k, v in saved.get("state", {}).items()}

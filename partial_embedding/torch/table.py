@@ -332,7 +332,8 @@ class PartialTable(TableFiles):
     @property
     def is_wrapped(self) -> bool:
         """Whether `distributed_data_parallel` leaves the table to `average_gradients`."""
-        return "_wrapper" in self.__dict__
+        # A weak reference: a run that ended leaves a dead one.
+        return self.__dict__.get("_wrapper", lambda: None)() is not None
 
     def _wire(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""

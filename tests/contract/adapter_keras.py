@@ -83,6 +83,52 @@ class Training:
         gradients = tape.gradient(rows, [v.value for v in variables], output_gradients=upstream)
         self._optimizer.apply(gradients, variables)
 
+    # Doors
+
+    def plain(self) -> Array:
+        """The table of a plain layer that was given the weights of this one."""
+        plain = keras.layers.Embedding(self._layer.input_dim, self._layer.output_dim)
+        plain.build()
+        plain.set_weights(self._layer.get_weights())
+        return np.array(plain.get_weights()[0])
+
+    def take_plain(self, table: Array) -> None:
+        """Take the weights of a plain layer with this table."""
+        plain = keras.layers.Embedding(*table.shape, weights=[table])
+        self._layer.set_weights(plain.get_weights())
+
+    def keep(self) -> Any:
+        """What a run keeps of the best weights."""
+        return keras.Sequential([self._layer]).get_weights()
+
+    def restore(self, kept: Any) -> None:
+        """Put back what was kept."""
+        keras.Sequential([self._layer]).set_weights(kept)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of weights and optimizer."""
+        self._checkpoint.write(folder / "state")
+
+    def load(self, folder: Path) -> None:
+        """Read it."""
+        self._checkpoint.read(folder / "state").assert_consumed()
+
+    @property
+    def _checkpoint(self) -> Any:
+        return tf.train.Checkpoint(model=self._layer, optimizer=self._optimizer)
+
+    def average(self, batches: Sequence[Batch]) -> Array:
+        """Step along batches, and give the table with the average of all steps for weights."""
+        variables = self._layer.trainable_variables
+        averages = [np.zeros(v.shape, np.float32) for v in variables]
+        for count, batch in enumerate(batches, 1):
+            self.step(*batch)
+            for average, variable in zip(averages, variables, strict=True):
+                average += (variable.numpy() - average) / count
+        for average, variable in zip(averages, variables, strict=True):
+            variable.assign(average)
+        return self.table
+
 
 def fit(
     matrix: Array,
@@ -95,6 +141,7 @@ def fit(
     audit: bool | int = True,
     write: tuple[int, int] | None = None,
     folder: Path | None = None,
+    trains: bool = True,
 ) -> tuple[list[Array], Any]:
     """Train a table named "words" along a schedule with the callback, and its audit.
 
@@ -109,12 +156,13 @@ def fit(
         audit: As the callback takes it.
         write: A step and a row; the row is written to before the step.
         folder: Where the run is kept, and goes on if it was kept there before.
+        trains: Whether the table's weight may train.
 
     Returns:
         The table after each epoch, and what is kept of the schedule.
     """
     layer = PartialEmbedding.from_matrix(
-        matrix, reserve_rows=ever, trainable_rows=ever, name="words"
+        matrix, reserve_rows=ever, trainable_rows=ever, name="words", trainable=trains
     )
     model = keras.Sequential([keras.Input((None,), dtype="int64"), layer])
     metric = _Measured(measured)

@@ -1,5 +1,6 @@
 """The contract's verbs in PyTorch and Lightning."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict
 from os import PathLike
@@ -82,6 +83,46 @@ class Training:
         self._embedding(torch.tensor(ids)).backward(torch.tensor(upstream))
         self._optimizer.step()
 
+    # Doors
+
+    def plain(self) -> Array:
+        """The table of a plain layer that was given the weights of this one."""
+        plain = nn.Embedding(*self._embedding.weight.shape)
+        plain.load_state_dict(self._embedding.state_dict())
+        return plain.weight.detach().numpy().copy()
+
+    def take_plain(self, table: Array) -> None:
+        """Take the weights of a plain layer with this table."""
+        plain = nn.Embedding.from_pretrained(torch.tensor(table))
+        self._embedding.load_state_dict(plain.state_dict())
+
+    def keep(self) -> Any:
+        """What a run keeps of the best weights."""
+        return copy.deepcopy(self._embedding.state_dict())
+
+    def restore(self, kept: Any) -> None:
+        """Put back what was kept."""
+        self._embedding.load_state_dict(kept)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of weights and optimizer."""
+        state = {"model": self._embedding.state_dict(), "optimizer": self._optimizer.state_dict()}
+        torch.save(state, folder / "state.pt")
+
+    def load(self, folder: Path) -> None:
+        """Read it."""
+        state = torch.load(folder / "state.pt", weights_only=True)
+        self._embedding.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def average(self, batches: Sequence[Batch]) -> Array:
+        """Step along batches, and give the table of the framework's average of all steps."""
+        averaged = torch.optim.swa_utils.AveragedModel(self._embedding)
+        for batch in batches:
+            self.step(*batch)
+            averaged.update_parameters(self._embedding)
+        return averaged.module.weight.detach().numpy().copy()
+
 
 def fit(
     matrix: Array,
@@ -94,6 +135,7 @@ def fit(
     audit: bool | int = True,
     write: tuple[int, int] | None = None,
     folder: Path | None = None,
+    trains: bool = True,
 ) -> tuple[list[Array], Any]:
     """Train a table named "words" along a schedule with the callback, and its audit.
 
@@ -108,11 +150,13 @@ def fit(
         audit: As the callback takes it.
         write: A step and a row; the row is written to before the step.
         folder: Where the run is kept, and goes on if it was kept there before.
+        trains: Whether the table's weight may train.
 
     Returns:
         The table after each epoch, and what is kept of the schedule.
     """
     model = _Model(matrix, optimizer, measured)
+    model.words.weight.requires_grad_(trains)
     unfreezing = RowUnfreezing(schedule, lazy=optimizer.lazy, audit=audit)
     trainer = pl.Trainer(
         accelerator="cpu",

@@ -43,8 +43,8 @@ REFUSED: dict[str, tuple[object, str]] = {
         "some",
         "rows are chosen by one of ['all', 'covering', 'difference', 'ids', 'ids_file', "
         "'intersection', 'least_frequent', 'mask', 'matching', 'min_count', 'missing', "
-        "'most_frequent', 'nearest', 'none', 'not', 'random', 'range', 'token_file', 'tokens', "
-        "'union']. Received: 'some'.",
+        "'most_frequent', 'nearest', 'new', 'none', 'not', 'random', 'range', 'token_file', "
+        "'tokens', 'union']. Received: 'some'.",
     ),
     "without_vocabulary": (
         "missing",

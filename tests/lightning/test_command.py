@@ -352,3 +352,62 @@ def test_the_bar_keeps_one_line_of_80_columns(
     bars = [line for line in re.split(r"[\r\n]", out) if "val_accuracy: 0" in line]
     assert bars
     assert all(re.match(r"Epoch \d", line) and len(line) <= 80 for line in bars)
+
+
+def test_a_checkpoint_of_another_class_brings_its_own_settings(
+    small_run: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("linear.py").write_text(
+        "import torch\n"
+        "from pytorch_lightning import LightningDataModule, LightningModule\n"
+        "from partial_embedding.torch import PartialEmbedding\n"
+        "class Data(LightningDataModule):\n"
+        "    def __init__(self, size: int = 3, batch_size: int = 4):\n"
+        "        super().__init__()\n"
+        "        self.save_hyperparameters()\n"
+        "    def test_dataloader(self):\n"
+        "        h = self.hparams\n"
+        "        return torch.utils.data.DataLoader(torch.arange(h.size), h.batch_size)\n"
+        "    train_dataloader = val_dataloader = test_dataloader\n"
+        "class Linear(LightningModule):\n"
+        "    def __init__(self, rows: int = 5, lr: float = 0.1):\n"
+        "        super().__init__()\n"
+        "        self.save_hyperparameters()\n"
+        "        self.table = PartialEmbedding(rows, 2)\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        return self.table(batch).sum()\n"
+        "    def validation_step(self, batch, batch_idx):\n"
+        "        self.log('val_loss', self.table(batch).sum())\n"
+        "    def test_step(self, batch, batch_idx):\n"
+        "        self.log('rows', float(self.table.num_embeddings * 10 + len(batch)))\n"
+        "    def configure_optimizers(self):\n"
+        "        return torch.optim.SGD(self.parameters(), self.hparams.lr)\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    own = ["--model=linear.Linear", "--model.rows=7", "--data=linear.Data", "--data.size=4"]
+    rows = "--rows.schedule={stages: [{epoch: 0, rows: [1, 2]}]}"
+    assert main(["fit", *own, rows, "--trainer.max_epochs=1", *QUIET]) == 0
+    capfd.readouterr()
+    assert main(["test", "--ckpt_path=last", *QUIET]) == 0
+    assert "74.0" in capfd.readouterr().out
+
+
+def test_a_checkpoint_of_rows_alone_is_gone_on_from_and_tested(
+    small_run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["--rows.checkpoint=rows", "--rows.schedule={stages: [{epoch: 0, rows: missing}]}"]
+    for folder, options in (("whole", []), ("rows", rows[:1])):
+        root = f"--trainer.default_root_dir={folder}"
+        ends = ["--trainer.max_epochs=2", rows[1], root, *options]
+        assert main(["fit", *small_run, *ends]) == 0
+    saved = torch.load("rows/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert "embedding.weight" not in saved
+    tested = []
+    for folder in ("whole", "rows"):
+        where = [f"--trainer.default_root_dir={folder}", "--ckpt_path=last"]
+        capfd.readouterr()
+        assert main(["test", *where, "--data.test_path=texts.csv", *QUIET]) == 0
+        tested.append(re.findall(r"test_\w+ +│? *([\d.]+)", capfd.readouterr().out))
+    assert tested[0] == tested[1] != []
+    root = "--trainer.default_root_dir=rows"
+    assert main(["fit", *small_run, *rows, root, "--ckpt_path=last"]) == 0

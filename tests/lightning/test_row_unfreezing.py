@@ -431,17 +431,35 @@ def plain_fit(net: Any, *more: pl.Callback, ckpt_path: Any = None, **options: An
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("plain", [True, False], ids=["plain_embedding", "partial_embedding"])
-def test_a_checkpoint_of_the_callback_loads_without_it(plain: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_callback_loads_into_a_plain_table(tmp_path: Path) -> None:
     witness = fit(Net().build(), Keep(tmp_path))
-    net = Net().build(plain=plain, sparse=False, seed=9)
+    net = Net().build(plain=True, seed=9)
     after = plain_fit(net, ckpt_path=tmp_path / "1.ckpt", max_epochs=3)
     assert after.epochs == [2] * BATCHES
-    # All rows move now; the table's stage_states begin afresh, so that each first step is lr long.
+    # All rows move now, and the state of each begins afresh, with a first step that is lr long.
     start = witness.seen[2 * BATCHES - 1]["words.weight"]
     assert rows_that_differ(after.seen[-1]["words.weight"], start) == list(range(12))
     ids = loader(data()).dataset.tensors[0][:4].unique()
     first = after.seen[0]["words.weight"][ids] - start[ids] * (1 - 0.1 * 0.3)
+    torch.testing.assert_close(first.abs(), torch.full_like(first, 0.1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_checkpoint_of_the_callback_goes_on_without_it_where_the_same_rows_train(
+    tmp_path: Path,
+) -> None:
+    witness = fit(Net().build(), Keep(tmp_path))
+    net = Net().build(seed=9)
+    net.words.set_trainable_rows(STAGES[1])
+    after = plain_fit(net, ckpt_path=tmp_path / "1.ckpt", max_epochs=3)
+    assert_same_run(after, witness.seen[2 * BATCHES : 3 * BATCHES])
+    # Where all rows train, those that did go on with their state, and the others begin.
+    after = plain_fit(Net().build(seed=9), ckpt_path=tmp_path / "1.ckpt", max_epochs=3)
+    start = witness.seen[2 * BATCHES - 1]["words.weight"]
+    ids = loader(data()).dataset.tensors[0][:4].unique()
+    begun = ids[~torch.isin(ids, torch.tensor(STAGES[1]))]
+    assert len(begun)
+    first = after.seen[0]["words.weight"][begun] - start[begun] * (1 - 0.1 * 0.3)
     torch.testing.assert_close(first.abs(), torch.full_like(first, 0.1), rtol=1e-3, atol=1e-4)
 
 

@@ -70,7 +70,7 @@ def load(path: str) -> None:
     try:
         keras.models.load_model(path)
     except (TypeError, ValueError) as error:
-        print("partial_embedding.tensorflow" in str(error).split("'config'")[0])
+        print(str(error).replace("\n", " "))
 
 
 {"leak": leak, "numerics": numerics, "load": load}[sys.argv[1]](sys.argv[2])

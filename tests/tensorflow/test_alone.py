@@ -26,10 +26,17 @@ def last_line(start: Callable[..., Any]) -> Callable[..., str]:
     return last_line
 
 
-@pytest.mark.parametrize("kind", ["split", "rowwise", pytest.param("lazy", marks=pytest.mark.full)])
-def test_models_that_were_dropped_leave_no_table(kind: str, last_line: Callable[..., str]) -> None:
+# Keras's own optimizers leave some 5 MB of each step that was traced, of any model without a sparse
+# gradient.
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [("split", 170), ("rowwise", 60), pytest.param("lazy", 60, marks=pytest.mark.full)],
+)
+def test_models_that_were_dropped_leave_no_table(
+    kind: str, limit: int, last_line: Callable[..., str]
+) -> None:
     # Seventeen tables would be 680 MB.
-    assert int(last_line("leak", kind)) < 60
+    assert int(last_line("leak", kind)) < limit
 
 
 @pytest.mark.parametrize("kind", ["rowwise", "lazy"])
@@ -45,7 +52,8 @@ def test_a_file_that_is_opened_without_the_import_names_it(
     model = keras.Sequential([keras.Input((3,), dtype="int64"), layer, keras.layers.Flatten()])
     model.compile(rowwise("adam"), "mse")
     model.save(tmp_path / name)
-    assert last_line("load", tmp_path / name) == "True"
+    told = last_line("load", tmp_path / name)
+    assert "'partial_embedding.tensorflow" in told
 
 
 @pytest.mark.parametrize(

@@ -389,8 +389,6 @@ def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
     narrow = _model(trainable_rows=[6, 7], reserve_rows=[6, 7])
     with pytest.raises(InputError, match=r"words: stages\[1\]\.rows: .*reserve_rows"):
         _fit(narrow, RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY))
-    with pytest.raises(InputError, match=r"stages\[0\]\.rows: .*reserve_rows='all'"):
-        _fit(_model(reserve_rows=None), RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY))
     plain = keras.Sequential([keras.layers.Embedding(8, 2), keras.layers.Dense(1)])
     plain.compile("sgd", "mse")
     with pytest.raises(InputError, match="needs a PartialEmbedding"):
