@@ -73,6 +73,9 @@ class PartialEmbedding(OneTable):
         self.freeze_padding = freeze_padding
         # The rows by which the table grew last.
         self.new_rows: Ids | None = None
+        # How often rows were set. What watches a run reads them again then: each read waits for
+        # the device, and copies.
+        self.times_set = 0
         # What a layer is built with. Once it is, its variables know which rows train.
         self._first_rows: Ids = self._resolve(trainable_rows)
         self._reserves = reserve_rows is not None
@@ -209,6 +212,7 @@ class PartialEmbedding(OneTable):
         if state is not None:
             state.move(after, begin, rate_scale)
         self._first_rows = after
+        self.times_set += 1
 
     def check_trainable_rows(self, rows: RowsLike) -> Ids:
         """Refuse rows that `set_trainable_rows` would refuse, and change nothing.
