@@ -253,6 +253,17 @@ def test_weights_go_to_a_plain_model_and_back(exchange: Any, tmp_path: Path) -> 
     assert back.get_layer("words").trainable_rows.tolist() == [3, 5]
 
 
+def test_a_checkpoint_without_the_optimizer_holds_the_table_and_which_rows_train(
+    tmp_path: Path,
+) -> None:
+    model, other = trained(), network(partial())
+    path = tf.train.Checkpoint(layers=model.layers).save(tmp_path / "state")
+    tf.train.Checkpoint(layers=other.layers).restore(path).assert_consumed()
+    for got, expected in zip(plain_weights(other), plain_weights(model), strict=True):
+        assert got.tobytes() == expected.tobytes()
+    assert other.get_layer("words").trainable_rows.tolist() == [5, 7, 8]
+
+
 def test_weights_of_another_model_are_refused_before_any_is_set() -> None:
     model = network(partial())
     before = plain_weights(model)
