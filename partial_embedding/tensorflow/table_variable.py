@@ -6,11 +6,14 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.variables import Variable
 
 from partial_embedding.tensorflow.table_state import TableState
 
 
-class TableVariable(keras.Variable):
+# Not `keras.Variable`, which layers and TensorFlow keep as a weight of whatever it is an attribute
+# of, such as a head: the layer of the table keeps what is there.
+class TableVariable(Variable, tf.__internal__.types.Tensor):
     """A view of shape (V, D) on the variables of a split table, used as a Keras variable is.
 
     It holds nothing itself: it is read from the frozen table and the reserved rows, and assigned to
@@ -28,13 +31,15 @@ class TableVariable(keras.Variable):
         TensorShape([3, 2])
     """
 
+    # For tapes, which take it for a variable then.
+    _should_act_as_resource_variable = True
+
     # Not the parent's constructor, which would make a variable.
     def __init__(self, state: TableState, path: str) -> None:
         table = state.table
         self._state = state
         self._path, self._name = path, path.rsplit("/", 1)[-1]
-        self._shape, self._ndim, self._dtype = tuple(table.shape), 2, table.dtype
-        # So that no layer or optimizer that is given the view takes it for a weight to train.
+        self._shape, self._ndim, self._dtype = table.shape, 2, table.dtype
         self._trainable = self._autocast = self._overwrite_with_gradient = False
         self._aggregation = self._synchronization = "none"
         self._regularizer = self._constraint = self._layout = self._initializer = None
@@ -44,8 +49,18 @@ class TableVariable(keras.Variable):
         """The whole table as a tensor."""
         return self._state.merged()
 
+    def numpy(self) -> Any:
+        """The whole table, shape (V, D)."""
+        return self.value.numpy()
+
     def _direct_assign(self, value: Any) -> None:
         self._state.assign(tf.cast(value, self.dtype))
+
+    def _convert_to_tensor(self, value: Any, dtype: Any = None) -> Any:
+        return keras.ops.convert_to_tensor(value, dtype)
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Any:
+        return tf.convert_to_tensor(self.value, dtype, name=name)
 
     @property
     def handle(self) -> Any:

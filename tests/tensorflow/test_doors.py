@@ -281,12 +281,29 @@ def test_a_layer_is_copied_with_its_rows_and_values() -> None:
         assert other.trainable_rows.tolist() == [5, 7, 8]
 
 
-def test_a_saved_model_gives_the_same_numbers_after_rows_froze_again(tmp_path: Path) -> None:
-    model = trained()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_gives_the_same_numbers_after_rows_froze_again(
+    kind: str, tmp_path: Path
+) -> None:
+    model = trained(kind)
     tf.saved_model.save(model, str(tmp_path / "saved"))
     loaded = tf.saved_model.load(str(tmp_path / "saved"))
-    served = loaded.signatures["serving_default"](tf.constant(IDS[0]))
-    np.testing.assert_array_equal(next(iter(served.values())), model(IDS[0]))
+    serve = loaded.signatures["serving_default"]
+    (served,) = serve(inputs=tf.constant(IDS[0])).values()
+    np.testing.assert_array_equal(served, model(IDS[0]))
+
+    def gradients() -> Any:
+        with tf.GradientTape() as tape:
+            for variable in serve.variables:
+                tape.watch(variable)
+            (served,) = serve(inputs=tf.constant(IDS[0])).values()
+        return tape.gradient(served, serve.variables)
+
+    if kind == "lazy":  # TensorFlow could not keep it
+        with pytest.raises(ValueError, match="Tried to take gradients"):
+            gradients()
+    else:
+        assert any(one is not None for one in gradients())
 
 
 class Freezing(keras.callbacks.Callback):  # type: ignore[misc]
@@ -408,6 +425,40 @@ def test_embeddings_are_read_assigned_and_differentiated_like_a_variable() -> No
     ours, theirs = gradients
     np.testing.assert_allclose(ours[[3, 5]], theirs[[3, 5]], rtol=1e-6)
     assert not np.delete(ours, [3, 5], axis=0).any()
+
+
+class Tied(keras.layers.Layer):  # type: ignore[misc]
+    """A head that keeps the table of an embedding."""
+
+    def __init__(self, table: Any, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.table = table
+
+    def call(self, hidden: Any) -> Any:
+        return keras.ops.matmul(hidden, keras.ops.transpose(self.table))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_keeps_the_table_has_no_weight_of_its_own(kind: str, tmp_path: Path) -> None:
+    def tied(layer: Any) -> Any:
+        layer.build()
+        inputs = keras.Input((5,), dtype="int64")
+        return keras.Model(inputs, Tied(layer.embeddings, name="head")(layer(inputs)))
+
+    model = tied(partial())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(KINDS[kind](), loss)
+    model.fit(IDS[0], IDS[0], epochs=2, verbose=0)
+    assert changed_rows(model) == [3, 5]
+    assert model.get_layer("head").weights == []
+    assert [array.shape for array in plain_weights(model)] == [(NUM_ROWS, WIDTH)]
+    path = tf.train.Checkpoint(model=model).save(tmp_path / "state")
+    other = tied(partial())
+    other.compile(KINDS[kind](), loss)
+    other.optimizer.build(other.trainable_variables)
+    tf.train.Checkpoint(model=other).restore(path).assert_consumed()
+    np.testing.assert_array_equal(other(IDS[0]), model(IDS[0]))
+    tf.saved_model.save(model, str(tmp_path / "saved"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
