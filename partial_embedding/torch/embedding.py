@@ -11,6 +11,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows.rows import RowsLike
+from partial_embedding.torch.hooks import by_rows
 from partial_embedding.torch.table import PartialTable
 
 
@@ -107,13 +108,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
 
     @torch.jit.unused
     def _look_up(self, input: Tensor) -> Tensor:  # noqa: A002  # as in `forward`
-        weight = self._weight_in_use()
-        if weight is None and not _scales_here(self):
-            return super().forward(input)
-        sparse = self.sparse and weight is None
-        weight = self.weight if weight is None else weight
-        if self.max_norm is not None:
-            _renormalise(self, weight, input, self.max_norm, self.norm_type)
+        weight, sparse = _looked_up(self, input)
         return F.embedding(
             input, weight, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, sparse
         )
@@ -270,13 +265,7 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         offsets: Tensor | None,
         per_sample_weights: Tensor | None,
     ) -> Tensor:
-        weight = self._weight_in_use()
-        if weight is None and not _scales_here(self):
-            return super().forward(input, offsets, per_sample_weights)
-        sparse = self.sparse and weight is None
-        weight = self.weight if weight is None else weight
-        if self.max_norm is not None:
-            _renormalise(self, weight, input, self.max_norm, self.norm_type)
+        weight, sparse = _looked_up(self, input)
         return F.embedding_bag(
             input,
             weight,
@@ -357,17 +346,23 @@ def _matrix_shape(embeddings: Tensor, freeze: bool) -> tuple[int, int]:
     return embeddings.shape[0], embeddings.shape[1]
 
 
-def _scales_here(table: PartialEmbedding | PartialEmbeddingBag) -> bool:
-    """Whether `max_norm` is applied before the lookup, which itself would scale frozen rows too."""
-    some_may_be_frozen = table._row_set is not None or table.padding_idx is not None
-    return table.max_norm is not None and some_may_be_frozen
+def _looked_up(table: PartialEmbedding | PartialEmbeddingBag, ids: Tensor) -> tuple[Tensor, bool]:
+    """The weight to look rows up in, and whether its gradient may be sparse."""
+    in_use = table._weight_in_use()
+    weight = table.weight if in_use is None else in_use
+    if table.max_norm is not None:
+        # Not by the lookup, which would scale frozen rows too.
+        _renormalise(table, weight, ids.flatten(), table.max_norm, table.norm_type)
+    if not table.sparse or in_use is not None:
+        return weight, False
+    return by_rows(weight, table), True
 
 
 def _renormalise(
     table: PartialTable, weight: Tensor, ids: Tensor, max_norm: float, norm_type: float
 ) -> None:
     """Scale looked-up rows to `max_norm` as the lookup itself would, but never a frozen one."""
-    ids = ids.flatten()
-    ids = ids[table.row_set.is_trainable(ids)]
+    if table._row_set is not None or table.padding_row is not None:
+        ids = ids[table.row_set.is_trainable(ids)]
     with torch.no_grad():
         torch.embedding_renorm_(weight.detach(), ids, max_norm, norm_type)
