@@ -161,11 +161,6 @@ class HeldRows:
         """The dtype of the rows."""
         return self.value.dtype
 
-    @property
-    def shape(self) -> Any:
-        """The shape (N, D)."""
-        return self.value.shape
-
     def assign(self, value: Any) -> None:
         """Replace the rows."""
         self.value = value

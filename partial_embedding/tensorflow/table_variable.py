@@ -40,9 +40,10 @@ class TableVariable(Variable, tf.__internal__.types.Tensor):
         self._state = state
         self._path, self._name = path, path.rsplit("/", 1)[-1]
         self._shape, self._ndim, self._dtype = table.shape, 2, table.dtype
+        # What is asked of a variable. The reserved rows are what trains.
         self._trainable = self._autocast = self._overwrite_with_gradient = False
-        self._aggregation = self._synchronization = "none"
-        self._regularizer = self._constraint = self._layout = self._initializer = None
+        self._aggregation, self._synchronization = "none", "auto"
+        self._regularizer = self._constraint = None
 
     @property
     def value(self) -> Any:

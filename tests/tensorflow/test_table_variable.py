@@ -86,3 +86,21 @@ def test_a_table_of_another_shape_is_refused() -> None:
         with pytest.raises(ValueError, match="shape"):
             layer.embeddings.assign(MATRIX[:3])
         assert layer.get_weights()[0].tobytes() == MATRIX.tobytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("shape", "dtype", "ndim", "name", "regularizer", "constraint", "aggregation"),
+        *("synchronization", "overwrite_with_gradient"),
+    ],
+)
+def test_it_says_of_itself_what_the_plain_layers_variable_says(name: str) -> None:
+    plain, ours = (getattr(layer.embeddings, name) for layer in both())
+    assert ours == plain
+
+
+def test_it_is_no_variable_that_trains_beside_that_of_the_reserved_rows() -> None:
+    _, layer = both()
+    assert not layer.embeddings.trainable
+    assert [v.shape for v in layer.trainable_variables] == [(2, WIDTH)]
