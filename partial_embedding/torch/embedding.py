@@ -11,7 +11,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows.rows import RowsLike
-from partial_embedding.torch.hooks import by_rows
+from partial_embedding.torch.hooks import by_rows, is_rewritten
 from partial_embedding.torch.table import PartialTable
 
 
@@ -108,9 +108,15 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
 
     @torch.jit.unused
     def _look_up(self, input: Tensor) -> Tensor:  # noqa: A002  # as in `forward`
-        weight, sparse = _looked_up(self, input)
+        weight, max_norm, sparse = _looked_up(self, input)
         return F.embedding(
-            input, weight, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, sparse
+            input,
+            weight,
+            self.padding_idx,
+            max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            sparse,
         )
 
     @classmethod
@@ -265,12 +271,12 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         offsets: Tensor | None,
         per_sample_weights: Tensor | None,
     ) -> Tensor:
-        weight, sparse = _looked_up(self, input)
+        weight, max_norm, sparse = _looked_up(self, input)
         return F.embedding_bag(
             input,
             weight,
             offsets,
-            None,
+            max_norm,
             self.norm_type,
             self.scale_grad_by_freq,
             self.mode,
@@ -346,23 +352,37 @@ def _matrix_shape(embeddings: Tensor, freeze: bool) -> tuple[int, int]:
     return embeddings.shape[0], embeddings.shape[1]
 
 
-def _looked_up(table: PartialEmbedding | PartialEmbeddingBag, ids: Tensor) -> tuple[Tensor, bool]:
-    """The weight to look rows up in, and whether its gradient may be sparse."""
+def _looked_up(
+    table: PartialEmbedding | PartialEmbeddingBag, ids: Tensor
+) -> tuple[Tensor, float | None, bool]:
+    """The weight to look rows up in, the norm to scale them to, and whether it may be sparse."""
     in_use = table._weight_in_use()
-    weight = table.weight if in_use is None else in_use
-    if table.max_norm is not None:
+    weight, max_norm = table.weight if in_use is None else in_use, table.max_norm
+    sparse = table.sparse and in_use is None
+    if max_norm is not None and (table._row_set is not None or table.padding_idx is not None):
         # Not by the lookup, which would scale frozen rows too.
-        _renormalise(table, weight, ids.flatten(), table.max_norm, table.norm_type)
-    if not table.sparse or in_use is not None:
-        return weight, False
-    return by_rows(weight, table), True
+        if is_rewritten(ids, weight):
+            return _scaled(weight, table, max_norm), None, False
+        with torch.no_grad():
+            ids = ids.flatten()
+            ids = ids[table.row_set.is_trainable(ids)]
+            torch.embedding_renorm_(weight.detach(), ids, max_norm, table.norm_type)
+        max_norm = None
+    by_rows_too = sparse and max_norm is None  # what the lookup scales in place is to be no view
+    return by_rows(weight, table) if by_rows_too else weight, max_norm, sparse
 
 
-def _renormalise(
-    table: PartialTable, weight: Tensor, ids: Tensor, max_norm: float, norm_type: float
-) -> None:
-    """Scale looked-up rows to `max_norm` as the lookup itself would, but never a frozen one."""
-    if table._row_set is not None or table.padding_row is not None:
-        ids = ids[table.row_set.is_trainable(ids)]
-    with torch.no_grad():
-        torch.embedding_renorm_(weight.detach(), ids, max_norm, norm_type)
+def _scaled(
+    weight: Tensor, table: PartialEmbedding | PartialEmbeddingBag, max_norm: float
+) -> Tensor:
+    """The weight as `embedding_renorm_` would leave it, for graphs in which nothing is written."""
+    rows, norms = table._row_set, torch.linalg.vector_norm(weight, table.norm_type, 1, True)
+    if rows is None:
+        # Of the table's own only padding is frozen. No row set is made here, whose tensors would
+        # be the exporter's.
+        assert table.padding_idx is not None
+        mask = torch.arange(table.num_embeddings).ne(table.padding_idx)
+    else:
+        mask = rows.mask
+    too_long = mask.unsqueeze(1) & (norms > max_norm)
+    return torch.where(too_long, weight * (max_norm / (norms + 1e-7)), weight)

@@ -204,9 +204,9 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
         weight: The weight, shape (V, D).
         table: Its table.
     """
-    if not (weight.requires_grad and torch.is_grad_enabled()) or _is_left_to_ddp(table):
-        return weight
     if torch.compiler.is_compiling() or is_rewritten(weight):
+        return weight
+    if not (weight.requires_grad and torch.is_grad_enabled()) or _is_left_to_ddp(table):
         return weight
     passed: Tensor = _ByRows.apply(weight, table)  # type: ignore[no-untyped-call]  # torch's own
     return passed
