@@ -16,6 +16,7 @@ from partial_embedding.torch.optimizer import (
 from partial_embedding.torch.replace import replace_embedding, restore_embedding
 from partial_embedding.torch.tokens import add_tokens
 from partial_embedding.torch.transfer import transfer_vocabulary
+from partial_embedding.torch.whole import keep_whole
 
 __all__ = [
     "FrozenRowAudit",
@@ -28,6 +29,7 @@ __all__ = [
     "detach_rowwise",
     "distributed_data_parallel",
     "grow_table",
+    "keep_whole",
     "masked_gradient_only",
     "replace_embedding",
     "restore_embedding",

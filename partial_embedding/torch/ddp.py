@@ -17,6 +17,8 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.averaged import Group, average_over, averaging_group
+from partial_embedding.torch.beside_shards import local
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
@@ -24,8 +26,6 @@ from partial_embedding.torch.table import PartialTable, tables_in
 
 _NAMES = "_ddp_params_and_buffers_to_ignore"  # where `DistributedDataParallel` looks
 _NONE, _SPARSE, _DENSE = 0, 1, 2
-
-Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
 
 
 # Wrapping
@@ -55,7 +55,7 @@ def distributed_data_parallel(model: nn.Module, **options: Any) -> DistributedDa
         >>> dist.destroy_process_group()
     """
     tables = dict(tables_in(model))
-    _check_max_norm(tables)
+    check_max_norm(tables)
     return wrap(model, tables.values(), lambda: DistributedDataParallel(model, **options))
 
 
@@ -91,10 +91,16 @@ def wrap(
         delattr(model, _NAMES)
         if before is not None:
             setattr(model, _NAMES, before)
-    _begin_alike({n: m for n, m in tables_in(model) if id(m.weight) in weights}, wrapper)
+    ours = {n: m for n, m in tables_in(model) if id(m.weight) in weights}
+    begin_alike({n: m.weight for n, m in ours.items()}, wrapper.process_group)
+    alive = weakref.ref(wrapper)
+
+    def group() -> Group | None:
+        return None if (living := alive()) is None else living.process_group
+
     for module in model.modules():
         if isinstance(module, PartialTable) and id(module.weight) in weights:
-            vars(module)["_wrapper"] = weakref.ref(wrapper)
+            average_over(module, ["weight"], group)
     return wrapper
 
 
@@ -110,9 +116,9 @@ def check_backend(tables: Mapping[str, PartialTable]) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    _check_max_norm(tables)
+    check_max_norm(tables)
     for name, table in tables.items():
-        if not getattr(table, "sparse", False) or _wrapper_of(table) is not None:
+        if not getattr(table, "sparse", False) or averaging_group(table, table.leaf_weight):
             continue
         if dist.get_backend() == "nccl":
             raise InputError(
@@ -126,7 +132,15 @@ def check_backend(tables: Mapping[str, PartialTable]) -> None:
             )
 
 
-def _check_max_norm(tables: Mapping[str, PartialTable]) -> None:
+def check_max_norm(tables: Mapping[str, PartialTable]) -> None:
+    """Refuse what would make processes part.
+
+    Args:
+        tables: Tables by name.
+
+    Raises:
+        InputError: A table has `max_norm`, and there are several processes.
+    """
     for name, table in tables.items():
         if getattr(table, "max_norm", None) is not None and dist.get_world_size() > 1:
             raise InputError(
@@ -146,22 +160,22 @@ def is_averaged_here(parameter: nn.Parameter, table: PartialTable) -> bool:
 
 
 def _group_of(parameter: nn.Parameter, table: PartialTable) -> Group | None:
-    wrapper = _wrapper_of(table) if parameter is table.leaf_weight else None
-    if wrapper is None or dist.get_world_size(wrapper.process_group) == 1:
-        return None
-    return wrapper.process_group
-
-
-def _wrapper_of(table: PartialTable) -> DistributedDataParallel | None:
-    wrapper = vars(table).get("_wrapper", lambda: None)()
-    assert wrapper is None or isinstance(wrapper, DistributedDataParallel)
-    return wrapper
+    group = averaging_group(table, parameter)
+    return None if group is None or dist.get_world_size(group) == 1 else group
 
 
 @torch.no_grad()
-def _begin_alike(tables: Mapping[str, PartialTable], wrapper: DistributedDataParallel) -> None:
-    group = wrapper.process_group
-    weights = {name: table.weight.detach() for name, table in tables.items()}
+def begin_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
+    """Give all processes the values of the first one; each of them calls this.
+
+    Args:
+        parameters: Those of tables, by name.
+        group: The processes.
+
+    Raises:
+        InputError: One has another shape or dtype in another process.
+    """
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
     shapes = {name: (*weight.shape, str(weight.dtype)) for name, weight in weights.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, shapes, group=group)
@@ -222,7 +236,7 @@ class _Gradient:
         self.name = name
         self.weight = weight
         self.rows = table.row_set
-        self.grad = self.weight.grad
+        self.grad = None if self.weight.grad is None else local(self.weight.grad)
         # Where all rows train in their order, nothing needs to be gathered.
         in_order = len(self.rows) == self.rows.num_rows and len(self.rows.cohorts) == 1
         self.run = slice(0, len(self.rows)) if in_order else None

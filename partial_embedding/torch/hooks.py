@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.averaged import averaging_group
+from partial_embedding.torch.beside_shards import is_sharded, local
 from partial_embedding.torch.row_gradient import RowGradient
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class RowHook:
             return grad  # autograd may hand a hook None
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
         refuse_sharded(grad, table)
+        self._localise()
         if grad.layout == torch.sparse_coo:
             if _is_left_to_ddp(table):
                 self._give_ddp_its_own()
@@ -81,6 +84,13 @@ class RowHook:
             _queue(lambda: _queue(lambda: _hold_rows_of(parameter)))
         else:
             _hold_rows_of(parameter)
+
+    def _localise(self) -> None:
+        """Let backward add to a gradient that was made a `DTensor` for a norm."""
+        parameter = self._parameter()
+        grad = None if parameter is None else parameter.grad
+        if parameter is not None and grad is not None and is_sharded(grad):
+            parameter.grad = local(grad)
 
     def _give_ddp_its_own(self) -> None:
         parameter = self._parameter()
@@ -164,7 +174,11 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable) -> Tensor:
 
 def _is_left_to_ddp(table: PartialTable) -> bool:
     """Whether `DistributedDataParallel` may reduce the table, which ours leaves out."""
-    return dist.is_available() and dist.is_initialized() and not table.is_wrapped
+    return (
+        dist.is_available()
+        and dist.is_initialized()
+        and not averaging_group(table, table.leaf_weight)
+    )
 
 
 def _queue(call: Callable[[], None]) -> None:

@@ -10,6 +10,7 @@ from torch.optim import SGD, Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.beside_shards import is_sharded, replicate_gradients, local
 from partial_embedding.torch.ddp import average
 from partial_embedding.torch.inspection import KEY
 from partial_embedding.torch.row_gradient import RowGradient
@@ -168,7 +169,11 @@ def average_gradients(optimizer: Optimizer) -> None:
     handle = prepared(optimizer)
     states = {} if handle is None else handle.tables
     names = {key: state.name for key, state in states.items()}
-    average(_held_tables(_inside(optimizer)), names)
+    optimizer = _inside(optimizer)
+    tables = _held_tables(optimizer)
+    average(tables, names)
+    others = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    replicate_gradients((parameter for parameter, _ in tables), others)
 
 
 def prepared(optimizer: Optimizer) -> Rowwise | None:
@@ -230,6 +235,9 @@ def _before_any_step(
 
 def _settle_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Give an optimizer that sees the tables themselves tensors with memory of their own."""
+    for parameter in parameters:
+        if parameter.grad is not None and not is_sharded(parameter):
+            parameter.grad = local(parameter.grad)
     if type(optimizer) is SGD and not any(g["momentum"] for g in optimizer.param_groups):
         return  # it reads a gradient once, at the cost of its rows, and keeps nothing of it
     for parameter in parameters:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.beside_shards import is_sharded
 from partial_embedding.torch.ddp import is_averaged_here
 from partial_embedding.torch.hooks import refuse_sharded, tables_of
 from partial_embedding.torch.inspection import (
@@ -214,6 +216,8 @@ class Rowwise:
             layout, state.unscaled = self._layout_of(state.parameter, options)
             state.change_layout(layout, options_of(options))
         state.sync()
+        there = dist.is_available() and dist.is_initialized()
+        beside_shards = there and any(map(is_sharded, group["params"]))
         shared: list[nn.Parameter] = []
         for block in state.blocks(self.optimizer, group):
             if not state.layout.flat:
@@ -224,10 +228,12 @@ class Rowwise:
                 state.layout.in_group
                 or not cohort.rate_scale.is_plain
                 or (group.get("fused") and cohort.is_new)
+                or beside_shards
             ):
                 # A count or a rate kept in the group would be one for all cohorts, and fused
-                # kernels cannot mix first steps with later ones: such a cohort steps in a group of
-                # its own, which no learning-rate scheduler sees.
+                # kernels cannot mix first steps with later ones, nor any plain parameters with
+                # DTensors: such a cohort steps in a group of its own, which no learning-rate
+                # scheduler sees.
                 alone = self._group_for(block, state, group)
                 groups.append(alone)
             else:

@@ -24,7 +24,7 @@ from partial_embedding.torch.shared_rows import SharedRows
 from partial_embedding.torch.table_files import TableFiles
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
-_WIRING = ("_hooked", "_steppers", "_wrapper", "awaits_average")
+_WIRING = ("_hooked", "_steppers", "_averaged", "awaits_average")
 
 
 class Stepper(Protocol):
@@ -69,7 +69,6 @@ class PartialTable(TableFiles):
         "has_frozen_rows",
         "padding_row",
         "leaf_weight",
-        "is_wrapped",
         "new_rows",
         "earlier_sizes",
         "origin",
@@ -323,17 +322,12 @@ class PartialTable(TableFiles):
         Args:
             parameter: Any parameter.
         """
-        own = [self._row_parameter(name) for name in self.row_parameters]
+        own = [self.row_parameter(name) for name in self.row_parameters]
         return parameter is not None and any(parameter is one for one in own)
 
-    def _row_parameter(self, name: str) -> nn.Parameter | None:
+    def row_parameter(self, name: str) -> nn.Parameter | None:
+        """The parameter that one of `row_parameters` names, if there is one."""
         return self.leaf_weight if name == "weight" else self._parameters.get(name)
-
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether `distributed_data_parallel` leaves the table to `average_gradients`."""
-        # A weak reference: a run that ended leaves a dead one.
-        return self.__dict__.get("_wrapper", lambda: None)() is not None
 
     def _wire(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
@@ -343,7 +337,7 @@ class PartialTable(TableFiles):
         rows = self.__dict__.setdefault("_shared", SharedRows())
         before = self._hooked.get("weight", weight)
         for name in self.row_parameters:
-            if name in self._hooked and self._hooked[name] is not self._row_parameter(name):
+            if name in self._hooked and self._hooked[name] is not self.row_parameter(name):
                 self._unhook(name)
         if before is not weight:
             # No longer tied to whoever has the old weight.
@@ -353,7 +347,7 @@ class PartialTable(TableFiles):
             if other is not self:
                 self._share_rows_with(other)
         for name in self.row_parameters:
-            if (parameter := self._row_parameter(name)) is not None:
+            if (parameter := self.row_parameter(name)) is not None:
                 self._hook_up(name, parameter)
 
     def attach(self) -> None:
@@ -496,7 +490,7 @@ def row_parameters_in(model: nn.Module) -> Iterator[tuple[str, PartialTable, nn.
     seen: set[int] = set()
     for name, module in model.named_modules():
         for attribute in module.row_parameters if isinstance(module, PartialTable) else ():
-            parameter = module._row_parameter(attribute)
+            parameter = module.row_parameter(attribute)
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 named = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
+from partial_embedding.torch.beside_shards import local
 from partial_embedding.torch.inspection import (
     Group,
     State,
@@ -207,7 +208,7 @@ class TableState:
             optimizer: The optimizer.
             group: Its parameter group that holds the table.
         """
-        grad = self.parameter.grad
+        grad = None if self.parameter.grad is None else local(self.parameter.grad)
         if grad is None and not self.layout.flat and not self.layout.in_group:
             return  # without a gradient the optimizer neither moves a parameter nor counts the step
         # In a dense gradient nothing tells an untouched row from one whose gradient is zero.

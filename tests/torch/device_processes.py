@@ -1,0 +1,101 @@
+"""Tables among processes that shard a model; a script, started by `test_several_devices.py`.
+
+Usage: device_processes.py FOLDER RANK PROCESSES
+
+It runs the cases for so many processes and writes what they returned to
+`{folder}/{case}-{rank}.pt`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from device_nets import OPTIMIZERS, STEPS, Net, batch, gradients, loss_of, set_rows, snapshot
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from partial_embedding import InputError
+from partial_embedding.torch import average_gradients, keep_whole, rowwise
+
+
+def mesh() -> Any:
+    return dist.init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def beside_fsdp2(head: str, **options: Any) -> Net:
+    """A model that FSDP2 shards but for its tables; each process begins with another one."""
+    net = Net(head, seed=0 if dist.get_rank() == 0 else 7, **options)
+    if dist.get_rank():  # of the table alone, since FSDP2 does not make the other layers alike
+        net.hidden.load_state_dict(Net(head).hidden.state_dict())
+    fully_shard(net, mesh=mesh(), ignored_params=keep_whole(net))
+    return net
+
+
+def train(
+    net: Net,
+    name: str,
+    accumulate: int = 1,
+    max_norm: float | None = None,
+    lazy: bool = False,
+) -> dict[str, list[Any]]:
+    """The rows, gradients and norms of each step."""
+    optimizer = rowwise(OPTIMIZERS[name](net.parameters()), net, lazy=lazy)
+    seen: dict[str, list[Any]] = {"rows": [], "gradients": [], "norms": []}
+    for step in range(STEPS):
+        set_rows(net, step)
+        optimizer.zero_grad()
+        for part in range(accumulate):
+            loss_of(net(batch(step, dist.get_rank(), part))).backward()
+        average_gradients(optimizer)
+        if max_norm is not None:
+            norm = nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+            seen["norms"].append(float(norm.full_tensor()))
+        seen["gradients"].append(gradients(net))
+        optimizer.step()
+        seen["rows"].append(snapshot(net))
+    return seen
+
+
+def refusal(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except InputError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def all_whole() -> dict[str, Callable[[], Any]]:
+    """The name of each run: whole, the optimizer, the head, and what else is done."""
+    cases: dict[str, Callable[[], Any]] = {}
+    for name in OPTIMIZERS:
+        for head in ("none", "tied", "untied"):
+            cases[f"whole {name} {head}"] = lambda n=name, h=head: train(beside_fsdp2(h), n)
+    cases["whole AdamW untied clipped"] = lambda: train(
+        beside_fsdp2("untied"), "AdamW", max_norm=0.05
+    )
+    cases["whole AdamW-foreach tied clipped accumulated"] = lambda: train(
+        beside_fsdp2("tied"), "AdamW-foreach", max_norm=0.05, accumulate=2
+    )
+    cases["whole AdamW none lazy"] = lambda: train(beside_fsdp2("none"), "AdamW", lazy=True)
+    return cases
+
+
+CASES = {2: all_whole(), 3: all_whole()}
+
+
+if __name__ == "__main__":
+    folder, own_rank, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), number)
+    dist.init_process_group(
+        "gloo", store=store, rank=own_rank, world_size=number, timeout=timedelta(seconds=60)
+    )
+    for name, case in CASES[number].items():
+        torch.save(case(), folder / f"{name}-{own_rank}.pt")
+    dist.barrier()
+    os._exit(0)  # threads of the process group may abort an interpreter that ends with them

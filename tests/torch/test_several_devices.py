@@ -1,0 +1,92 @@
+"""Tables among several processes learn what one process does that has the batches of all."""
+
+from typing import Any
+
+import pytest
+import torch
+from device_nets import ALWAYS_FROZEN, ROWS, STEPS, Net, alone, replayed, snapshot
+from device_processes import CASES
+from launch import run_processes
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
+
+Seen = dict[int, dict[str, list[Any]]]
+TRAINED = [(number, name) for number in (2, 3) for name in CASES[number] if name[:5] == "whole"]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What each of 2 and of 3 processes returned, for each case."""
+    return {
+        number: run_processes(
+            "device_processes.py", number, CASES[number], tmp_path_factory.mktemp(str(number))
+        )
+        for number in (2, 3)
+    }
+
+
+def options_of(case: str) -> tuple[str, str, dict[str, Any]]:
+    _, name, head, *others = case.split()
+    options = {
+        "accumulate": 2 if "accumulated" in others else 1,
+        "max_norm": 0.05 if "clipped" in others else None,
+        "lazy": "lazy" in others,
+    }
+    return name, head, options
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("number", "case"), TRAINED)
+def test_all_processes_hold_the_same_bits_and_frozen_rows_those_of_before(
+    number: int, case: str, seen: Seen
+) -> None:
+    first, *others = [process["rows"] for process in seen[number][case]]
+    assert len(first) == STEPS
+    for other in others:
+        assert all(same(a, b) for a, b in zip(first, other, strict=True))
+    before, rows = snapshot(Net(options_of(case)[1])), ROWS[0]
+    for step, after in enumerate(first):
+        rows = ROWS.get(step, rows)
+        for name in after:
+            moved = (after[name] != before[name]).view(len(after[name]), -1).any(1)
+            assert set(moved.nonzero().flatten().tolist()) <= set(rows), (step, name)
+        before = after
+    begun = snapshot(Net(options_of(case)[1]))
+    for name, ended in first[-1].items():
+        assert torch.equal(ended[ALWAYS_FROZEN], begun[name][ALWAYS_FROZEN])
+        assert not torch.equal(ended[ROWS[0]], begun[name][ROWS[0]])
+
+
+@pytest.mark.parametrize(("number", "case"), TRAINED)
+def test_the_rows_are_those_of_one_process_with_the_gradients_of_all(
+    number: int, case: str, seen: Seen
+) -> None:
+    (name, head, options), first = options_of(case), seen[number][case][0]
+    steps = zip(
+        first["rows"], replayed(name, head, first["gradients"], options["lazy"]), strict=True
+    )
+    for step, (found, wanted) in enumerate(steps):
+        assert same(found, wanted), step
+
+
+@pytest.mark.parametrize(("number", "case"), TRAINED)
+def test_the_rows_are_those_of_one_process_with_the_batches_of_all(
+    number: int, case: str, seen: Seen
+) -> None:
+    (name, head, options), first = options_of(case), seen[number][case][0]
+    # Two processes divide by two, which is exact, in which order ever; three do not, nor does the
+    # norm of a sum of squares in another order. A tied gradient is summed in another order.
+    exact = number == 2 and options["max_norm"] is None and head != "tied"
+    steps = zip(first["rows"], alone(name, head, number, **options), strict=True)
+    for step, (found, (wanted, norm)) in enumerate(steps):
+        if norm is not None:
+            assert first["norms"][step] == pytest.approx(norm, rel=1e-5)
+        for which in wanted:
+            if exact:
+                assert torch.equal(found[which], wanted[which]), (step, which)
+            torch.testing.assert_close(found[which], wanted[which], rtol=1e-4, atol=1e-5)
