@@ -1,7 +1,7 @@
 """Gradients of whole tables among those of a model that lies in shards.
 
-torch takes no norm of `DTensor` gradients and plain ones together. So a whole table's gradient is
-lent to it as a `DTensor` that each process has all of, within which it is as it was.
+torch takes no norm of `DTensor` gradients and plain ones together. So a whole table's gradient
+becomes a `DTensor` that each process has all of, within which it is as it was.
 """
 
 from __future__ import annotations

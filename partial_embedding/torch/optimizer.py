@@ -10,7 +10,7 @@ from torch.optim import SGD, Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.beside_shards import is_sharded, replicate_gradients, local
+from partial_embedding.torch.beside_shards import is_sharded, local, replicate_gradients
 from partial_embedding.torch.ddp import average
 from partial_embedding.torch.inspection import KEY
 from partial_embedding.torch.row_gradient import RowGradient
