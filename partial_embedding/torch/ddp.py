@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -175,8 +176,22 @@ def begin_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
     Raises:
         InputError: One has another shape or dtype in another process.
     """
-    weights = {name: parameter.detach() for name, parameter in parameters.items()}
-    shapes = {name: (*weight.shape, str(weight.dtype)) for name, weight in weights.items()}
+    check_alike(parameters, group)
+    for parameter in parameters.values():
+        dist.broadcast(parameter.detach(), dist.get_global_rank(group, 0), group=group)
+
+
+def check_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
+    """Refuse processes that made tables of other sizes; each of them calls this.
+
+    Args:
+        parameters: Those of tables, by name.
+        group: The processes.
+
+    Raises:
+        InputError: One has another shape or dtype in another process; all raise the same.
+    """
+    shapes = {name: (*one.shape, str(one.dtype)) for name, one in parameters.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, shapes, group=group)
     for rank, others in enumerate(everyone):
@@ -185,8 +200,19 @@ def begin_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
                 f"all processes have the same tables. Received: {everyone[0]} in process 0 and "
                 f"{others} in process {rank}. Build the same vocabulary in each."
             )
-    for weight in weights.values():
-        dist.broadcast(weight, dist.get_global_rank(group, 0), group=group)
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Say in what torch raises there what it means that a process did not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(
+            "A process was waited for that ended, failed, or made fewer steps. Give each as many "
+            "batches (DistributedSampler(…, drop_last=True)), and look for its own error."
+        )
+        raise
 
 
 # Averaging
@@ -287,7 +313,8 @@ def _tell_each_other(gradients: Sequence[_Gradient], group: Group) -> None:
     device = gradients[0].weight.device
     own = torch.tensor([gradient.header for gradient in gradients], device=device)
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, own, group=group)
+    with explaining():
+        dist.all_gather(everyone, own, group=group)
     headers = torch.stack(everyone, dim=2).tolist()
     for gradient, (kinds, counts, fingerprints) in zip(gradients, headers, strict=True):
         for rank, fingerprint in enumerate(fingerprints):

@@ -9,8 +9,8 @@ from torch import nn
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.averaged import average_over
+from partial_embedding.torch.beside_shards import is_sharded
 from partial_embedding.torch.ddp import begin_alike, check_max_norm
-from partial_embedding.torch.hooks import refuse_sharded
 from partial_embedding.torch.table import PartialTable, row_parameters_in, tables_in
 
 
@@ -54,8 +54,12 @@ def keep_whole(model: nn.Module, processes: Any = None) -> set[nn.Parameter]:
     group = processes.get_group() if hasattr(processes, "get_group") else processes
     group = dist.group.WORLD if group is None else group
     parameters: dict[str, nn.Parameter] = {}
-    for name, table, parameter in row_parameters_in(model):
-        refuse_sharded(parameter, table)
+    for name, _, parameter in row_parameters_in(model):
+        if is_sharded(parameter):
+            raise InputError(
+                "tables are kept whole before an engine shards the model. Received "
+                f"{name!r} as a DTensor. Call keep_whole(model) first."
+            )
         if parameter.is_meta:
             raise InputError(
                 "all processes begin with the rows of the first one. Received "

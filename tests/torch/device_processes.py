@@ -69,6 +69,70 @@ def refusal(act: Callable[[], Any]) -> str:
     return "nothing was refused"
 
 
+def other_rows() -> str:
+    net = beside_fsdp2("none")
+    net.table.set_trainable_rows([1 + dist.get_rank()])
+    optimizer = rowwise(OPTIMIZERS["AdamW"](net.parameters()), net)
+    loss_of(net(batch(0, dist.get_rank()))).backward()
+    return refusal(lambda: average_gradients(optimizer))
+
+
+def never_averaged() -> str:
+    net = beside_fsdp2("none")
+    optimizer = rowwise(OPTIMIZERS["AdamW"](net.parameters()), net)
+    loss_of(net(batch(0, dist.get_rank()))).backward()
+    return refusal(optimizer.step)
+
+
+def sharded_first() -> str:
+    return refusal(lambda: keep_whole(fully_shard(Net(), mesh=mesh())))
+
+
+def on_meta() -> str:
+    with torch.device("meta"):
+        net = Net()
+    return refusal(lambda: keep_whole(net))
+
+
+def with_max_norm() -> str:
+    return refusal(lambda: keep_whole(Net(max_norm=1.0)))
+
+
+def failure(act: Callable[[], Any]) -> list[str]:
+    """What torch raised, and what was noted in it."""
+    try:
+        act()
+    except RuntimeError as error:
+        return [str(error), *error.__notes__]
+    return ["nothing failed"]
+
+
+def one_step_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss_of(net(batch(0, dist.get_rank()))).backward()
+    average_gradients(optimizer)
+    optimizer.step()
+
+
+def too_few_batches() -> list[str]:
+    """The last process makes no step, within a group that waits for a second."""
+    net, processes = Net(), dist.new_group(timeout=timedelta(seconds=1))
+    keep_whole(net, processes)
+    optimizer = OPTIMIZERS["AdamW"](net.parameters())
+    one_step_of(net, optimizer)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    return [] if last else failure(lambda: one_step_of(net, optimizer))
+
+
+def a_process_dies() -> list[str]:
+    net = Net()
+    keep_whole(net)
+    optimizer = OPTIMIZERS["AdamW"](net.parameters())
+    one_step_of(net, optimizer)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(0)  # as if it were killed, but that the test sees what the others do
+    return failure(lambda: one_step_of(net, optimizer))
+
+
 def all_whole() -> dict[str, Callable[[], Any]]:
     """The name of each run: whole, the optimizer, the head, and what else is done."""
     cases: dict[str, Callable[[], Any]] = {}
@@ -85,7 +149,18 @@ def all_whole() -> dict[str, Callable[[], Any]]:
     return cases
 
 
-CASES = {2: all_whole(), 3: all_whole()}
+REFUSED: dict[str, Callable[[], Any]] = {
+    "other_rows": other_rows,
+    "never_averaged": never_averaged,
+    "sharded_first": sharded_first,
+    "on_meta": on_meta,
+    "with_max_norm": with_max_norm,
+}
+FAULTS: dict[str, Callable[[], Any]] = {
+    "too_few_batches": too_few_batches,
+    "a_process_dies": a_process_dies,  # the last case
+}
+CASES = {2: {**all_whole(), **REFUSED}, 3: {**all_whole(), **FAULTS}}
 
 
 if __name__ == "__main__":
@@ -97,5 +172,4 @@ if __name__ == "__main__":
     )
     for name, case in CASES[number].items():
         torch.save(case(), folder / f"{name}-{own_rank}.pt")
-    dist.barrier()
     os._exit(0)  # threads of the process group may abort an interpreter that ends with them

@@ -36,7 +36,9 @@ def run_processes(
     assert not any(process.returncode for process in processes), "\n".join(said)
     return {
         case: [
-            torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(number)
+            torch.load(path, weights_only=True)
+            for rank in range(number)
+            if (path := folder / f"{case}-{rank}.pt").exists()  # not of one that was to die
         ]
         for case in cases
     }

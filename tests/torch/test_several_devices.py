@@ -1,5 +1,6 @@
 """Tables among several processes learn what one process does that has the batches of all."""
 
+import re
 from typing import Any
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from device_nets import ALWAYS_FROZEN, ROWS, STEPS, Net, alone, replayed, snapshot
 from device_processes import CASES
 from launch import run_processes
+
+from partial_embedding import InputError
+from partial_embedding.torch import keep_whole
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
@@ -90,3 +94,35 @@ def test_the_rows_are_those_of_one_process_with_the_batches_of_all(
             if exact:
                 assert torch.equal(found[which], wanted[which]), (step, which)
             torch.testing.assert_close(found[which], wanted[which], rtol=1e-4, atol=1e-5)
+
+
+# Refused, and what becomes of faults
+
+
+def test_keep_whole_needs_processes_and_tables() -> None:
+    with pytest.raises(InputError, match=r"Call torch.distributed.init_process_group first"):
+        keep_whole(Net())
+
+
+MESSAGES = {
+    "other_rows": r"all processes train the same rows of 'table'.* in process 1 than in process 0",
+    "never_averaged": r"Call average_gradients\(optimizer\) after backward",
+    "sharded_first": r"Call keep_whole\(model\) first",
+    "on_meta": "Received 'table' on the meta device",
+    "with_max_norm": "max_norm scales the rows",
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_what_cannot_be_kept_whole_is_refused_by_all(case: str, seen: Seen) -> None:
+    for message in seen[2][case]:
+        assert re.search(MESSAGES[case], message)
+
+
+@pytest.mark.parametrize("case", ["too_few_batches", "a_process_dies"])
+def test_a_process_that_does_not_step_ends_the_others_with_an_error(case: str, seen: Seen) -> None:
+    stopped = seen[3][case][:2]
+    assert len(stopped) == 2
+    for error, *notes in stopped:
+        assert error != "nothing failed"
+        assert "made fewer steps" in "".join(notes)
