@@ -12,26 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch import distributed as dist
 
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a `DTensor`.
-
-    Args:
-        tensor: Any tensor.
-    """
-    # By name: importing the class takes longer than making a table.
-    return type(tensor).__name__ == "DTensor"
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor, in the same memory.
-
-    Args:
-        tensor: Any tensor.
-    """
-    # Not `to_local()`, whose view would make a gradient by rows dense.
-    own: Tensor = tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return own
+from partial_embedding.torch.shards import as_dtensor, is_sharded
 
 
 def replicate_gradients(tables: Iterable[nn.Parameter], others: Iterable[Tensor]) -> None:
@@ -43,20 +24,13 @@ def replicate_gradients(tables: Iterable[nn.Parameter], others: Iterable[Tensor]
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    meshes: Iterable[Any] = (o.device_mesh for o in others if is_sharded(o))  # type: ignore[attr-defined]
+    meshes: Iterable[Any] = (one.device_mesh for one in others if is_sharded(one))  # type: ignore[attr-defined]
     if (mesh := next(iter(meshes), None)) is None:
         return
+    from torch.distributed.tensor import Replicate
+
     for parameter in tables:
         grad = parameter.grad
         if grad is not None and not is_sharded(parameter) and not is_sharded(grad):
-            parameter.grad = _replicated(grad, mesh)
-
-
-def _replicated(own: Tensor, mesh: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor, Replicate
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-
-    # `DTensor.from_local` would ask for a view.
-    meta = TensorMeta(own.shape, own.stride(), own.dtype)
-    spec = DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta)
-    return DTensor(own, spec, requires_grad=False)
+            everywhere = [Replicate()] * mesh.ndim
+            parameter.grad = as_dtensor(grad, mesh, everywhere, grad.shape)

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.averaged import Group, average_over, averaging_group
-from partial_embedding.torch.beside_shards import local
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
+from partial_embedding.torch.shards import local
 from partial_embedding.torch.table import PartialTable, tables_in
 
 _NAMES = "_ddp_params_and_buffers_to_ignore"  # where `DistributedDataParallel` looks

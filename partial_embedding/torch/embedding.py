@@ -108,9 +108,10 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
     @torch.jit.unused
     def _look_up(self, input: Tensor) -> Tensor:  # noqa: A002  # as in `forward`
         weight = self._weight_in_use()
-        if weight is None and not _scales_here(self):
+        if weight is None and not _scales_here(self) and not self.is_sharded:
             return super().forward(input)
-        sparse = self.sparse and weight is None
+        # Engines that shard a weight reduce dense gradients.
+        sparse = self.sparse and weight is None and not self.is_sharded
         weight = self.weight if weight is None else weight
         if self.max_norm is not None:
             _renormalise(self, weight, input, self.max_norm, self.norm_type)
@@ -271,9 +272,9 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         per_sample_weights: Tensor | None,
     ) -> Tensor:
         weight = self._weight_in_use()
-        if weight is None and not _scales_here(self):
+        if weight is None and not _scales_here(self) and not self.is_sharded:
             return super().forward(input, offsets, per_sample_weights)
-        sparse = self.sparse and weight is None
+        sparse = self.sparse and weight is None and not self.is_sharded
         weight = self.weight if weight is None else weight
         if self.max_norm is not None:
             _renormalise(self, weight, input, self.max_norm, self.norm_type)

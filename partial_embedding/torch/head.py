@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
+from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.table import PartialTable
 
 
@@ -92,7 +93,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
             None if self.bias is None else self.bias.detach(),
             rows,
             # A lookup, since its backward pass makes the sparse gradient, compiled or not.
-            F.embedding(rows, self.weight, sparse=self.sparse),
+            F.embedding(rows, self.weight, sparse=self.sparse and not self.is_sharded),
             None if self.bias is None else self.bias.index_select(0, rows),
         )
         return scores.view(*input.shape[:-1], scores.shape[1])
@@ -102,6 +103,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         # What reads the graph or transforms it knows `linear`, and not a function of ours.
         if (
             isinstance(input, torch.fx.Proxy)
+            or is_sharded(self.weight)  # tensor parallelism; what FSDP2 lends is whole
             or is_tracing()
             or torch.compiler.is_exporting()
             or torch._C._are_functorch_transforms_active()

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from partial_embedding.errors import InputError
 from partial_embedding.torch.averaged import averaging_group
-from partial_embedding.torch.beside_shards import is_sharded, local
 from partial_embedding.torch.row_gradient import RowGradient
+from partial_embedding.torch.shards import (
+    Shard,
+    as_placed,
+    is_sharded,
+    local,
+    shard_of,
+    sharded_like,
+)
 
 if TYPE_CHECKING:
     from partial_embedding.torch.table import PartialTable
@@ -66,7 +72,8 @@ class RowHook:
         if grad is None or table is None:
             return grad  # autograd may hand a hook None
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
-        refuse_sharded(grad, table)
+        if is_sharded(grad):
+            return self._zero_in_shard(grad, table)
         self._localise()
         if grad.layout == torch.sparse_coo:
             if _is_left_to_ddp(table):
@@ -84,6 +91,15 @@ class RowHook:
             _queue(lambda: _queue(lambda: _hold_rows_of(parameter)))
         else:
             _hold_rows_of(parameter)
+
+    def _zero_in_shard(self, grad: Tensor, table: PartialTable) -> Tensor:
+        parameter = self._parameter()
+        if parameter is None or not (table.has_frozen_rows or table.padding_row is not None):
+            return grad
+        if isinstance(local(grad), RowGradient):
+            return grad  # of rows that are split, which are asked for those that train
+        grad = as_placed(grad, parameter)
+        return sharded_like(_zero_where_frozen(local(grad), table, shard_of(parameter)), grad)
 
     def _localise(self) -> None:
         """Let backward add to a gradient that was made a `DTensor` for a norm."""
@@ -119,25 +135,6 @@ def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
             yield table
 
 
-def refuse_sharded(tensor: Tensor, table: PartialTable) -> None:
-    """Refuse a weight or a gradient that lies in shards on several processes.
-
-    Args:
-        tensor: The weight or the gradient.
-        table: The table.
-
-    Raises:
-        InputError: It is a DTensor.
-    """
-    # By name: importing the class takes longer than making a table.
-    if type(tensor).__name__ == "DTensor":
-        raise InputError(
-            "a table lies whole on each device. Received a DTensor as the weight of a "
-            f"{type(table).__name__}, as fully_shard and tensor parallelism make it. Leave the "
-            "table out: fully_shard(model, ignored_params={table.weight})."
-        )
-
-
 def _without_frozen(grad: Tensor, table: PartialTable) -> Tensor:
     if grad.requires_grad:
         grad = grad.coalesce()  # only then do its values take part in a second derivative
@@ -161,15 +158,18 @@ def _without_frozen(grad: Tensor, table: PartialTable) -> Tensor:
     )
 
 
-def _zero_where_frozen(grad: Tensor, table: PartialTable) -> Tensor:
+def _zero_where_frozen(grad: Tensor, table: PartialTable, shard: Shard | None = None) -> Tensor:
     # Selected, not multiplied: inf * 0 is NaN.
     if table.has_frozen_rows:
         mask = table.row_set.to(grad.device).mask
+        if shard is not None:
+            mask = mask[shard.start : shard.stop]
         return torch.where(mask.view(-1, *[1] * (grad.dim() - 1)), grad, grad.new_zeros(()))
     if (padding := table.padding_row) is None:
         return grad
     # A lookup gives it no gradient; a head that is tied, or another use of the weight, does.
-    return grad.index_fill(0, torch.tensor([padding], device=grad.device), 0)
+    ids = torch.tensor([padding], device=grad.device)
+    return grad.index_fill(0, ids if shard is None else shard.own(ids), 0)
 
 
 def _is_left_to_ddp(table: PartialTable) -> bool:

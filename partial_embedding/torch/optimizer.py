@@ -10,7 +10,7 @@ from torch.optim import SGD, Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.beside_shards import is_sharded, local, replicate_gradients
+from partial_embedding.torch.beside_shards import replicate_gradients
 from partial_embedding.torch.ddp import average
 from partial_embedding.torch.inspection import KEY
 from partial_embedding.torch.row_gradient import RowGradient
@@ -21,6 +21,7 @@ from partial_embedding.torch.row_optimizer import (
     with_gradients,
 )
 from partial_embedding.torch.saving import take_from
+from partial_embedding.torch.shards import is_sharded, local
 from partial_embedding.torch.table import PartialTable, row_parameters_in
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
