@@ -14,6 +14,7 @@ from partial_embedding.torch.optimizer import (
     rowwise,
 )
 from partial_embedding.torch.replace import replace_embedding, restore_embedding
+from partial_embedding.torch.split import split_rows
 from partial_embedding.torch.tokens import add_tokens
 from partial_embedding.torch.transfer import transfer_vocabulary
 from partial_embedding.torch.whole import keep_whole
@@ -34,5 +35,6 @@ __all__ = [
     "replace_embedding",
     "restore_embedding",
     "rowwise",
+    "split_rows",
     "transfer_vocabulary",
 ]

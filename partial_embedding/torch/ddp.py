@@ -22,7 +22,7 @@ from partial_embedding.torch.averaged import Group, average_over, averaging_grou
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
-from partial_embedding.torch.shards import local
+from partial_embedding.torch.shards import is_sharded, local
 from partial_embedding.torch.table import PartialTable, tables_in
 
 _NAMES = "_ddp_params_and_buffers_to_ignore"  # where `DistributedDataParallel` looks
@@ -92,7 +92,12 @@ def wrap(
         delattr(model, _NAMES)
         if before is not None:
             setattr(model, _NAMES, before)
-    ours = {n: m for n, m in tables_in(model) if id(m.weight) in weights}
+    # Rows that are split are those of all processes already.
+    ours = {
+        name: table
+        for name, table in tables_in(model)
+        if id(table.weight) in weights and not is_sharded(table.weight)
+    }
     begin_alike({n: m.weight for n, m in ours.items()}, wrapper.process_group)
     alive = weakref.ref(wrapper)
 
@@ -100,7 +105,9 @@ def wrap(
         return None if (living := alive()) is None else living.process_group
 
     for module in model.modules():
-        if isinstance(module, PartialTable) and id(module.weight) in weights:
+        if isinstance(module, PartialTable) and any(
+            one.weight is module.weight for one in ours.values()
+        ):
             average_over(module, ["weight"], group)
     return wrapper
 

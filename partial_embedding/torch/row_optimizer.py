@@ -222,8 +222,8 @@ class Rowwise:
             layout, state.unscaled = self._layout_of(state.parameter, options)
             state.change_layout(layout, options_of(options))
         state.sync()
-        there = dist.is_available() and dist.is_initialized()
-        beside_shards = there and any(map(is_sharded, group["params"]))
+        there, own = dist.is_available() and dist.is_initialized(), is_sharded(state.parameter)
+        of_two_kinds = there and any(is_sharded(one) != own for one in group["params"])
         shared: list[nn.Parameter] = []
         for block in state.blocks(self.optimizer, group):
             if not state.layout.flat:
@@ -234,11 +234,11 @@ class Rowwise:
                 state.layout.in_group
                 or not cohort.rate_scale.is_plain
                 or (group.get("fused") and cohort.is_new)
-                or beside_shards
+                or of_two_kinds
             ):
                 # A count or a rate kept in the group would be one for all cohorts, and fused
-                # kernels cannot mix first steps with later ones, nor any plain parameters with
-                # DTensors: such a cohort steps in a group of its own, which no learning-rate
+                # kernels cannot mix first steps with later ones, nor any DTensors with plain
+                # parameters: such a cohort steps in a group of its own, which no learning-rate
                 # scheduler sees.
                 alone = self._group_for(block, state, group)
                 groups.append(alone)

@@ -11,6 +11,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.torch.averaged import average_over
 from partial_embedding.torch.ddp import begin_alike, check_max_norm
 from partial_embedding.torch.shards import is_sharded
+from partial_embedding.torch.split import SplitEmbedding
 from partial_embedding.torch.table import PartialTable, row_parameters_in, tables_in
 
 
@@ -54,7 +55,9 @@ def keep_whole(model: nn.Module, processes: Any = None) -> set[nn.Parameter]:
     group = processes.get_group() if hasattr(processes, "get_group") else processes
     group = dist.group.WORLD if group is None else group
     parameters: dict[str, nn.Parameter] = {}
-    for name, _, parameter in row_parameters_in(model):
+    for name, table, parameter in row_parameters_in(model):
+        if isinstance(table, SplitEmbedding):
+            continue
         if is_sharded(parameter):
             raise InputError(
                 "tables are kept whole before an engine shards the model. Received "
@@ -73,6 +76,6 @@ def keep_whole(model: nn.Module, processes: Any = None) -> set[nn.Parameter]:
     check_max_norm(dict(tables_in(model)))
     begin_alike(parameters, group)
     for module in model.modules():
-        if isinstance(module, PartialTable):
+        if isinstance(module, PartialTable) and not isinstance(module, SplitEmbedding):
             average_over(module, module.row_parameters, lambda: group)
     return set(parameters.values())

@@ -53,9 +53,10 @@ def set_rows(net: Net, step: int) -> None:
             net.head.set_trainable_rows(ROWS[step])
 
 
-def batch(step: int, rank: int, part: int = 0) -> Tensor:
+def batch(step: int, rank: int, part: int = 0, some_empty: bool = False) -> Tensor:
+    size = 0 if some_empty and step == rank == 1 else SIZES[rank]
     drawn = torch.Generator().manual_seed(1000 * part + 100 * step + rank)
-    return torch.randint(V, (SIZES[rank],), generator=drawn)
+    return torch.randint(V, (size,), generator=drawn)
 
 
 def own_rows(net: Net) -> dict[str, nn.Parameter]:
@@ -112,6 +113,25 @@ def alone(
         for part in range(accumulate):
             for rank in range(world):
                 (loss_of(net(batch(step, rank, part))) / world).backward()
+        norm = None
+        if max_norm is not None:
+            norm = float(nn.utils.clip_grad_norm_(net.parameters(), max_norm))
+        optimizer.step()
+        yield snapshot(net), norm
+
+
+def joined(
+    name: str, head: str, world: int, max_norm: float | None = None, lazy: bool = False
+) -> Iterator[tuple[dict[str, Tensor], float | None]]:
+    """As `alone`, but that the table looks up the batches of all at once."""
+    net = Net(head)
+    optimizer = rowwise(OPTIMIZERS[name](net.parameters()), net, lazy=lazy)
+    for step in range(STEPS):
+        set_rows(net, step)
+        optimizer.zero_grad()
+        ids = [batch(step, rank, some_empty=True) for rank in range(world)]
+        parts = net.table(torch.cat(ids)).split([len(one) for one in ids])
+        sum(loss_of(net.head(net.hidden(part))) / world for part in parts).backward()
         norm = None
         if max_norm is not None:
             norm = float(nn.utils.clip_grad_norm_(net.parameters(), max_norm))

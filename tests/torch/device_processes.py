@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from partial_embedding import InputError
-from partial_embedding.torch import average_gradients, keep_whole, rowwise
+from partial_embedding.torch import average_gradients, keep_whole, rowwise, split_rows
 
 
 def mesh() -> Any:
@@ -36,9 +36,21 @@ def beside_fsdp2(head: str, **options: Any) -> Net:
     return net
 
 
+def split(head: str) -> Net:
+    """A model whose table is split, whose head is whole, and of which FSDP2 shards the rest."""
+    net = Net(head, seed=0 if dist.get_rank() == 0 else 7)
+    if dist.get_rank():
+        others = Net(head)
+        net.hidden.load_state_dict(others.hidden.state_dict())
+    ours = keep_whole(net) if head != "none" else set()
+    fully_shard(net, mesh=mesh(), ignored_params=ours | split_rows(net.table, mesh()))
+    return net
+
+
 def train(
     net: Net,
     name: str,
+    some_empty: bool = False,
     accumulate: int = 1,
     max_norm: float | None = None,
     lazy: bool = False,
@@ -50,7 +62,7 @@ def train(
         set_rows(net, step)
         optimizer.zero_grad()
         for part in range(accumulate):
-            loss_of(net(batch(step, dist.get_rank(), part))).backward()
+            loss_of(net(batch(step, dist.get_rank(), part, some_empty))).backward()
         average_gradients(optimizer)
         if max_norm is not None:
             norm = nn.utils.clip_grad_norm_(net.parameters(), max_norm)
@@ -149,6 +161,21 @@ def all_whole() -> dict[str, Callable[[], Any]]:
     return cases
 
 
+def all_split() -> dict[str, Callable[[], Any]]:
+    """As `all_whole`; one process has an empty batch at one step."""
+    cases: dict[str, Callable[[], Any]] = {}
+    for name in OPTIMIZERS:
+        for lazy in (False, True):
+            cases[f"split {name} none{' lazy' * lazy}"] = lambda n=name, z=lazy: train(
+                split("none"), n, some_empty=True, lazy=z
+            )
+    cases["split AdamW untied"] = lambda: train(split("untied"), "AdamW", some_empty=True)
+    cases["split AdamW-foreach untied clipped"] = lambda: train(
+        split("untied"), "AdamW-foreach", some_empty=True, max_norm=0.05
+    )
+    return cases
+
+
 REFUSED: dict[str, Callable[[], Any]] = {
     "other_rows": other_rows,
     "never_averaged": never_averaged,
@@ -160,7 +187,10 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "too_few_batches": too_few_batches,
     "a_process_dies": a_process_dies,  # the last case
 }
-CASES = {2: {**all_whole(), **REFUSED}, 3: {**all_whole(), **FAULTS}}
+CASES = {
+    2: {**all_whole(), **all_split(), **REFUSED},
+    3: {**all_whole(), **all_split(), **FAULTS},
+}
 
 
 if __name__ == "__main__":
