@@ -96,6 +96,13 @@ def shard_of(weight: Tensor) -> Shard | None:
             "an embedding take RowwiseParallel, for a head ColwiseParallel, and for fully_shard "
             "no shard_placement_fn that says otherwise."
         )
+    if len(split) == 1 and names == {"Shard"}:
+        # As torch cuts a tensor into chunks. Its own function goes through all rows.
+        axis = held.placements.index(split[0])
+        num_rows = weight.shape[0]
+        height = -(-num_rows // held.device_mesh.size(axis))
+        start = min(height * held.device_mesh.get_local_rank(axis), num_rows)
+        return Shard(start, min(start + height, num_rows))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(

@@ -21,7 +21,7 @@ from partial_embedding.torch.embedding import PartialEmbedding
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.shards import Shard, local, sharded_like
+from partial_embedding.torch.shards import Shard, local, shard_of, sharded_like
 
 # What a process tells another before a lookup, where ids that are no rows are as many as this.
 _NO_ROWS = -1
@@ -100,23 +100,14 @@ class SplitEmbedding(PartialEmbedding):
         own = local(self.weight)
         nn.init.normal_(own)
         if (padding := self.padding_row) is not None:
-            shard = self.own_shard
-            own[shard.own(torch.tensor([padding]))] = 0
-
-    @property
-    def own_shard(self) -> Shard:
-        """The rows that this process has."""
-        weight: Any = self.leaf_weight
-        height, rank = _height(weight), weight.device_mesh.get_local_rank()
-        start = min(rank * height, weight.shape[0])
-        return Shard(start, min(start + height, weight.shape[0]))
+            own[_shard(self.weight).own(torch.tensor([padding]))] = 0
 
     def own_rows(self) -> RowSet:
         """The trainable rows that this process has, numbered from its first."""
         rows = self.row_set
         known: tuple[RowSet, RowSet] | None = self.__dict__.get("_own_rows")
         if known is None or known[0] is not rows:
-            known = self.__dict__["_own_rows"] = rows, rows.within(self.own_shard)
+            known = self.__dict__["_own_rows"] = rows, rows.within(_shard(self.leaf_weight))
         return known[1]
 
 
@@ -125,7 +116,7 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Any, ids: Tensor, table: SplitEmbedding) -> Tensor:
-        group, shard = weight.device_mesh.get_group(), table.own_shard
+        group, shard = weight.device_mesh.get_group(), _shard(weight)
         order, asked, here, asked_here = _ask(weight, ids, table, group)
         own = here - shard.start
         found = _exchange(local(weight).index_select(0, own), asked_here, asked, group)
@@ -195,6 +186,12 @@ def _exchange(own: Tensor, sent: Sequence[int], got: Sequence[int], group: Any) 
 def _count(marked: Tensor, sizes: Sequence[int]) -> list[int]:
     """How many are marked of each run of entries."""
     return [int(part.sum()) for part in marked.split(list(sizes))]
+
+
+def _shard(weight: Tensor) -> Shard:
+    shard = shard_of(weight)
+    assert shard is not None, "split_rows made it a DTensor"
+    return shard
 
 
 def _height(weight: Any) -> int:
