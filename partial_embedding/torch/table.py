@@ -417,9 +417,12 @@ class PartialTable(TableFiles):
             self.__dict__["_shards"] = found
 
     def _unhook(self, name: str) -> None:
-        for hook in self._hooks_on(self._hooked[name]):
-            hook.remove()
+        self._take_hooks_off(self._hooked[name])
         self._set_hooked({key: value for key, value in self._hooked.items() if key != name})
+
+    def _take_hooks_off(self, parameter: nn.Parameter) -> None:
+        for hook in self._hooks_on(parameter):
+            hook.remove()
 
     def _hook_up(self, name: str, parameter: nn.Parameter) -> None:
         if not (parameter.is_floating_point() or parameter.is_complex()):
@@ -498,8 +501,15 @@ class PartialTable(TableFiles):
         self._wire()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # torch swaps the insides of sharded parameters, and refuses it where a hook refers to one.
+        tied: list[PartialTable] = []
+        for shard in self._shards.values():
+            tied += tables_of(shard)
+            for table in tied:
+                table._take_hooks_off(shard)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
-        self._wire()
+        for table in {self, *tied}:
+            table._wire()
         return self
 
     def extra_repr(self) -> str:
