@@ -6,6 +6,7 @@ The process needs LOCAL_RANK, MASTER_ADDR and MASTER_PORT. It writes what it saw
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from small_runs import SCHEDULE, STAGES, Net, data, loader, loss_of, trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils.data import Subset
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.torch import average_gradients, keep_whole, split_rows
 
 EPOCHS = 4
+# By default Lightning takes the processes of one machine for tensor parallelism.
+SIZES = {"data_parallel_size": 2, "tensor_parallel_size": 1}
 
 
 def whole_of(tensor: Tensor) -> Tensor:
@@ -69,28 +73,36 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def own_batches() -> Any:
+    every = data(6)
+    return loader(Subset(every, range(int(os.environ["LOCAL_RANK"]), len(every), 2)))
+
+
 def run(name: str, folder: Path) -> None:
     options = dict(CASES[name])
     net = options.pop("kind")().build(seed=int(os.environ["LOCAL_RANK"]))
     # Lightning makes the head alike under DDP alone.
     net.head.load_state_dict(Net().build().head.state_dict())
-    strategy = DDPStrategy if name.startswith("ddp") else ModelParallelStrategy
+    strategy: Any = (
+        DDPStrategy if name.startswith("ddp") else partial(ModelParallelStrategy, **SIZES)
+    )
     callback, watched = RowUnfreezing(SCHEDULE, audit=1), Watched()
     made = trainer(
         callback,
         watched,
         strategy=strategy(process_group_backend="gloo"),
         devices=2,
+        use_distributed_sampler=False,
         **options,
     )
-    made.fit(net, loader(data(6)))
+    made.fit(net, own_batches())
     kept = {"weights": watched.seen, "reports": [r.changed for r in callback.audit_results]}
     torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
 
 
 def run_fabric(folder: Path) -> None:
     """A loop of Fabric's, whose rows are set by hand."""
-    strategy = FabricStrategy(parallelize_fn=parallelize, process_group_backend="gloo")
+    strategy = FabricStrategy(parallelize_fn=parallelize, **SIZES, process_group_backend="gloo")
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch()
     net = Net().build(seed=fabric.global_rank)
@@ -100,7 +112,7 @@ def run_fabric(folder: Path) -> None:
     optimizer = fabric.setup_optimizers(
         torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.3)
     )
-    batches = fabric.setup_dataloaders(loader(data(6)))
+    batches = fabric.setup_dataloaders(own_batches(), use_distributed_sampler=False)
     seen = []
     for epoch in range(EPOCHS):
         if epoch in STAGES:

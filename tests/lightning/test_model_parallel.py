@@ -45,7 +45,7 @@ def test_ranks_hold_the_same_bits_and_frozen_rows_those_of_before(
         assert set(rows_that_differ(before, after)) <= set(rows)
         before = after
     assert set(rows_that_differ(starting_table(), before)) == set().union(*STAGES.values())
-    assert [list(changed) for changed in zero["reports"]] == [[]] * (3 if case != "fabric" else 0)
+    assert zero["reports"] == [0] * (3 if case != "fabric" else 0)
 
 
 @pytest.mark.parametrize(
