@@ -21,7 +21,7 @@ from partial_embedding.torch.embedding import PartialEmbedding
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.shards import Shard, local, shard_of, sharded_like
+from partial_embedding.torch.shards import Shard, is_sharded, local, shard_of, sharded_like
 
 # What a process tells another before a lookup, where ids that are no rows are as many as this.
 _NO_ROWS = -1
@@ -202,6 +202,12 @@ def _height(weight: Any) -> int:
 
 
 def _check(table: nn.Module, mesh: Any) -> None:
+    if is_sharded(table._parameters.get("weight")) or mesh.ndim != 1:
+        raise InputError(
+            "rows are split once, over a mesh of one dimension. Received "
+            f"{mesh.ndim} dimensions and a {type(table).__name__}, which may be sharded. Call "
+            'split_rows before fully_shard, with mesh["dp"], for example.'
+        )
     if type(table) is not PartialEmbedding:
         raise InputError(
             "rows are split of a PartialEmbedding. Received a "
@@ -213,12 +219,6 @@ def _check(table: nn.Module, mesh: Any) -> None:
         raise InputError(
             "rows are split of a table by itself. Received one that is tied to a head, which needs "
             "all of them. Untie them, or take keep_whole(model)."
-        )
-    if type(table.weight).__name__ == "DTensor" or mesh.ndim != 1:
-        raise InputError(
-            "rows are split once, over a mesh of one dimension. Received a "
-            f"{type(table.weight).__name__} and {mesh.ndim} dimensions. Call split_rows before "
-            'fully_shard, with mesh["dp"], for example.'
         )
     for option in ("max_norm", "scale_grad_by_freq"):
         if getattr(table, option):

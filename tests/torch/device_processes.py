@@ -14,13 +14,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from device_nets import OPTIMIZERS, STEPS, Net, batch, gradients, loss_of, set_rows, snapshot
+from device_nets import (
+    OPTIMIZERS,
+    STEPS,
+    D,
+    Net,
+    V,
+    batch,
+    gradients,
+    loss_of,
+    set_rows,
+    snapshot,
+    whole,
+)
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from partial_embedding import InputError
-from partial_embedding.torch import average_gradients, keep_whole, rowwise, split_rows
+from partial_embedding.torch import (
+    PartialEmbedding,
+    PartialEmbeddingBag,
+    average_gradients,
+    distributed_data_parallel,
+    keep_whole,
+    rowwise,
+    sharded_rows,
+    split_rows,
+)
+from partial_embedding.torch.optimizer import prepared
+from partial_embedding.torch.row_files import load_rows, save_rows
 
 
 def mesh() -> Any:
@@ -54,6 +77,7 @@ def train(
     accumulate: int = 1,
     max_norm: float | None = None,
     lazy: bool = False,
+    model: nn.Module | None = None,
 ) -> dict[str, list[Any]]:
     """The rows, gradients and norms of each step."""
     optimizer = rowwise(OPTIMIZERS[name](net.parameters()), net, lazy=lazy)
@@ -62,7 +86,7 @@ def train(
         set_rows(net, step)
         optimizer.zero_grad()
         for part in range(accumulate):
-            loss_of(net(batch(step, dist.get_rank(), part, some_empty))).backward()
+            loss_of((model or net)(batch(step, dist.get_rank(), part, some_empty))).backward()
         average_gradients(optimizer)
         if max_norm is not None:
             norm = nn.utils.clip_grad_norm_(net.parameters(), max_norm)
@@ -125,6 +149,91 @@ def one_step_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def looked_up_wrongly() -> str:
+    net = split("none")
+    ids = torch.tensor([V] if dist.get_rank() else [0])
+    return refusal(lambda: net.table(ids))
+
+
+def split_with_other_rows() -> str:
+    net = split("none")
+    net.table.set_trainable_rows([1 + dist.get_rank()])
+    return refusal(lambda: net.table(torch.tensor([1])))
+
+
+def split_in_other_ways() -> dict[str, str]:
+    net, bags = Net("tied"), PartialEmbeddingBag(V, D, trainable_rows=[1])
+    twice = Net().table
+    split_rows(twice, mesh())
+    other_size = PartialEmbedding(V + dist.get_rank(), D)
+    return {
+        "head": refusal(lambda: split_rows(net.head, mesh())),
+        "tied": refusal(lambda: split_rows(net.table, mesh())),
+        "bags": refusal(lambda: split_rows(bags, mesh())),
+        "twice": refusal(lambda: split_rows(twice, mesh())),
+        "max_norm": refusal(lambda: split_rows(PartialEmbedding(V, D, max_norm=1.0), mesh())),
+        "other size": refusal(lambda: split_rows(other_size, mesh())),
+    }
+
+
+def split_of_all_rows() -> dict[str, Any]:
+    """No row is frozen; the optimizer is a plain one, of which nothing was asked."""
+    table = PartialEmbedding(V, D, _weight=torch.zeros(V, D))
+    split_rows(table, mesh())
+    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.0)
+    table(batch(0, dist.get_rank())).sum().backward()
+    optimizer.step()
+    return {"rows": whole(table.weight).detach(), "is_plain": prepared(optimizer) is None}
+
+
+def split_on_meta() -> dict[str, Any]:
+    with torch.device("meta"):
+        table = PartialEmbedding(V, D, padding_idx=30, trainable_rows=[1, 29])
+    split_rows(table, mesh())
+    table.to_empty(device="cpu")
+    table.reset_parameters()
+    own = table.weight.to_local()
+    before = whole(table.weight).detach().clone()
+    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1)
+    table(torch.arange(V)).sum().backward()
+    optimizer.step()
+    moved = (whole(table.weight) != before).any(1).nonzero().flatten()
+    return {"local": len(own), "padding": before[30].tolist(), "moved": moved.tolist()}
+
+
+def split_beside_ddp() -> dict[str, Any]:
+    """One table is split, and DDP averages the rest, of which a table is averaged by row."""
+    net = Net("untied")
+    split_rows(net.table, mesh())
+    ddp = distributed_data_parallel(net)
+    net.alive = [ddp]
+    seen = train(net, "AdamW", some_empty=True, model=ddp)
+    return {"rows": seen["rows"], "ignored": sorted(ddp.parameters_to_ignore)}
+
+
+def row_files() -> dict[str, Any]:
+    """Rows of split tables, written by all and read by all."""
+    net = split("none")
+    train(net, "AdamW")
+    path = folder / "rows.safetensors"
+    sharded_rows._CHUNK = 2 * 4 * D  # bytes, of two rows
+    save_rows(net, path)
+    dist.barrier()
+    alone, again = Net(), split("none")
+    load_rows(alone, path)
+    written = load_rows(again, path)
+    load_rows(again, path)  # once more the same
+    with torch.no_grad():
+        again.table.weight.to_local()[:] += 1  # other rows now than those of the file
+    return {
+        "trained": snapshot(net),
+        "alone": snapshot(alone),
+        "again": snapshot(again)["table"] - 1,
+        "written": written,
+        "refused": refusal(lambda: load_rows(again, path)),
+    }
+
+
 def too_few_batches() -> list[str]:
     """The last process makes no step, within a group that waits for a second."""
     net, processes = Net(), dist.new_group(timeout=timedelta(seconds=1))
@@ -182,13 +291,22 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "sharded_first": sharded_first,
     "on_meta": on_meta,
     "with_max_norm": with_max_norm,
+    "looked_up_wrongly": looked_up_wrongly,
+    "split_with_other_rows": split_with_other_rows,
+    "split_in_other_ways": split_in_other_ways,
+}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "split_of_all_rows": split_of_all_rows,
+    "split_on_meta": split_on_meta,
+    "split_beside_ddp": split_beside_ddp,
+    "row_files": row_files,
 }
 FAULTS: dict[str, Callable[[], Any]] = {
     "too_few_batches": too_few_batches,
     "a_process_dies": a_process_dies,  # the last case
 }
 CASES = {
-    2: {**all_whole(), **all_split(), **REFUSED},
+    2: {**all_whole(), **all_split(), **REFUSED, **OTHERS},
     3: {**all_whole(), **all_split(), **FAULTS},
 }
 

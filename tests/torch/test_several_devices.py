@@ -5,7 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from device_nets import ALWAYS_FROZEN, ROWS, STEPS, Net, alone, joined, replayed, snapshot
+from device_nets import (
+    ALWAYS_FROZEN,
+    ROWS,
+    STEPS,
+    D,
+    Net,
+    V,
+    alone,
+    batch,
+    joined,
+    replayed,
+    snapshot,
+)
 from device_processes import CASES
 from launch import run_processes
 
@@ -18,7 +30,10 @@ pytestmark = pytest.mark.skipif(
 
 Seen = dict[int, dict[str, list[Any]]]
 TRAINED = [
-    (number, name) for number in (2, 3) for name in CASES[number] if name[:5] in ("whole", "split")
+    (number, name)
+    for number in (2, 3)
+    for name in CASES[number]
+    if name.startswith(("whole ", "split "))
 ]
 
 
@@ -118,11 +133,13 @@ MESSAGES = {
     "sharded_first": r"Call keep_whole\(model\) first",
     "on_meta": "Received 'table' on the meta device",
     "with_max_norm": "max_norm scales the rows",
+    "looked_up_wrongly": r"ids lie in \[0, 31\). Received others in process 1",
+    "split_with_other_rows": "all processes train the same rows of a table",
 }
 
 
 @pytest.mark.parametrize("case", MESSAGES)
-def test_what_cannot_be_kept_whole_is_refused_by_all(case: str, seen: Seen) -> None:
+def test_what_would_part_processes_is_refused_by_all(case: str, seen: Seen) -> None:
     for message in seen[2][case]:
         assert re.search(MESSAGES[case], message)
 
@@ -134,3 +151,59 @@ def test_a_process_that_does_not_step_ends_the_others_with_an_error(case: str, s
     for error, *notes in stopped:
         assert error != "nothing failed"
         assert "made fewer steps" in "".join(notes)
+
+
+WAYS = {
+    "head": "ColwiseParallel and loss_parallel",
+    "tied": "tied to a head, which needs all of them",
+    "bags": "for bags look rows up and reduce them",
+    "twice": "Call split_rows before fully_shard",
+    "max_norm": "max_norm looks at all that is looked up",
+    "other size": "all processes have the same tables",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_cannot_be_split_is_refused_with_what_can(way: str, seen: Seen) -> None:
+    for process in seen[2]["split_in_other_ways"]:
+        assert WAYS[way] in process[way]
+
+
+# What else is split
+
+
+def test_a_split_table_of_which_all_rows_train_is_stepped_by_a_plain_optimizer(seen: Seen) -> None:
+    touched = torch.cat([batch(0, 0), batch(0, 1)]).unique()
+    for process in seen[2]["split_of_all_rows"]:
+        assert process["is_plain"]
+        moved = process["rows"].any(1).nonzero().flatten()
+        assert torch.equal(moved, touched)
+
+
+def test_a_table_is_split_before_it_has_rows(seen: Seen) -> None:
+    processes = seen[2]["split_on_meta"]
+    assert [process["local"] for process in processes] == [16, 15]
+    for process in processes:
+        assert process["padding"] == [0.0] * D
+        assert process["moved"] == [1, 29]
+
+
+def test_ddp_leaves_a_split_table_alone(seen: Seen) -> None:
+    zero, one = seen[2]["split_beside_ddp"]
+    assert zero["ignored"] == ["head.weight", "table.weight"]
+    assert all(same(a, b) for a, b in zip(zero["rows"], one["rows"], strict=True))
+    for found, (wanted, _) in zip(zero["rows"], joined("AdamW", "untied", 2), strict=True):
+        assert torch.equal(found["table"], wanted["table"])
+
+
+def test_rows_of_a_split_table_are_written_by_one_and_read_by_all(seen: Seen) -> None:
+    rows = ROWS[max(ROWS)]
+    begun = snapshot(Net())["table"]
+    for process in seen[2]["row_files"]:
+        trained = process["trained"]["table"]
+        assert process["written"] == {"table.weight": rows}
+        assert torch.equal(process["alone"]["table"][rows], trained[rows])
+        others = [row for row in range(V) if row not in rows]
+        assert torch.equal(process["alone"]["table"][others], begun[others])
+        torch.testing.assert_close(process["again"], process["alone"]["table"])
+        assert "rows of two files are not the same ones" in process["refused"]
