@@ -508,7 +508,8 @@ class PartialTable(TableFiles):
             for table in tied:
                 table._take_hooks_off(shard)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
-        for table in {self, *tied}:
+        self._wire()
+        for table in tied:
             table._wire()
         return self
 
