@@ -1,15 +1,19 @@
 """Small models and batches for several processes, and what one process makes of all batches."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from partial_embedding.torch import PartialEmbedding, PartialLinear, rowwise
 from partial_embedding.torch.row_gradient import RowGradient
 
 V, D, STEPS = 31, 4, 7
+SAVED_AT, AFTER = 4, range(4, 7)
 # The rows from a step on: some join late, some are frozen again, one of them comes back.
 ROWS = {0: [3, 4, 9, 20], 2: [3, 4, 9, 20, 21, 30], 4: [3, 9, 21, 30], 5: [3, 4, 9, 21, 30]}
 ALWAYS_FROZEN = [row for row in range(V) if not any(row in rows for rows in ROWS.values())]
@@ -94,6 +98,27 @@ def dense(grad: Tensor) -> Tensor:
 def by_row(grad: Tensor) -> RowGradient:
     ids = grad.ne(0).any(1).nonzero().flatten()
     return RowGradient(ids, grad[ids], len(grad))
+
+
+def moments(net: Net, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The first moments of the rows of each parameter; all processes call this."""
+    found, state = {}, optimizer.state_dict()
+    places = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, parameter in own_rows(net).items():
+        (index,) = [i for i, one in enumerate(places) if one is parameter]
+        found[name] = state["state"][index]["rowwise"]["state"]["exp_avg"]["value"].clone()
+    return found
+
+
+def save(net: Net, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    model, states = get_state_dict(net, optimizer)
+    dcp.save({"model": model, "optimizer": states}, checkpoint_id=path)
+
+
+def load(net: Net, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    model, states = get_state_dict(net, optimizer)
+    dcp.load({"model": model, "optimizer": states}, checkpoint_id=path)
+    set_state_dict(net, optimizer, model_state_dict=model, optim_state_dict=states)
 
 
 def alone(

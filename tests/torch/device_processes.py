@@ -15,14 +15,20 @@ from typing import Any
 
 import torch
 from device_nets import (
+    AFTER,
     OPTIMIZERS,
+    ROWS,
+    SAVED_AT,
     STEPS,
     D,
     Net,
     V,
     batch,
     gradients,
+    load,
     loss_of,
+    moments,
+    save,
     set_rows,
     snapshot,
     whole,
@@ -78,11 +84,14 @@ def train(
     max_norm: float | None = None,
     lazy: bool = False,
     model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    steps: range = range(STEPS),
 ) -> dict[str, list[Any]]:
     """The rows, gradients and norms of each step."""
-    optimizer = rowwise(OPTIMIZERS[name](net.parameters()), net, lazy=lazy)
+    if optimizer is None:
+        optimizer = rowwise(OPTIMIZERS[name](net.parameters()), net, lazy=lazy)
     seen: dict[str, list[Any]] = {"rows": [], "gradients": [], "norms": []}
-    for step in range(STEPS):
+    for step in steps:
         set_rows(net, step)
         optimizer.zero_grad()
         for part in range(accumulate):
@@ -234,6 +243,25 @@ def row_files() -> dict[str, Any]:
     }
 
 
+def saved() -> dict[str, Any]:
+    """A run of which half is saved: a split table, a whole head, and the rest in shards."""
+    net = split("untied")
+    optimizer = rowwise(OPTIMIZERS["AdamW"](net.parameters()), net)
+    train(net, "AdamW", optimizer=optimizer, steps=range(SAVED_AT))
+    save(net, optimizer, folder.parent / "checkpoint")
+    half = {"rows": snapshot(net), "moments": moments(net, optimizer)}
+    return {**half, "later": train(net, "AdamW", optimizer=optimizer, steps=AFTER)["rows"]}
+
+
+def read() -> dict[str, Any]:
+    net = split("untied")
+    set_rows(net, max(step for step in ROWS if step < SAVED_AT))
+    optimizer = rowwise(OPTIMIZERS["AdamW"](net.parameters()), net)
+    load(net, optimizer, folder.parent / "checkpoint")
+    half = {"rows": snapshot(net), "moments": moments(net, optimizer)}
+    return {**half, "later": train(net, "AdamW", optimizer=optimizer, steps=AFTER)["rows"]}
+
+
 def too_few_batches() -> list[str]:
     """The last process makes no step, within a group that waits for a second."""
     net, processes = Net(), dist.new_group(timeout=timedelta(seconds=1))
@@ -300,6 +328,8 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "split_on_meta": split_on_meta,
     "split_beside_ddp": split_beside_ddp,
     "row_files": row_files,
+    "saved": saved,
+    "read": read,
 }
 FAULTS: dict[str, Callable[[], Any]] = {
     "too_few_batches": too_few_batches,
@@ -307,7 +337,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 CASES = {
     2: {**all_whole(), **all_split(), **REFUSED, **OTHERS},
-    3: {**all_whole(), **all_split(), **FAULTS},
+    3: {**all_whole(), **all_split(), "read": read, **FAULTS},
 }
 
 

@@ -1,13 +1,16 @@
 """Tables among several processes learn what one process does that has the batches of all."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from device_nets import (
     ALWAYS_FROZEN,
+    OPTIMIZERS,
     ROWS,
+    SAVED_AT,
     STEPS,
     D,
     Net,
@@ -15,14 +18,17 @@ from device_nets import (
     alone,
     batch,
     joined,
+    load,
+    moments,
     replayed,
+    set_rows,
     snapshot,
 )
 from device_processes import CASES
 from launch import run_processes
 
 from partial_embedding import InputError
-from partial_embedding.torch import keep_whole
+from partial_embedding.torch import keep_whole, rowwise
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
@@ -38,12 +44,19 @@ TRAINED = [
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where processes leave what they saw, and what the first ones saved."""
+    made = tmp_path_factory.mktemp("devices")
+    for number in (2, 3):
+        (made / str(number)).mkdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> Seen:
     """What each of 2 and of 3 processes returned, for each case."""
     return {
-        number: run_processes(
-            "device_processes.py", number, CASES[number], tmp_path_factory.mktemp(str(number))
-        )
+        number: run_processes("device_processes.py", number, CASES[number], folder / str(number))
         for number in (2, 3)
     }
 
@@ -207,3 +220,27 @@ def test_rows_of_a_split_table_are_written_by_one_and_read_by_all(seen: Seen) ->
         assert torch.equal(process["alone"]["table"][others], begun[others])
         torch.testing.assert_close(process["again"], process["alone"]["table"])
         assert "rows of two files are not the same ones" in process["refused"]
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_what_two_processes_saved_is_read_by_as_many_and_by_more(number: int, seen: Seen) -> None:
+    saved = seen[2]["saved"][0]
+    for process in seen[number]["read"]:
+        assert same(process["rows"], saved["rows"])
+        assert same(process["moments"], saved["moments"])
+        if number == 2:
+            pairs = zip(process["later"], saved["later"], strict=True)
+            assert all(same(a, b) for a, b in pairs)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_two_processes_saved_is_read_by_one(seen: Seen, folder: Path) -> None:
+    net, saved = Net("untied"), seen[2]["saved"][0]
+    set_rows(net, max(step for step in ROWS if step < SAVED_AT))
+    optimizer = rowwise(OPTIMIZERS["AdamW"](net.parameters()), net)
+    load(net, optimizer, folder / "checkpoint")
+    assert same(snapshot(net), saved["rows"])
+    assert same(moments(net, optimizer), saved["moments"])
