@@ -11,6 +11,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.hooks import by_rows, is_rewritten
+from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.table import PartialTable
 
 
@@ -85,7 +86,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         if not self._counts_by_row(input):
             return super().forward(input)
         rows = self.row_set.order
-        weight = by_rows(self.weight, self) if self.sparse else self.weight
+        sparse = self.sparse and not self.is_sharded
+        weight = by_rows(self.weight, self) if sparse else self.weight
         # In two dimensions, where `linear` gives a tensor of its own and no view of one.
         features = input.reshape(-1, input.shape[-1])
         scores: Tensor = _RowGradients.apply(  # type: ignore[no-untyped-call]  # torch's own
@@ -94,14 +96,15 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
             None if self.bias is None else self.bias.detach(),
             rows,
             # A lookup, since its backward pass makes the sparse gradient, compiled or not.
-            F.embedding(rows, weight, sparse=self.sparse),
+            F.embedding(rows, weight, sparse=sparse),
             None if self.bias is None else self.bias.index_select(0, rows),
         )
         return scores.view(*input.shape[:-1], scores.shape[1])
 
     def _counts_by_row(self, input: Tensor) -> bool:  # noqa: A002  # as in `forward`
         """Whether to compute gradients by row; otherwise the hook masks the whole one."""
-        if is_rewritten(input):
+        # Under tensor parallelism the weight is sharded; what FSDP2 lends is whole.
+        if is_rewritten(input) or is_sharded(self.weight):
             return False
         if not (self.has_frozen_rows and torch.is_grad_enabled()):
             return False
