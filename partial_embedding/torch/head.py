@@ -103,7 +103,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
 
     def _counts_by_row(self, input: Tensor) -> bool:  # noqa: A002  # as in `forward`
         """Whether to compute gradients by row; otherwise the hook masks the whole one."""
-        # Under tensor parallelism the weight is sharded; what FSDP2 lends is whole.
+        # Tensor parallelism scores by shards, and knows `linear`; what FSDP2 lends is whole.
         if is_rewritten(input) or is_sharded(self.weight):
             return False
         if not (self.has_frozen_rows and torch.is_grad_enabled()):
