@@ -4,8 +4,8 @@
 on, saved and taken off, and this is one, within the table: `disable_adapter()` then gives the rows
 that they were, and adapters are saved with the rows, in the format of `peft`'s trainable tokens.
 
-`transformers` has calls of its own (`add_adapter`, `disable_adapters`), which know of these only the
-`ModulesToSaveWrapper`, and its `enable_adapters` none at all: there the rows follow its layers.
+`transformers` has calls of its own (`add_adapter`, `disable_adapters`), which know of these only
+the `ModulesToSaveWrapper`, and its `enable_adapters` none at all: there the rows follow its layers.
 """
 
 from __future__ import annotations

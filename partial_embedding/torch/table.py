@@ -22,6 +22,7 @@ from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import RowSet, shown
 from partial_embedding.torch.shared_rows import SharedRows
 from partial_embedding.torch.table_files import TableFiles
+from partial_embedding.torch.unheld import await_a_step
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
 _WIRING = ("_hooked", "_steppers", "_wrapper", "awaits_average")
@@ -147,6 +148,7 @@ class PartialTable(TableFiles):
         self._shared.row_set = row_set
         if row_set is None:
             return
+        await_a_step(self)
         if self._shared.origin is not None:
             self._shared.origin.include(self.leaf_weight, row_set.ids)
         for told in self._shared.before_training:
@@ -355,6 +357,8 @@ class PartialTable(TableFiles):
         for name in self.row_parameters:
             if (parameter := self._row_parameter(name)) is not None:
                 self._hook_up(name, parameter)
+        if rows.row_set is not None:
+            await_a_step(self)  # a copy, too
 
     def attach(self) -> None:
         """Begin to freeze rows: for a module whose class was changed after it was made."""
