@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
+from partial_embedding.torch.hooks import is_left_to_ddp, tables_of
 from partial_embedding.torch.table import PartialTable
 
 
@@ -27,8 +28,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         bias: Whether there is a bias, shape (V,).
         device: The device of the parameters.
         dtype: The dtype of the parameters.
-        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D, as
-            `DistributedDataParallel` expects from a head that is not tied and not ignored.
+        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D, as does torch's own
+            `DistributedDataParallel`, which takes sparse gradients from embeddings alone.
         trainable_rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
             `Rows`. With nothing frozen the gradient is that of `nn.Linear`.
 
@@ -92,7 +93,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
             None if self.bias is None else self.bias.detach(),
             rows,
             # A lookup, since its backward pass makes the sparse gradient, compiled or not.
-            F.embedding(rows, self.weight, sparse=self.sparse),
+            F.embedding(rows, self.weight, sparse=self._gives_sparse_gradient()),
             None if self.bias is None else self.bias.index_select(0, rows),
         )
         return scores.view(*input.shape[:-1], scores.shape[1])
@@ -111,6 +112,16 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         if not (self.has_frozen_rows and torch.is_grad_enabled()):
             return False
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def _gives_sparse_gradient(self) -> bool:
+        if not (self.sparse and is_left_to_ddp(self)):
+            return self.sparse
+        # It asks the kind of module whether a gradient will be sparse, and an embedding says so.
+        return any(
+            getattr(t, "sparse", False)
+            for t in tables_of(self.weight)
+            if not isinstance(t, nn.Linear)
+        )
 
     def _masked_bias(self) -> Tensor | None:
         if self.bias is None or not self.has_frozen_rows:

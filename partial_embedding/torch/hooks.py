@@ -66,7 +66,7 @@ class RowHook:
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
         refuse_sharded(grad, table)
         if grad.layout == torch.sparse_coo:
-            if _is_left_to_ddp(table):
+            if is_left_to_ddp(table):
                 self._give_ddp_its_own()
             return _without_frozen(grad, table)
         return _zero_where_frozen(grad, table)
@@ -75,7 +75,7 @@ class RowHook:
         grad, table = parameter.grad, self._table()
         if grad is None or grad.layout != torch.sparse_coo:
             return
-        if table is not None and _is_left_to_ddp(table):
+        if table is not None and is_left_to_ddp(table):
             # It is called next, and takes sparse gradients as such. What it puts in their place
             # it puts there when backward ends, in a call that is queued after this one.
             _queue(lambda: _queue(lambda: _hold_rows_of(parameter)))
@@ -162,8 +162,12 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable) -> Tensor:
     return grad.index_fill(0, torch.tensor([padding], device=grad.device), 0)
 
 
-def _is_left_to_ddp(table: PartialTable) -> bool:
-    """Whether `DistributedDataParallel` may reduce the table, which ours leaves out."""
+def is_left_to_ddp(table: PartialTable) -> bool:
+    """Whether `DistributedDataParallel` may reduce a table, which ours leaves out.
+
+    Args:
+        table: The table.
+    """
     return dist.is_available() and dist.is_initialized() and not table.is_wrapped
 
 
