@@ -16,10 +16,10 @@ pytest.importorskip("peft")
 import torch  # noqa: E402  # after the packages that may be missing
 from oracle import assert_same_bits, rows_that_differ  # noqa: E402
 from tiny_language_models import NEW_ROWS  # noqa: E402
-from trainer_process import CASES  # noqa: E402
+from trainer_worker import CASES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = ROOT / "tests" / "torch" / "trainer_process.py"
+WORKER = ROOT / "tests" / "torch" / "trainer_worker.py"
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 pytestmark = pytest.mark.skipif(

@@ -1,6 +1,6 @@
 """One rank of runs of Hugging Face's Trainer; a script, started by `test_two_processes.py`.
 
-Usage: trainer_process.py FOLDER PROCESSES
+Usage: trainer_worker.py FOLDER PROCESSES
 
 It runs each case as anyone would, with no call of this library but `add_tokens`, and writes the
 model before and after to `{folder}/{case}-{rank}-of-{processes}.pt`.
