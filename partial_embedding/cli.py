@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.recipes.command import did_you_mean
+from partial_embedding.rows.token_text import printable
 
 _HELP = """\
 usage: partial-embedding COMMAND [options]
@@ -71,7 +72,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception | str, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    # What files hold is quoted in it, and may hold what a terminal obeys.
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return code
 
 

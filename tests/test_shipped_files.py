@@ -17,7 +17,9 @@ pytest.importorskip("gensim")
 from gensim.models import FastText, KeyedVectors, Word2Vec
 from gensim.models.fasttext import save_facebook_model
 
+from partial_embedding.cli import main
 from partial_embedding.errors import InputError
+from partial_embedding.recipes.predictions import write_table
 from partial_embedding.recipes.prepare_texts import classes_text
 from partial_embedding.recipes.text import LabelledTexts, read_labelled, read_texts
 from partial_embedding.recipes.vectors import formats, opening, read_vectors, reading
@@ -328,6 +330,17 @@ def test_names_of_classes_cannot_write_into_the_terminal() -> None:
     line = classes_text(texts, texts)
     assert "red" in line
     assert line.isprintable()
+
+
+def test_neither_can_errors_and_predictions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["\x1b[31mfit"]) == 2
+    assert capsys.readouterr().err.rstrip("\n").isprintable()
+    for seen, said in ((True, r"\x1b[2J"), (False, "\x1b[2J")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda seen=seen: seen)
+        write_table("-", ["text"], [["\x1b[2J"]])
+        assert capsys.readouterr().out == f"text\n{said}\n"
 
 
 # What is no file

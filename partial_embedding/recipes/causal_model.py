@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,8 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import shown, write_atomically
+from partial_embedding.files import shown
+from partial_embedding.recipes.predictions import write_table
 from partial_embedding.rows.vocabulary import Vocabulary
 
 # Token ids and what of them counts in the loss, each of shape (B, L).
@@ -151,18 +149,8 @@ class CausalModel(LightningModule):
         Raises:
             OSError: The file cannot be written.
         """
-        with ExitStack() as stack:
-            if str(output) == "-":
-                file = sys.stdout
-            else:
-                Path(output).parent.mkdir(parents=True, exist_ok=True)
-                temporary = stack.enter_context(write_atomically(output))
-                file = stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["text", "continuation"])
-            rows.writerows(zip(texts, (t for batch in batches for t in batch), strict=True))
-        if str(output) != "-":
-            print(f"predictions: {shown(output)}")
+        said = [text for batch in batches for text in batch]
+        write_table(output, ["text", "continuation"], list(zip(texts, said, strict=True)))
 
     def on_train_end(self) -> None:
         """Write the model for plain `transformers`."""

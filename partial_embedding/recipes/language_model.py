@@ -20,6 +20,7 @@ from partial_embedding.recipes.small_language_model import small_language_model
 from partial_embedding.recipes.text import stdlib_docstrings
 from partial_embedding.recipes.text.reading import read_texts
 from partial_embedding.recipes.text_lines import TextLines
+from partial_embedding.rows.token_text import printable
 from partial_embedding.torch import add_tokens
 from partial_embedding.torch.row_files import save_rows
 
@@ -204,7 +205,8 @@ class NewTokens(CausalModel):
             f"original model's by {apart:.1e} at most"
         )
         for row in self.rows[:_SHOWN]:
-            self.print(f"{when}: near {self.vocabulary.tokens[row]!r}: {self._nearest(row)}")
+            near = f"near {self.vocabulary.tokens[row]!r}: {self._nearest(row)}"
+            self.print(f"{when}: {printable(near)}")
 
     @torch.no_grad()
     def _nearest(self, row: int) -> str:
