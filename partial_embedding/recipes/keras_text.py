@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
 from partial_embedding.errors import InputError
 from partial_embedding.files import claim_version, parse_yaml, shown, write_atomically
 from partial_embedding.recipes.command import CommandParser, did_you_mean
+from partial_embedding.recipes.divergence import diverged
 from partial_embedding.recipes.prepare_texts import (
     PADDING_ID,
     WIDTHS,
@@ -106,6 +108,27 @@ class EpochSeeds(keras.callbacks.Callback):
             if (generator := getattr(layer, "seed_generator", None)) is not None:
                 state = np.random.SeedSequence((self.seed, epoch, place)).generate_state(2)
                 generator.state.assign(state & 0x7FFFFFFF)
+
+
+class StopDiverged(keras.callbacks.Callback):
+    """Ends a run whose loss is no finite number."""
+
+    epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Know the epoch."""
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Look at the loss.
+
+        Raises:
+            InputError: It is infinite or not a number.
+        """
+        # Keras's is the mean of the epoch so far, which such a loss spoils.
+        if not math.isfinite(loss := float(logs["loss"])):
+            steps = int(self.model.optimizer.iterations) - 1
+            raise diverged(loss, steps, self.epoch)
 
 
 @keras.saving.register_keras_serializable("partial_embedding")
@@ -320,6 +343,7 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
             unfreezing,
             RowMonitor(folder, vocabulary=data.vocabulary, unfreezing=unfreezing),
             EpochSeeds(training, texts.seed),
+            StopDiverged(),
         ],
     )
     with write_atomically(folder / "config.yaml") as path:
