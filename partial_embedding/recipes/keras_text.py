@@ -1,16 +1,15 @@
 """Text classification in Keras: the texts, vectors, model and schedule of the Lightning recipe.
 
-`partial-embedding fit --config configs/quickstart.yaml` runs it where Lightning is not installed.
+`partial-embedding fit --config configs/quickstart.yaml` runs it where Lightning is not installed,
+as `keras_commands` says.
 """
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +21,8 @@ from numpy.typing import NDArray
 
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
 from partial_embedding.errors import InputError
-from partial_embedding.files import claim_version, parse_yaml, shown, write_atomically
-from partial_embedding.recipes.command import CommandParser, did_you_mean
+from partial_embedding.files import claim_version, shown, write_atomically
+from partial_embedding.recipes.command import did_you_mean
 from partial_embedding.recipes.divergence import diverged
 from partial_embedding.recipes.prepare_texts import (
     PADDING_ID,
@@ -33,7 +32,7 @@ from partial_embedding.recipes.prepare_texts import (
     padded,
     prepare_texts,
 )
-from partial_embedding.recipes.settings import checked, read_config
+from partial_embedding.recipes.settings import checked
 from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
@@ -248,6 +247,21 @@ def text_classifier(
 
 
 @dataclass(frozen=True)
+class Meaning:
+    """What the rows and the classes of a saved model mean.
+
+    Args:
+        tokens: The token of each row.
+        names: The classes.
+        texts: How texts became rows.
+    """
+
+    tokens: Sequence[str]
+    names: Sequence[str]
+    texts: TextSettings
+
+
+@dataclass(frozen=True)
 class RowSettings:
     """Which rows train, and when.
 
@@ -351,47 +365,11 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
         path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
     with write_atomically(folder / "model.keras") as path:
         model.save(path)
-    meaning = {"tokens": list(data.vocabulary.tokens), "names": list(data.training.names)}
+    meaning = Meaning(data.vocabulary.tokens, data.training.names, texts)
     with write_atomically(folder / "meaning.json") as path:
-        path.write_text(json.dumps(meaning), encoding="utf-8")
+        path.write_text(json.dumps(asdict(meaning)), encoding="utf-8")
     print(f"saved: {shown(folder / 'model.keras')}")
     return folder
-
-
-def fit_command(args: Sequence[str]) -> Path:
-    """Train from configurations and options; `partial-embedding fit` where Lightning is missing.
-
-    Args:
-        args: The arguments of the command, without its name.
-
-    Returns:
-        The folder of the run.
-
-    Raises:
-        InputError: An argument, a file or the schedule is refused.
-    """
-    parser = CommandParser(
-        prog="partial-embedding fit",
-        usage="partial-embedding fit [--config FILE] [--PART.SETTING VALUE …]",
-        description="Train the text classifier in Keras.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", "-c", action="append", help="a YAML file with any of these")
-    parts: dict[str, Any] = {"data": TextSettings, "model": text_classifier}
-    for part, made in {**parts, "rows": RowSettings, "trainer": TrainerSettings}.items():
-        group = parser.add_argument_group(part)
-        for name in inspect.signature(made).parameters:
-            group.add_argument(f"--{part}.{name}", type=parse_yaml, metavar=name.upper())
-    given = vars(parser.parse_args(args))
-    config: dict[str, dict[str, Any]] = {}
-    for path in given.pop("config", []):
-        for part, keys in read_config(path).items():
-            config.setdefault(part, {}).update(keys)
-    for name, value in given.items():
-        part, _, setting = name.partition(".")
-        config.setdefault(part, {})[setting] = value
-    return train(config)
 
 
 def _of_the_table(schedules: Any) -> Schedule:

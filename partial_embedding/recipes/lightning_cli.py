@@ -126,11 +126,11 @@ class _StopDiverged(Callback):
         Raises:
             InputError: It is infinite or not a number, in any of the processes.
         """
-        finite = math.isfinite(loss)
+        finite = math.isfinite(loss.item())
         if trainer.world_size > 1:  # one that stopped alone would leave the others waiting
             finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
         if not finite:
-            raise diverged(float(loss), trainer.global_step, trainer.current_epoch)
+            raise diverged(loss.item(), trainer.global_step, trainer.current_epoch)
 
 
 class RecipeCLI(LightningCLI):
