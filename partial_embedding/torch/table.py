@@ -22,7 +22,7 @@ from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import RowSet, shown
 from partial_embedding.torch.shared_rows import SharedRows
 from partial_embedding.torch.table_files import TableFiles
-from partial_embedding.torch.unheld import await_a_step
+from partial_embedding.torch.unheld import await_a_step, no_longer_await
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
 _WIRING = ("_hooked", "_steppers", "_wrapper", "awaits_average")
@@ -370,6 +370,7 @@ class PartialTable(TableFiles):
             self._unhook(name)
         for name in ("_shared", *_WIRING):
             self.__dict__.pop(name, None)
+        no_longer_await(self)
 
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from partial_embedding import InputError
-from partial_embedding.torch import PartialEmbedding
+from partial_embedding.torch import PartialEmbedding, replace_embedding, restore_embedding
 
 IDS = torch.tensor([1, 2, 3])
 
@@ -89,6 +89,14 @@ def test_tables_that_have_an_optimizer_or_are_of_no_concern_are_left_alone() -> 
     model[0].requires_grad_(True)
     its_own.step()
     assert rows_that_differ(model_with_rows()[0].weight, model[0].weight) == [2]
+
+
+def test_a_table_that_is_plain_again_is_none() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2))
+    replace_embedding(model, trainable_rows=[2])
+    restore_embedding(model)
+    gradients(model)
+    SGD(model[1].parameters(), 0.1).step()
 
 
 def test_a_copy_is_seen_too() -> None:
