@@ -42,6 +42,8 @@ class CausalModel(LightningModule):
 
     def __init__(self, lr: float, weight_decay: float, max_new_tokens: int) -> None:
         super().__init__()
+        # Loggers would open their files before the data are accepted.
+        self.save_hyperparameters(logger=False)
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is at least 1. Received: {max_new_tokens}.")
         self.model = None  # until it is loaded, trained or read from a checkpoint
@@ -128,6 +130,22 @@ class CausalModel(LightningModule):
         )
         texts: list[str] = self.tokenizer.batch_decode(made[:, length:], skip_special_tokens=True)
         return texts
+
+    def train_tables(self, body: bool = False) -> int:
+        """Let the tables train, or the rows of them that do, and nothing else.
+
+        Args:
+            body: Let the rest of the model train too.
+
+        Returns:
+            The rows of the input table.
+        """
+        tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        learning = {id(parameter) for table in tables for parameter in table.parameters()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(body or id(parameter) in learning)
+        self.model.train()
+        return len(tables[0].weight)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A plain AdamW; frozen rows are out of its reach."""
