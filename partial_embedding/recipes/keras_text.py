@@ -212,8 +212,12 @@ def text_classifier(
         A `keras.Model` from ids, shape (B, L), filled up with 0, to one score per class, (B, C).
 
     Raises:
-        InputError: The schedule does not fit the vocabulary.
+        InputError: A setting is out of its range, or the schedule does not fit the vocabulary.
     """
+    if channels < 1:
+        raise InputError(f"channels is at least 1. Received: {channels}.")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout is a share from 0 up, below 1. Received: {dropout}.")
     table = PartialEmbedding.from_matrix(
         data.table,
         trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),

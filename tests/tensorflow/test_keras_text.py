@@ -184,6 +184,15 @@ def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) 
     )
 
 
+def test_settings_of_a_model_that_are_out_of_range_are_refused(config: Path) -> None:
+    data = texts_of(config)
+    schedule = Schedule.parse(read_config(config)["rows"]["schedule"])
+    with pytest.raises(InputError, match=r"channels is at least 1\. Received: 0"):
+        keras_text.text_classifier(data, schedule, channels=0)
+    with pytest.raises(InputError, match=r"dropout is a share .*Received: 2"):
+        keras_text.text_classifier(data, schedule, dropout=2.0)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
