@@ -9,6 +9,7 @@ from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.schedule.messages import moved_text
 from partial_embedding.torch.fingerprint import fingerprints
 from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.shards import local, shard_of
 from partial_embedding.torch.table import PartialTable
 
 
@@ -40,9 +41,16 @@ class FrozenRowAudit:
     def restart(self) -> None:
         """Watch the rows that are frozen now, as they are now."""
         self._rows: RowSet = self.table.row_set
-        self.frozen: Tensor = (~self._rows.mask).nonzero().flatten()
+        self._shard = shard_of(self.table.leaf_weight)
+        frozen = (~self._rows.mask).nonzero().flatten()
+        # Of a table that processes share, each watches its own rows.
+        self.frozen: Tensor = frozen if self._shard is None else frozen[self._shard.has(frozen)]
         self._dtype = self.table.leaf_weight.dtype
-        self._prints = fingerprints(self.table.leaf_weight, self.frozen)
+        self._prints = self._fingerprints(self.frozen)
+
+    def _fingerprints(self, ids: Tensor) -> Tensor:
+        start = 0 if self._shard is None else self._shard.start
+        return fingerprints(local(self.table.leaf_weight), ids - start)
 
     def changed(self) -> Tensor:
         """The watched rows that are not what they were, int64, shape (n,).
@@ -55,7 +63,7 @@ class FrozenRowAudit:
         frozen = self.frozen.to(self.table.leaf_weight.device)
         there = frozen < self.table.leaf_weight.shape[0]  # all, but for a smaller vocabulary
         watched = frozen[there]
-        now = fingerprints(self.table.leaf_weight, watched)
+        now = self._fingerprints(watched)
         changed = watched[now != self._prints.to(now.device)[there]]
         if self.table.row_set is not self._rows:
             changed = changed[~self.table.row_set.is_trainable(changed)]

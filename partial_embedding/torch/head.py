@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
-from partial_embedding.torch.hooks import by_rows, is_rewritten
+from partial_embedding.torch.hooks import by_rows, is_left_to_ddp, is_rewritten, tables_of
+from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.table import PartialTable
 
 
@@ -28,8 +29,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         bias: Whether there is a bias, shape (V,).
         device: The device of the parameters.
         dtype: The dtype of the parameters.
-        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D, as
-            `DistributedDataParallel` expects from a head that is not tied and not ignored.
+        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D, as does torch's own
+            `DistributedDataParallel`, which takes sparse gradients from embeddings alone.
         trainable_rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
             `Rows`. With nothing frozen the gradient is that of `nn.Linear`.
 
@@ -85,7 +86,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         if not self._counts_by_row(input):
             return super().forward(input)
         rows = self.row_set.order
-        weight = by_rows(self.weight, self) if self.sparse else self.weight
+        sparse = self._gives_sparse_gradient()
+        weight = by_rows(self.weight, self) if sparse else self.weight
         # In two dimensions, where `linear` gives a tensor of its own and no view of one.
         features = input.reshape(-1, input.shape[-1])
         scores: Tensor = _RowGradients.apply(  # type: ignore[no-untyped-call]  # torch's own
@@ -94,18 +96,31 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
             None if self.bias is None else self.bias.detach(),
             rows,
             # A lookup, since its backward pass makes the sparse gradient, compiled or not.
-            F.embedding(rows, weight, sparse=self.sparse),
+            F.embedding(rows, weight, sparse=sparse),
             None if self.bias is None else self.bias.index_select(0, rows),
         )
         return scores.view(*input.shape[:-1], scores.shape[1])
 
     def _counts_by_row(self, input: Tensor) -> bool:  # noqa: A002  # as in `forward`
         """Whether to compute gradients by row; otherwise the hook masks the whole one."""
-        if is_rewritten(input):
+        # Tensor parallelism scores by shards, and knows `linear`; what FSDP2 lends is whole.
+        if is_rewritten(input) or is_sharded(self.weight):
             return False
         if not (self.has_frozen_rows and torch.is_grad_enabled()):
             return False
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def _gives_sparse_gradient(self) -> bool:
+        if not self.sparse or self.is_sharded:
+            return False
+        if not is_left_to_ddp(self):
+            return True
+        # DDP asks the kind of module whether a gradient will be sparse, and an embedding says so.
+        return any(
+            getattr(t, "sparse", False)
+            for t in tables_of(self.weight)
+            if not isinstance(t, nn.Linear)
+        )
 
     def _masked_bias(self) -> Tensor | None:
         if self.bias is None or not self.has_frozen_rows:

@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from partial_embedding.errors import InputError
+from partial_embedding.torch.averaged import averaging_group
 from partial_embedding.torch.row_gradient import RowGradient
+from partial_embedding.torch.shards import (
+    Shard,
+    as_placed,
+    is_sharded,
+    local,
+    shard_of,
+    sharded_like,
+)
 
 if TYPE_CHECKING:
     from partial_embedding.torch.table import PartialTable
@@ -65,14 +73,16 @@ class RowHook:
         if grad is None or table is None:
             return grad  # autograd may hand a hook None
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
+        if is_sharded(grad):
+            return self._zero_in_shard(grad, table)
+        self._localise()
         if isinstance(grad, RowGradient) and (entries := grad.entries()) is not None:
             for held in entries if grad.is_cuda else ():
                 # Autograd tells the allocator of a tensor's own memory where streams differ.
                 held.record_stream(torch.cuda.current_stream(grad.device))
             return grad  # by way of `by_rows`, which left out the frozen ones
-        refuse_sharded(grad, table)
         if grad.layout == torch.sparse_coo:
-            if _is_left_to_ddp(table):
+            if is_left_to_ddp(table):
                 self._give_ddp_its_own()
             return _sparse_without_frozen(grad, table)
         return _zero_where_frozen(grad, table)
@@ -81,12 +91,28 @@ class RowHook:
         grad, table = parameter.grad, self._table()
         if grad is None or grad.layout != torch.sparse_coo:
             return
-        if table is not None and _is_left_to_ddp(table):
+        if table is not None and is_left_to_ddp(table):
             # It is called next, and takes sparse gradients as such. What it puts in their place
             # it puts there when backward ends, in a call that is queued after this one.
             _queue(lambda: _queue(lambda: _hold_rows_of(parameter)))
         else:
             _hold_rows_of(parameter)
+
+    def _zero_in_shard(self, grad: Tensor, table: PartialTable) -> Tensor:
+        parameter = self._parameter()
+        if parameter is None or not (table.has_frozen_rows or table.padding_row is not None):
+            return grad
+        if isinstance(local(grad), RowGradient):
+            return grad  # of rows that are split, which are asked for those that train
+        grad = as_placed(grad, parameter)
+        return sharded_like(_zero_where_frozen(local(grad), table, shard_of(parameter)), grad)
+
+    def _localise(self) -> None:
+        """Let backward add to a gradient that was made a `DTensor` for a norm."""
+        parameter = self._parameter()
+        grad = None if parameter is None else parameter.grad
+        if parameter is not None and grad is not None and is_sharded(grad):
+            parameter.grad = local(grad)
 
     def _give_ddp_its_own(self) -> None:
         parameter = self._parameter()
@@ -115,25 +141,6 @@ def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
             yield table
 
 
-def refuse_sharded(tensor: Tensor, table: PartialTable) -> None:
-    """Refuse a weight or a gradient that lies in shards on several processes.
-
-    Args:
-        tensor: The weight or the gradient.
-        table: The table.
-
-    Raises:
-        InputError: It is a DTensor.
-    """
-    # By name: importing the class takes longer than making a table.
-    if type(tensor).__name__ == "DTensor":
-        raise InputError(
-            "a table lies whole on each device. Received a DTensor as the weight of a "
-            f"{type(table).__name__}, as fully_shard and tensor parallelism make it. Leave the "
-            "table out: fully_shard(model, ignored_params={table.weight})."
-        )
-
-
 def _without_frozen(ids: Tensor, values: Tensor, table: PartialTable) -> tuple[Tensor, Tensor]:
     if table.has_frozen_rows:
         keep = table.row_set.to(ids.device).mask.index_select(0, ids)
@@ -160,20 +167,31 @@ def _sparse_without_frozen(grad: Tensor, table: PartialTable) -> Tensor:
     return torch.sparse_coo_tensor(kept.unsqueeze(0), left, grad.shape, check_invariants=False)
 
 
-def _zero_where_frozen(grad: Tensor, table: PartialTable) -> Tensor:
+def _zero_where_frozen(grad: Tensor, table: PartialTable, shard: Shard | None = None) -> Tensor:
     # Selected, not multiplied: inf * 0 is NaN.
     if table.has_frozen_rows:
         mask = table.row_set.to(grad.device).mask
+        if shard is not None:
+            mask = mask[shard.start : shard.stop]
         return torch.where(mask.view(-1, *[1] * (grad.dim() - 1)), grad, grad.new_zeros(()))
     if (padding := table.padding_row) is None:
         return grad
     # A lookup gives it no gradient; a head that is tied, or another use of the weight, does.
-    return grad.index_fill(0, torch.tensor([padding], device=grad.device), 0)
+    ids = torch.tensor([padding], device=grad.device)
+    return grad.index_fill(0, ids if shard is None else shard.own(ids), 0)
 
 
-def _is_left_to_ddp(table: PartialTable) -> bool:
-    """Whether `DistributedDataParallel` may reduce the table, which ours leaves out."""
-    return dist.is_available() and dist.is_initialized() and not table.is_wrapped
+def is_left_to_ddp(table: PartialTable) -> bool:
+    """Whether `DistributedDataParallel` may reduce a table, which ours leaves out.
+
+    Args:
+        table: The table.
+    """
+    return (
+        dist.is_available()
+        and dist.is_initialized()
+        and not averaging_group(table, table.leaf_weight)
+    )
 
 
 def _queue(call: Callable[[], None]) -> None:
@@ -206,7 +224,7 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
     """
     if torch.compiler.is_compiling() or is_rewritten(weight):
         return weight
-    if not (weight.requires_grad and torch.is_grad_enabled()) or _is_left_to_ddp(table):
+    if not (weight.requires_grad and torch.is_grad_enabled()) or is_left_to_ddp(table):
         return weight
     passed: Tensor = _ByRows.apply(weight, table)  # type: ignore[no-untyped-call]  # torch's own
     return passed

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.ddp import is_averaged_here
-from partial_embedding.torch.hooks import refuse_sharded, tables_of
+from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.inspection import (
     KEY,
     Group,
@@ -32,8 +33,10 @@ from partial_embedding.torch.saving import (
     take_from,
     without_tables,
 )
+from partial_embedding.torch.shards import check_sharding, is_sharded, local
 from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.table_state import Block, TableState, clear_history
+from partial_embedding.torch.unheld import no_longer_await
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -88,6 +91,8 @@ class Rowwise:
             for group, parameter, table in held_tables(self.optimizer)
             if id(parameter) not in self.tables
         ]
+        for *_, table in new:
+            no_longer_await(table)
         # All of them or none.
         made = [self._state_of(parameter, table, group) for group, parameter, table in new]
         for (group, parameter, table), state in zip(new, made, strict=True):
@@ -99,7 +104,7 @@ class Rowwise:
 
     def _state_of(self, parameter: nn.Parameter, table: PartialTable, group: Group) -> TableState:
         name = self._names.get(id(parameter)) or _name_in(group, parameter) or repr(table)
-        refuse_sharded(parameter, table)
+        check_sharding(parameter, table)
         refuse_what_cannot_train(table, name)
         layout, unscaled = self._layout_of(parameter, group)
         return TableState(name, table, parameter, layout, self.lazy, unscaled, options_of(group))
@@ -108,8 +113,14 @@ class Rowwise:
         options = {key: value for key, value in group.items() if key != KEY}
         key = (kind_of(options), parameter.dtype, parameter.device, parameter.dim())
         if key not in self._layouts:
-            self._layouts[key] = inspect_optimizer(self.optimizer, options, parameter)
+            self._layouts[key] = inspect_optimizer(self.optimizer, options, local(parameter))
         layout = self._layouts[key]
+        if is_sharded(parameter) and (layout.sparse or not layout.elementwise):
+            raise InputError(
+                "processes that share a table by rows need an optimizer that moves each row by "
+                f"itself, from a dense gradient. Received {type(self.optimizer).__name__}. Take "
+                "AdamW, for example; or leave the table out of the engine, whole in each process."
+            )
         if self.lazy and not layout.elementwise:
             raise InputError(
                 "lazy=True is for optimizers that move each row by itself. Received "
@@ -213,6 +224,8 @@ class Rowwise:
             layout, state.unscaled = self._layout_of(state.parameter, options)
             state.change_layout(layout, options_of(options))
         state.sync()
+        there, own = dist.is_available() and dist.is_initialized(), is_sharded(state.parameter)
+        of_two_kinds = there and any(is_sharded(one) != own for one in group["params"])
         shared: list[nn.Parameter] = []
         for block in state.blocks(self.optimizer, group):
             if not state.layout.flat:
@@ -223,10 +236,12 @@ class Rowwise:
                 state.layout.in_group
                 or not cohort.rate_scale.is_plain
                 or (group.get("fused") and cohort.is_new)
+                or of_two_kinds
             ):
                 # A count or a rate kept in the group would be one for all cohorts, and fused
-                # kernels cannot mix first steps with later ones: such a cohort steps in a group of
-                # its own, which no learning-rate scheduler sees.
+                # kernels cannot mix first steps with later ones, nor any DTensors with plain
+                # parameters: such a cohort steps in a group of its own, which no learning-rate
+                # scheduler sees.
                 alone = self._group_for(block, state, group)
                 groups.append(alone)
             else:
@@ -421,11 +436,13 @@ def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
     """
     if table.leaf_weight.requires_grad or not table.has_frozen_rows or not len(table.row_set):
         return
+    if table.is_copy:
+        return  # a teacher, which is not to train
     raise InputError(
         f"rows train whose weight requires gradients. Received {name!r}, of which "
         f"{len(table.row_set):,} rows are to train, with requires_grad=False: from_pretrained("
         "freeze=True), requires_grad_(False), module.freeze() and PEFT set it. Call "
-        "weight.requires_grad_(True) after that; or, for a copy that is never to train, "
+        "weight.requires_grad_(True) after that; or, for a table that is never to train, "
         'set_trainable_rows("none").'
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from partial_embedding.rows.fingerprint import fingerprint_of
 from partial_embedding.schedule import RateScale
+from partial_embedding.torch.shards import Shard
 
 
 class RowSet:
@@ -24,6 +25,7 @@ class RowSet:
         next_number: The number that the next cohort gets.
         device: Where the ids lie.
         rate_scales: How fast cohorts learn, by number; those that are not named are plain.
+        keep_empty: Whether cohorts without rows are kept; processes that share a table have all.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class RowSet:
         next_number: int,
         device: torch.device | str = "cpu",
         rate_scales: Mapping[int, RateScale] | None = None,
+        keep_empty: bool = False,
     ) -> None:
         self.num_rows = num_rows
-        self.cohorts = {number: ids for number, ids in sorted(cohorts.items()) if len(ids)}
+        self.cohorts = {n: ids for n, ids in sorted(cohorts.items()) if keep_empty or len(ids)}
         self.rate_scales = {n: p for n, p in (rate_scales or {}).items() if n in self.cohorts}
         self.next_number = next_number
         self.device = torch.device(device)
@@ -136,6 +139,16 @@ class RowSet:
         """The row set after the table grew, with new rows frozen, or shrank."""
         cohorts = {number: ids[ids < num_rows] for number, ids in self.cohorts.items()}
         return RowSet(num_rows, cohorts, self.next_number, self.device, self.rate_scales)
+
+    def within(self, shard: Shard) -> RowSet:
+        """The rows that one process has, numbered from its first; no cohort is left out.
+
+        Args:
+            shard: The rows that it has.
+        """
+        own = {number: shard.own(ids) for number, ids in self.cohorts.items()}
+        rows = shard.stop - shard.start
+        return RowSet(rows, own, self.next_number, self.device, self.rate_scales, keep_empty=True)
 
     def to(self, device: torch.device) -> RowSet:
         """The same row set on another device."""

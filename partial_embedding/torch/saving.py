@@ -3,27 +3,37 @@
 It lies where any other parameter's state does, in `state[weight]`, so that whatever saves, moves or
 shards optimizer state finds it, torch.distributed.checkpoint too:
 
-    {"step": …, "rowwise": {"num_rows": V, "cohorts": {"0": {"rows": …, "state": {…}}, …}}}
+    {"step": …, "rowwise": {"num_rows": V, "rows": …, "state": {"exp_avg": …, …}, …}}
 
 What is beside `rowwise` is what some optimizers look for in any state that they load. An optimizer
 that keeps no state has none of other parameters either, and torch refuses state of some only: its
 tables are listed in their parameter group, and so is LBFGS's, which has one history for all.
+
+Of a table that processes share by rows, each has its own rows' state and saves all rows': the
+optimizer's `state_dict` is then a collective call, which every process makes.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from partial_embedding.errors import InputError
-from partial_embedding.schedule import RateScale
-from partial_embedding.torch.inspection import KEY, Group, State
+from partial_embedding.torch.inspection import KEY, Group, State, state_of_one_row
 from partial_embedding.torch.rowset import shown
+from partial_embedding.torch.saved_state import (
+    by_row,
+    cohorts_of,
+    joined,
+    rate_scales_in,
+    rows_in,
+)
+from partial_embedding.torch.shards import gathered, shard_of
 from partial_embedding.torch.table_state import Cohort, TableState
 
 Tables = Mapping[int, TableState]
@@ -44,14 +54,15 @@ def into_state_dict(optimizer: Optimizer, tables: Tables, state_dict: State) -> 
         for i, (parameter, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if (table := tables.get(id(parameter))) is None:
                 continue
+            entry = _dumped(table, optimizer, group)
             if table.layout.flat:
-                listed.append({"position": i, **_dumped(table)})
+                listed.append({"position": i, **entry})
                 continue
             state_dict["state"].pop(key, None)
             if table.layout.keys:
-                state_dict["state"][key] = {**table.shared_state, KEY: _dumped(table)}
+                state_dict["state"][key] = {**table.shared_state, KEY: entry}
             else:
-                listed.append({"position": i, **_dumped(table)})
+                listed.append({"position": i, **entry})
         saved.pop(KEY, None)
         if listed:
             saved[KEY] = listed
@@ -175,16 +186,23 @@ def restore(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
 # One table
 
 
-def _dumped(table: TableState) -> State:
-    cohorts = {}
-    for number, cohort in table.cohorts.items():
-        kept: State = {"rows": _as_bytes(cohort.ids), "state": dict(cohort.state)}
-        if cohort.group_state:
-            kept["group_state"] = dict(cohort.group_state)
-        if not cohort.rate_scale.is_plain:
-            kept["rate_scale"] = {**cohort.rate_scale.to_config(), "steps": cohort.steps}
-        cohorts[str(number)] = kept
-    return {"num_rows": table.parameter.shape[0], "cohorts": cohorts}
+def _dumped(table: TableState, optimizer: Optimizer, group: Group) -> State:
+    """What is saved of one table; of one that processes share they all call this."""
+    layout, one_row = table.layout, State()
+    if any(layout.keys - cohort.state.keys() for cohort in table.cohorts.values()):
+        # What loads into the tensors of this checkpoint finds those of rows that have stepped.
+        one_row = state_of_one_row(optimizer, layout, group, table.values)
+    shard = shard_of(table.parameter)
+    if shard is None:
+        entry = by_row(table.cohorts, layout.per_row, one_row)
+    else:
+        own = by_row(table.cohorts, layout.per_row, one_row, shard.start)
+        entry = joined(gathered(tree_map(_on_cpu, own), table.parameter))
+    return {"num_rows": table.parameter.shape[0], **entry}
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    return value.cpu()
 
 
 def _check_one(table: TableState, entry: State, before_steps: bool) -> None:
@@ -195,8 +213,7 @@ def _check_one(table: TableState, entry: State, before_steps: bool) -> None:
             f"{entry['num_rows']} rows and {table.name!r} with {num_rows}. Load the checkpoint's "
             "vocabulary first."
         )
-    ids = [_as_ids(cohort["rows"]).cpu() for cohort in entry.get("cohorts", {}).values()]
-    saved = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).sort().values
+    saved = rows_in(entry).sort().values
     rows = table.table.row_set.ids.cpu()
     rows = rows[rows < entry["num_rows"]]  # by which the table grew since has no state yet
     some = before_steps and bool(torch.isin(saved, rows).any())
@@ -206,35 +223,16 @@ def _check_one(table: TableState, entry: State, before_steps: bool) -> None:
             f"{len(saved)} rows {shown(saved)}, while in {table.name!r} {len(rows)} train "
             f"{shown(rows)}. Call set_trainable_rows with the former first."
         )
-    for cohort in entry.get("cohorts", {}).values():
-        table.check_rate_scale(_rate_scale_and_steps(cohort)[0])
+    for rate_scale in rate_scales_in(entry):
+        table.check_rate_scale(rate_scale)
 
 
 def _cohorts_of(entry: State, table: TableState, group: Group) -> dict[int, Cohort]:
-    entry = copy.deepcopy(entry)  # optimizers write in place, and what was saved is not theirs
-    device, cohorts = table.table.row_set.device, {}
-    for number, saved in entry.get("cohorts", {}).items():
-        state = {k: _on_device(k, v, device, group) for k, v in saved.get("state", {}).items()}
-        group_state = dict(saved.get("group_state", {}))
-        ids = _as_ids(saved["rows"]).to(device)
-        cohorts[int(number)] = Cohort(ids, state, group_state, *_rate_scale_and_steps(saved))
+    device, cohorts = table.table.row_set.device, cohorts_of(entry)
+    for cohort in cohorts.values():
+        cohort.ids = cohort.ids.to(device)
+        cohort.state = {k: _on_device(k, v, device, group) for k, v in cohort.state.items()}
     return cohorts
-
-
-def _as_bytes(ids: Tensor) -> Tensor:
-    # An optimizer that is not prepared yet casts all that it loads to the dtype of the weight, in
-    # which 257 may be 256. Each dtype has the numbers of a byte.
-    return ids.contiguous().view(torch.uint8).view(len(ids), 8)
-
-
-def _as_ids(rows: Tensor) -> Tensor:
-    return rows.to(torch.uint8).contiguous().view(torch.int64).flatten()
-
-
-def _rate_scale_and_steps(cohort: State) -> tuple[RateScale, int]:
-    saved = dict(cohort.get("rate_scale", {}))
-    steps = saved.pop("steps", 0)
-    return RateScale(**saved), steps
 
 
 def _on_device(key: str, value: Any, device: torch.device, group: Group) -> Any:

@@ -20,11 +20,13 @@ from partial_embedding.schedule import RateScale
 from partial_embedding.torch.hooks import RowHook, hooks_on, tables_of
 from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import RowSet, shown
+from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
 from partial_embedding.torch.table_files import TableFiles
+from partial_embedding.torch.unheld import await_a_step, no_longer_await
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
-_WIRING = ("_hooked", "_steppers", "_wrapper", "awaits_average")
+_WIRING = ("_averaged", "_hooked", "_shards", "_steppers", "awaits_average")
 
 
 class Stepper(Protocol):
@@ -51,6 +53,7 @@ class PartialTable(TableFiles):
         weight: nn.Parameter
         _shared: SharedRows
         _hooked: Mapping[str, nn.Parameter]
+        _shards: Mapping[str, nn.Parameter]
 
     # The parameters with an entry for each row.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
@@ -58,7 +61,15 @@ class PartialTable(TableFiles):
     # Whether backward left a gradient here since `ddp.average` last made it that of all processes.
     awaits_average = False
 
+    # Whether the table was made by copying another, as teachers and references are, and no rows of
+    # it were set since: nobody has said that it is to train.
+    is_copy = False
+
     _hooked = MappingProxyType({})
+
+    # The row parameters of which this process has some rows. While a pass runs FSDP2 puts whole
+    # ones in their places, which are not what is stepped, saved or looked at.
+    _shards = MappingProxyType({})
 
     # Nor can it make anything of these.
     __jit_unused_properties__ = (
@@ -69,7 +80,7 @@ class PartialTable(TableFiles):
         "has_frozen_rows",
         "padding_row",
         "leaf_weight",
-        "is_wrapped",
+        "is_sharded",
         "new_rows",
         "earlier_sizes",
         "origin",
@@ -147,6 +158,7 @@ class PartialTable(TableFiles):
         self._shared.row_set = row_set
         if row_set is None:
             return
+        await_a_step(self)
         if self._shared.origin is not None:
             self._shared.origin.include(self.leaf_weight, row_set.ids)
         for told in self._shared.before_training:
@@ -241,10 +253,14 @@ class PartialTable(TableFiles):
             rate_scale: How fast the rows learn that join.
 
         Raises:
-            InputError: The table's optimizer cannot keep the rate_scale.
+            InputError: The table's optimizer cannot keep the rate_scale, or its weight is sharded
+                in a way that cannot be served.
         """
         self.check_rate_scale(rate_scale)
+        self.__dict__["is_copy"] = False  # past nn.Module, which looks for parameters
         ids = ids[ids != self.padding_row]
+        for parameter in self._shards.values():
+            check_sharding(parameter, self)
         if self._row_set is None and len(ids) == self._most_trainable(self.leaf_weight.shape[0]):
             return  # every row trains already, with no bookkeeping to keep
         if self._row_set is None:
@@ -304,7 +320,9 @@ class PartialTable(TableFiles):
         Raises:
             InputError: There is none with the same rows.
         """
-        weight = self._parameters.get("weight")
+        weight = self._shards.get("weight")
+        if weight is None:
+            weight = self._parameters.get("weight")
         if weight is None:
             weight = self._parameters.get("weight_orig")
         if weight is None and (computed := self._modules.get("parametrizations")) is not None:
@@ -323,27 +341,32 @@ class PartialTable(TableFiles):
         Args:
             parameter: Any parameter.
         """
-        own = [self._row_parameter(name) for name in self.row_parameters]
+        own = [self.row_parameter(name) for name in self.row_parameters]
+        if self._shards:
+            own += [self._parameters.get(name) for name in self.row_parameters]
         return parameter is not None and any(parameter is one for one in own)
 
-    def _row_parameter(self, name: str) -> nn.Parameter | None:
-        return self.leaf_weight if name == "weight" else self._parameters.get(name)
+    def row_parameter(self, name: str) -> nn.Parameter | None:
+        """The parameter that one of `row_parameters` names, if there is one."""
+        if name == "weight":
+            return self.leaf_weight
+        return self._shards.get(name, self._parameters.get(name))
 
     @property
-    def is_wrapped(self) -> bool:
-        """Whether `distributed_data_parallel` leaves the table to `average_gradients`."""
-        # A weak reference: a run that ended leaves a dead one.
-        return self.__dict__.get("_wrapper", lambda: None)() is not None
+    def is_sharded(self) -> bool:
+        """Whether this process has some rows of the weight only."""
+        return "weight" in self._shards
 
     def _wire(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
         if not any(self._parameters.get(n) is not None for n in ("weight", "weight_orig")):
             return
+        self._find_shards()
         weight = self.leaf_weight
         rows = self.__dict__.setdefault("_shared", SharedRows())
         before = self._hooked.get("weight", weight)
         for name in self.row_parameters:
-            if name in self._hooked and self._hooked[name] is not self._row_parameter(name):
+            if name in self._hooked and self._hooked[name] is not self.row_parameter(name):
                 self._unhook(name)
         if before is not weight:
             # No longer tied to whoever has the old weight.
@@ -353,8 +376,10 @@ class PartialTable(TableFiles):
             if other is not self:
                 self._share_rows_with(other)
         for name in self.row_parameters:
-            if (parameter := self._row_parameter(name)) is not None:
+            if (parameter := self.row_parameter(name)) is not None:
                 self._hook_up(name, parameter)
+        if rows.row_set is not None and not self.is_copy:
+            await_a_step(self)
 
     def attach(self) -> None:
         """Begin to freeze rows: for a module whose class was changed after it was made."""
@@ -366,6 +391,7 @@ class PartialTable(TableFiles):
             self._unhook(name)
         for name in ("_shared", *_WIRING):
             self.__dict__.pop(name, None)
+        no_longer_await(self)
 
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:
@@ -389,10 +415,24 @@ class PartialTable(TableFiles):
                     f"{type(self).__name__} that trains {shown(ids)}. Set both alike."
                 )
 
+    def _find_shards(self) -> None:
+        found = {
+            name: parameter
+            for name in self.row_parameters
+            if (parameter := self._parameters.get(name)) is not None and is_sharded(parameter)
+        }
+        if found or self._shards:
+            for parameter in found.values() if self.has_frozen_rows else ():
+                check_sharding(parameter, self)
+            self.__dict__["_shards"] = found
+
     def _unhook(self, name: str) -> None:
-        for hook in self._hooks_on(self._hooked[name]):
-            hook.remove()
+        self._take_hooks_off(self._hooked[name])
         self._set_hooked({key: value for key, value in self._hooked.items() if key != name})
+
+    def _take_hooks_off(self, parameter: nn.Parameter) -> None:
+        for hook in self._hooks_on(parameter):
+            hook.remove()
 
     def _hook_up(self, name: str, parameter: nn.Parameter) -> None:
         if not (parameter.is_floating_point() or parameter.is_complex()):
@@ -417,7 +457,7 @@ class PartialTable(TableFiles):
         # Not `self.weight`, which a graph that is traced would hold as a step of its own, and which
         # some parametrizations change each time that it is read.
         weight = self._parameters.get("weight")
-        if weight is not None and weight is self._hooked.get("weight"):
+        if weight is not None and (weight is self._hooked.get("weight") or self.is_sharded):
             return None
         if isinstance(weight, nn.Parameter) and torch.compiler.is_exporting():
             return None  # nothing is trained in a graph
@@ -442,6 +482,12 @@ class PartialTable(TableFiles):
         Raises:
             InputError: It is the weight of a table that trains other rows.
         """
+        shard = self._shards.get(name)
+        if shard is not None and param is not None and is_lent(param, shard, self):
+            super().register_parameter(name, param)
+            if not self._hooks_on(param):
+                RowHook(self, param)  # which is the same one in each pass
+            return
         if name == "weight":
             self._check_tie(param)
         super().register_parameter(name, param)
@@ -464,11 +510,20 @@ class PartialTable(TableFiles):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        self.__dict__["is_copy"] = True
         self._wire()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # torch swaps the insides of sharded parameters, and refuses it where a hook refers to one.
+        tied: list[PartialTable] = []
+        for shard in self._shards.values():
+            tied += tables_of(shard)
+            for table in tied:
+                table._take_hooks_off(shard)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         self._wire()
+        for table in tied:
+            table._wire()
         return self
 
     def extra_repr(self) -> str:
@@ -498,7 +553,7 @@ def row_parameters_in(model: nn.Module) -> Iterator[tuple[str, PartialTable, nn.
     seen: set[int] = set()
     for name, module in model.named_modules():
         for attribute in module.row_parameters if isinstance(module, PartialTable) else ():
-            parameter = module._row_parameter(attribute)
+            parameter = module.row_parameter(attribute)
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 named = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")

@@ -30,6 +30,7 @@ from partial_embedding.torch.rowcopy import (
     write_rows,
 )
 from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.shards import as_block, is_sharded, local, shard_of
 from partial_embedding.torch.table import PartialTable
 
 
@@ -80,14 +81,16 @@ class Block:
     Args:
         cohort: The cohort that the rows belong to.
         parameter: The rows' values and gradient, shape (k, D).
-        ids: Their rows in the table, shape (k,).
-        local: Their positions within the cohort, shape (k,), or None for the whole cohort in order.
+        ids: Their rows in the table, or in what this process has of it, shape (k,).
+        num_rows: How many rows of the cohort all processes have that share the table.
+        places: Their positions within the cohort, shape (k,), or None for all of it in order.
     """
 
     cohort: Cohort
     parameter: nn.Parameter
     ids: Tensor
-    local: Tensor | None = None
+    num_rows: int
+    places: Tensor | None = None
 
 
 class TableState:
@@ -127,6 +130,7 @@ class TableState:
         self.options = options or {}
         self.cohorts: dict[int, Cohort] = {}
         self._rows: RowSet | None = None
+        self._own_rows: RowSet | None = None  # those of them that this process has
         self._summed: Tensor | None = None  # the last compact gradient, for its memory
         for rate_scale in table.row_set.rate_scales.values():
             self.check_rate_scale(rate_scale)
@@ -170,16 +174,29 @@ class TableState:
         rows = self.table.row_set
         if rows is self._rows:
             return False
+        shard = shard_of(self.parameter)
+        own = rows if shard is None else rows.within(shard)
         before, self.cohorts = self.cohorts, {}
-        for number, ids in rows.cohorts.items():
+        for number, ids in own.cohorts.items():
             rate_scale = rows.rate_scales.get(number, RateScale())
             self.cohorts[number] = self._restricted(before.get(number), ids, rate_scale)
         changed = self._rows is not None and not (
             before.keys() == self.cohorts.keys()
             and all(len(before[n].ids) == len(cohort.ids) for n, cohort in self.cohorts.items())
         )
-        self._rows = rows
+        self._rows, self._own_rows = rows, own
         return changed
+
+    @property
+    def values(self) -> Tensor:
+        """What this process has of the parameter."""
+        return local(self.parameter)
+
+    @property
+    def rows(self) -> RowSet:
+        """The trainable rows that this process has, numbered from its first one."""
+        assert self._own_rows is not None, "sync comes first"
+        return self._own_rows
 
     def _restricted(self, old: Cohort | None, ids: Tensor, rate_scale: RateScale) -> Cohort:
         if old is None:
@@ -207,7 +224,7 @@ class TableState:
             optimizer: The optimizer.
             group: Its parameter group that holds the table.
         """
-        grad = self.parameter.grad
+        grad = None if self.parameter.grad is None else local(self.parameter.grad)
         if grad is None and not self.layout.flat and not self.layout.in_group:
             return  # without a gradient the optimizer neither moves a parameter nor counts the step
         # In a dense gradient nothing tells an untouched row from one whose gradient is zero.
@@ -218,15 +235,15 @@ class TableState:
             made = self._whole_blocks(grad, entries)
         for block in made:
             if self.layout.eager and not block.cohort.state:
-                whole = block.parameter.new_empty(len(block.cohort.ids), *block.parameter.shape[1:])
+                whole = self.values.new_empty(len(block.cohort.ids), *self.row_shape)
                 block.cohort.state = first_state(optimizer, group, nn.Parameter(whole))
             yield block
 
     def _whole_blocks(
         self, grad: Tensor | None, entries: tuple[Tensor, Tensor] | None
     ) -> Iterator[Block]:
-        rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
-        cohorts, weight = self.cohorts.values(), self.parameter.detach()
+        rows, sizes = self.rows, [len(cohort.ids) for cohort in self.cohorts.values()]
+        weight = self.values
         compact: Iterable[Tensor | None] = [None] * len(sizes)
         if grad is not None and self.layout.sparse:
             compact = _split_sparse(rows.slots, entries, sizes)
@@ -234,10 +251,29 @@ class TableState:
             compact = self._compact(rows, *entries).split(sizes)
         elif grad is not None:
             dense = as_tensor(grad)
+            cohorts = self.cohorts.values()
             compact = [read_rows(dense, cohort.ids, cohort.run) for cohort in cohorts]
-        for cohort, part_grad in zip(cohorts, compact, strict=True):
-            values = cohort.values_of(weight)
-            yield Block(cohort, _parameter(values, part_grad), cohort.ids)
+        for number, part_grad in zip(self.cohorts, compact, strict=True):
+            cohort = self.cohorts[number]
+            yield self._block(number, cohort.values_of(weight), part_grad, cohort.ids)
+
+    def _block(
+        self,
+        number: int,
+        values: Tensor,
+        grad: Tensor | None,
+        ids: Tensor,
+        places: Tensor | None = None,
+    ) -> Block:
+        assert self._rows is not None, "sync comes first"
+        num_rows = len(self._rows.cohorts[number])
+        parameter = nn.Parameter(self._shared(values, num_rows))
+        parameter.grad = None if grad is None else self._shared(grad, num_rows)
+        return Block(self.cohorts[number], parameter, ids, num_rows, places)
+
+    def _shared(self, own: Tensor, num_rows: int) -> Tensor:
+        """Rows of this process, as a part of those of all that share the table."""
+        return as_block(own, self.parameter, num_rows) if is_sharded(self.parameter) else own
 
     def _compact(self, rows: RowSet, ids: Tensor, values: Tensor) -> Tensor:
         """The gradient of the trainable rows by slot, shape (K, D)."""
@@ -246,27 +282,30 @@ class TableState:
         return self._summed[: len(rows)]
 
     def _lazy_blocks(self, ids_given: Tensor, values_given: Tensor) -> Iterator[Block]:
-        rows, sizes = self.table.row_set, [len(cohort.ids) for cohort in self.cohorts.values()]
+        rows, sizes = self.rows, [len(cohort.ids) for cohort in self.cohorts.values()]
         slots = rows.slots.index_select(0, ids_given).long()
         stepped, position = distinct(slots, len(rows) + 1)
         summed = sum_rows(position, values_given, len(stepped))
         ends = torch.tensor([0, *sizes], device=stepped.device).cumsum(0)
         bounds = torch.searchsorted(stepped, ends).tolist()
         starts = ends.tolist()
-        for i, cohort in enumerate(self.cohorts.values()):
-            local = stepped[bounds[i] : bounds[i + 1]] - starts[i]
-            ids = cohort.ids.index_select(0, local)
+        for i, (number, cohort) in enumerate(self.cohorts.items()):
+            places = stepped[bounds[i] : bounds[i + 1]] - starts[i]
+            ids = cohort.ids.index_select(0, places)
             part_grad = summed[bounds[i] : bounds[i + 1]]
             if self.layout.sparse:
                 part_grad = _sparse(torch.arange(len(ids), device=ids.device), part_grad, len(ids))
-            values = self.parameter.detach().index_select(0, ids)
-            yield Block(cohort, _parameter(values, part_grad), ids, local)
+            values = self.values.index_select(0, ids)
+            yield self._block(number, values, part_grad, ids, places)
 
     def gather_state(self, block: Block) -> State:
         """The state to give the optimizer for a block."""
         state = dict(block.cohort.state)
-        if block.local is not None:
-            state.update({k: state[k].index_select(0, block.local) for k in self._per_row(state)})
+        for key in self._per_row(state):
+            rows = state[key]
+            if block.places is not None:
+                rows = rows.index_select(0, block.places)
+            state[key] = self._shared(rows, block.num_rows)
         return state
 
     def check_state(self, state: State, optimizer: Optimizer) -> None:
@@ -295,18 +334,19 @@ class TableState:
             optimizer: The optimizer.
             group: Its parameter group that holds the table, with the block's learning rate.
         """
+        state = {k: local(v) if is_sharded(v) else v for k, v in state.items()}
         if self._summed is not None and _keeps(state, self._summed):
             self._summed = None
-        run = block.cohort.run if block.local is None else None
-        write_rows(self.parameter.detach(), block.ids, run, block.parameter.detach())
-        if block.local is not None and state:
+        run = block.cohort.run if block.places is None else None
+        write_rows(self.values, block.ids, run, local(block.parameter))
+        if block.places is not None and state:
             whole = block.cohort.state
             if not whole:
-                row = untouched_row_state(optimizer, self.layout, group, self.parameter)
+                row = untouched_row_state(optimizer, self.layout, group, self.values)
                 rows = len(block.cohort.ids)
                 whole = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in row.items()}
             for key in self._per_row(state):
-                write_rows(whole[key], block.local, None, state[key])
+                write_rows(whole[key], block.places, None, state[key])
                 state[key] = whole[key]
         block.cohort.state = state
 
@@ -325,15 +365,29 @@ class TableState:
         Args:
             cohorts: The cohorts by number.
         """
-        self.cohorts = cohorts
         now = self.table.row_set
         ids = {number: cohort.ids for number, cohort in cohorts.items()}
         scaled = {n: c.rate_scale for n, c in cohorts.items() if not c.rate_scale.is_plain}
         after = max([*ids, now.next_number - 1]) + 1
-        self._rows = RowSet(now.num_rows, ids, after, now.device, scaled)
+        saved = RowSet(now.num_rows, ids, after, now.device, scaled)
+        self.cohorts, self._rows = self._own_part(cohorts), None
         # Rows may have changed since an optimizer loaded that was not prepared then.
-        self.table.row_set = self._rows.followed_by(now)
+        self.table.row_set = saved.followed_by(now)
         self.sync()
+
+    def _own_part(self, cohorts: dict[int, Cohort]) -> dict[int, Cohort]:
+        """What this process has of cohorts."""
+        if (shard := shard_of(self.parameter)) is None:
+            return cohorts
+        own = {}
+        for number, cohort in cohorts.items():
+            here = shard.has(cohort.ids)
+            state = {
+                key: value[here] if key in self.layout.per_row else value
+                for key, value in cohort.state.items()
+            }
+            own[number] = replace(cohort, ids=shard.own(cohort.ids), state=state)
+        return own
 
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
         """Go on with the state of shape V×D that a plain optimizer has for the whole table.
@@ -347,9 +401,10 @@ class TableState:
             clear_history(optimizer)  # as long as the whole table
             return
         state = optimizer.state.pop(self.parameter, {})
+        state = {key: local(v) if is_sharded(v) else v for key, v in state.items()}
         heights = [len(value) for key, value in state.items() if key in self.layout.per_row]
         for cohort in self.cohorts.values():
-            if len(cohort.ids) and cohort.ids[0] >= min(heights, default=len(self.parameter)):
+            if len(cohort.ids) and cohort.ids[0] >= min(heights, default=len(self.values)):
                 continue  # by which the table grew since
             cohort.state = {
                 key: value.index_select(0, cohort.ids.to(value.device))
@@ -395,9 +450,3 @@ def _sparse(ids: Tensor, values: Tensor, height: int) -> Tensor:
 def _keeps(state: State, tensor: Tensor) -> bool:
     """Whether an optimizer remembers a tensor itself, and not a copy of it."""
     return any(isinstance(v, Tensor) and share_memory(v, tensor) for v in state.values())
-
-
-def _parameter(values: Tensor, grad: Tensor | None) -> nn.Parameter:
-    parameter = nn.Parameter(values)
-    parameter.grad = grad
-    return parameter

@@ -38,7 +38,9 @@ from partial_embedding import InputError, Position, Schedule
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.recipes.resume import ReplayableLoader
+from partial_embedding.schedule import RateScale
 from partial_embedding.torch import PartialEmbedding, rowwise
+from partial_embedding.torch.saved_state import cohorts_of
 
 STEPS = EPOCHS * BATCHES
 
@@ -473,10 +475,9 @@ def test_a_changed_schedule_says_what_changed_and_goes_on_or_stops(
     assert [line for line in said if "the checkpoint's" in line] == lines
     assert witness.rows[0] == [1, 2]
     if case == "another_rate":
-        saved = made.optimizers[0].state_dict()["state"][0]["rowwise"]["cohorts"].values()
-        assert not any(
-            "rate_scale" in cohort for cohort in saved
-        )  # rows keep what they joined with
+        saved = cohorts_of(made.optimizers[0].state_dict()["state"][0]["rowwise"]).values()
+        # Rows keep what they joined with.
+        assert all(cohort.rate_scale.is_plain for cohort in saved)
 
 
 def test_a_run_of_another_length_is_a_change_where_shares_count(
@@ -503,16 +504,16 @@ def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: P
     schedule = changed({"epoch": 0, "rows": [1, 2], "lr_scale": 0.5, "warmup_steps": 5})
     watch(Net().build(), schedule, Keep(), max_epochs=1)
     saved = torch.load(tmp_path / "made.ckpt", weights_only=True)
-    (cohort,) = saved["optimizer_states"][0]["state"][0]["rowwise"]["cohorts"].values()
-    assert cohort["rate_scale"] == {"lr_scale": 0.5, "warmup_steps": 5, "steps": 3}
+    (cohort,) = cohorts_of(saved["optimizer_states"][0]["state"][0]["rowwise"]).values()
+    assert (cohort.rate_scale, cohort.steps) == (RateScale(0.5, 5), 3)
     plain = Net().build(plain=True)
     trainer(Keep(), max_epochs=2).fit(plain, loader(data()), ckpt_path=tmp_path / "made.ckpt")
     witness = RowWitness()
     made = trainer(RowUnfreezing(schedule), witness, max_epochs=3)
     made.fit(Net().build(), loader(data()), ckpt_path=tmp_path / "made.ckpt")
     assert witness.rows == BATCHES * [[1, 2]]
-    cohorts = made.optimizers[0].state_dict()["state"][0]["rowwise"]["cohorts"].values()
-    assert [cohort["rate_scale"]["steps"] for cohort in cohorts] == [3]  # they joined with this run
+    cohorts = cohorts_of(made.optimizers[0].state_dict()["state"][0]["rowwise"]).values()
+    assert [cohort.steps for cohort in cohorts] == [3]  # they joined with this run
 
 
 # The same YAML without Lightning

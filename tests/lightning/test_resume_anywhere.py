@@ -12,6 +12,9 @@ from once import once, run_script
 from scripts.kill_and_resume import KINDS, PLACES
 from small_runs import same_bits
 
+from partial_embedding.schedule import RateScale
+from partial_embedding.torch.saved_state import cohorts_of
+
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="the runs that are killed are forked from one process"
 )
@@ -55,13 +58,13 @@ def test_a_killed_run_resumes_exactly(
         # What was compared is a schedule that went through all of its stages and rate_scales.
         assert [stage for stage, _ in whole["reports"]] == [0, 1, 2, 3, 4]
         assert [stage for stage, _ in resumed["reports"]][-1] == 4
-        cohorts = whole["optimizer"]["state"][0]["rowwise"]["cohorts"].values()
-        assert [cohort["rate_scale"] for cohort in cohorts] == [
-            {"lr_scale": 2.0, "warmup_steps": 3, "steps": 26},
-            {"lr_scale": 0.5, "warmup_steps": 6, "steps": 23},
-            {"lr_scale": 0.5, "warmup_steps": 6, "steps": 20},
-            {"lr_scale": 0.5, "warmup_steps": 6, "steps": 18},
-            {"lr_scale": 0.3, "steps": 15},
-            {"warmup_steps": 4, "steps": 5},
+        cohorts = cohorts_of(whole["optimizer"]["state"][0]["rowwise"]).values()
+        assert [(cohort.rate_scale, cohort.steps) for cohort in cohorts] == [
+            (RateScale(2.0, 3), 26),
+            (RateScale(0.5, 6), 23),
+            (RateScale(0.5, 6), 20),
+            (RateScale(0.5, 6), 18),
+            (RateScale(0.3), 15),
+            (RateScale(1.0, 4), 5),
         ]
         assert len(whole["schedule"]["position"]["evaluations"]) == 6

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from partial_embedding import InputError
 from partial_embedding.torch import PartialEmbedding, rowwise
+from partial_embedding.torch.saved_state import cohorts_of
 
 NUM_ROWS, WIDTH = 12, 5
 
@@ -251,8 +252,8 @@ def test_state_that_an_option_adds_later_is_kept(lazy: bool) -> None:
     optimizer.param_groups[0]["momentum"] = 0.9
     before = table.weight.detach().clone()
     step(table, optimizer, 1)
-    state = optimizer.state_dict()["state"][0]["rowwise"]["cohorts"]["0"]["state"]
-    assert state.keys() == {"momentum_buffer"}
+    (cohort,) = cohorts_of(optimizer.state_dict()["state"][0]["rowwise"]).values()
+    assert cohort.state.keys() == {"momentum_buffer"}
     optimizer.param_groups[0]["momentum"] = 0
     step(table, optimizer, 1)
     assert not torch.equal(table.weight, before)

@@ -11,7 +11,7 @@ from torch import nn
 
 from partial_embedding import InputError
 from partial_embedding.torch import PartialEmbedding, rowwise
-from partial_embedding.torch.saving import _as_ids
+from partial_embedding.torch.saved_state import cohorts_of
 
 OPTIMIZERS = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1),
@@ -78,10 +78,10 @@ def test_a_plain_run_in_between_makes_the_rows_state_stale(name: str) -> None:
     entry = (
         again["state"][0]["rowwise"] if again["state"] else again["param_groups"][0]["rowwise"][0]
     )
-    (cohort,) = entry["cohorts"].values()
-    assert _as_ids(cohort["rows"]).tolist() == [3, 4]
-    assert "rate_scale" not in cohort
-    for key, value in cohort["state"].items():
+    (cohort,) = cohorts_of(entry).values()
+    assert cohort.ids.tolist() == [3, 4]
+    assert cohort.rate_scale.is_plain
+    for key, value in cohort.state.items():
         if value.dim():
             assert_same_bits(value, carried["state"][0][key][[3, 4]], key)
 

@@ -1,0 +1,231 @@
+"""Weights of which each process has some rows: a `DTensor` that is sharded on its first axis.
+
+What makes the shards, `fully_shard` or tensor parallelism, does not matter here: a process steps
+the rows that it has, as if they were a table of their own, and what an optimizer is given of them
+are `DTensor`s again, so that torch's own sums over all processes stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from partial_embedding.errors import InputError
+
+if TYPE_CHECKING:
+    from partial_embedding.torch.table import PartialTable
+
+# Importing the class takes longer than making a table; whoever has a tensor of it has done so.
+DTensor = Any
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of a weight that this process has.
+
+    Args:
+        start: The first of them.
+        stop: The one after the last of them.
+    """
+
+    start: int
+    stop: int
+
+    def has(self, ids: Tensor) -> Tensor:
+        """Whether this process has each of some rows, booleans, shape (n,).
+
+        Args:
+            ids: Row ids of the whole weight, int64, shape (n,).
+        """
+        return (ids >= self.start) & (ids < self.stop)
+
+    def own(self, ids: Tensor) -> Tensor:
+        """Those of some rows that this process has, numbered from its first.
+
+        Args:
+            ids: As for `has`.
+        """
+        return ids[self.has(ids)] - self.start
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a `DTensor`.
+
+    Args:
+        tensor: Anything.
+    """
+    return type(tensor).__name__ == "DTensor"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, in the same memory and past autograd.
+
+    Args:
+        tensor: Any tensor, sharded or whole.
+    """
+    held: Any = tensor.detach()
+    # Not `to_local()`, whose view would make a gradient by rows dense.
+    own: Tensor = held._local_tensor if is_sharded(held) else held
+    return own
+
+
+def shard_of(weight: Tensor) -> Shard | None:
+    """The rows of a weight that this process has, or None where it has all.
+
+    Args:
+        weight: The weight, shape (V, …).
+
+    Raises:
+        InputError: It is not split by rows.
+    """
+    if not is_sharded(weight):
+        return None
+    held: DTensor = weight
+    split = [placement for placement in held.placements if not placement.is_replicate()]
+    # FSDP2 has a name of its own for what it shards a second time.
+    names = {type(placement).__name__ for placement in split}
+    if not names <= {"Shard", "_StridedShard"} or any(placement.dim for placement in split):
+        raise InputError(
+            "processes share a table by rows, Shard(0). Received a weight of the shape "
+            f"{tuple(weight.shape)} with the placements {tuple(map(str, held.placements))}. For "
+            "an embedding take RowwiseParallel, for a head ColwiseParallel, and for fully_shard "
+            "no shard_placement_fn that says otherwise."
+        )
+    if len(split) == 1 and names == {"Shard"}:
+        # As torch cuts a tensor into chunks. Its own function goes through all rows.
+        axis = held.placements.index(split[0])
+        num_rows = weight.shape[0]
+        height = -(-num_rows // held.device_mesh.size(axis))
+        start = min(height * held.device_mesh.get_local_rank(axis), num_rows)
+        return Shard(start, min(start + height, num_rows))
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        weight.shape, held.device_mesh, held.placements
+    )
+    start = int(offset[0]) if shape[0] else weight.shape[0]
+    return Shard(start, start + int(shape[0]))
+
+
+def check_sharding(parameter: Tensor, table: PartialTable) -> None:
+    """Refuse a table whose rows cannot be kept exact where its weight is sharded.
+
+    Args:
+        parameter: The weight, or another parameter of the table.
+        table: The table, which has frozen rows.
+
+    Raises:
+        InputError: The weight is sharded, and not by rows; or rows are scaled while they are
+            looked up.
+    """
+    if not is_sharded(parameter):
+        return
+    shard_of(parameter)
+    if getattr(table, "max_norm", None) is not None:
+        raise InputError(
+            "max_norm scales rows while they are looked up, where a sharded weight is only lent. "
+            f"Received max_norm={table.max_norm} in a {type(table).__name__} whose weight is "
+            "sharded. Leave it out, or leave the table out of the engine."
+        )
+
+
+def is_lent(parameter: Tensor, shard: Tensor, table: nn.Module) -> bool:
+    """Whether a parameter takes the place of a shard for a pass of FSDP2, or is that shard again.
+
+    Args:
+        parameter: What is in the place of the shard.
+        shard: The parameter that is stepped.
+        table: The module of both.
+    """
+    if parameter is shard:
+        return True
+    if not vars(table).get("_is_fsdp_managed_module"):
+        return False
+    return not (is_sharded(parameter) and _are_alike(parameter, shard))
+
+
+def _are_alike(one: DTensor, other: DTensor) -> bool:
+    """Whether two tensors are sharded in one way; not so a weight that is gathered in part."""
+    return bool(one.device_mesh == other.device_mesh and one.placements == other.placements)
+
+
+def sharded_like(own: Tensor, whole: Tensor) -> Tensor:
+    """What this process has of a tensor, as one that is sharded like another of its shape.
+
+    Args:
+        own: What it has.
+        whole: The other.
+    """
+    return _sharded(own, whole, whole.shape)
+
+
+def as_block(own: Tensor, weight: Tensor, num_rows: int) -> Tensor:
+    """Rows of which each process has some, of any number, as one tensor.
+
+    Args:
+        own: Those of this process, shape (k, …), whose memory is shared.
+        weight: A sharded weight.
+        num_rows: How many rows all processes have.
+
+    Returns:
+        Shape (num_rows, …).
+    """
+    return _sharded(own, weight, torch.Size((num_rows, *own.shape[1:])))
+
+
+def _sharded(own: Tensor, like: DTensor, shape: torch.Size) -> Tensor:
+    return as_dtensor(own, like.device_mesh, like.placements, shape)
+
+
+def as_dtensor(own: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> Tensor:
+    """What this process has of a tensor, as a `DTensor` that holds it as it is.
+
+    Args:
+        own: What it has.
+        mesh: The processes.
+        placements: How they share the tensor.
+        shape: The shape of the tensor.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    # `DTensor.from_local` asks for a view, which would make a gradient by rows dense.
+    meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), own.dtype)
+    return DTensor(own, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+
+
+def as_placed(grad: Tensor, weight: Tensor) -> Tensor:
+    """A gradient with the placements of its weight.
+
+    Args:
+        grad: The gradient; tensor parallelism makes one that each process has whole.
+        weight: The weight.
+    """
+    found: DTensor = grad
+    placements = weight.placements  # type: ignore[attr-defined]  # of a DTensor
+    placed: Tensor = found.redistribute(placements=placements)
+    return placed
+
+
+def gathered(own: Any, weight: Tensor) -> list[Any]:
+    """What each process has that has a shard of a weight; they all call this.
+
+    Args:
+        own: What this process has, to be pickled.
+        weight: The weight.
+    """
+    held: DTensor = weight
+    everyone = [own]
+    for axis, placement in enumerate(held.placements):
+        if placement.is_replicate():
+            continue
+        group = held.device_mesh.get_group(axis)
+        found: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, everyone, group=group)
+        everyone = [part for parts in found for part in parts]
+    return everyone
