@@ -63,7 +63,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
     judged: WeakKeyDictionary[PartialTable, object] = vars(optimizer).setdefault(
         "_judged_tables", WeakKeyDictionary()
     )
-    new = [table for table in _waiting if judged.get(table) is not table._row_set]
+    new = [t for t in _waiting if t.has_leaf_weight and judged.get(t) is not t._row_set]
     for table in new:
         if id(table.leaf_weight) in own:
             no_longer_await(table)
