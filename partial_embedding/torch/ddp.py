@@ -112,7 +112,8 @@ def check_backend(tables: Mapping[str, PartialTable]) -> None:
         return
     _check_max_norm(tables)
     for name, table in tables.items():
-        if not getattr(table, "sparse", False) or _wrapper_of(table) is not None:
+        is_dense = table.is_sharded or not getattr(table, "sparse", False)
+        if is_dense or _wrapper_of(table) is not None:
             continue
         if dist.get_backend() == "nccl":
             raise InputError(

@@ -491,7 +491,17 @@ class PartialTable(TableFiles):
             self._wire()
 
     def remember_origin(self) -> None:
-        """Remember, from here on, what rows hold before they train; see `TableFiles`."""
+        """Remember, from here on, what rows hold before they train; see `TableFiles`.
+
+        Raises:
+            InputError: Processes share the table.
+        """
+        if self.is_sharded:
+            raise InputError(
+                "rows are saved alone of a table that is whole in each process. Received a "
+                f"{type(self).__name__} whose weight is sharded. Save it whole, with "
+                "checkpoint='table'."
+            )
         if self._shared.origin is None:
             origin = self._shared.origin = Origin(self.leaf_weight)
             every = self._row_set is None

@@ -282,7 +282,7 @@ def test_a_malformed_schedule_is_refused_when_the_callback_is_made(
         assert part in str(refused.value)
 
 
-def sharding_strategies() -> list[Any]:
+def flattening_strategies() -> list[Any]:
     packages = [pl]
     try:
         import lightning.pytorch
@@ -290,7 +290,7 @@ def sharding_strategies() -> list[Any]:
         packages.append(lightning.pytorch)
     except ModuleNotFoundError:
         pass  # its strategies have the same names
-    names = ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"]
+    names = ["FSDPStrategy", "DeepSpeedStrategy"]
     return [
         pytest.param(getattr(package.strategies, name), id=f"{package.__name__}.{name}")
         for package in packages
@@ -298,9 +298,9 @@ def sharding_strategies() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("strategy", sharding_strategies())
+@pytest.mark.parametrize("strategy", flattening_strategies())
 @pytest.mark.parametrize("derived", [False, True], ids=["itself", "a_subclass"])
-def test_strategies_that_shard_are_refused(strategy: type, derived: bool) -> None:
+def test_strategies_that_flatten_weights_are_refused(strategy: type, derived: bool) -> None:
     kind = type("Custom", (strategy,), {}) if derived else strategy
     # Not initialised: these strategies want a GPU, or a package that is not installed.
     fake = SimpleNamespace(strategy=object.__new__(kind))
@@ -310,7 +310,7 @@ def test_strategies_that_shard_are_refused(strategy: type, derived: bool) -> Non
     callback.setup(fake, Net().build(), "test")  # nothing is trained there
 
 
-def test_a_strategy_that_shards_is_refused_when_fit_starts() -> None:
+def test_a_strategy_that_flattens_weights_is_refused_when_fit_starts() -> None:
     class FSDPStrategy(SingleDeviceStrategy):
         """Stands in for Lightning's own, which needs a GPU."""
 
