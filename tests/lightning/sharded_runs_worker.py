@@ -1,4 +1,4 @@
-"""One rank of a run that Lightning shards over two; a script, started by `test_model_parallel.py`.
+"""One rank of a run that Lightning shards over two; a script, started by `test_sharded_runs.py`.
 
 The process needs LOCAL_RANK, MASTER_ADDR and MASTER_PORT. It writes what it saw, batch by batch, to
 `{folder}/{case}-{rank}.pt`.

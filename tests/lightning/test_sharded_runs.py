@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
 
 import torch
-from model_parallel_worker import SAVED_AT, STEPS, Inner, V, loss_of, optimizer_of
+from sharded_runs_worker import SAVED_AT, STEPS, Inner, V, loss_of, optimizer_of
 from once import once
 
-WORKER = Path(__file__).with_name("model_parallel_worker.py")
+WORKER = Path(__file__).with_name("sharded_runs_worker.py")
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {0: [1, 7, 9], 3: [0, 1, 5, 7, 9], 7: [0, 5, 9, 10]}
 KINDS = pytest.mark.parametrize("kind", ["folder", "file"])
@@ -59,7 +59,7 @@ def run_both_ranks(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each process saw, of runs that went through and of those that went on from a save."""
-    folder = once(tmp_path_factory, "model-parallel", run_both_ranks)
+    folder = once(tmp_path_factory, "sharded-runs", run_both_ranks)
     names = ["folder-False", "folder-True", "file-False", "file-True", "tensor"]
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
