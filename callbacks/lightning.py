@@ -23,7 +23,7 @@ from partial_embedding.torch.table import PartialTable, tables_in
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
 
-# By name, for both of Lightning's packages. These strategies flatten weights, or move them.
+# By name, for both of Lightning's packages. These strategies flatten or move weights.
 _REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy"}
 _FINDERS = {"LearningRateFinder", "BatchSizeFinder"}
 
@@ -117,9 +117,9 @@ class RowUnfreezing(Callback):
             return
         if _REFUSED_STRATEGIES & _kinds(trainer.strategy):
             raise InputError(
-                "RowUnfreezing needs weights that are whole, or sharded by rows. Received "
-                f"{type(trainer.strategy).__name__}, which flattens them. Use one device, DDP, or "
-                "ModelParallelStrategy with fully_shard in configure_model."
+                "RowUnfreezing needs weights that are whole, or split by rows. Received "
+                f"{type(trainer.strategy).__name__}, which flattens them. Use DDPStrategy or "
+                "ModelParallelStrategy."
             )
         if trainer.strategy.restore_checkpoint_after_setup:
             if self.checkpoint == "rows":
@@ -279,10 +279,13 @@ class RowUnfreezing(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the gradients of the tables over all processes, where DDP averages the others."""
-        # Its own flag, which is down while gradients are accumulated. An optimizer averages those
-        # of all tables, so that one of several callbacks does it.
+        # DDP's own flag, which is down while gradients are accumulated; other strategies reduce
+        # them in each backward pass. An optimizer averages those of all tables, so that one of
+        # several callbacks does it.
         first = next(one for one in _callbacks_of(trainer) if isinstance(one, RowUnfreezing))
-        if first is self and getattr(trainer.model, "require_backward_grad_sync", False):
+        if first is self and getattr(
+            trainer.model, "require_backward_grad_sync", trainer.world_size > 1
+        ):
             for optimizer in trainer.optimizers:
                 average_gradients(optimizer)
 

@@ -23,6 +23,13 @@ def packages_of(path: Path) -> set[str]:
     return {"tensorflow" if name == "keras" else name for name in imported} & {"torch", *NEEDS}
 
 
+def command_of(path: Path) -> list[str]:
+    """How an example is run: by itself, or with two processes if it says so."""
+    alone = "torchrun" not in path.read_text(encoding="utf-8")
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [sys.executable, *([] if alone else several), str(path)]
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path: Path, tmp_path: Path) -> None:
     for package in packages_of(path):
@@ -30,7 +37,7 @@ def test_an_example_runs(path: Path, tmp_path: Path) -> None:
             pytest.skip(f"this example runs where {package} is installed")
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(path)],
+        command_of(path),
         cwd=tmp_path,
         capture_output=True,
         text=True,

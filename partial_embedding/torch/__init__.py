@@ -14,8 +14,10 @@ from partial_embedding.torch.optimizer import (
     rowwise,
 )
 from partial_embedding.torch.replace import replace_embedding, restore_embedding
+from partial_embedding.torch.split import split_rows
 from partial_embedding.torch.tokens import add_tokens
 from partial_embedding.torch.transfer import transfer_vocabulary
+from partial_embedding.torch.whole import keep_whole
 
 __all__ = [
     "FrozenRowAudit",
@@ -28,9 +30,11 @@ __all__ = [
     "detach_rowwise",
     "distributed_data_parallel",
     "grow_table",
+    "keep_whole",
     "masked_gradient_only",
     "replace_embedding",
     "restore_embedding",
     "rowwise",
+    "split_rows",
     "transfer_vocabulary",
 ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,15 +18,15 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.averaged import Group, average_over, averaging_group
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
+from partial_embedding.torch.shards import is_sharded, local
 from partial_embedding.torch.table import PartialTable, tables_in
 
 _NAMES = "_ddp_params_and_buffers_to_ignore"  # where `DistributedDataParallel` looks
 _NONE, _SPARSE, _DENSE = 0, 1, 2
-
-Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
 
 
 # Wrapping
@@ -55,7 +56,7 @@ def distributed_data_parallel(model: nn.Module, **options: Any) -> DistributedDa
         >>> dist.destroy_process_group()
     """
     tables = dict(tables_in(model))
-    _check_max_norm(tables)
+    check_max_norm(tables)
     return wrap(model, tables.values(), lambda: DistributedDataParallel(model, **options))
 
 
@@ -91,10 +92,23 @@ def wrap(
         delattr(model, _NAMES)
         if before is not None:
             setattr(model, _NAMES, before)
-    _begin_alike({n: m for n, m in tables_in(model) if id(m.weight) in weights}, wrapper)
+    # Rows that are split are those of all processes already.
+    ours = {
+        name: table
+        for name, table in tables_in(model)
+        if id(table.weight) in weights and not is_sharded(table.weight)
+    }
+    begin_alike({n: m.weight for n, m in ours.items()}, wrapper.process_group)
+    alive = weakref.ref(wrapper)
+
+    def group() -> Group | None:
+        return None if (living := alive()) is None else living.process_group
+
     for module in model.modules():
-        if isinstance(module, PartialTable) and id(module.weight) in weights:
-            vars(module)["_wrapper"] = weakref.ref(wrapper)
+        if isinstance(module, PartialTable) and any(
+            one.weight is module.weight for one in ours.values()
+        ):
+            average_over(module, ["weight"], group)
     return wrapper
 
 
@@ -110,10 +124,10 @@ def check_backend(tables: Mapping[str, PartialTable]) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    _check_max_norm(tables)
+    check_max_norm(tables)
     for name, table in tables.items():
         is_dense = table.is_sharded or not getattr(table, "sparse", False)
-        if is_dense or _wrapper_of(table) is not None:
+        if is_dense or averaging_group(table, table.leaf_weight):
             continue
         if dist.get_backend() == "nccl":
             raise InputError(
@@ -127,7 +141,15 @@ def check_backend(tables: Mapping[str, PartialTable]) -> None:
             )
 
 
-def _check_max_norm(tables: Mapping[str, PartialTable]) -> None:
+def check_max_norm(tables: Mapping[str, PartialTable]) -> None:
+    """Refuse what would make processes part.
+
+    Args:
+        tables: Tables by name.
+
+    Raises:
+        InputError: A table has `max_norm`, and there are several processes.
+    """
     for name, table in tables.items():
         if getattr(table, "max_norm", None) is not None and dist.get_world_size() > 1:
             raise InputError(
@@ -147,23 +169,37 @@ def is_averaged_here(parameter: nn.Parameter, table: PartialTable) -> bool:
 
 
 def _group_of(parameter: nn.Parameter, table: PartialTable) -> Group | None:
-    wrapper = _wrapper_of(table) if parameter is table.leaf_weight else None
-    if wrapper is None or dist.get_world_size(wrapper.process_group) == 1:
-        return None
-    return wrapper.process_group
-
-
-def _wrapper_of(table: PartialTable) -> DistributedDataParallel | None:
-    wrapper = vars(table).get("_wrapper", lambda: None)()
-    assert wrapper is None or isinstance(wrapper, DistributedDataParallel)
-    return wrapper
+    group = averaging_group(table, parameter)
+    return None if group is None or dist.get_world_size(group) == 1 else group
 
 
 @torch.no_grad()
-def _begin_alike(tables: Mapping[str, PartialTable], wrapper: DistributedDataParallel) -> None:
-    group = wrapper.process_group
-    weights = {name: table.weight.detach() for name, table in tables.items()}
-    shapes = {name: (*weight.shape, str(weight.dtype)) for name, weight in weights.items()}
+def begin_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
+    """Give all processes the values of the first one; each of them calls this.
+
+    Args:
+        parameters: Those of tables, by name.
+        group: The processes.
+
+    Raises:
+        InputError: One has another shape or dtype in another process.
+    """
+    check_alike(parameters, group)
+    for parameter in parameters.values():
+        dist.broadcast(parameter.detach(), dist.get_global_rank(group, 0), group=group)
+
+
+def check_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
+    """Refuse processes that made tables of other sizes; each of them calls this.
+
+    Args:
+        parameters: Those of tables, by name.
+        group: The processes.
+
+    Raises:
+        InputError: One has another shape or dtype in another process; all raise the same.
+    """
+    shapes = {name: (*one.shape, str(one.dtype)) for name, one in parameters.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, shapes, group=group)
     for rank, others in enumerate(everyone):
@@ -172,8 +208,19 @@ def _begin_alike(tables: Mapping[str, PartialTable], wrapper: DistributedDataPar
                 f"all processes have the same tables. Received: {everyone[0]} in process 0 and "
                 f"{others} in process {rank}. Build the same vocabulary in each."
             )
-    for weight in weights.values():
-        dist.broadcast(weight, dist.get_global_rank(group, 0), group=group)
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Say in what torch raises there what it means that a process did not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(
+            "A process was waited for that ended, failed, or made fewer steps. Give each as many "
+            "batches (DistributedSampler(…, drop_last=True)), and look for its own error."
+        )
+        raise
 
 
 # Averaging
@@ -223,7 +270,7 @@ class _Gradient:
         self.name = name
         self.weight = weight
         self.rows = table.row_set
-        self.grad = self.weight.grad
+        self.grad = None if self.weight.grad is None else local(self.weight.grad)
         # Where all rows train in their order, nothing needs to be gathered.
         in_order = len(self.rows) == self.rows.num_rows and len(self.rows.cohorts) == 1
         self.run = slice(0, len(self.rows)) if in_order else None
@@ -274,7 +321,8 @@ def _tell_each_other(gradients: Sequence[_Gradient], group: Group) -> None:
     device = gradients[0].weight.device
     own = torch.tensor([gradient.header for gradient in gradients], device=device)
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, own, group=group)
+    with explaining():
+        dist.all_gather(everyone, own, group=group)
     headers = torch.stack(everyone, dim=2).tolist()
     for gradient, (kinds, counts, fingerprints) in zip(gradients, headers, strict=True):
         for rank, fingerprint in enumerate(fingerprints):

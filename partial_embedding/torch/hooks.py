@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
+from partial_embedding.torch.averaged import averaging_group
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.shards import (
     Shard,
@@ -74,13 +75,14 @@ class RowHook:
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
         if is_sharded(grad):
             return self._zero_in_shard(grad, table)
+        self._localise()
         if isinstance(grad, RowGradient) and (entries := grad.entries()) is not None:
             for held in entries if grad.is_cuda else ():
                 # Autograd tells the allocator of a tensor's own memory where streams differ.
                 held.record_stream(torch.cuda.current_stream(grad.device))
             return grad  # by way of `by_rows`, which left out the frozen ones
         if grad.layout == torch.sparse_coo:
-            if _is_left_to_ddp(table):
+            if is_left_to_ddp(table):
                 self._give_ddp_its_own()
             return _sparse_without_frozen(grad, table)
         return _zero_where_frozen(grad, table)
@@ -89,7 +91,7 @@ class RowHook:
         grad, table = parameter.grad, self._table()
         if grad is None or grad.layout != torch.sparse_coo:
             return
-        if table is not None and _is_left_to_ddp(table):
+        if table is not None and is_left_to_ddp(table):
             # It is called next, and takes sparse gradients as such. What it puts in their place
             # it puts there when backward ends, in a call that is queued after this one.
             _queue(lambda: _queue(lambda: _hold_rows_of(parameter)))
@@ -100,8 +102,17 @@ class RowHook:
         parameter = self._parameter()
         if parameter is None or not (table.has_frozen_rows or table.padding_row is not None):
             return grad
+        if isinstance(local(grad), RowGradient):
+            return grad  # of rows that are split, which are asked for those that train
         grad = as_placed(grad, parameter)
         return sharded_like(_zero_where_frozen(local(grad), table, shard_of(parameter)), grad)
+
+    def _localise(self) -> None:
+        """Let backward add to a gradient that was made a `DTensor` for a norm."""
+        parameter = self._parameter()
+        grad = None if parameter is None else parameter.grad
+        if parameter is not None and grad is not None and is_sharded(grad):
+            parameter.grad = local(grad)
 
     def _give_ddp_its_own(self) -> None:
         parameter = self._parameter()
@@ -170,9 +181,17 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable, shard: Shard | None = 
     return grad.index_fill(0, ids if shard is None else shard.own(ids), 0)
 
 
-def _is_left_to_ddp(table: PartialTable) -> bool:
-    """Whether `DistributedDataParallel` may reduce the table, which ours leaves out."""
-    return dist.is_available() and dist.is_initialized() and not table.is_wrapped
+def is_left_to_ddp(table: PartialTable) -> bool:
+    """Whether `DistributedDataParallel` may reduce a table, which ours leaves out.
+
+    Args:
+        table: The table.
+    """
+    return (
+        dist.is_available()
+        and dist.is_initialized()
+        and not averaging_group(table, table.leaf_weight)
+    )
 
 
 def _queue(call: Callable[[], None]) -> None:
@@ -205,7 +224,7 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
     """
     if torch.compiler.is_compiling() or is_rewritten(weight):
         return weight
-    if not (weight.requires_grad and torch.is_grad_enabled()) or _is_left_to_ddp(table):
+    if not (weight.requires_grad and torch.is_grad_enabled()) or is_left_to_ddp(table):
         return weight
     passed: Tensor = _ByRows.apply(weight, table)  # type: ignore[no-untyped-call]  # torch's own
     return passed

@@ -10,6 +10,7 @@ from torch.optim import SGD, Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.beside_shards import replicate_gradients
 from partial_embedding.torch.ddp import average
 from partial_embedding.torch.inspection import KEY
 from partial_embedding.torch.row_gradient import RowGradient
@@ -20,7 +21,9 @@ from partial_embedding.torch.row_optimizer import (
     with_gradients,
 )
 from partial_embedding.torch.saving import take_from
+from partial_embedding.torch.shards import is_sharded, local, sharded_like
 from partial_embedding.torch.table import PartialTable, row_parameters_in
+from partial_embedding.torch.unheld import refuse_unheld
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
@@ -168,7 +171,11 @@ def average_gradients(optimizer: Optimizer) -> None:
     handle = prepared(optimizer)
     states = {} if handle is None else handle.tables
     names = {key: state.name for key, state in states.items()}
-    average(_held_tables(_inside(optimizer)), names)
+    optimizer = _inside(optimizer)
+    tables = _held_tables(optimizer)
+    average(tables, names)
+    others = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    replicate_gradients((parameter for parameter, _ in tables), others)
 
 
 def prepared(optimizer: Optimizer) -> Rowwise | None:
@@ -211,6 +218,7 @@ def _before_any_step(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
     """Prepare an optimizer that is about to step frozen rows; runs before each step of each."""
+    refuse_unheld(optimizer)
     if "_rowwise" in vars(optimizer):
         return None  # its own hook comes next
     tables = _held_tables(optimizer)
@@ -230,12 +238,15 @@ def _before_any_step(
 
 def _settle_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Give an optimizer that sees the tables themselves tensors with memory of their own."""
-    if type(optimizer) is SGD and not any(g["momentum"] for g in optimizer.param_groups):
-        return  # it reads a gradient once, at the cost of its rows, and keeps nothing of it
+    # One that reads a gradient once, at the cost of its rows, and keeps nothing of it.
+    reads_rows = type(optimizer) is SGD and not any(g["momentum"] for g in optimizer.param_groups)
     for parameter in parameters:
-        if isinstance(grad := parameter.grad, RowGradient):
-            sparse = isinstance(optimizer, SparseAdam)
-            parameter.grad = grad.to_sparse() if sparse else grad.to_dense()
+        if parameter.grad is None:
+            continue
+        grad = local(parameter.grad)
+        if isinstance(grad, RowGradient) and not reads_rows:
+            grad = grad.to_sparse() if isinstance(optimizer, SparseAdam) else grad.to_dense()
+        parameter.grad = sharded_like(grad, parameter) if is_sharded(parameter) else grad
 
 
 # Once for the process, since nothing else is called for an optimizer that nobody tells us of.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.torch.rowset import shown
+from partial_embedding.torch.sharded_rows import is_first, put_rows, rows_of, rows_that_differ
 from partial_embedding.torch.table import row_parameters_in
 from partial_embedding.torch.tokens import put_into, tokenizer_of
 from partial_embedding.torch.vocabulary_tables import VocabularyTables
@@ -36,6 +37,9 @@ Parts = dict[str, tuple[Tensor, Tensor]]
 
 def save_rows(model: nn.Module, path: Path_, tokenizer: Any = None) -> None:
     """Write the trainable rows of a model's tables, and nothing else, to a safetensors file.
+
+    Where processes share a table all of them call this; the rows are gathered in chunks, and the
+    first process writes.
 
     Args:
         model: A model with partly trainable tables. Whether `peft` has wrapped it makes no
@@ -64,7 +68,7 @@ def save_rows(model: nn.Module, path: Path_, tokenizer: Any = None) -> None:
     rows, parameters = _trained(model), _parameters(model)
     tensors: dict[str, Tensor] = {}
     for key, ids in rows.items():
-        tensors[key] = parameters[key].detach()[ids].cpu().contiguous()
+        tensors[key] = rows_of(parameters[key], ids)
         tensors[f"{key}:rows"] = ids.cpu().clone()  # a bias has those of its weight
     about = {
         "format": _FORMAT,
@@ -72,6 +76,8 @@ def save_rows(model: nn.Module, path: Path_, tokenizer: Any = None) -> None:
     }
     if tokenizer is not None:
         about |= _tokens_of(tokenizer_of(tokenizer), torch.cat(list(rows.values())).unique())
+    if not all(is_first(parameters[key]) for key in rows):
+        return
     with write_atomically(path) as temporary:
         save_file(tensors, temporary, about)
 
@@ -177,11 +183,13 @@ def export_peft(model: Any, folder: Path_) -> None:
     }
     parameters = _parameters(model)
     tensors = {
-        f"{_PEFT_PREFIX}{name}.token_adapter.{_PEFT_NAME}": parameters[f"{name}.weight"]
-        .detach()[rows[f"{name}.weight"]]
-        .cpu()
+        f"{_PEFT_PREFIX}{name}.token_adapter.{_PEFT_NAME}": rows_of(
+            parameters[f"{name}.weight"], rows[f"{name}.weight"]
+        )
         for name in names
     }
+    if not all(is_first(parameters[f"{name}.weight"]) for name in names):
+        return
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     with write_atomically(place / "adapter_model.safetensors") as temporary:
@@ -416,10 +424,8 @@ def _check_overlap(model: nn.Module, path: Path_, parts: Parts, overwrite: bool)
         brought = vars(parameter).get(_LOADED)
         if brought is None or overwrite:
             continue
-        places = torch.isin(ids, brought).nonzero().flatten().tolist()
-        here = parameter.detach()[ids[places]].cpu()
-        differs = [bool((a != b).any()) for a, b in zip(here, values[places].to(here), strict=True)]
-        both = ids[places][torch.tensor(differs, dtype=torch.bool)]
+        again = torch.isin(ids, brought)
+        both = rows_that_differ(parameter, ids[again], values[again])
         if len(both):
             raise InputError(
                 f"{path}: rows of two files are not the same ones. Received {shown(both)} of "
@@ -427,12 +433,11 @@ def _check_overlap(model: nn.Module, path: Path_, parts: Parts, overwrite: bool)
             )
 
 
-@torch.no_grad()
 def _write(model: nn.Module, parts: Parts) -> dict[str, list[int]]:
     known = _parameters(model)
     for key, (ids, values) in parts.items():
         parameter = known[key]
-        parameter[ids.to(parameter.device)] = values.to(parameter)
+        put_rows(parameter, ids, values)
         brought = vars(parameter).get(_LOADED, ids)
         vars(parameter)[_LOADED] = torch.cat([brought, ids]).unique()
     return {key: ids.tolist() for key, (ids, _) in parts.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
@@ -35,6 +36,7 @@ from partial_embedding.torch.saving import (
 from partial_embedding.torch.shards import check_sharding, is_sharded, local
 from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.table_state import Block, TableState, clear_history
+from partial_embedding.torch.unheld import no_longer_await
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -89,6 +91,8 @@ class Rowwise:
             for group, parameter, table in held_tables(self.optimizer)
             if id(parameter) not in self.tables
         ]
+        for *_, table in new:
+            no_longer_await(table)
         # All of them or none.
         made = [self._state_of(parameter, table, group) for group, parameter, table in new]
         for (group, parameter, table), state in zip(new, made, strict=True):
@@ -220,6 +224,8 @@ class Rowwise:
             layout, state.unscaled = self._layout_of(state.parameter, options)
             state.change_layout(layout, options_of(options))
         state.sync()
+        there, own = dist.is_available() and dist.is_initialized(), is_sharded(state.parameter)
+        of_two_kinds = there and any(is_sharded(one) != own for one in group["params"])
         shared: list[nn.Parameter] = []
         for block in state.blocks(self.optimizer, group):
             if not state.layout.flat:
@@ -230,10 +236,12 @@ class Rowwise:
                 state.layout.in_group
                 or not cohort.rate_scale.is_plain
                 or (group.get("fused") and cohort.is_new)
+                or of_two_kinds
             ):
                 # A count or a rate kept in the group would be one for all cohorts, and fused
-                # kernels cannot mix first steps with later ones: such a cohort steps in a group of
-                # its own, which no learning-rate scheduler sees.
+                # kernels cannot mix first steps with later ones, nor any DTensors with plain
+                # parameters: such a cohort steps in a group of its own, which no learning-rate
+                # scheduler sees.
                 alone = self._group_for(block, state, group)
                 groups.append(alone)
             else:

@@ -7,6 +7,7 @@ are `DTensor`s again, so that torch's own sums over all processes stay what they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,8 @@ def local(tensor: Tensor) -> Tensor:
         tensor: Any tensor, sharded or whole.
     """
     held: Any = tensor.detach()
-    own: Tensor = held.to_local() if is_sharded(held) else held
+    # Not `to_local()`, whose view would make a gradient by rows dense.
+    own: Tensor = held._local_tensor if is_sharded(held) else held
     return own
 
 
@@ -94,6 +96,13 @@ def shard_of(weight: Tensor) -> Shard | None:
             "an embedding take RowwiseParallel, for a head ColwiseParallel, and for fully_shard "
             "no shard_placement_fn that says otherwise."
         )
+    if len(split) == 1 and names == {"Shard"}:
+        # As torch cuts a tensor into chunks. Its own function goes through all rows.
+        axis = held.placements.index(split[0])
+        num_rows = weight.shape[0]
+        height = -(-num_rows // held.device_mesh.size(axis))
+        start = min(height * held.device_mesh.get_local_rank(axis), num_rows)
+        return Shard(start, min(start + height, num_rows))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(
@@ -170,11 +179,24 @@ def as_block(own: Tensor, weight: Tensor, num_rows: int) -> Tensor:
 
 
 def _sharded(own: Tensor, like: DTensor, shape: torch.Size) -> Tensor:
-    stride = torch.empty(shape, device="meta").stride()
-    made: Tensor = type(like).from_local(
-        own, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
-    )
-    return made
+    return as_dtensor(own, like.device_mesh, like.placements, shape)
+
+
+def as_dtensor(own: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> Tensor:
+    """What this process has of a tensor, as a `DTensor` that holds it as it is.
+
+    Args:
+        own: What it has.
+        mesh: The processes.
+        placements: How they share the tensor.
+        shape: The shape of the tensor.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    # `DTensor.from_local` asks for a view, which would make a gradient by rows dense.
+    meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), own.dtype)
+    return DTensor(own, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
 def as_placed(grad: Tensor, weight: Tensor) -> Tensor:

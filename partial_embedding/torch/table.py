@@ -23,9 +23,10 @@ from partial_embedding.torch.rowset import RowSet, shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
 from partial_embedding.torch.table_files import TableFiles
+from partial_embedding.torch.unheld import await_a_step, no_longer_await
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
-_WIRING = ("_hooked", "_shards", "_steppers", "_wrapper", "awaits_average")
+_WIRING = ("_averaged", "_hooked", "_shards", "_steppers", "awaits_average")
 
 
 class Stepper(Protocol):
@@ -75,7 +76,6 @@ class PartialTable(TableFiles):
         "has_frozen_rows",
         "padding_row",
         "leaf_weight",
-        "is_wrapped",
         "is_sharded",
         "new_rows",
         "earlier_sizes",
@@ -154,6 +154,7 @@ class PartialTable(TableFiles):
         self._shared.row_set = row_set
         if row_set is None:
             return
+        await_a_step(self)
         if self._shared.origin is not None:
             self._shared.origin.include(self.leaf_weight, row_set.ids)
         for told in self._shared.before_training:
@@ -335,12 +336,13 @@ class PartialTable(TableFiles):
         Args:
             parameter: Any parameter.
         """
-        own = [self._row_parameter(name) for name in self.row_parameters]
+        own = [self.row_parameter(name) for name in self.row_parameters]
         if self._shards:
             own += [self._parameters.get(name) for name in self.row_parameters]
         return parameter is not None and any(parameter is one for one in own)
 
-    def _row_parameter(self, name: str) -> nn.Parameter | None:
+    def row_parameter(self, name: str) -> nn.Parameter | None:
+        """The parameter that one of `row_parameters` names, if there is one."""
         if name == "weight":
             return self.leaf_weight
         return self._shards.get(name, self._parameters.get(name))
@@ -349,12 +351,6 @@ class PartialTable(TableFiles):
     def is_sharded(self) -> bool:
         """Whether this process has some rows of the weight only."""
         return "weight" in self._shards
-
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether `distributed_data_parallel` leaves the table to `average_gradients`."""
-        # A weak reference: a run that ended leaves a dead one.
-        return self.__dict__.get("_wrapper", lambda: None)() is not None
 
     def _wire(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
@@ -365,7 +361,7 @@ class PartialTable(TableFiles):
         rows = self.__dict__.setdefault("_shared", SharedRows())
         before = self._hooked.get("weight", weight)
         for name in self.row_parameters:
-            if name in self._hooked and self._hooked[name] is not self._row_parameter(name):
+            if name in self._hooked and self._hooked[name] is not self.row_parameter(name):
                 self._unhook(name)
         if before is not weight:
             # No longer tied to whoever has the old weight.
@@ -375,8 +371,10 @@ class PartialTable(TableFiles):
             if other is not self:
                 self._share_rows_with(other)
         for name in self.row_parameters:
-            if (parameter := self._row_parameter(name)) is not None:
+            if (parameter := self.row_parameter(name)) is not None:
                 self._hook_up(name, parameter)
+        if rows.row_set is not None:
+            await_a_step(self)  # a copy, too
 
     def attach(self) -> None:
         """Begin to freeze rows: for a module whose class was changed after it was made."""
@@ -388,6 +386,7 @@ class PartialTable(TableFiles):
             self._unhook(name)
         for name in ("_shared", *_WIRING):
             self.__dict__.pop(name, None)
+        no_longer_await(self)
 
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:
@@ -558,7 +557,7 @@ def row_parameters_in(model: nn.Module) -> Iterator[tuple[str, PartialTable, nn.
     seen: set[int] = set()
     for name, module in model.named_modules():
         for attribute in module.row_parameters if isinstance(module, PartialTable) else ():
-            parameter = module._row_parameter(attribute)
+            parameter = module.row_parameter(attribute)
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 named = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")

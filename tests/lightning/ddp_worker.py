@@ -24,6 +24,7 @@ from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
 from partial_embedding.torch import PartialLinear, rowwise
+from partial_embedding.torch.averaged import averaging_group
 from partial_embedding.torch.ddp import average
 
 rowwise_module = importlib.import_module("partial_embedding.torch.optimizer")
@@ -241,7 +242,7 @@ def counting() -> Iterator[list[int]]:
     calls: list[int] = []
 
     def counted(tables: Any, names: Any) -> None:
-        if wrapped := [p for p, t in tables if t.is_wrapped and p is t.leaf_weight]:
+        if wrapped := [p for p, t in tables if averaging_group(t, p)]:
             calls.append(len(wrapped))
         average(tables, names)
 

@@ -2,9 +2,6 @@
 
 import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 
 import torch
 from ddp_worker import CASES
-from once import once, run_script
+from once import once, run_both_ranks, run_script
 from small_runs import (
     BATCHES,
     STAGES,
@@ -26,8 +23,6 @@ from small_runs import (
     starting_table,
 )
 
-WORKER = Path(__file__).with_name("ddp_worker.py")
-ROOT = Path(__file__).resolve().parents[2]
 STAGES_OF = {
     **dict.fromkeys(CASES, STAGES),
     "none_first": {0: (), 1: (5,)},
@@ -41,50 +36,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
-
-
-def run_both_ranks(folder: Path) -> str:
-    """Run all cases in one pair of processes, whose files and logs go to a folder."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    common = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "NODE_RANK": "0",
-    }
-    processes = []
-    for rank in range(2):
-        with (folder / f"{rank}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(WORKER), str(folder)],
-                    env={**common, "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=folder,
-                )
-            )
-    try:
-        for process in processes:
-            process.wait(timeout=240)
-    finally:
-        for process in processes:
-            process.kill()
-        codes = [process.wait() for process in processes]
-    said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
-    return "" if codes == [0, 0] else said
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both ranks left what they saw."""
-    return once(tmp_path_factory, "ranks", run_both_ranks)
+    return once(tmp_path_factory, "ranks", lambda made: run_both_ranks("ddp_worker.py", made))
 
 
 @pytest.fixture(scope="module")

@@ -300,7 +300,7 @@ def flattening_strategies() -> list[Any]:
 
 @pytest.mark.parametrize("strategy", flattening_strategies())
 @pytest.mark.parametrize("derived", [False, True], ids=["itself", "a_subclass"])
-def test_strategies_that_flatten_weights_are_refused(strategy: type, derived: bool) -> None:
+def test_strategies_that_flatten_are_refused(strategy: type, derived: bool) -> None:
     kind = type("Custom", (strategy,), {}) if derived else strategy
     # Not initialised: these strategies want a GPU, or a package that is not installed.
     fake = SimpleNamespace(strategy=object.__new__(kind))
@@ -310,7 +310,7 @@ def test_strategies_that_flatten_weights_are_refused(strategy: type, derived: bo
     callback.setup(fake, Net().build(), "test")  # nothing is trained there
 
 
-def test_a_strategy_that_flattens_weights_is_refused_when_fit_starts() -> None:
+def test_a_strategy_that_flattens_is_refused_when_fit_starts() -> None:
     class FSDPStrategy(SingleDeviceStrategy):
         """Stands in for Lightning's own, which needs a GPU."""
 

@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
 
 import torch
-from sharded_runs_worker import SAVED_AT, STEPS, Inner, V, loss_of, optimizer_of
 from once import once
+from sharded_runs_worker import SAVED_AT, STEPS, Inner, V, loss_of, optimizer_of
 
 WORKER = Path(__file__).with_name("sharded_runs_worker.py")
 ROOT = Path(__file__).resolve().parents[2]

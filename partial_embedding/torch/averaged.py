@@ -1,0 +1,39 @@
+"""Which parameters of a table are left to `average_gradients`, and among which processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from partial_embedding.torch.table import PartialTable
+
+Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
+
+
+def average_over(
+    table: PartialTable, names: Iterable[str], group_of: Callable[[], Group | None]
+) -> None:
+    """Leave parameters of a table to `average_gradients` from now on; a copy knows nothing of it.
+
+    Args:
+        table: The table.
+        names: Those of its `row_parameters`.
+        group_of: Gives the process group, or None once nobody averages any more.
+    """
+    vars(table)["_averaged"] = dict.fromkeys(names, group_of)
+
+
+def averaging_group(table: PartialTable, parameter: nn.Parameter) -> Group | None:
+    """The processes over which a parameter is averaged by row, or None.
+
+    Args:
+        table: The table.
+        parameter: One of its parameters with an entry for each row.
+    """
+    for name, group_of in vars(table).get("_averaged", {}).items():
+        if table.row_parameter(name) is parameter:
+            return group_of()
+    return None

@@ -1,0 +1,149 @@
+"""One rank of runs in which FSDP2 shards a model; a script, started by `test_model_parallel.py`.
+
+The process needs LOCAL_RANK, MASTER_ADDR and MASTER_PORT. It writes what it saw, batch by batch, to
+`{folder}/{case}-{rank}.pt`.
+"""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import ModelParallelStrategy as FabricStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from small_runs import SCHEDULE, STAGES, Net, data, loader, loss_of, trainer
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import Subset
+
+from partial_embedding.callbacks.lightning import RowUnfreezing
+from partial_embedding.torch import average_gradients, keep_whole, split_rows
+
+EPOCHS = 4
+# By default Lightning takes the processes of one machine for tensor parallelism.
+SIZES = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {n: whole_of(p).detach().clone() for n, p in module.named_parameters()}
+
+
+class Watched(pl.Callback):
+    """Keeps all weights as they were after each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen.append(weights_of(pl_module))
+
+
+class Whole(Net):
+    """Its table stays whole; the head is sharded."""
+
+    def configure_model(self) -> None:
+        keep_whole(self)
+        fully_shard(self.head, mesh=self.device_mesh["data_parallel"])
+
+
+class Split(Net):
+    """The rows of its table are split; the head is sharded."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        split_rows(self.words, mesh)
+        fully_shard(self.head, mesh=mesh)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": Net},
+    "whole": {"kind": Whole},
+    "split": {"kind": Split},
+    "ddp clipped": {"kind": Net, "gradient_clip_val": 0.05, "accumulate_grad_batches": 3},
+    "whole clipped": {"kind": Whole, "gradient_clip_val": 0.05, "accumulate_grad_batches": 3},
+    "split clipped": {"kind": Split, "gradient_clip_val": 0.05, "accumulate_grad_batches": 3},
+}
+
+
+def own_batches() -> Any:
+    every = data(6)
+    return loader(Subset(every, range(int(os.environ["LOCAL_RANK"]), len(every), 2)))
+
+
+def run(name: str, folder: Path) -> None:
+    options = dict(CASES[name])
+    net = options.pop("kind")().build(seed=int(os.environ["LOCAL_RANK"]))
+    # Lightning makes the head alike under DDP alone.
+    net.head.load_state_dict(Net().build().head.state_dict())
+    strategy: Any = (
+        DDPStrategy if name.startswith("ddp") else partial(ModelParallelStrategy, **SIZES)
+    )
+    callback, watched = RowUnfreezing(SCHEDULE, audit=1), Watched()
+    made = trainer(
+        callback,
+        watched,
+        strategy=strategy(process_group_backend="gloo"),
+        devices=2,
+        use_distributed_sampler=False,
+        **options,
+    )
+    made.fit(net, own_batches())
+    kept = {"weights": watched.seen, "reports": [r.changed for r in callback.audit_results]}
+    torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
+
+
+def run_fabric(folder: Path) -> None:
+    """A loop of Fabric's, whose rows are set by hand."""
+    strategy = FabricStrategy(parallelize_fn=parallelize, **SIZES, process_group_backend="gloo")
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    net = Net().build(seed=fabric.global_rank)
+    net.head.load_state_dict(Net().build().head.state_dict())
+    plain = Module(net.words, net.head)
+    module = fabric.setup_module(plain)
+    optimizer = fabric.setup_optimizers(
+        torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.3)
+    )
+    batches = fabric.setup_dataloaders(own_batches(), use_distributed_sampler=False)
+    seen = []
+    for epoch in range(EPOCHS):
+        if epoch in STAGES:
+            plain.words.set_trainable_rows(list(STAGES[epoch]))
+        for ids, labels in batches:
+            optimizer.zero_grad()
+            fabric.backward(module(ids, labels))
+            average_gradients(optimizer)
+            fabric.clip_gradients(module, optimizer, max_norm=1e9)
+            optimizer.step()
+            seen.append(weights_of(plain))
+    torch.save({"weights": seen, "reports": []}, folder / f"fabric-{fabric.global_rank}.pt")
+
+
+class Module(nn.Module):
+    def __init__(self, words: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.words, self.head = words, head
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return loss_of(self.head, [self.words(ids)], labels)
+
+
+def parallelize(module: Any, mesh: Any) -> Any:
+    keep_whole(module)
+    fully_shard(module.head, mesh=mesh["data_parallel"])
+    return module
+
+
+if __name__ == "__main__":
+    assert "LOCAL_RANK" in os.environ
+    for case_name in CASES:
+        run(case_name, Path(sys.argv[1]))
+    run_fabric(Path(sys.argv[1]))

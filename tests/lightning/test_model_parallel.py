@@ -1,0 +1,66 @@
+"""FSDP2 shards a model, in Lightning and Fabric: its tables learn what they learn under DDP."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
+
+import torch
+from model_parallel_worker import CASES, EPOCHS
+from once import once, run_both_ranks
+from small_runs import BATCHES, STAGES, rows_that_differ, same_bits, starting_table
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
+ALL = [*CASES, "fabric"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of the two ranks saw, for each case."""
+    folder = once(
+        tmp_path_factory,
+        "model_parallel",
+        lambda made: run_both_ranks("model_parallel_worker.py", made),
+    )
+    return {
+        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for case in ALL
+    }
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_ranks_hold_the_same_bits_and_frozen_rows_those_of_before(
+    case: str, ranks: dict[str, list[dict[str, Any]]]
+) -> None:
+    zero, one = ranks[case]
+    assert len(zero["weights"]) == len(one["weights"]) == EPOCHS * BATCHES
+    before, rows = starting_table(), STAGES[0]
+    for i, (a, b) in enumerate(zip(zero["weights"], one["weights"], strict=True)):
+        assert all(same_bits(a[name], b[name]) for name in a)
+        rows = STAGES.get(i // BATCHES, rows)
+        after = a["words.weight"]
+        assert set(rows_that_differ(before, after)) <= set(rows)
+        before = after
+    assert set(rows_that_differ(starting_table(), before)) == set().union(*STAGES.values())
+    assert zero["reports"] == [0] * (3 if case != "fabric" else 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "other"),
+    [
+        ("whole", "ddp"),
+        ("split", "ddp"),
+        ("fabric", "ddp"),
+        ("whole clipped", "ddp clipped"),
+        ("split clipped", "ddp clipped"),
+    ],
+)
+def test_weights_are_those_of_a_run_under_ddp(
+    case: str, other: str, ranks: dict[str, list[dict[str, Any]]]
+) -> None:
+    for found, wanted in zip(ranks[case][0]["weights"], ranks[other][0]["weights"], strict=True):
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
