@@ -37,6 +37,11 @@ class FrozenRowAudit:
         self.frozen: Ids = np.setdiff1d(np.arange(layer.input_dim), layer.trainable_rows)
         self._prints = fingerprints(layer, self.frozen)
 
+    @property
+    def num_frozen(self) -> int:
+        """How many rows are watched."""
+        return len(self.frozen)
+
     def changed(self) -> Ids:
         """The watched rows that are not what they were, int64, shape (n,).
 
