@@ -35,7 +35,8 @@ from device_nets import (
 )
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from partial_embedding import InputError
 from partial_embedding.torch import (
@@ -63,6 +64,41 @@ def beside_fsdp2(head: str, **options: Any) -> Net:
         net.hidden.load_state_dict(Net(head).hidden.state_dict())
     fully_shard(net, mesh=mesh(), ignored_params=keep_whole(net))
     return net
+
+
+def beside_fsdp1(head: str) -> tuple[Net, nn.Module]:
+    net = Net(head)
+    whole = keep_whole(net)
+    return net, FullyShardedDataParallel(
+        net, ignored_states=whole, device_id=torch.device("cpu"), use_orig_params=True
+    )
+
+
+def with_fsdp1(name: str, head: str) -> dict[str, list[Any]]:
+    net, model = beside_fsdp1(head)
+    return train(net, name, model=model)
+
+
+def in_optimizers_of_their_own(head: str) -> dict[str, list[Any]]:
+    """As beside DeepSpeed ZeRO-1: an engine has all but the tables, and steps it by itself."""
+    net = Net(head)
+    whole = keep_whole(net)
+    rest = [parameter for parameter in net.parameters() if parameter not in whole]
+    of_rest = ZeroRedundancyOptimizer(rest, torch.optim.AdamW, lr=0.1, weight_decay=0.2)
+    of_tables = rowwise(OPTIMIZERS["AdamW"](list(whole)), net)
+    seen: dict[str, list[Any]] = {"rows": [], "gradients": [], "norms": []}
+    for step in range(STEPS):
+        set_rows(net, step)
+        net.zero_grad()
+        loss_of(net(batch(step, dist.get_rank()))).backward()
+        for parameter in rest:  # what the engine does in its backward
+            dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
+        average_gradients(of_tables)
+        seen["gradients"].append(gradients(net))
+        of_tables.step()
+        of_rest.step()
+        seen["rows"].append(snapshot(net))
+    return seen
 
 
 def split(head: str) -> Net:
@@ -220,6 +256,13 @@ def split_beside_ddp() -> dict[str, Any]:
     return {"rows": seen["rows"], "ignored": sorted(ddp.parameters_to_ignore)}
 
 
+def many_in_order() -> list[int]:
+    """The places, in the model, of the weights of many tables."""
+    model = nn.ModuleList(PartialEmbedding(2, 2) for _ in range(40))
+    place_of = {id(table.weight): i for i, table in enumerate(model)}
+    return [place_of[id(parameter)] for parameter in keep_whole(model)]
+
+
 def row_files() -> dict[str, Any]:
     """Rows of split tables, written by all and read by all."""
     net = split("none")
@@ -294,6 +337,9 @@ def all_whole() -> dict[str, Callable[[], Any]]:
     cases["whole AdamW-foreach tied clipped accumulated"] = lambda: train(
         beside_fsdp2("tied"), "AdamW-foreach", max_norm=0.05, accumulate=2
     )
+    for head in ("none", "untied"):
+        cases[f"whole SGD {head} fsdp1"] = lambda h=head: with_fsdp1("SGD", h)
+        cases[f"whole AdamW {head} zero"] = lambda h=head: in_optimizers_of_their_own(h)
     cases["whole AdamW none lazy"] = lambda: train(beside_fsdp2("none"), "AdamW", lazy=True)
     return cases
 
@@ -327,6 +373,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "split_of_all_rows": split_of_all_rows,
     "split_on_meta": split_on_meta,
     "split_beside_ddp": split_beside_ddp,
+    "many_in_order": many_in_order,
     "row_files": row_files,
     "saved": saved,
     "read": read,

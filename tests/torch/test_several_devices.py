@@ -222,6 +222,11 @@ def test_rows_of_a_split_table_are_written_by_one_and_read_by_all(seen: Seen) ->
         assert "rows of two files are not the same ones" in process["refused"]
 
 
+def test_what_is_kept_whole_comes_in_the_order_of_the_model(seen: Seen) -> None:
+    for process in seen[2]["many_in_order"]:
+        assert process == list(range(40))
+
+
 # Checkpoints
 
 
