@@ -149,13 +149,28 @@ def untouched_row_state(
     Returns:
         One row, of shape (1, …), for each key of `layout.per_row`.
     """
+    state = state_of_one_row(optimizer, layout, group, weight)
+    return {key: state[key] for key in layout.per_row}
+
+
+def state_of_one_row(
+    optimizer: Optimizer, layout: StateLayout, group: Group, weight: Tensor
+) -> State:
+    """The state of a parameter of one row that was stepped once, with a gradient of zero.
+
+    Args:
+        optimizer: The optimizer.
+        layout: What `inspect_optimizer` found.
+        group: The parameter group whose options count.
+        weight: The table, for device, dtype and width.
+    """
     block = nn.Parameter(weight.new_zeros(1, *weight.shape[1:]))
     state = first_state(optimizer, group, block) if layout.eager else None
     dry_run = DryRun(optimizer, group, block, layout.sparse, state)
     # A zero row with a zero gradient stays what the optimizer starts from.
     with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
         dry_run.step(torch.zeros_like(block))
-    return {key: dry_run.state[key] for key in layout.per_row}
+    return dry_run.state
 
 
 def _refuse_by_sight(name: str, optimizer: Optimizer) -> None:

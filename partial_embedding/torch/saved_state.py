@@ -8,6 +8,7 @@ which processes have some each are put together as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ _NUMBERS: dict[type, int] = {float: _FLOAT, int: _INT, bool: _BOOL}
 _TYPES = {kind: type_ for type_, kind in _NUMBERS.items()}
 
 
-def by_row(cohorts: Mapping[int, Cohort], per_row: frozenset[str], start: int = 0) -> State:
+def by_row(
+    cohorts: Mapping[int, Cohort], per_row: frozenset[str], one_row: State, start: int = 0
+) -> State:
     """What an optimizer remembers of cohorts.
 
     Args:
         cohorts: The cohorts by number.
         per_row: The keys of the state whose tensors have a row for each.
+        one_row: What the state of one row would be, where some cohort has not stepped.
         start: The row of the table that the cohorts count from.
 
     Returns:
@@ -42,11 +46,9 @@ def by_row(cohorts: Mapping[int, Cohort], per_row: frozenset[str], start: int = 
     return {
         "rows": _as_bytes(ids.add(start)),
         "cohorts": _as_bytes(_repeated(torch.tensor(list(cohorts), dtype=torch.int64), sizes)),
-        "rate_scales": _as_bytes(
-            _repeated(torch.tensor(rates, dtype=torch.float64).view(-1, 3), sizes)
-        ),
-        "state": _columns([cohort.state for cohort in every], sizes, per_row),
-        "group_state": _columns([cohort.group_state for cohort in every], sizes, frozenset()),
+        "rate_scales": _as_bytes(_repeated(by_cohort, sizes)),
+        "state": _columns([cohort.state for cohort in every], sizes, per_row, one_row),
+        "group_state": _columns([cohort.group_state for cohort in every], sizes),
     }
 
 
@@ -77,6 +79,7 @@ def cohorts_of(entry: State) -> dict[int, Cohort]:
     Args:
         entry: What `by_row` gave, on any device and cast to any dtype.
     """
+    # What flattens nested dictionaries loses empty ones.
     ids, of_row = rows_in(entry), _from_bytes(entry["cohorts"])
     numbers, sizes = of_row.unique_consecutive(return_counts=True)
     starts = (sizes.cumsum(0) - sizes).tolist()
@@ -86,8 +89,8 @@ def cohorts_of(entry: State) -> dict[int, Cohort]:
         rates = _from_bytes(entry["rate_scales"][first : first + 1], torch.float64).tolist()
         cohorts[number] = Cohort(
             ids[here].clone(),
-            _values(entry["state"], here),
-            _values(entry["group_state"], here),
+            _values(entry.get("state", {}), here),
+            _values(entry.get("group_state", {}), here),
             RateScale(rates[0], int(rates[1])),
             int(rates[2]),
         )
@@ -113,8 +116,15 @@ def rate_scales_in(entry: State) -> list[RateScale]:
     return [RateScale(lr_scale, int(warmup)) for lr_scale, warmup in rates.tolist()]
 
 
-def _columns(states: Sequence[State], sizes: list[int], per_row: frozenset[str]) -> State:
+def _columns(
+    states: Sequence[Mapping[str, Any]],
+    sizes: list[int],
+    per_row: frozenset[str] = frozenset(),
+    one_row: Mapping[str, Any] = MappingProxyType({}),
+) -> State:
     columns: State = {}
+    # The last one has no rows, and only tells what they would be like.
+    states, sizes = [*states, one_row], [*sizes, 0]
     for key in dict.fromkeys(key for state in states for key in state):
         kinds = [_kind(key, state.get(key, ...), per_row) for state in states]
         columns[key] = {"kind": _repeated(torch.tensor(kinds, dtype=torch.uint8), sizes)}
@@ -127,7 +137,7 @@ def _columns(states: Sequence[State], sizes: list[int], per_row: frozenset[str])
                 like.new_zeros(size, *like.shape[1:]) if part is None else part
                 for part, size in zip(parts, sizes, strict=True)
             ]
-            columns[key]["value"] = filled[0] if len(filled) == 1 else torch.cat(filled)
+            columns[key]["value"] = filled[0] if len(filled) == 2 else torch.cat(filled)
     return columns
 
 
@@ -147,7 +157,9 @@ def _kind(key: str, value: Any, per_row: frozenset[str]) -> int:
 
 
 def _rows(value: Any, size: int, kind: int) -> Tensor:
-    if kind != _ROWS:
+    if kind == _ROWS:
+        value = value[:size]
+    else:
         number = kind != _TENSOR
         one = _as_bytes(torch.tensor([value], dtype=torch.float64))[0] if number else value
         value = one.repeat(size, *[1] * one.dim())

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.inspection import KEY, Group, State
+from partial_embedding.torch.inspection import KEY, Group, State, state_of_one_row
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.saved_state import (
     by_row,
@@ -54,14 +54,15 @@ def into_state_dict(optimizer: Optimizer, tables: Tables, state_dict: State) -> 
         for i, (parameter, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if (table := tables.get(id(parameter))) is None:
                 continue
+            entry = _dumped(table, optimizer, group)
             if table.layout.flat:
-                listed.append({"position": i, **_dumped(table)})
+                listed.append({"position": i, **entry})
                 continue
             state_dict["state"].pop(key, None)
             if table.layout.keys:
-                state_dict["state"][key] = {**table.shared_state, KEY: _dumped(table)}
+                state_dict["state"][key] = {**table.shared_state, KEY: entry}
             else:
-                listed.append({"position": i, **_dumped(table)})
+                listed.append({"position": i, **entry})
         saved.pop(KEY, None)
         if listed:
             saved[KEY] = listed
@@ -185,13 +186,17 @@ def restore(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
 # One table
 
 
-def _dumped(table: TableState) -> State:
+def _dumped(table: TableState, optimizer: Optimizer, group: Group) -> State:
     """What is saved of one table; of one that processes share they all call this."""
+    layout, one_row = table.layout, State()
+    if any(layout.keys - cohort.state.keys() for cohort in table.cohorts.values()):
+        # What loads into the tensors of this checkpoint finds those of rows that have stepped.
+        one_row = state_of_one_row(optimizer, layout, group, table.values)
     shard = shard_of(table.parameter)
     if shard is None:
-        entry = by_row(table.cohorts, table.layout.per_row)
+        entry = by_row(table.cohorts, layout.per_row, one_row)
     else:
-        own = by_row(table.cohorts, table.layout.per_row, shard.start)
+        own = by_row(table.cohorts, layout.per_row, one_row, shard.start)
         entry = joined(gathered(tree_map(_on_cpu, own), table.parameter))
     return {"num_rows": table.parameter.shape[0], **entry}
 

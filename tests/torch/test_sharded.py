@@ -1,0 +1,309 @@
+"""Tables that processes share by rows learn as one process does that has all of their batches."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sharded_worker import (
+    MATRIX,
+    OPTIMIZERS,
+    REFUSED,
+    ROWS,
+    STEPS,
+    D,
+    Net,
+    V,
+    batch,
+    checkpoints,
+    weights,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+Weights = dict[str, torch.Tensor]
+
+
+def run_processes(number: int, folder: Path) -> None:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    script = [sys.executable, str(Path(__file__).with_name("sharded_worker.py")), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [*script, str(rank), str(number)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(number)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[1].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[Any]]:
+    """What each of so many processes returned for a case; two save what the others read."""
+    folder = tmp_path_factory.mktemp("sharded")
+
+    @cache
+    def started(number: int) -> None:
+        if number != 2:
+            started(2)
+        run_processes(number, folder)
+
+    def of(case: str, number: int) -> list[Any]:
+        started(number)
+        return [
+            torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(number)
+        ]
+
+    return of
+
+
+def same(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def alone(
+    optimizer: str,
+    rows: str,
+    tied: bool,
+    gradients: Callable[[Net, int], None],
+) -> list[Weights]:
+    """The weights after each step of one process, in which nothing is sharded."""
+    model = Net(tied, ROWS[rows][0])
+    # Two uses of one weight are summed in another order where they are sparse.
+    model.table.sparse = model.head.sparse = not tied
+    made = OPTIMIZERS[optimizer](model.parameters())
+    seen = [weights(model)]
+    for step in range(STEPS):
+        if step in ROWS[rows]:
+            model.set_rows(ROWS[rows][step])
+        made.zero_grad()
+        gradients(model, step)
+        made.step()
+        seen.append(weights(model))
+    return seen
+
+
+def of_batches(processes: int, share: int | None = None) -> Callable[[Net, int], None]:
+    def backward(model: Net, step: int) -> None:
+        for rank in range(processes):
+            (model(batch(step, rank)) / (share or processes)).backward()
+
+    return backward
+
+
+def recorded(gradients: list[Weights]) -> Callable[[Net, int], None]:
+    def put(model: Net, step: int) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[step][name].clone()
+
+    return put
+
+
+def check_what_moved(seen: list[Weights], rows: str) -> None:
+    trainable: list[int] = []
+    for step in range(STEPS):
+        trainable = ROWS[rows].get(step, trainable)
+        for name in {"table.weight", "head.weight", "head.bias"} & seen[0].keys():
+            now, before = seen[step + 1][name], seen[step][name]
+            moved = (now != before).view(V, -1).any(1).nonzero().flatten().tolist()
+            assert set(moved) <= set(trainable)
+            assert moved
+
+
+@TIED
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("optimizer", MATRIX)
+def test_fsdp_learns_bit_for_bit_as_one_process_on_the_joined_batch(
+    optimizer: str, rows: str, tied: bool, results: Callable[[str, int], list[Any]]
+) -> None:
+    wanted = alone(optimizer, rows, tied, of_batches(2))
+    for process in results(f"fsdp-{optimizer}-{rows}-{tied}", 2):
+        check_what_moved(process["seen"], rows)
+        assert all(same(a, b) for a, b in zip(process["seen"], wanted, strict=True))
+        assert process["trainable"].tolist() == ROWS[rows][max(ROWS[rows])]
+
+
+@TIED
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("optimizer", MATRIX)
+def test_tensor_parallelism_steps_what_it_is_given_exactly(
+    optimizer: str, rows: str, tied: bool, results: Callable[[str, int], list[Any]]
+) -> None:
+    # The features' gradient is a sum over the scores of all processes, in another order.
+    near = alone(optimizer, rows, tied, of_batches(1))
+    for process in results(f"tp-{optimizer}-{rows}-{tied}", 2):
+        check_what_moved(process["seen"], rows)
+        replayed = alone(optimizer, rows, tied, recorded(process["gradients"]))
+        assert all(same(a, b) for a, b in zip(process["seen"], replayed, strict=True))
+        for name, value in near[-1].items():
+            torch.testing.assert_close(process["seen"][-1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@TIED
+@pytest.mark.parametrize("optimizer", MATRIX)
+def test_three_processes_step_what_they_are_given_exactly(
+    optimizer: str, tied: bool, results: Callable[[str, int], list[Any]]
+) -> None:
+    # A third of each gradient is rounded, and the sum of three depends on its order.
+    near = alone(optimizer, "late", tied, of_batches(3))
+    for process in (cases[f"{optimizer}-{tied}"] for cases in results("fsdp", 3)):
+        check_what_moved(process["seen"], "late")
+        replayed = alone(optimizer, "late", tied, recorded(process["gradients"]))
+        assert all(same(a, b) for a, b in zip(process["seen"], replayed, strict=True))
+        for name, value in near[-1].items():
+            torch.testing.assert_close(process["seen"][-1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fused_optimizer_steps_shards(results: Callable[[str, int], list[Any]]) -> None:
+    wanted = alone("adamw_fused", "late", True, of_batches(2))
+    for process in results("fused", 2):
+        assert all(same(a, b) for a, b in zip(process["seen"], wanted, strict=True))
+
+
+def test_torch_clips_shards_by_the_norm_of_all_of_them(
+    results: Callable[[str, int], list[Any]],
+) -> None:
+    norms: list[torch.Tensor] = []
+
+    def clipped(model: Net, step: int) -> None:
+        of_batches(2)(model, step)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01))
+
+    alone("adamw_foreach", "late", False, clipped)
+    for process in results("foreach_clipped", 2):
+        torch.testing.assert_close(process["norms"], norms)
+        replayed = alone("adamw_foreach", "late", False, recorded(process["gradients"]))
+        assert all(same(a, b) for a, b in zip(process["seen"], replayed, strict=True))
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["look_between", "accumulated", "bf16", "both", "copies", "meta", "double", "tied_double"],
+)
+def test_only_trainable_rows_move_however_a_model_is_sharded(
+    way: str, results: Callable[[str, int], list[Any]]
+) -> None:
+    for process in results("other_ways", 2):
+        assert process[way] == [1, 7]
+
+
+def test_rows_that_are_frozen_later_keep_the_state_that_torch_made(
+    results: Callable[[str, int], list[Any]],
+) -> None:
+    for process in results("plain_start", 2):
+        model = Net(False)
+        made = OPTIMIZERS["adamw"](model.parameters())
+        for step, wanted in enumerate(process["seen"][1:]):
+            if step == 2:
+                model.set_rows([1, 7, 9])
+            recorded(process["gradients"])(model, step)
+            made.step()
+            assert same(weights(model), wanted)
+
+
+def test_a_process_may_have_no_row_at_all(results: Callable[[str, int], list[Any]]) -> None:
+    for process in results("fewer_rows", 3):
+        moved = (process["weight"] != 1).any(1)
+        assert moved.tolist() == [False, True]
+        assert process["sizes"] == {
+            "step": torch.Size([1]),
+            "exp_avg": torch.Size([1, D]),
+            "exp_avg_sq": torch.Size([1, D]),
+        }
+
+
+def test_the_audit_of_the_process_that_has_a_row_finds_it_moved(
+    results: Callable[[str, int], list[Any]],
+) -> None:
+    first, last = results("audited", 2)
+    assert first == "nothing moved"
+    assert last.startswith(f"words: 1 frozen row changed by step 3: {V - 1}.")
+
+
+MESSAGES = {
+    "columns": r"by rows, Shard\(0\)\. Received a weight of the shape \(11, 4\).*S.*1.*Rowwise",
+    "columns_of_fsdp": r"by rows, Shard\(0\)\. Received .*shard_placement_fn",
+    "frozen_after_columns": r"by rows, Shard\(0\)\.",
+    "max_norm": r"max_norm=1\.0 in a PartialEmbedding whose weight is sharded\. Leave it out",
+    "muon": r"moves each row by itself.* Received Muon\.",
+    "adafactor": r"moves each row by itself.* Received Adafactor\.",
+    "lbfgs": r"moves each row by itself.* Received LBFGS\.",
+    "sparse_adam": r"dense gradient\. Received SparseAdam\.",
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_what_cannot_be_kept_exact_on_shards_is_refused_before_a_row_moves(
+    refused: str, results: Callable[[str, int], list[Any]]
+) -> None:
+    for process in results("refusals", 2):
+        assert re.search(MESSAGES[refused], process[refused])
+
+
+# Checkpoints
+
+
+def gathered(processes: list[Any], at: str) -> dict[str, Any]:
+    """What processes remember of each cohort, put together by row."""
+    together: dict[str, Any] = {}
+    for table, cohorts in processes[0][at]["cohorts"].items():
+        for number in cohorts:
+            parts = [process[at]["cohorts"][table][number] for process in processes]
+            rows = torch.cat([part["rows"] for part in parts])
+            together[f"{table} {number}"] = {
+                key: torch.cat([part[key] for part in parts])
+                if isinstance(value, torch.Tensor) and value.dim()
+                else value
+                for key, value in parts[0].items()
+            } | {"rows": rows}
+    return together
+
+
+def check_same_memory(a: list[Any], at: str, b: list[Any], then: str) -> None:
+    for process in (*a, *b):
+        assert same((process.get(at) or process[then])["weights"], a[0][at]["weights"])
+    one, other = gathered(a, at), gathered(b, then)
+    assert one.keys() == other.keys()
+    assert len(one) == 6  # two cohorts of the table, of the head's weight and of its bias
+    for cohort, state in one.items():
+        for key, value in state.items():
+            wanted = other[cohort][key]
+            equal = torch.equal(value, wanted) if torch.is_tensor(value) else value == wanted
+            assert equal, (cohort, key)
+
+
+CHECKPOINTS = ["-".join(map(str, one)) for one in checkpoints()]
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_saving_leaves_a_run_as_it_was(
+    checkpoint: str, results: Callable[[str, int], list[Any]]
+) -> None:
+    saved = [process[checkpoint] for process in results("save", 2)]
+    check_same_memory(saved, "before", saved, "after")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_what_two_processes_saved_is_read_by_any_number_bit_for_bit(
+    checkpoint: str, number: int, results: Callable[[str, int], list[Any]]
+) -> None:
+    saved = [process[checkpoint] for process in results("save", 2)]
+    read = [process[checkpoint] for process in results(f"resume_by_{number}", number)]
+    check_same_memory(saved, "before", read, "restored")
+    if number == 2:
+        check_same_memory(saved, "end", read, "end")
