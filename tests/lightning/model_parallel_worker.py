@@ -15,7 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy as FabricStrategy
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
-from small_runs import SCHEDULE, STAGES, Net, V, data, loader, loss_of, trainer
+from small_runs import CLASSES, SCHEDULE, STAGES, Net, V, data, loader, loss_of, trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Subset
@@ -117,7 +117,8 @@ class Replayed(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
         drawn = torch.Generator().manual_seed(2 * trainer.global_step + trainer.global_rank)
-        batch[0].copy_(torch.randint(V, batch[0].shape, generator=drawn))
+        for part, height in zip(batch, (V, CLASSES), strict=True):
+            part.copy_(torch.randint(height, part.shape, generator=drawn))
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if self.path is not None and trainer.global_step == SAVED_AT:
