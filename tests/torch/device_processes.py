@@ -8,7 +8,7 @@ It runs the cases for so many processes and writes what they returned to
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from device_nets import (
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from partial_embedding import InputError
 from partial_embedding.torch import (
@@ -81,6 +80,8 @@ def with_fsdp1(name: str, head: str) -> dict[str, list[Any]]:
 
 def in_optimizers_of_their_own(head: str) -> dict[str, list[Any]]:
     """As beside DeepSpeed ZeRO-1: an engine has all but the tables, and steps it by itself."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns where it is imported
+
     net = Net(head)
     whole = keep_whole(net)
     rest = [parameter for parameter in net.parameters() if parameter not in whole]
@@ -263,6 +264,26 @@ def many_in_order() -> list[int]:
     return [place_of[id(parameter)] for parameter in keep_whole(model)]
 
 
+def split_traffic() -> dict[str, int]:
+    """Bytes that a step gives the process group, for tables of two sizes and numbers of ids."""
+    found, real = {}, dist.all_to_all_single
+    for num_rows in (1_000, 100_000):
+        for ids in (40, 50):
+            table = PartialEmbedding(num_rows, D, trainable_rows=range(num_rows // 2))
+            split_rows(table, mesh())
+            sent: list[int] = []
+
+            def counted(out: Any, given: Any, *others: Any, to: Any = sent, **options: Any) -> Any:
+                to.append(given.nbytes)
+                return real(out, given, *others, **options)
+
+            dist.all_to_all_single = counted
+            table(torch.arange(ids) * (num_rows // ids)).sum().backward()
+            dist.all_to_all_single = real
+            found[f"{num_rows} {ids}"] = sum(sent)
+    return found
+
+
 def row_files() -> dict[str, Any]:
     """Rows of split tables, written by all and read by all."""
     net = split("none")
@@ -325,10 +346,10 @@ def a_process_dies() -> list[str]:
     return failure(lambda: one_step_of(net, optimizer))
 
 
-def all_whole() -> dict[str, Callable[[], Any]]:
+def all_whole(names: Iterable[str]) -> dict[str, Callable[[], Any]]:
     """The name of each run: whole, the optimizer, the head, and what else is done."""
     cases: dict[str, Callable[[], Any]] = {}
-    for name in OPTIMIZERS:
+    for name in names:
         for head in ("none", "tied", "untied"):
             cases[f"whole {name} {head}"] = lambda n=name, h=head: train(beside_fsdp2(h), n)
     cases["whole AdamW untied clipped"] = lambda: train(
@@ -344,10 +365,10 @@ def all_whole() -> dict[str, Callable[[], Any]]:
     return cases
 
 
-def all_split() -> dict[str, Callable[[], Any]]:
+def all_split(names: Iterable[str]) -> dict[str, Callable[[], Any]]:
     """As `all_whole`; one process has an empty batch at one step."""
     cases: dict[str, Callable[[], Any]] = {}
-    for name in OPTIMIZERS:
+    for name in names:
         for lazy in (False, True):
             cases[f"split {name} none{' lazy' * lazy}"] = lambda n=name, z=lazy: train(
                 split("none"), n, some_empty=True, lazy=z
@@ -383,8 +404,14 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "a_process_dies": a_process_dies,  # the last case
 }
 CASES = {
-    2: {**all_whole(), **all_split(), **REFUSED, **OTHERS},
-    3: {**all_whole(), **all_split(), "read": read, **FAULTS},
+    2: {
+        **all_whole(OPTIMIZERS),
+        **all_split(OPTIMIZERS),
+        "split_traffic": split_traffic,
+        **REFUSED,
+        **OTHERS,
+    },
+    3: {**all_whole(["AdamW"]), **all_split(["SGD"]), "read": read, **FAULTS},
 }
 
 

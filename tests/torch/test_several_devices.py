@@ -227,6 +227,14 @@ def test_what_is_kept_whole_comes_in_the_order_of_the_model(seen: Seen) -> None:
         assert process == list(range(40))
 
 
+def test_what_is_sent_for_a_split_table_follows_the_ids_and_not_the_table(seen: Seen) -> None:
+    for process in seen[2]["split_traffic"]:
+        for ids in (40, 50):
+            # A header of 32 bytes; ids, rows, and whether each trains; gradients of those, a half.
+            wanted = 32 + ids * (8 + 4 * D + 1) + ids // 2 * 4 * D
+            assert process[f"1000 {ids}"] == process[f"100000 {ids}"] == wanted
+
+
 # Checkpoints
 
 
