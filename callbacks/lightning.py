@@ -199,6 +199,12 @@ class RowUnfreezing(Callback):
                 "it has no validation_step or no validation data, or limit_val_batches=0. Give it "
                 "one, or let the stage start at an epoch, a step or a share."
             )
+        every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+        if every is not None and epochs is not None and 0 <= epochs < every:
+            runner.refuse_to_wait(
+                f"check_val_every_n_epoch={every} of {epochs} epochs. Set it to {max(epochs, 1)}, "
+                "or let the stage start at an epoch, a step or a share."
+            )
         self._runner = runner
 
     def _check_others(self, trainer: Trainer, runner: Runner) -> None:

@@ -90,9 +90,10 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         saved = states.setdefault(type(self).__name__, self.state())
         # Several callbacks of one class are a list, to which each checkpoint adds.
-        every = [
-            one["attributes"]["saved"] for one in (saved if isinstance(saved, list) else [saved])
-        ]
+        callbacks = saved if isinstance(saved, list) else [saved]
+        if not state.global_step:  # later the list has those of the checkpoint too
+            _check_others([one["args"]["schedule"] for one in callbacks])
+        every = [one["attributes"]["saved"] for one in callbacks]
         mine = [one for one in every if one and one["schedules"].keys() & runner.schedules.keys()]
         if state.global_step and mine:
             runner.restore(mine[-1])
@@ -164,6 +165,18 @@ class RowUnfreezing(TrainerCallback, ExportableState):
 def _epoch_done(state: TrainerState) -> int:
     """The epoch that the last step was made in."""
     return max(0, math.ceil(state.epoch or 0) - 1)
+
+
+def _check_others(schedules: list[Any]) -> None:
+    """Refuse two callbacks of one trainer for one table."""
+    taken: set[str | None] = set()
+    for names in (schedules_by_table(one).keys() for one in schedules):
+        if taken and (None in taken or None in names or taken & names):
+            raise InputError(
+                "each table follows one schedule. Received two RowUnfreezing for one. Name the "
+                "tables of each: RowUnfreezing({name: schedule})."
+            )
+        taken |= names
 
 
 def _check_arguments(args: TrainingArguments) -> None:

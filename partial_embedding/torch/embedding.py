@@ -11,6 +11,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows.rows import RowsLike
+from partial_embedding.torch.hooks import by_rows, is_rewritten
 from partial_embedding.torch.table import PartialTable
 
 
@@ -107,16 +108,15 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
 
     @torch.jit.unused
     def _look_up(self, input: Tensor) -> Tensor:  # noqa: A002  # as in `forward`
-        weight = self._weight_in_use()
-        if weight is None and not _scales_here(self) and not self.is_sharded:
-            return super().forward(input)
-        # Engines that shard a weight reduce dense gradients.
-        sparse = self.sparse and weight is None and not self.is_sharded
-        weight = self.weight if weight is None else weight
-        if self.max_norm is not None:
-            _renormalise(self, weight, input, self.max_norm, self.norm_type)
+        weight, max_norm, sparse = _looked_up(self, input)
         return F.embedding(
-            input, weight, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, sparse
+            input,
+            weight,
+            self.padding_idx,
+            max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            sparse,
         )
 
     @classmethod
@@ -271,18 +271,12 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         offsets: Tensor | None,
         per_sample_weights: Tensor | None,
     ) -> Tensor:
-        weight = self._weight_in_use()
-        if weight is None and not _scales_here(self) and not self.is_sharded:
-            return super().forward(input, offsets, per_sample_weights)
-        sparse = self.sparse and weight is None and not self.is_sharded
-        weight = self.weight if weight is None else weight
-        if self.max_norm is not None:
-            _renormalise(self, weight, input, self.max_norm, self.norm_type)
+        weight, max_norm, sparse = _looked_up(self, input)
         return F.embedding_bag(
             input,
             weight,
             offsets,
-            None,
+            max_norm,
             self.norm_type,
             self.scale_grad_by_freq,
             self.mode,
@@ -358,17 +352,38 @@ def _matrix_shape(embeddings: Tensor, freeze: bool) -> tuple[int, int]:
     return embeddings.shape[0], embeddings.shape[1]
 
 
-def _scales_here(table: PartialEmbedding | PartialEmbeddingBag) -> bool:
-    """Whether `max_norm` is applied before the lookup, which itself would scale frozen rows too."""
-    some_may_be_frozen = table._row_set is not None or table.padding_idx is not None
-    return table.max_norm is not None and some_may_be_frozen
+def _looked_up(
+    table: PartialEmbedding | PartialEmbeddingBag, ids: Tensor
+) -> tuple[Tensor, float | None, bool]:
+    """The weight to look rows up in, the norm to scale them to, and whether it may be sparse."""
+    in_use = table._weight_in_use()
+    weight, max_norm = table.weight if in_use is None else in_use, table.max_norm
+    # Engines that shard a weight reduce dense gradients.
+    sparse = table.sparse and in_use is None and not table.is_sharded
+    if max_norm is not None and (table._row_set is not None or table.padding_idx is not None):
+        # Not by the lookup, which would scale frozen rows too.
+        if is_rewritten(ids, weight):
+            return _scaled(weight, table, max_norm), None, False
+        with torch.no_grad():
+            ids = ids.flatten()
+            ids = ids[table.row_set.is_trainable(ids)]
+            torch.embedding_renorm_(weight.detach(), ids, max_norm, table.norm_type)
+        max_norm = None
+    by_rows_too = sparse and max_norm is None  # what the lookup scales in place is to be no view
+    return by_rows(weight, table) if by_rows_too else weight, max_norm, sparse
 
 
-def _renormalise(
-    table: PartialTable, weight: Tensor, ids: Tensor, max_norm: float, norm_type: float
-) -> None:
-    """Scale looked-up rows to `max_norm` as the lookup itself would, but never a frozen one."""
-    ids = ids.flatten()
-    ids = ids[table.row_set.is_trainable(ids)]
-    with torch.no_grad():
-        torch.embedding_renorm_(weight.detach(), ids, max_norm, norm_type)
+def _scaled(
+    weight: Tensor, table: PartialEmbedding | PartialEmbeddingBag, max_norm: float
+) -> Tensor:
+    """The weight as `embedding_renorm_` would leave it, for graphs in which nothing is written."""
+    rows, norms = table._row_set, torch.linalg.vector_norm(weight, table.norm_type, 1, True)
+    if rows is None:
+        # Of the table's own only padding is frozen. No row set is made here, whose tensors would
+        # be the exporter's.
+        assert table.padding_idx is not None
+        mask = torch.arange(table.num_embeddings).ne(table.padding_idx)
+    else:
+        mask = rows.mask
+    too_long = mask.unsqueeze(1) & (norms > max_norm)
+    return torch.where(too_long, weight * (max_norm / (norms + 1e-7)), weight)

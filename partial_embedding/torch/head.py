@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
+from partial_embedding.torch.hooks import by_rows, is_rewritten
 from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.table import PartialTable
 
@@ -85,6 +86,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         if not self._counts_by_row(input):
             return super().forward(input)
         rows = self.row_set.order
+        sparse = self.sparse and not self.is_sharded
+        weight = by_rows(self.weight, self) if sparse else self.weight
         # In two dimensions, where `linear` gives a tensor of its own and no view of one.
         features = input.reshape(-1, input.shape[-1])
         scores: Tensor = _RowGradients.apply(  # type: ignore[no-untyped-call]  # torch's own
@@ -93,22 +96,15 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
             None if self.bias is None else self.bias.detach(),
             rows,
             # A lookup, since its backward pass makes the sparse gradient, compiled or not.
-            F.embedding(rows, self.weight, sparse=self.sparse and not self.is_sharded),
+            F.embedding(rows, weight, sparse=sparse),
             None if self.bias is None else self.bias.index_select(0, rows),
         )
         return scores.view(*input.shape[:-1], scores.shape[1])
 
     def _counts_by_row(self, input: Tensor) -> bool:  # noqa: A002  # as in `forward`
         """Whether to compute gradients by row; otherwise the hook masks the whole one."""
-        # What reads the graph or transforms it knows `linear`, and not a function of ours.
-        if (
-            isinstance(input, torch.fx.Proxy)
-            or is_sharded(self.weight)  # tensor parallelism; what FSDP2 lends is whole
-            or is_tracing()
-            or torch.compiler.is_exporting()
-            or torch._C._are_functorch_transforms_active()
-            or torch.autograd.forward_ad._current_level >= 0
-        ):
+        # Tensor parallelism scores by shards, and knows `linear`; what FSDP2 lends is whole.
+        if is_rewritten(input) or is_sharded(self.weight):
             return False
         if not (self.has_frozen_rows and torch.is_grad_enabled()):
             return False

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from partial_embedding.torch.averaged import averaging_group
 from partial_embedding.torch.row_gradient import RowGradient
@@ -75,10 +76,15 @@ class RowHook:
         if is_sharded(grad):
             return self._zero_in_shard(grad, table)
         self._localise()
+        if isinstance(grad, RowGradient) and (entries := grad.entries()) is not None:
+            for held in entries if grad.is_cuda else ():
+                # Autograd tells the allocator of a tensor's own memory where streams differ.
+                held.record_stream(torch.cuda.current_stream(grad.device))
+            return grad  # by way of `by_rows`, which left out the frozen ones
         if grad.layout == torch.sparse_coo:
             if _is_left_to_ddp(table):
                 self._give_ddp_its_own()
-            return _without_frozen(grad, table)
+            return _sparse_without_frozen(grad, table)
         return _zero_where_frozen(grad, table)
 
     def _hold_rows(self, parameter: Tensor) -> None:
@@ -135,27 +141,30 @@ def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
             yield table
 
 
-def _without_frozen(grad: Tensor, table: PartialTable) -> Tensor:
+def _without_frozen(ids: Tensor, values: Tensor, table: PartialTable) -> tuple[Tensor, Tensor]:
+    if table.has_frozen_rows:
+        keep = table.row_set.to(ids.device).mask.index_select(0, ids)
+    elif table.padding_row is not None:
+        keep = ids != table.padding_row
+    else:
+        return ids, values
+    kept = keep.nonzero().flatten()
+    if len(kept) == len(ids):
+        return ids, values
+    return ids.index_select(0, kept), values.index_select(0, kept)
+
+
+def _sparse_without_frozen(grad: Tensor, table: PartialTable) -> Tensor:
     if grad.requires_grad:
         grad = grad.coalesce()  # only then do its values take part in a second derivative
-    # Not coalesced otherwise: that would sort all ids, and change the order of the sums.
-    ids = grad._indices()
-    if table.has_frozen_rows:
-        keep = table.row_set.to(grad.device).is_trainable(ids[0])
-    elif table.padding_row is not None:
-        keep = ids[0] != table.padding_row
+        ids, values = grad.indices()[0], grad.values()
     else:
+        # Not coalesced: that would sort all ids, and change the order of the sums.
+        ids, values = grad._indices()[0], grad._values()
+    kept, left = _without_frozen(ids, values, table)
+    if kept is ids:
         return grad
-    kept = keep.nonzero().flatten()
-    if len(kept) == ids.shape[1]:
-        return grad
-    values = grad.values() if grad.requires_grad else grad._values()
-    return torch.sparse_coo_tensor(
-        ids.index_select(1, kept),
-        values.index_select(0, kept),
-        grad.shape,
-        check_invariants=False,
-    )
+    return torch.sparse_coo_tensor(kept.unsqueeze(0), left, grad.shape, check_invariants=False)
 
 
 def _zero_where_frozen(grad: Tensor, table: PartialTable, shard: Shard | None = None) -> Tensor:
@@ -194,3 +203,59 @@ def _hold_rows_of(parameter: Tensor) -> None:
         parameter.grad = grad.to_dense()
         return
     parameter.grad = RowGradient(grad._indices()[0], grad._values(), len(grad), grad.is_coalesced())
+
+
+# A sparse gradient on its way to the weight
+
+
+def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
+    """The weight to look rows up in, whose sparse gradient arrives as a `RowGradient`.
+
+    A hook on the weight may not put a dense gradient in the place of a sparse one, so that
+    `torch.autograd.grad` would give what hardly any code for gradients takes.
+
+    Args:
+        weight: The weight, shape (V, D).
+        table: Its table.
+    """
+    if torch.compiler.is_compiling() or is_rewritten(weight):
+        return weight
+    if not (weight.requires_grad and torch.is_grad_enabled()) or _is_left_to_ddp(table):
+        return weight
+    passed: Tensor = _ByRows.apply(weight, table)  # type: ignore[no-untyped-call]  # torch's own
+    return passed
+
+
+def is_rewritten(*tensors: Tensor) -> bool:
+    """Whether something reads the graph or transforms it, and knows torch's functions alone.
+
+    Args:
+        tensors: What goes into the function.
+    """
+    return (
+        any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors)
+        or is_tracing()
+        or torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class _ByRows(torch.autograd.Function):
+    """The weight as it is; on the way back, rows in the place of a sparse tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, table: PartialTable) -> Tensor:
+        ctx.table = table
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        if grad.layout != torch.sparse_coo:
+            return grad, None
+        if grad.requires_grad:
+            return grad.to_dense(), None  # rows cannot be read without losing a second derivative
+        # Not coalesced: that would sort all ids, and change the order of the sums.
+        ids, values = _without_frozen(grad._indices()[0], grad._values(), ctx.table)
+        return RowGradient(ids, values, len(grad), grad.is_coalesced()), None

@@ -133,7 +133,7 @@ class Rowwise:
         if optimizer is not self.optimizer:
             return None  # a step of the parent class, made by the stand-in in the midst of its own
         self._forget_blocks()
-        self._checkheld_tables()
+        self._check_held_tables()
         if _count_parameters(optimizer) != self._count:
             self._add_tables()
         self._follow_history()  # here, since LBFGS looks its history up before the closure
@@ -169,7 +169,7 @@ class Rowwise:
             if group is not seen:
                 group.update({key: v for key, v in seen.items() if key not in _LISTS})
 
-    def _checkheld_tables(self) -> None:
+    def _check_held_tables(self) -> None:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for key, state in self.tables.items():
             if key not in held or state.parameter.shape[1:] != state.row_shape:
@@ -213,10 +213,9 @@ class Rowwise:
     def _blocks_of(
         self, state: TableState, group: Group, groups: list[Group]
     ) -> list[nn.Parameter]:
-        counted = state.layout.in_group
-        options = {key: value for key, value in group.items() if key not in counted}
-        known = state.options.items()
-        if any(options.get(key) is not value for key, value in known if key not in counted):
+        counted, known = state.layout.in_group, state.options.items()
+        if any(group.get(key) is not value for key, value in known if key not in counted):
+            options = {key: value for key, value in group.items() if key not in counted}
             # What a step itself changes is no option, and is for a dry run what it was at first.
             options = {**options, **copy.deepcopy(state.layout.begun)}
             layout, state.unscaled = self._layout_of(state.parameter, options)

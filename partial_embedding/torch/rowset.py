@@ -44,6 +44,10 @@ class RowSet:
         self.device = torch.device(device)
         # The row id of each slot, int64, shape (K,).
         self.order = self._joined(list(self.cohorts.values()))
+        # Whether each row of the table trains, booleans, shape (V,). Made now: an exporter that
+        # asked for it first would leave one that has no memory.
+        self.mask = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
+        self.mask[self.order] = True
 
     def __len__(self) -> int:
         return sum(map(len, self.cohorts.values()))
@@ -68,13 +72,6 @@ class RowSet:
         slots = torch.full((self.num_rows,), len(self), dtype=torch.int32, device=self.device)
         slots[self.order] = torch.arange(len(self), dtype=torch.int32, device=self.device)
         return slots
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """Whether each row of the table trains, booleans, shape (V,)."""
-        mask = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
-        mask[self.order] = True
-        return mask
 
     @cached_property
     def fingerprint(self) -> int:

@@ -449,6 +449,8 @@ class PartialTable(TableFiles):
         weight = self._parameters.get("weight")
         if weight is not None and (weight is self._hooked.get("weight") or self.is_sharded):
             return None
+        if isinstance(weight, nn.Parameter) and torch.compiler.is_exporting():
+            return None  # nothing is trained in a graph
         if isinstance(weight, nn.Parameter):
             # Perhaps for this one call, so what was hooked before stays so: its backward may come.
             self._hook_up("weight", weight)

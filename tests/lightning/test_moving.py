@@ -256,6 +256,7 @@ WITHOUT_VALIDATION: dict[str, tuple[type[Net], bool, dict[str, Any]]] = {
     "no_validation_data": (Validated, False, {}),
     "no_validation_step": (Net, True, {}),
     "no_batch_of_it": (Validated, True, {"limit_val_batches": 0}),
+    "beyond_the_end": (Validated, True, {"check_val_every_n_epoch": 9}),
 }
 
 
@@ -264,7 +265,8 @@ def test_stages_that_wait_are_refused_where_nothing_validates(case: str) -> None
     kind, with_data, options = WITHOUT_VALIDATION[case]
     net = kind().build()
     made = trainer(RowUnfreezing(PLATEAU), **options)
-    with pytest.raises(InputError, match=r"'val_loss'.* never validates: .*limit_val_batches=0"):
+    why = r"check_val_every_n_epoch=9 of \d" if case == "beyond_the_end" else "limit_val_batches=0"
+    with pytest.raises(InputError, match=rf"'val_loss'.* never validates: .*{why}"):
         made.fit(net, loader(data()), loader(data(1)) if with_data else None)
     assert net.steps_begun == 0
 

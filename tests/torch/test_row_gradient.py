@@ -11,7 +11,7 @@ import torch
 from oracle import assert_same_bits
 from torch import Tensor, nn
 
-from partial_embedding.torch import PartialEmbedding, PartialLinear
+from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, PartialLinear
 from partial_embedding.torch.row_gradient import RowGradient
 
 V, D = 20, 4
@@ -253,6 +253,41 @@ def test_a_dense_gradient_may_follow_and_precede() -> None:
         (module.weight * 2).sum().backward()
         module(IDS).sum().backward()
     assert_same_bits(table.weight.grad.to_dense(), plain.weight.grad, "the gradient")
+
+
+@pytest.mark.parametrize("kind", ["table", "bag", "head"])
+def test_autograd_grad_gives_rows_to_code_for_dense_gradients(kind: str) -> None:
+    make = {
+        "table": lambda: (PartialEmbedding(V, D, trainable_rows=[1, 3]), IDS),
+        "bag": lambda: (PartialEmbeddingBag(V, D, trainable_rows=[1, 3]), IDS.view(1, -1)),
+        "head": lambda: (PartialLinear(D, V, bias=False, trainable_rows=[1, 3]), torch.ones(2, D)),
+    }[kind]
+    module, given = make()
+    plain = {"table": nn.Embedding, "bag": nn.EmbeddingBag, "head": nn.Linear}[kind](
+        *((D, V, False) if kind == "head" else (V, D))
+    )
+    plain.load_state_dict(module.state_dict())
+    (grad,) = torch.autograd.grad(module(given).pow(3).sum(), module.weight)
+    (expected,) = torch.autograd.grad(plain(given).pow(3).sum(), plain.weight)
+    assert isinstance(grad, RowGradient)
+    frozen = [row for row in range(V) if row not in (1, 3)]
+    expected[frozen] = 0
+    flat = torch.cat([grad.flatten(), grad.view(-1), (grad * 2).reshape(-1)])
+    wanted = torch.cat([expected.flatten(), expected.view(-1), (expected * 2).reshape(-1)])
+    assert_same_bits(flat, wanted, "what is made of the gradient")
+    assert torch.dot(grad.flatten(), expected.flatten()) > 0
+    assert_same_bits(module.weight - 0.1 * grad, plain.weight - 0.1 * expected, "an inner step")
+
+
+def test_a_loss_of_an_inner_step_has_the_plain_second_derivative() -> None:
+    table, plain = pair(rows=[1, 3])
+    for module in (table, plain):
+        module.weight.grad = None
+        (first,) = torch.autograd.grad(module(IDS).pow(3).sum(), module.weight, create_graph=True)
+        moved = module.weight - 0.1 * first
+        moved[IDS].pow(2).sum().backward()
+    rows = torch.tensor([1, 3])
+    torch.testing.assert_close(table.weight.grad.to_dense()[rows], plain.weight.grad[rows])
 
 
 def test_second_derivatives_pass_through_the_table() -> None:

@@ -207,6 +207,12 @@ def test_stages_that_wait_are_refused_where_nothing_evaluates(tmp_path: Path) ->
         train(tmp_path, schedule=waits)
 
 
+@pytest.mark.parametrize("other", [SCHEDULE, {"transformer.wte": SCHEDULE}], ids=["all", "named"])
+def test_two_callbacks_for_one_table_are_refused(tmp_path: Path, other: Any) -> None:
+    with pytest.raises(InputError, match=r"one schedule\. Received two RowUnfreezing"):
+        train(tmp_path, schedule={"transformer.wte": SCHEDULE}, callbacks=(RowUnfreezing(other),))
+
+
 def test_early_stopping_by_the_metric_that_stages_wait_for_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
