@@ -42,6 +42,7 @@ def by_row(
     every, sizes = list(cohorts.values()), [len(cohort.ids) for cohort in cohorts.values()]
     ids = torch.cat([torch.empty(0, dtype=torch.int64), *(c.ids.cpu() for c in every)])
     rates = [(c.rate_scale.lr_scale, c.rate_scale.warmup_steps, c.steps) for c in every]
+    by_cohort = torch.tensor(rates, dtype=torch.float64).view(-1, 3)
     return {
         "rows": _as_bytes(ids.add(start)),
         "cohorts": _as_bytes(_repeated(torch.tensor(list(cohorts), dtype=torch.int64), sizes)),
