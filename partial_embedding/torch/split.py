@@ -91,6 +91,8 @@ class SplitEmbedding(PartialEmbedding):
             InputError: A process has ids that are no rows, or trains others than this one; all
                 raise it.
         """
+        if not is_sharded(self.weight):
+            return super().forward(input)  # `functional_call` has put a whole one there
         ids = input.reshape(-1).long()
         rows: Tensor = _LookUp.apply(self.weight, ids, self)  # type: ignore[no-untyped-call]
         return rows.view(*input.shape, rows.shape[-1])

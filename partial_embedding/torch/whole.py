@@ -71,7 +71,7 @@ def keep_whole(model: nn.Module, processes: Any = None) -> set[nn.Parameter]:
                 f"{name!r} on the meta device, which has none. Make the table on its device."
             )
         parameters[name] = parameter
-    if not parameters:
+    if not any(isinstance(module, PartialTable) for module in model.modules()):
         raise InputError(
             f"keep_whole is for a model with tables. Received a {type(model).__name__} without any."
         )

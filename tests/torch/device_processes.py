@@ -238,13 +238,19 @@ def split_on_meta() -> dict[str, Any]:
     split_rows(table, mesh())
     table.to_empty(device="cpu")
     table.reset_parameters()
+    given = torch.func.functional_call(table, {"weight": torch.eye(V, D)}, (torch.arange(V),))
     own = table.weight.to_local()
     before = whole(table.weight).detach().clone()
     optimizer = torch.optim.AdamW(table.parameters(), lr=0.1)
     table(torch.arange(V)).sum().backward()
     optimizer.step()
     moved = (whole(table.weight) != before).any(1).nonzero().flatten()
-    return {"local": len(own), "padding": before[30].tolist(), "moved": moved.tolist()}
+    return {
+        "local": len(own),
+        "padding": before[30].tolist(),
+        "moved": moved.tolist(),
+        "given": given.detach(),
+    }
 
 
 def split_beside_ddp() -> dict[str, Any]:

@@ -199,6 +199,8 @@ def test_a_table_is_split_before_it_has_rows(seen: Seen) -> None:
     for process in processes:
         assert process["padding"] == [0.0] * D
         assert process["moved"] == [1, 29]
+        # As `torch.func` calls it, with a weight that is whole.
+        assert torch.equal(process["given"], torch.eye(V, D))
 
 
 def test_ddp_leaves_a_split_table_alone(seen: Seen) -> None:
