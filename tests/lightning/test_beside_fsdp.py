@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
 
 import torch
-from model_parallel_worker import CASES, EPOCHS, SAVED_AT
+from beside_fsdp_worker import CASES, EPOCHS, SAVED_AT
 from once import once, run_both_ranks
 from small_runs import BATCHES, STAGES, rows_that_differ, same_bits, starting_table
 
@@ -23,8 +23,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     """What each of the two ranks saw, for each case."""
     folder = once(
         tmp_path_factory,
-        "model_parallel",
-        lambda made: run_both_ranks("model_parallel_worker.py", made),
+        "beside_fsdp",
+        lambda made: run_both_ranks("beside_fsdp_worker.py", made),
     )
     names = [*ALL, *(f"resumed-{kind}-{distributed}" for kind, distributed in SAVED)]
     return {

@@ -1,4 +1,4 @@
-"""One rank of runs in which FSDP2 shards a model; a script, started by `test_model_parallel.py`.
+"""One rank of runs in which FSDP2 shards a model; a script, started by `test_beside_fsdp.py`.
 
 The process needs LOCAL_RANK, MASTER_ADDR and MASTER_PORT. It writes what it saw, batch by batch, to
 `{folder}/{case}-{rank}.pt`.
