@@ -29,8 +29,8 @@ test-full:
 	$(MAKE) test SELECT=
 
 # What only the TensorFlow half can run, and the rest.
-OF_KERAS := tests/tensorflow partial_embedding/tensorflow partial_embedding/recipes/keras_text.py \
-  $(wildcard partial_embedding/callbacks/keras*.py)
+OF_KERAS := tests/tensorflow partial_embedding/tensorflow \
+  $(wildcard partial_embedding/recipes/keras_*.py partial_embedding/callbacks/keras*.py)
 
 OF_TORCH := $(addprefix --ignore=,$(OF_KERAS)) tests/contract tests/torch tests partial_embedding
 PYTEST = -m pytest --numprocesses $(WORKERS) $(SELECT) $(COVER)

@@ -8,4 +8,4 @@ from importlib.util import find_spec
 collect_ignore_glob = []
 if find_spec("tensorflow") is None:
     collect_ignore_glob += ["partial_embedding/tensorflow/*", "tests/tensorflow/*"]
-    collect_ignore_glob += ["*/callbacks/keras*.py", "*/keras_text.py"]
+    collect_ignore_glob += ["*/callbacks/keras*.py", "*/recipes/keras_*.py"]

@@ -33,6 +33,8 @@ class _Table:
     layer: PartialEmbedding
     sample: TableSample
     rows: Ids | None = None
+    # The layer's `times_set` when they were read.
+    times_set: int = -1
     rates: dict[int, float] = field(default_factory=dict)
 
 
@@ -133,15 +135,20 @@ class RowMonitor(keras.callbacks.Callback):
         if self._optimizer is not None and self._due:
             self._optimizer.measure_gradients(True)
         for one in self._tables.values():
-            rows = one.layer.trainable_rows
-            if one.rows is None or not np.array_equal(one.rows, rows):
-                one.rows = rows
-                trainable = np.zeros(one.layer.input_dim, np.bool_)
-                trainable[rows] = True
-                one.sample.note_rows(trainable, self._place(batch))
+            # Weights that are set from outside may change rows too, which is seen when it is due.
+            if self._due or one.times_set != one.layer.times_set:
+                self._note_rows(one, self._place(batch))
             if self._due:
                 one.sample.before_step()
                 one.rates = _rates(self.model.optimizer, one)
+
+    def _note_rows(self, one: _Table, place: float) -> None:
+        one.times_set, rows = one.layer.times_set, one.layer.trainable_rows
+        if one.rows is None or not np.array_equal(one.rows, rows):
+            one.rows = rows
+            trainable = np.zeros(one.layer.input_dim, np.bool_)
+            trainable[rows] = True
+            one.sample.note_rows(trainable, place)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Measure and log."""

@@ -11,6 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
+from partial_embedding.callbacks.lightning_sharding import restore_rows_first
 from partial_embedding.errors import InputError
 from partial_embedding.rows.vocabulary import Vocabulary, find_vocabulary
 from partial_embedding.schedule import AnySchedule, schedules_by_table
@@ -122,6 +123,14 @@ class RowUnfreezing(Callback):
                 f"{type(trainer.strategy).__name__}, which flattens them. Use DDPStrategy or "
                 "ModelParallelStrategy."
             )
+        if trainer.strategy.restore_checkpoint_after_setup:
+            if self.checkpoint == "rows":
+                raise InputError(
+                    "a checkpoint of rows alone is loaded before a model is sharded. Received "
+                    f"checkpoint='rows' with {type(trainer.strategy).__name__}. Leave checkpoint "
+                    "out."
+                )
+            restore_rows_first(trainer.strategy, self.state_key, self._go_on)
         if hasattr(trainer.strategy, "configure_ddp"):
             self._leave_out_tables(trainer.strategy)
         if trainer.strategy.restore_checkpoint_after_setup:
@@ -185,8 +194,7 @@ class RowUnfreezing(Callback):
         self._check_others(trainer, runner)
         tables.check_backend(runner.schedules)
         if self._restored is not None:
-            runner.restore(self._restored)
-            self._validation_due = self._restored["validation_due"]
+            self._restore(runner, self._restored)
         # Before the optimizers load their state, which belongs to the rows of that position.
         runner.place()
         if self.checkpoint == "rows":
@@ -206,6 +214,15 @@ class RowUnfreezing(Callback):
                 "or let the stage start at an epoch, a step or a share."
             )
         self._runner = runner
+
+    def _restore(self, runner: Runner, state: Mapping[str, Any]) -> None:
+        runner.restore(state)
+        self._validation_due = state["validation_due"]
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        """Set the rows of a checkpoint that is loaded later than Lightning does by default."""
+        self._restore(self._active, state)
+        self._active.place()
 
     def _check_others(self, trainer: Trainer, runner: Runner) -> None:
         for other in _callbacks_of(trainer):

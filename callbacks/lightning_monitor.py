@@ -22,6 +22,7 @@ from partial_embedding.torch.optimizer import prepared
 from partial_embedding.torch.row_gradient import as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, sum_rows
 from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.shards import gathered, local, shard_of
 from partial_embedding.torch.table import PartialTable, tables_in
 
 
@@ -119,7 +120,7 @@ class RowMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note which rows were unfrozen, and catch what a measured batch looks up."""
-        self._due = trainer.is_global_zero and self._is_due(trainer, batch_idx)
+        self._due = self._looks(trainer) and self._is_due(trainer, batch_idx)
         for one in self._tables.values():
             rows = one.table.row_set
             if one.rows is not rows:
@@ -131,6 +132,12 @@ class RowMonitor(Callback):
                 # Before the step, as a scheduler may change the rate right after it.
                 one.rates = _rates(trainer.optimizers, one)
                 self._hooks.append(one.table.register_forward_pre_hook(_TokenCount(one)))
+
+    def _looks(self, trainer: Trainer) -> bool:
+        return trainer.is_global_zero or self._share_rows()
+
+    def _share_rows(self) -> bool:
+        return any(one.table.is_sharded for one in self._tables.values())
 
     def _place(self, trainer: Trainer, batch: int) -> float:
         if self._run.unit == "step":
@@ -148,8 +155,13 @@ class RowMonitor(Callback):
         if not self._due:
             return
         for one in self._tables.values():
-            if (grad := one.table.weight.grad) is not None:
-                one.gradients = one.sample.gradient_norms(*_row_squares(grad))
+            weight = one.table.leaf_weight
+            if weight.grad is not None:
+                ids, squares = _row_squares(local(weight.grad))
+                if (shard := shard_of(weight)) is not None:
+                    parts = gathered((ids + shard.start, squares), weight)
+                    ids, squares = (np.concatenate(part) for part in zip(*parts, strict=True))
+                one.gradients = one.sample.gradient_norms(ids, squares)
 
     # Measuring
 
@@ -184,19 +196,23 @@ class RowMonitor(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the record, unless there was nothing left to train."""
-        if not (self._tables and trainer.is_global_zero):
+        if not (self._tables and self._looks(trainer)):
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
         moving = next((one for one in callbacks if getattr(one, "schedules", None)), None)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self.path = self._folder / RECORD
-        write_record(self.path, self._run.finished(moving))
+        record = self._run.finished(moving)
+        if trainer.is_global_zero:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.path = self._folder / RECORD
+            write_record(self.path, record)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Write what was seen until then."""
-        self.on_fit_end(trainer, pl_module)
+        """Write what was seen until then, unless processes share rows."""
+        # Reading these takes all processes, of which others may go on.
+        if not self._share_rows():
+            self.on_fit_end(trainer, pl_module)
 
     # Checkpoints
 
@@ -221,9 +237,19 @@ class _Reader:
         self.table = table
 
     def __call__(self, ids: Ids) -> NDArray[np.float32]:
-        weight = self.table.weight.detach()
+        weight = self.table.leaf_weight
         chosen = torch.from_numpy(ids).to(weight.device)
-        rows: NDArray[np.float32] = weight.index_select(0, chosen).float().cpu().numpy()
+        if (shard := shard_of(weight)) is None:
+            return self._read(chosen)
+        rows = np.zeros((len(ids), *weight.shape[1:]), np.float32)
+        own = shard.has(chosen)
+        for there, values in gathered((own.cpu().numpy(), self._read(shard.own(chosen))), weight):
+            rows[there] = values
+        return rows
+
+    def _read(self, ids: Tensor) -> NDArray[np.float32]:
+        weight = local(self.table.leaf_weight)
+        rows: NDArray[np.float32] = weight.index_select(0, ids).float().cpu().numpy()
         return rows
 
 
@@ -237,6 +263,7 @@ class _TokenCount:
         ids = args[0]
         if ids.is_floating_point():
             return  # a head is given features and no tokens
+        ids = local(ids)  # of which tensor parallelism makes a copy for each process
         if table.padding_idx is not None:
             ids = ids[ids != table.padding_idx]
         training, tokens = self.caught.tokens
@@ -262,7 +289,7 @@ def _row_squares(grad: Tensor) -> tuple[Ids, NDArray[np.float64]]:
 
 def _rates(optimizers: list[Optimizer], caught: _Table) -> dict[int, float]:
     """The learning rate with which each cohort makes its next step."""
-    weight, rows = caught.table.weight, caught.table.row_set
+    weight, rows = caught.table.leaf_weight, caught.table.row_set
     for optimizer in optimizers:
         group = next(
             (g for g in optimizer.param_groups if any(p is weight for p in g["params"])), None

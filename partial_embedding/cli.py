@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.recipes.command import did_you_mean
+from partial_embedding.rows.token_text import printable
 
 _HELP = """\
 usage: partial-embedding COMMAND [options]
@@ -71,7 +72,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception | str, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    # What files hold is quoted in it, and may hold what a terminal obeys.
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return code
 
 
@@ -79,11 +81,11 @@ def _command(args: Sequence[str]) -> Callable[[Sequence[str]], object]:
     given = args[0] if args else None
     # What a command needs is imported with it: each runs where its own packages are installed.
     match given:
-        case "fit" if find_spec("pytorch_lightning") is None and find_spec("keras") is not None:
-            from partial_embedding.recipes.keras_text import fit_command
-
-            return fit_command
         case "fit" | "validate" | "test" | "predict":
+            if find_spec("pytorch_lightning") is None and find_spec("keras") is not None:
+                from partial_embedding.recipes.keras_commands import fit_command, measure_command
+
+                return fit_command if given == "fit" else partial(measure_command, given)
             from partial_embedding.recipes.lightning_cli import run_lightning
 
             return partial(run_lightning, given)

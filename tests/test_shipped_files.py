@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,12 @@ pytest.importorskip("gensim")
 from gensim.models import FastText, KeyedVectors, Word2Vec
 from gensim.models.fasttext import save_facebook_model
 
+from partial_embedding.cli import main
 from partial_embedding.errors import InputError
+from partial_embedding.recipes.predictions import write_table
 from partial_embedding.recipes.prepare_texts import classes_text
 from partial_embedding.recipes.text import LabelledTexts, read_labelled, read_texts
-from partial_embedding.recipes.vectors import formats, read_vectors, reading
+from partial_embedding.recipes.vectors import formats, opening, read_vectors, reading
 from partial_embedding.rows.vocabulary_file import read_vocabulary
 
 TEXT = b"the 0.5 1\nof -2 1e-3\n"
@@ -67,12 +70,48 @@ def test_a_zip_of_several_is_refused_with_their_names(tmp_path: Path) -> None:
     assert read_vectors(tmp_path / "glove.50d.txt").tokens == ["the", "of"]
 
 
-def test_zstandard_is_read_or_the_package_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt.zst"
-    path.write_bytes(b"\x28\xb5\x2f\xfd" + b"x" * 50)
-    with pytest.raises(InputError, match=r"package zstandard|can be read") as refused:
-        read_vectors(path)
-    assert str(path) in str(refused.value)
+def pack_by_zstandard(content: bytes) -> bytes:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+
+        return zstd.compress(content)
+    packed: bytes = pytest.importorskip("zstandard").compress(content)
+    return packed
+
+
+def test_zstandard_is_read_also_in_several_frames(tmp_path: Path) -> None:
+    whole = pack_by_zstandard(TEXT)
+    frames = b"".join(pack_by_zstandard(line + b"\n") for line in TEXT.splitlines())
+    for name, packed in (("a.txt.zst", whole), ("b.txt.zst", frames), ("c", whole)):
+        (tmp_path / name).write_bytes(packed)
+        found = read_vectors(tmp_path / name)
+        assert (list(found.tokens), found.values.tolist()) == (["the", "of"], VALUES)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another byte", "rubbish behind"])
+def test_damaged_zstandard_is_refused(damage: str, tmp_path: Path) -> None:
+    packed = pack_by_zstandard(TEXT * 1000)
+    damaged = {
+        "cut off": packed[: len(packed) // 2],
+        "another byte": packed[:6] + bytes([packed[6] ^ 255]) + packed[7:],
+        "rubbish behind": packed + b"x" * 50,
+    }
+    (tmp_path / "a.txt.zst").write_bytes(damaged[damage])
+    with pytest.raises(InputError, match=r"the word vectors can be read.*a\.txt\.zst"):
+        read_vectors(tmp_path / "a.txt.zst")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python itself reads it from 3.14 on")
+def test_zstandard_without_its_package_is_refused_with_a_remedy_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    (tmp_path / "a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd" + b"x" * 50)
+    with pytest.raises(InputError, match=r"need the package zstandard.*a\.txt\.zst"):
+        read_vectors(tmp_path / "a.txt.zst")
+    # The remedy, as the command that is named would have done it.
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    assert read_vectors(tmp_path / "a.txt").values.tolist() == VALUES
 
 
 def test_tokens_with_spaces_are_read_and_counted(tmp_path: Path) -> None:
@@ -188,7 +227,7 @@ def test_a_large_file_is_read_once_and_then_mapped(
         assert list(kept.tokens) == list(plain.tokens)
         assert kept.values.tobytes() == plain.values.tobytes()
         assert kept.notes == plain.notes
-        assert isinstance(kept.values, np.memmap)
+        assert not kept.values.flags.owndata  # it lies in the file
     assert len(plain.notes) == 2
     with pytest.raises(InputError, match=r"3 values each\. Received: 2"):
         read_vectors(large, 3, cache)
@@ -291,6 +330,17 @@ def test_names_of_classes_cannot_write_into_the_terminal() -> None:
     line = classes_text(texts, texts)
     assert "red" in line
     assert line.isprintable()
+
+
+def test_neither_can_errors_and_predictions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["\x1b[31mfit"]) == 2
+    assert capsys.readouterr().err.rstrip("\n").isprintable()
+    for seen, said in ((True, r"\x1b[2J"), (False, "\x1b[2J")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda seen=seen: seen)
+        write_table("-", ["text"], [["\x1b[2J"]])
+        assert capsys.readouterr().out == f"text\n{said}\n"
 
 
 # What is no file

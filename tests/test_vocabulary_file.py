@@ -10,9 +10,9 @@ from partial_embedding import InputError, Vocabulary
 from partial_embedding.rows.vocabulary_file import read_vocabulary, write_vocabulary
 
 TOKENS = st.lists(
-    st.text(min_size=1)
-    .filter(lambda t: "\t" not in t and t.splitlines() == [t])
-    .filter(lambda t: not t.startswith("\ufeff") and all(not "\ud800" <= c <= "\udfff" for c in t)),
+    st.text(st.characters() | st.sampled_from("\\xu0b\x1b\ud83d\ufeff"), min_size=1).filter(
+        lambda t: "\t" not in t and t.splitlines() == [t]
+    ),
     min_size=1,
     max_size=8,
     unique=True,
@@ -87,3 +87,16 @@ def test_tokens_that_would_break_a_file_are_refused_and_nothing_is_written(
     with pytest.raises(InputError, match="row 1"):
         write_vocabulary(path, Vocabulary(["the", token]))
     assert not path.exists()
+
+
+def test_a_vocabulary_in_a_terminal_moves_nothing_and_plain_lists_are_what_they_say(
+    tmp_path: Path,
+) -> None:
+    tokens = ["\x1b[2J", r"\x1b", "\u202ea", r"\d", "\ud83d"]
+    file = tmp_path / "vocabulary.tsv"
+    write_vocabulary(file, Vocabulary(tokens, counts=[5, 4, 3, 2, 1]))
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert all(line.replace("\t", " ").isprintable() for line in lines)
+    assert list(read_vocabulary(file).tokens) == tokens
+    file.write_text("\\d\n\\x41\n\\u00e9\n", encoding="utf-8")
+    assert list(read_vocabulary(file).tokens) == [r"\d", r"\x41", r"\u00e9"]

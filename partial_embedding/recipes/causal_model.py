@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,8 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import shown, write_atomically
+from partial_embedding.files import shown
+from partial_embedding.recipes.predictions import write_table
 from partial_embedding.rows.vocabulary import Vocabulary
 
 # Token ids and what of them counts in the loss, each of shape (B, L).
@@ -44,6 +42,8 @@ class CausalModel(LightningModule):
 
     def __init__(self, lr: float, weight_decay: float, max_new_tokens: int) -> None:
         super().__init__()
+        # Loggers would open their files before the data are accepted.
+        self.save_hyperparameters(logger=False)
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is at least 1. Received: {max_new_tokens}.")
         self.model = None  # until it is loaded, trained or read from a checkpoint
@@ -131,6 +131,22 @@ class CausalModel(LightningModule):
         texts: list[str] = self.tokenizer.batch_decode(made[:, length:], skip_special_tokens=True)
         return texts
 
+    def train_tables(self, body: bool = False) -> int:
+        """Let the tables train, or the rows of them that do, and nothing else.
+
+        Args:
+            body: Let the rest of the model train too.
+
+        Returns:
+            The rows of the input table.
+        """
+        tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        learning = {id(parameter) for table in tables for parameter in table.parameters()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(body or id(parameter) in learning)
+        self.model.train()
+        return len(tables[0].weight)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A plain AdamW; frozen rows are out of its reach."""
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -151,18 +167,8 @@ class CausalModel(LightningModule):
         Raises:
             OSError: The file cannot be written.
         """
-        with ExitStack() as stack:
-            if str(output) == "-":
-                file = sys.stdout
-            else:
-                Path(output).parent.mkdir(parents=True, exist_ok=True)
-                temporary = stack.enter_context(write_atomically(output))
-                file = stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["text", "continuation"])
-            rows.writerows(zip(texts, (t for batch in batches for t in batch), strict=True))
-        if str(output) != "-":
-            print(f"predictions: {shown(output)}")
+        said = [text for batch in batches for text in batch]
+        write_table(output, ["text", "continuation"], list(zip(texts, said, strict=True)))
 
     def on_train_end(self) -> None:
         """Write the model for plain `transformers`."""

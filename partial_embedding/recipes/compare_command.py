@@ -99,7 +99,7 @@ def _fit(args: list[str], seed: int) -> Path:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         if find_spec("pytorch_lightning") is None:
-            from partial_embedding.recipes.keras_text import fit_command
+            from partial_embedding.recipes.keras_commands import fit_command
 
             return fit_command([*args, f"--data.seed={seed}"])
         from partial_embedding.recipes.lightning_cli import run_lightning

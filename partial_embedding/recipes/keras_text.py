@@ -1,15 +1,15 @@
 """Text classification in Keras: the texts, vectors, model and schedule of the Lightning recipe.
 
-`partial-embedding fit --config configs/quickstart.yaml` runs it where Lightning is not installed.
+`partial-embedding fit --config configs/quickstart.yaml` runs it where Lightning is not installed,
+as `keras_commands` says.
 """
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
 from partial_embedding.errors import InputError
-from partial_embedding.files import claim_version, parse_yaml, shown, write_atomically
-from partial_embedding.recipes.command import CommandParser, did_you_mean
+from partial_embedding.files import claim_version, shown, write_atomically
+from partial_embedding.recipes.command import did_you_mean
+from partial_embedding.recipes.divergence import diverged
 from partial_embedding.recipes.prepare_texts import (
     PADDING_ID,
     WIDTHS,
@@ -31,7 +32,7 @@ from partial_embedding.recipes.prepare_texts import (
     padded,
     prepare_texts,
 )
-from partial_embedding.recipes.settings import checked, read_config
+from partial_embedding.recipes.settings import checked
 from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
@@ -106,6 +107,27 @@ class EpochSeeds(keras.callbacks.Callback):
             if (generator := getattr(layer, "seed_generator", None)) is not None:
                 state = np.random.SeedSequence((self.seed, epoch, place)).generate_state(2)
                 generator.state.assign(state & 0x7FFFFFFF)
+
+
+class StopDiverged(keras.callbacks.Callback):
+    """Ends a run whose loss is no finite number."""
+
+    epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Know the epoch."""
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Look at the loss.
+
+        Raises:
+            InputError: It is infinite or not a number.
+        """
+        # Keras's is the mean of the epoch so far, which such a loss spoils.
+        if not math.isfinite(loss := float(logs["loss"])):
+            steps = int(self.model.optimizer.iterations) - 1
+            raise diverged(loss, steps, self.epoch)
 
 
 @keras.saving.register_keras_serializable("partial_embedding")
@@ -190,8 +212,12 @@ def text_classifier(
         A `keras.Model` from ids, shape (B, L), filled up with 0, to one score per class, (B, C).
 
     Raises:
-        InputError: The schedule does not fit the vocabulary.
+        InputError: A setting is out of its range, or the schedule does not fit the vocabulary.
     """
+    if channels < 1:
+        raise InputError(f"channels is at least 1. Received: {channels}.")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout is a share from 0 up, below 1. Received: {dropout}.")
     table = PartialEmbedding.from_matrix(
         data.table,
         trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
@@ -222,6 +248,21 @@ def text_classifier(
         metrics=["accuracy"],
     )
     return model
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the rows and the classes of a saved model mean.
+
+    Args:
+        tokens: The token of each row.
+        names: The classes.
+        texts: How texts became rows.
+    """
+
+    tokens: Sequence[str]
+    names: Sequence[str]
+    texts: TextSettings
 
 
 @dataclass(frozen=True)
@@ -320,6 +361,7 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
             unfreezing,
             RowMonitor(folder, vocabulary=data.vocabulary, unfreezing=unfreezing),
             EpochSeeds(training, texts.seed),
+            StopDiverged(),
         ],
     )
     with write_atomically(folder / "config.yaml") as path:
@@ -327,47 +369,11 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
         path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
     with write_atomically(folder / "model.keras") as path:
         model.save(path)
-    meaning = {"tokens": list(data.vocabulary.tokens), "names": list(data.training.names)}
+    meaning = Meaning(data.vocabulary.tokens, data.training.names, texts)
     with write_atomically(folder / "meaning.json") as path:
-        path.write_text(json.dumps(meaning), encoding="utf-8")
+        path.write_text(json.dumps(asdict(meaning)), encoding="utf-8")
     print(f"saved: {shown(folder / 'model.keras')}")
     return folder
-
-
-def fit_command(args: Sequence[str]) -> Path:
-    """Train from configurations and options; `partial-embedding fit` where Lightning is missing.
-
-    Args:
-        args: The arguments of the command, without its name.
-
-    Returns:
-        The folder of the run.
-
-    Raises:
-        InputError: An argument, a file or the schedule is refused.
-    """
-    parser = CommandParser(
-        prog="partial-embedding fit",
-        usage="partial-embedding fit [--config FILE] [--PART.SETTING VALUE …]",
-        description="Train the text classifier in Keras.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", "-c", action="append", help="a YAML file with any of these")
-    parts: dict[str, Any] = {"data": TextSettings, "model": text_classifier}
-    for part, made in {**parts, "rows": RowSettings, "trainer": TrainerSettings}.items():
-        group = parser.add_argument_group(part)
-        for name in inspect.signature(made).parameters:
-            group.add_argument(f"--{part}.{name}", type=parse_yaml, metavar=name.upper())
-    given = vars(parser.parse_args(args))
-    config: dict[str, dict[str, Any]] = {}
-    for path in given.pop("config", []):
-        for part, keys in read_config(path).items():
-            config.setdefault(part, {}).update(keys)
-    for name, value in given.items():
-        part, _, setting = name.partition(".")
-        config.setdefault(part, {})[setting] = value
-    return train(config)
 
 
 def _of_the_table(schedules: Any) -> Schedule:

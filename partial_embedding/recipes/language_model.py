@@ -20,6 +20,7 @@ from partial_embedding.recipes.small_language_model import small_language_model
 from partial_embedding.recipes.text import stdlib_docstrings
 from partial_embedding.recipes.text.reading import read_texts
 from partial_embedding.recipes.text_lines import TextLines
+from partial_embedding.rows.token_text import printable
 from partial_embedding.torch import add_tokens
 from partial_embedding.torch.row_files import save_rows
 
@@ -64,8 +65,6 @@ class TokenTexts(TextLines):
         seed: int = 0,
     ) -> None:
         super().__init__(path, test_path, max_length, validation_share, batch_size, seed)
-        # A checkpoint holds them, so that it is enough to measure it on other texts.
-        self.save_hyperparameters(logger=False)
         self.tokens = read_texts(tokens) if isinstance(tokens, str) else tokens
 
     def default_texts(self) -> list[str]:
@@ -134,8 +133,6 @@ class NewTokens(CausalModel):
         max_new_tokens: int = 20,
     ) -> None:
         super().__init__(lr, weight_decay, max_new_tokens)
-        # Loggers would open their files before the data are accepted.
-        self.save_hyperparameters(logger=False)
         self.name = name
         self.init = init
         self.rows: list[int] = []
@@ -163,12 +160,7 @@ class NewTokens(CausalModel):
         self._columns = self.model.get_input_embeddings().weight.shape[0]
         self._logits = self._logits_of(self._unchanged, data.max_length)
         self.rows = add_tokens(self.model, self.tokenizer, data.tokens, self.init)
-        tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        learning = {id(parameter) for table in tables for parameter in table.parameters()}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(id(parameter) in learning)
-        self.model.train()
-        self.vocabulary = vocabulary_of(self.tokenizer, len(tables[0].weight), self.rows)
+        self.vocabulary = vocabulary_of(self.tokenizer, self.train_tables(), self.rows)
 
     @torch.no_grad()
     def _logits_of(self, texts: list[str], max_length: int) -> Tensor:
@@ -204,7 +196,8 @@ class NewTokens(CausalModel):
             f"original model's by {apart:.1e} at most"
         )
         for row in self.rows[:_SHOWN]:
-            self.print(f"{when}: near {self.vocabulary.tokens[row]!r}: {self._nearest(row)}")
+            near = f"near {self.vocabulary.tokens[row]!r}: {self._nearest(row)}"
+            self.print(f"{when}: {printable(near)}")
 
     @torch.no_grad()
     def _nearest(self, row: int) -> str:

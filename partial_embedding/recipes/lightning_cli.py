@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
@@ -30,6 +32,7 @@ from partial_embedding.recipes.checkpoints import (
     settings_in,
 )
 from partial_embedding.recipes.command import did_you_mean
+from partial_embedding.recipes.divergence import diverged
 from partial_embedding.recipes.predictions import write_predictions
 from partial_embedding.recipes.prepare_texts import TextSettings
 from partial_embedding.recipes.report_command import write_page
@@ -110,6 +113,24 @@ class _ConfigFile(ActionConfigFile):
         if "\n" not in values:
             read_yaml(values, "configuration")
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
+
+
+class _StopDiverged(Callback):
+    """Ends a run whose loss is no finite number, before that reaches the weights."""
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Look at the loss.
+
+        Raises:
+            InputError: It is infinite or not a number, in any of the processes.
+        """
+        finite = math.isfinite(loss.item())
+        if trainer.world_size > 1:  # one that stopped alone would leave the others waiting
+            finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
+        if not finite:
+            raise diverged(loss.item(), trainer.global_step, trainer.current_epoch)
 
 
 class RecipeCLI(LightningCLI):
@@ -235,12 +256,14 @@ class RecipeCLI(LightningCLI):
             self.log = RunLogger(config.default_root_dir, went_on and went_on.parents[1])
             kwargs["logger"] = self.log
         callbacks = config.callbacks or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+        callbacks.append(_StopDiverged())
         if config.enable_progress_bar is not False and find_spec("rich") is not None:
             from partial_embedding.recipes.progress_bar import OneLineBar
 
             if not any(isinstance(callback, ProgressBar) for callback in callbacks):
-                kwargs["callbacks"] = [*callbacks, OneLineBar()]
+                callbacks.append(OneLineBar())
+        kwargs["callbacks"] = callbacks
         plugins = config.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         try:

@@ -56,17 +56,8 @@ _SHORTEST, _LONGEST = 40, 160
 class FieldTexts(TextLines):
     """Texts of the field that a language model is moved to.
 
-    Args:
-        path: A file with one text on each line; by default paragraphs of the source code of the
-            standard library, a field that its documentation tells little of.
-        test_path: As for `TextLines`, and so are all others.
-        max_length: Likewise.
-        validation_share: Likewise.
-        batch_size: Likewise.
-        seed: Likewise.
-
-    Raises:
-        InputError: As for `TextLines`.
+    By default paragraphs of the source code of the standard library, a field that its documentation
+    tells little of. Its arguments are those of `TextLines`.
 
     Example:
         >>> data = FieldTexts()
@@ -74,19 +65,6 @@ class FieldTexts(TextLines):
         >>> len(data.training) > 1000, len(data.validation) > 250
         (True, True)
     """
-
-    def __init__(
-        self,
-        path: str | None = None,
-        test_path: str | None = None,
-        max_length: int = 128,
-        validation_share: float = 0.2,
-        batch_size: int = 32,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(path, test_path, max_length, validation_share, batch_size, seed)
-        # A checkpoint holds them, so that it is enough to measure it on other texts.
-        self.save_hyperparameters(logger=False)
 
     def default_texts(self) -> list[str]:
         """Paragraphs of source code."""
@@ -136,7 +114,6 @@ class NewTokenizer(CausalModel):
         seed: int = 0,
     ) -> None:
         super().__init__(lr, weight_decay, max_new_tokens)
-        self.save_hyperparameters(logger=False)
         # The loss per byte, by when it was measured.
         self.losses: dict[str, float] = {}
 
@@ -168,12 +145,7 @@ class NewTokenizer(CausalModel):
         )
         rows = transfer_vocabulary(self.model, self.tokenizer, new)
         self.tokenizer = new
-        tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        learning = {id(parameter) for table in tables for parameter in table.parameters()}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(own["body"] or id(parameter) in learning)
-        self.model.train()
-        num_rows = len(tables[0].weight)
+        num_rows = self.train_tables(own["body"])
         counts = Counter(row for text in data.training for row in new(text)["input_ids"])
         self.vocabulary = vocabulary_of(
             new, num_rows, rows, [counts[row] for row in range(num_rows)]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import shown, write_atomically
+from partial_embedding.rows.token_text import printable
 
 
 def write_predictions(
@@ -47,17 +47,39 @@ def write_predictions(
     header = ["text", "label", "probability"]
     for place in range(2, ranked.shape[1] + 1):
         header += [f"label_{place}", f"probability_{place}"]
-    with contextlib.ExitStack() as stack:
-        if str(output) == "-":
-            file = sys.stdout
-        else:
-            Path(output).parent.mkdir(parents=True, exist_ok=True)
-            temporary = stack.enter_context(write_atomically(output))
-            file = stack.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(header)
-        for text, classes, shares in zip(texts, ranked, probabilities, strict=True):
-            said = [cell for c in classes for cell in (names[c], f"{shares[c]:.4f}")]
-            rows.writerow([text, *said])
-    if str(output) != "-":
-        print(f"predictions: {shown(output)}")
+    rows = [
+        [text, *(cell for c in classes for cell in (names[c], f"{shares[c]:.4f}"))]
+        for text, classes, shares in zip(texts, ranked, probabilities, strict=True)
+    ]
+    write_table(output, header, rows)
+
+
+def write_table(output: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a CSV file, or show it.
+
+    Args:
+        output: The file, or `"-"` for standard output, where a person looks at it without what
+            would move the cursor.
+        header: The names of the columns.
+        rows: The cells of each row.
+
+    Raises:
+        OSError: The file cannot be written.
+
+    Example:
+        >>> write_table("-", ["text", "continuation"], [["the cat", "sat on a mat"]])
+        text,continuation
+        the cat,sat on a mat
+    """
+    if str(output) == "-":
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        seen = sys.stdout.isatty()
+        table.writerows([printable(c) for c in row] if seen else row for row in (header, *rows))
+        return
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with (
+        write_atomically(output) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    print(f"predictions: {shown(output)}")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from partial_embedding.errors import InputError
 from partial_embedding.files import read_yaml, write_atomically
 from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
@@ -65,11 +67,19 @@ def schedule_command(args: Sequence[str]) -> None:
             f"a plan looks at up to {_MOST_POSITIONS:,} epochs, or steps where rows move within "
             f"epochs. Received: {looked_at:,}. Pass fewer --epochs."
         )
+    if given.new is not None and given.new > num_rows:
+        raise InputError(
+            f"--new is how many of the table's rows are new, at most {num_rows:,}. Received: "
+            f"{given.new:,}."
+        )
+    new = None if given.new is None else np.arange(num_rows - given.new, num_rows)
     padding = given.padding if given.padding is not None else found.get("padding")
     try:
-        planned = plan(schedule, num_rows, vocabulary, epochs, steps or 1, padding)
+        planned = plan(schedule, num_rows, vocabulary, epochs, steps or 1, padding, new)
     except InputError as error:
-        raise InputError(f"{given.file}: {error}") from None
+        # Nothing has grown yet here.
+        advice = " To plan it, pass --new." if new is None and "grow_table" in str(error) else ""
+        raise InputError(f"{given.file}: {error}{advice}") from None
     lines = plan_text(schedule, planned, num_rows, epochs)
     print(*lines[:_MOST_LINES], sep="\n")
     if len(lines) > _MOST_LINES:
@@ -103,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--texts", help="texts to count a vocabulary from, as fit takes them")
     parser.add_argument("--vectors", help="with --texts: word vectors, which some tokens lack")
     parser.add_argument("--rows", type=_positive, help="the rows of the table, without --vocab")
+    parser.add_argument("--new", type=_positive, help="how many rows, the last ones, are new")
     parser.add_argument("--table", help="the table, where the file has a schedule for several")
     parser.add_argument("--epochs", type=_positive, help="the epochs of the run")
     parser.add_argument("--steps-per-epoch", type=_positive, help="optimizer steps in an epoch")

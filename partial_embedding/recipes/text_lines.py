@@ -42,12 +42,14 @@ class TextLines(LightningDataModule):
         self,
         path: str | None = None,
         test_path: str | None = None,
-        max_length: int = 64,
+        max_length: int = 128,
         validation_share: float = 0.2,
-        batch_size: int = 16,
+        batch_size: int = 32,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        # A checkpoint holds them, so that it is enough to measure it on other texts.
+        self.save_hyperparameters(logger=False)
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise InputError(f"{name} is at least 1. Received: {value}.")

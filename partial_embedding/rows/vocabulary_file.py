@@ -7,18 +7,19 @@ from pathlib import Path
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
+from partial_embedding.rows.token_text import escaped, unescaped
 from partial_embedding.rows.vocabulary import Vocabulary
 
 _HEADER = ("token", "count", "missing")
 
 
 def write_vocabulary(path: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
-    """Write the tokens of a table's rows, and what is known of them, in columns.
+    r"""Write the tokens of a table's rows, and what is known of them, in columns.
 
     Args:
         path: The file to write: UTF-8, columns separated by tabs, with the header `token`, `count`
             (where there are counts) and `missing` (1 or 0, where that is known). Tokens alone have
-            no header.
+            no header. Controls and escapes of terminals are written as `\x1b`, for example.
         vocabulary: What to write.
 
     Raises:
@@ -31,7 +32,7 @@ def write_vocabulary(path: str | os.PathLike[str], vocabulary: Vocabulary) -> No
                 f"a token in a file has no tab or line break, and is not empty. Received {token!r} "
                 f"in row {row}."
             )
-    columns = [list(vocabulary.tokens)]
+    columns = [[escaped(token) for token in vocabulary.tokens]]
     names = [_HEADER[0]]
     if vocabulary.counts is not None:
         names.append(_HEADER[1])
@@ -95,7 +96,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     missing = _whole_numbers(path, "missing", columns.get("missing"))
     try:
         return Vocabulary(
-            columns["token"],
+            [unescaped(token) for token in columns["token"]],
             counts,
             None if missing is None else [row for row, flag in enumerate(missing) if flag],
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from partial_embedding.rows.vocabulary import Ids
@@ -14,8 +14,8 @@ class Audit(Protocol):
     """The bits of a table's frozen rows, as they were when it was made."""
 
     @property
-    def frozen(self) -> Sized:
-        """The rows that were frozen then."""
+    def num_frozen(self) -> int:
+        """How many rows were frozen then."""
 
     def check(self, step: int | None = None) -> None:
         """Raise `FrozenRowsMoved` where one of them changed a bit."""

@@ -257,7 +257,7 @@ class Runner:
         self._stage_states[name] = stage_state
         if self.audit:
             self._audits[name] = self.adapter.watch(name)
-            self._frozen.setdefault(name, len(self._audits[name].frozen))
+            self._frozen.setdefault(name, self._audits[name].num_frozen)
         trainable, (num_rows, width) = self.adapter.trainable_rows(name), self.adapter.shapes[name]
         if before is None:
             elsewhere = self.adapter.parameters_elsewhere(self.schedules)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import tensorflow as tf
 
 from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule.messages import moved_text
 from partial_embedding.tensorflow.embedding import PartialEmbedding
-
-# Rows are fingerprinted in chunks of about this many bytes, which bounds the extra memory.
-_CHUNK = 1 << 22
+from partial_embedding.tensorflow.fingerprint import fingerprints
 
 
 class FrozenRowAudit:
@@ -42,6 +37,11 @@ class FrozenRowAudit:
         self.frozen: Ids = np.setdiff1d(np.arange(layer.input_dim), layer.trainable_rows)
         self._prints = fingerprints(layer, self.frozen)
 
+    @property
+    def num_frozen(self) -> int:
+        """How many rows are watched."""
+        return len(self.frozen)
+
     def changed(self) -> Ids:
         """The watched rows that are not what they were, int64, shape (n,).
 
@@ -66,33 +66,3 @@ class FrozenRowAudit:
             "a write into the table from outside (set_weights, load_weights, code of your own)"
         )
         raise FrozenRowsMoved(moved_text(self.name, changed.tolist(), step, suspect))
-
-
-def fingerprints(layer: PartialEmbedding, ids: Ids) -> Ids:
-    """A number for each row that differs when any bit of the row does.
-
-    The row's bytes are summed with fixed odd factors modulo 2⁶⁴, so that a change of one byte is
-    always seen, and one of several bytes but for a chance of 2⁻⁶⁴.
-
-    Args:
-        layer: A built layer.
-        ids: Rows that are frozen, int64, shape (n,).
-
-    Returns:
-        int64, shape (n,).
-    """
-    width = layer.output_dim * tf.as_dtype(layer.variable_dtype).size
-    random = np.random.default_rng(0x5EED)
-    factors = random.integers(-(2**62), 2**62, width, dtype=np.int64) * 2 + 1
-    size = max(1, _CHUNK // width)
-    parts = [
-        _words(layer, ids[start : start + size]).astype(np.int64) @ factors
-        for start in range(0, ids.size, size)
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-def _words(layer: PartialEmbedding, ids: Ids) -> Any:
-    # What the model reads, whichever variable it is in.
-    rows = np.ascontiguousarray(layer.rows(tf.constant(ids)).numpy())
-    return rows.view(np.uint8).reshape(ids.size, -1)

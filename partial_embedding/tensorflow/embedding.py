@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import keras
@@ -10,11 +9,11 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows import Rows
+from partial_embedding.rows import Rows, RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.tensorflow.one_table import OneTable
-from partial_embedding.tensorflow.table_state import compact, over_ids, split_table
+from partial_embedding.tensorflow.table_state import compact, over_ids
 
 
 # Keras names the package where a file is loaded without its import.
@@ -59,19 +58,13 @@ class PartialEmbedding(OneTable):
         array([3, 4])
     """
 
-    # Keras publishes no types.
-    built: bool
-    input_dim: int
-    embeddings_initializer: Any
-    _embeddings: Any
-
     def __init__(
         self,
         input_dim: int,
         output_dim: int,
         *,
-        trainable_rows: object = "all",
-        reserve_rows: object = None,
+        trainable_rows: RowsLike = "all",
+        reserve_rows: RowsLike | None = None,
         freeze_padding: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -80,14 +73,15 @@ class PartialEmbedding(OneTable):
         self.freeze_padding = freeze_padding
         # The rows by which the table grew last.
         self.new_rows: Ids | None = None
-        # How many rows there were each time before it grew.
-        self.earlier_sizes: tuple[int, ...] = ()
+        # How often rows were set. What watches a run reads them again then: each read waits for
+        # the device, and copies.
+        self.times_set = 0
         # What a layer is built with. Once it is, its variables know which rows train.
         self._first_rows: Ids = self._resolve(trainable_rows)
-        self._reserved: Ids = self._first_rows
         self._reserves = reserve_rows is not None
-        if self._reserves:
-            self._reserved = self._resolve(reserve_rows)
+        self._reserved: Ids = (
+            self._first_rows if reserve_rows is None else self._resolve(reserve_rows)
+        )
         self._check_reserved(self._first_rows)
         self._check_lora(bool(self.lora_rank))
         if weights is not None:
@@ -98,8 +92,8 @@ class PartialEmbedding(OneTable):
         cls,
         matrix: Any,
         *,
-        trainable_rows: object = "all",
-        reserve_rows: object = None,
+        trainable_rows: RowsLike = "all",
+        reserve_rows: RowsLike | None = None,
         **kwargs: Any,
     ) -> PartialEmbedding:
         """Make a layer from a table.
@@ -133,7 +127,7 @@ class PartialEmbedding(OneTable):
 
     @classmethod
     def from_layer(
-        cls, layer: Any, *, trainable_rows: object = "all", reserve_rows: object = None
+        cls, layer: Any, *, trainable_rows: RowsLike = "all", reserve_rows: RowsLike | None = None
     ) -> PartialEmbedding:
         """Make a layer with the settings and the table of an existing one.
 
@@ -182,7 +176,7 @@ class PartialEmbedding(OneTable):
         return self._reserved.copy()
 
     def set_trainable_rows(
-        self, rows: object, *, lr_scale: float = 1.0, warmup_steps: int = 0
+        self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
     ) -> None:
         """Train these rows from the next step on, and no others.
 
@@ -218,8 +212,9 @@ class PartialEmbedding(OneTable):
         if state is not None:
             state.move(after, begin, rate_scale)
         self._first_rows = after
+        self.times_set += 1
 
-    def check_trainable_rows(self, rows: object) -> Ids:
+    def check_trainable_rows(self, rows: RowsLike) -> Ids:
         """Refuse rows that `set_trainable_rows` would refuse, and change nothing.
 
         Args:
@@ -245,7 +240,9 @@ class PartialEmbedding(OneTable):
             )
         return after
 
-    def unfreeze_rows(self, rows: object, *, lr_scale: float = 1.0, warmup_steps: int = 0) -> None:
+    def unfreeze_rows(
+        self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
+    ) -> None:
         """Train these rows too, from the next step on.
 
         Args:
@@ -266,7 +263,7 @@ class PartialEmbedding(OneTable):
         after = self.check_trainable_rows(np.union1d(self.trainable_rows, ids))
         self._train(after, ids, RateScale(lr_scale, warmup_steps))
 
-    def freeze_rows(self, rows: object) -> None:
+    def freeze_rows(self, rows: RowsLike) -> None:
         """Train these rows no longer; they keep their bits from now on.
 
         Args:
@@ -285,7 +282,7 @@ class PartialEmbedding(OneTable):
         after = self.check_trainable_rows(np.setdiff1d(self.trainable_rows, ids))
         self._train(after, ids[:0], RateScale())
 
-    def reserve_rows(self, rows: object) -> None:
+    def reserve_rows(self, rows: RowsLike) -> None:
         """Let these rows train at any time and no others; what trains now and is not of them stops.
 
         The variable of the reserved rows is another one afterwards, so this comes before an
@@ -306,18 +303,9 @@ class PartialEmbedding(OneTable):
         is_other = not np.array_equal(reserved, self._reserved)
         self._reserved, self._reserves = reserved, True
         if self.built and (is_other or self.table_state is None):
-            self._split_again()
-
-    def _build_of(self, weights: list[Any]) -> None:
-        """Build with a table as the first value: drawn ones would be as much memory again."""
-        if len(weights) == 1 and np.shape(weights[0]) == (self.input_dim, self.output_dim):
-            configured = self.embeddings_initializer
-            self.embeddings_initializer = partial(_first_value, weights[0])
-            self.build()
-            self.embeddings_initializer = configured
-        else:
-            self.build()
-            self.set_weights(weights)  # which says what is wrong with them
+            self._tracker.unlock()
+            self._split(reserved, self._first_rows)
+            self._tracker.lock()
 
     def grow(self, rows: Any, trainable: bool) -> None:
         """Add rows; `partial_embedding.tensorflow.grow_table` does it in a model.
@@ -377,7 +365,7 @@ class PartialEmbedding(OneTable):
                 # Under an outer layer's autocast, reading it would convert all of it.
                 autocast=False,
             )
-            self._split()
+            self._split(self._reserved, self._first_rows)
         self.built = True
 
     def call(self, inputs: Any) -> Any:
@@ -439,36 +427,7 @@ class PartialEmbedding(OneTable):
         self._first_rows = self._reserved = np.zeros(0, np.int64)
         self._reserves = False
 
-    def _split(self) -> None:
-        self.table_state = None
-        if self._reserved.size:
-            self.table_state = split_table(self, self._embeddings, self._reserved, self._first_rows)
-            # As attributes, where `tf.train.Checkpoint` finds them.
-            self._rows, self._unfrozen = self.table_state.rows, self.table_state.unfrozen
-
-    def _split_again(self) -> None:
-        self._tracker.unlock()
-        if (state := self.table_state) is not None:
-            state.write_back()
-            self._untrack_variable(state.rows)
-            self._untrack_variable(state.unfrozen)
-        elif self._embeddings.trainable:
-            self._untrack_variable(self._embeddings)
-            self._embeddings.trainable = False
-            self._track_variable(self._embeddings)
-        self._split()
-        self._tracker.lock()
-
-    def _merge(self) -> None:
-        (matrix,) = self.get_weights()
-        self.table_state = None
-        del self._embeddings, self._rows, self._unfrozen
-        self._embeddings = self.add_weight(
-            shape=matrix.shape, initializer="zeros", name="embeddings"
-        )
-        self._embeddings.assign(matrix)
-
-    def _resolve(self, rows: object) -> Ids:
+    def _resolve(self, rows: RowsLike) -> Ids:
         ids = Rows.parse(rows).resolve(self.input_dim, new=self.new_rows)
         return ids[ids != 0] if self.freeze_padding else ids
 
@@ -488,11 +447,6 @@ class PartialEmbedding(OneTable):
                 "a wish for it on a table of which only reserved rows may train. Use "
                 "keras.layers.Embedding for LoRA, or leave it out."
             )
-
-
-def _first_value(matrix: Any, shape: Any, dtype: Any = None) -> Any:
-    """A given table as an initializer."""
-    return tf.cast(tf.convert_to_tensor(matrix), dtype)
 
 
 # Keras finds a layer in a weight file by its class's name, in snake case and numbered. Under the

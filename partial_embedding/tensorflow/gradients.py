@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows import Rows
+from partial_embedding.rows import Rows, RowsLike
 from partial_embedding.rows.vocabulary import Ids
 
 
@@ -52,7 +52,7 @@ def cap_values(gradient: Any, limit: float) -> Any:
     return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
-def keep_rows(gradient: Any, rows: object, num_rows: int | None = None) -> Any:
+def keep_rows(gradient: Any, rows: RowsLike, num_rows: int | None = None) -> Any:
     """Drop the entries of a sparse gradient that belong to other rows.
 
     The number of entries that are left is known only when it runs, so this is not for functions
@@ -85,7 +85,7 @@ def keep_rows(gradient: Any, rows: object, num_rows: int | None = None) -> Any:
     )
 
 
-def stop_gradients(vectors: Any, ids: Any, rows: object, num_rows: int) -> Any:
+def stop_gradients(vectors: Any, ids: Any, rows: RowsLike, num_rows: int) -> Any:
     """Stop the gradients of looked-up vectors of all but the given rows.
 
     The stopped gradient is zero also where the one that arrives is infinite or not a number.
@@ -115,7 +115,7 @@ def stop_gradients(vectors: Any, ids: Any, rows: object, num_rows: int) -> Any:
     return tf.where(goes_on, vectors, tf.stop_gradient(vectors))
 
 
-def set_rows(variable: Any, rows: object, values: Any) -> None:
+def set_rows(variable: Any, rows: RowsLike, values: Any) -> None:
     """Set rows of a table in place; the cost follows their number.
 
     Args:
@@ -135,7 +135,7 @@ def set_rows(variable: Any, rows: object, values: Any) -> None:
     _write(variable, rows, values, "scatter_update")
 
 
-def add_to_rows(variable: Any, rows: object, values: Any) -> None:
+def add_to_rows(variable: Any, rows: RowsLike, values: Any) -> None:
     """Add to rows of a table in place.
 
     Args:
@@ -155,7 +155,7 @@ def add_to_rows(variable: Any, rows: object, values: Any) -> None:
     _write(variable, rows, values, "scatter_add")
 
 
-def subtract_from_rows(variable: Any, rows: object, values: Any) -> None:
+def subtract_from_rows(variable: Any, rows: RowsLike, values: Any) -> None:
     """Subtract from rows of a table in place.
 
     Args:
@@ -175,7 +175,7 @@ def subtract_from_rows(variable: Any, rows: object, values: Any) -> None:
     _write(variable, rows, values, "scatter_sub")
 
 
-def _write(variable: Any, rows: object, values: Any, method: str) -> None:
+def _write(variable: Any, rows: RowsLike, values: Any, method: str) -> None:
     native = variable.value if isinstance(variable, keras.Variable) else variable
     num_rows, width = native.shape
     ids = _ids(rows, num_rows)
@@ -183,11 +183,11 @@ def _write(variable: Any, rows: object, values: Any, method: str) -> None:
     getattr(native, method)(tf.IndexedSlices(values, tf.constant(ids)))
 
 
-def _mask(rows: object, num_rows: int) -> Any:
+def _mask(rows: RowsLike, num_rows: int) -> Any:
     return tf.constant(np.isin(np.arange(num_rows), _ids(rows, num_rows), assume_unique=True))
 
 
-def _ids(rows: object, num_rows: int) -> Ids:
+def _ids(rows: RowsLike, num_rows: int) -> Ids:
     return Rows.parse(rows).resolve(num_rows)
 
 

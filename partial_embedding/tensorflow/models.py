@@ -58,6 +58,8 @@ def plain_weights(model: Any) -> list[Any]:
         ... )
         >>> plain.set_weights(plain_weights(partial))
         >>> set_plain_weights(partial, plain.get_weights())
+        >>> [array.shape for array in plain_weights(partial)]
+        [(5, 3), (3, 1), (1,)]
     """
     return [
         part.get_weights()[0] if isinstance(part, PartialEmbedding) else part.numpy()
@@ -76,6 +78,14 @@ def set_plain_weights(model: Any, weights: Sequence[Any]) -> None:
 
     Raises:
         InputError: Their number or a shape is another. Nothing is changed then.
+
+    Example:
+        >>> import keras
+        >>> layer = PartialEmbedding(5, 3, trainable_rows=[1])
+        >>> model = keras.Sequential([keras.Input((2,)), layer])
+        >>> set_plain_weights(model, [np.ones((5, 3))])
+        >>> float(layer.get_weights()[0].sum()), layer.trainable_rows
+        (15.0, array([1]))
     """
     parts = list(_parts(model))
     wanted = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -11,11 +12,18 @@ import tensorflow as tf
 from partial_embedding.errors import InputError
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.tensorflow.row_files import KEYS, load_rows, save_rows
-from partial_embedding.tensorflow.table_state import TableState
+from partial_embedding.tensorflow.table_state import TableState, split_table
+from partial_embedding.tensorflow.table_variable import TableVariable, WeightList
 
 
 class OneTable(keras.layers.Embedding):
     """An Embedding whose table and weights are those of the plain layer, whether split or not."""
+
+    # Keras publishes no types.
+    built: bool
+    input_dim: int
+    embeddings_initializer: Any
+    _embeddings: Any
 
     # What rows are where; None for a table of one variable.
     table_state: TableState | None = None
@@ -115,87 +123,46 @@ class OneTable(keras.layers.Embedding):
             )
         self.set_weights([store["0"]])
 
+    # Where the rows are kept
 
-class TableVariable(keras.Variable):
-    """A view of shape (V, D) on the variables of a split table, used as a Keras variable is.
+    def _build_of(self, weights: list[Any]) -> None:
+        """Build with a table as the first value: drawn ones would be as much memory again."""
+        if len(weights) == 1 and np.shape(weights[0]) == (self.input_dim, self.output_dim):
+            configured = self.embeddings_initializer
+            self.embeddings_initializer = partial(_first_value, weights[0])
+            self.build()
+            self.embeddings_initializer = configured
+        else:
+            self.build()
+            self.set_weights(weights)  # which says what is wrong with them
 
-    It holds nothing itself: it is read from the frozen table and the reserved rows, and assigned to
-    both. Its gradient is that of the reserved rows, as `tf.IndexedSlices`.
+    def _split(self, reserved: Ids, unfrozen: Ids) -> None:
+        """Give rows variables of their own; the table may be split already, by other rows."""
+        if (state := self.table_state) is not None:
+            state.write_back()
+            self._untrack_variable(state.rows)
+            self._untrack_variable(state.unfrozen)
+        elif self._embeddings.trainable:
+            self._untrack_variable(self._embeddings)
+            self._embeddings.trainable = False
+            self._track_variable(self._embeddings)
+        self.table_state = None
+        if reserved.size:
+            self.table_state = split_table(self, self._embeddings, reserved, unfrozen)
+            # As attributes, where `tf.train.Checkpoint` finds them.
+            self._rows, self._unfrozen = self.table_state.rows, self.table_state.unfrozen
 
-    Args:
-        state: What rows are where.
-        path: The variable's path in the model.
-
-    Example:
-        >>> from partial_embedding.tensorflow import PartialEmbedding
-        >>> layer = PartialEmbedding(3, 2, trainable_rows=[1])
-        >>> layer.build()
-        >>> layer.embeddings.assign_add([[0, 0], [1, 1], [0, 0]]).shape
-        TensorShape([3, 2])
-    """
-
-    # Not the parent's constructor, which would make a variable.
-    def __init__(self, state: TableState, path: str) -> None:
-        table = state.table
-        self._state = state
-        self._path, self._name = path, path.rsplit("/", 1)[-1]
-        self._shape, self._ndim, self._dtype = tuple(table.shape), 2, table.dtype
-        # So that no layer or optimizer that is given the view takes it for a weight to train.
-        self._trainable = self._autocast = self._overwrite_with_gradient = False
-        self._aggregation = self._synchronization = "none"
-        self._regularizer = self._constraint = self._layout = self._initializer = None
-
-    @property
-    def value(self) -> Any:
-        """The whole table as a tensor."""
-        return self._state.merged()
-
-    def _direct_assign(self, value: Any) -> None:
-        self._state.assign(tf.cast(value, self.dtype))
-
-    @property
-    def handle(self) -> Any:
-        """What tapes take for the variable."""
-        return _GradientSource(self._state)
+    def _merge(self) -> None:
+        """Keep the table in one variable again."""
+        (matrix,) = self.get_weights()
+        self.table_state = None
+        del self._embeddings, self._rows, self._unfrozen
+        self._embeddings = self.add_weight(
+            shape=matrix.shape, initializer="zeros", name="embeddings"
+        )
+        self._embeddings.assign(matrix)
 
 
-class _GradientSource(tf.__internal__.CompositeTensor):
-    """Stands for a table where tapes ask what it is made of."""
-
-    def __init__(self, state: TableState) -> None:
-        self.state = state
-        self.__composite_gradient__ = self
-
-    @property
-    def _type_spec(self) -> Any:
-        raise NotImplementedError("tapes ask for the two methods below alone")
-
-    def get_gradient_components(self, value: Any) -> Any:
-        """The variable that is differentiated."""
-        return self.state.rows.value.handle
-
-    def replace_gradient_components(self, value: Any, gradient: Any) -> Any:
-        """The gradient of the table, of that of the reserved rows."""
-        return None if gradient is None else self.state.table_gradient(gradient)
-
-
-class WeightList(list[Any]):
-    """The weights of a layer that train, or the others.
-
-    The sum of both, in which Keras's older `.h5` files hold a layer, is that of the plain layer:
-    one table. This way either loads the other's.
-
-    Args:
-        weights: The variables.
-        layer: The `PartialEmbedding`.
-    """
-
-    def __init__(self, weights: list[Any], layer: Any) -> None:
-        super().__init__(weights)
-        self.layer = layer
-
-    def __add__(self, other: Any) -> Any:
-        is_whole = isinstance(other, WeightList) and other.layer is self.layer
-        if is_whole and self.layer.table_state is not None:
-            return [self.layer.embeddings]
-        return super().__add__(other)
+def _first_value(matrix: Any, shape: Any, dtype: Any = None) -> Any:
+    """A given table as an initializer."""
+    return tf.cast(tf.convert_to_tensor(matrix), dtype)

@@ -14,11 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.tensorflow.fingerprint import fingerprint_without
 
-# Rows are read in chunks of about this many bytes.
-_CHUNK = 1 << 22
-_WORDS = (np.int32, np.int16, np.uint8)
 KEYS = ("ids", "others", "rows")
 
 
@@ -94,32 +91,3 @@ def load_rows(layer: Any, store: Any) -> None:
             "of then. Make the model from the same matrix, or with the same seed."
         )
     layer.write_rows(ids, rows)
-
-
-def fingerprint_without(layer: Any, ids: Ids, num_rows: int) -> int:
-    """A number for a table but for some rows, which differs when any bit of the others does.
-
-    Args:
-        layer: A `PartialEmbedding`.
-        ids: The rows that do not count, sorted.
-        num_rows: The rows that count, from the top.
-
-    Returns:
-        A signed integer of 64 bits.
-    """
-    width = layer.output_dim * tf.as_dtype(layer.variable_dtype).size
-    word = next(word for word in _WORDS if width % np.dtype(word).itemsize == 0)
-    random = np.random.default_rng(0x5EED)
-    factors = random.integers(-(2**62), 2**62, width // np.dtype(word).itemsize, np.int64) * 2 + 1
-    total, step = 0, max(1, _CHUNK // max(1, width))
-    for start in range(0, num_rows, step):
-        places = np.setdiff1d(
-            np.arange(start, min(start + step, num_rows)), ids, assume_unique=True
-        )
-        if not places.size:
-            continue
-        rows = np.ascontiguousarray(layer.rows(tf.constant(places)).numpy())
-        words = rows.view(np.uint8).reshape(places.size, -1).view(word).astype(np.int64)
-        # An odd factor for each place, so that rows which change places change the sum.
-        total += int(((words * factors).sum(axis=1) * (2 * places + 1)).sum())
-    return (total + 2**63) % 2**64 - 2**63

@@ -74,6 +74,15 @@ class Rowwise(keras.optimizers.Optimizer):
 
     Raises:
         InputError: As for `rowwise`.
+
+    Example:
+        >>> from partial_embedding.tensorflow import PartialEmbedding
+        >>> layer = PartialEmbedding(9, 2, trainable_rows=[3], reserve_rows=[3, 5])
+        >>> layer.build()
+        >>> optimizer = Rowwise(keras.optimizers.Adam())
+        >>> optimizer.build(layer.trainable_variables)
+        >>> [tuple(v.shape) for v in optimizer.variables if v.name.endswith("_momentum")]
+        [(2, 2)]
     """
 
     def __init__(self, optimizer: Any, lazy: bool = False) -> None:

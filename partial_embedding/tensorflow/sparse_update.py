@@ -9,7 +9,11 @@ import tensorflow as tf
 
 
 @tf.RegisterGradient("PartialEmbeddingRows")
-def _gradient_of_rows(operation: Any, upstream: Any, *_: Any) -> tuple[Any, ...]:
+def _gradient_of_rows(operation: Any, upstream: Any, *others: Any) -> tuple[Any, ...]:
+    if operation is None:
+        # A SavedModel keeps gradients without operations, and so without slots. TensorFlow refuses
+        # to take this one there.
+        return None, None, None, None
     _, _, slots, shape = operation.inputs
     return None, _marked(upstream, slots, shape), None, None
 
@@ -157,11 +161,6 @@ class HeldRows:
         """The dtype of the rows."""
         return self.value.dtype
 
-    @property
-    def shape(self) -> Any:
-        """The shape (N, D)."""
-        return self.value.shape
-
     def assign(self, value: Any) -> None:
         """Replace the rows."""
         self.value = value
@@ -176,9 +175,6 @@ class HeldRows:
 
     def __mul__(self, other: Any) -> Any:
         return self.value * other
-
-    def __truediv__(self, other: Any) -> Any:
-        return self.value / other
 
     __rmul__ = __mul__
 

@@ -66,7 +66,7 @@ class TorchTables:
         Raises:
             InputError: A table belongs to none of them, or one cannot keep frozen rows exact.
         """
-        left = {id(self.tables[name].weight): name for name in names}
+        left = {id(self.tables[name].leaf_weight): name for name in names}
         for optimizer in optimizers:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             told = prepared(optimizer) is not None or is_left_alone(optimizer)
@@ -192,6 +192,6 @@ class TorchTables:
         Args:
             names: The tables' names.
         """
-        own = {id(self.tables[name].weight) for name in names}
+        own = {id(self.tables[name].leaf_weight) for name in names}
         others = (p for p in self.model.parameters() if p.requires_grad and id(p) not in own)
         return sum(p.numel() for p in others)

@@ -3,6 +3,9 @@
 `peft` calls each `AuxiliaryTrainingWrapper` of a model when adapters are switched on and off, put
 on, saved and taken off, and this is one, within the table: `disable_adapter()` then gives the rows
 that they were, and adapters are saved with the rows, in the format of `peft`'s trainable tokens.
+
+`transformers` has calls of its own (`add_adapter`, `disable_adapters`), which know of these only
+the `ModulesToSaveWrapper`, and its `enable_adapters` none at all: there the rows follow its layers.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
@@ -36,9 +39,11 @@ def stand_beside_adapters(model: Any) -> None:
         model: The model, with or without `peft`'s wrappers around it.
     """
     configs: dict[str, Any] | None = getattr(model, "peft_config", None)
-    active = getattr(model, "active_adapter", None)
     while isinstance(model, PeftModel | BaseTuner):
         model = model.base_model if isinstance(model, PeftModel) else model.model
+    layer = _adapted_layer(model)
+    if not any(hook is _follow_layers for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_follow_layers)
     tables = [(n, m) for n, m in model.named_modules() if isinstance(m, PartialTable)]
     # Where a table is tied, peft looks for its rows in the embedding.
     tables.sort(key=lambda found: isinstance(found[1], nn.Linear))
@@ -49,11 +54,25 @@ def stand_beside_adapters(model: Any) -> None:
         part = table._modules.get(ADAPTER)
         if part is None and own:
             part = table._modules[ADAPTER] = AdapterRows(name, table, own)
-            if isinstance(active, str | list):
-                part.check_set_adapter(active)
-                part.set_adapter(active)
+            if layer is not None:
+                part.check_set_adapter(layer.active_adapters)
+                part.set_adapter(layer.active_adapters)
         if isinstance(part, AdapterRows):
             part.configs = configs if part.configs is None else part.configs
+
+
+def leave_adapters(model: nn.Module) -> None:
+    """Take from a model what `stand_beside_adapters` put there.
+
+    Args:
+        model: The model, with or without `peft`'s wrappers around it.
+    """
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _follow_layers]:
+            del hooks[key]
+        if isinstance(module, PartialTable):
+            module._modules.pop(ADAPTER, None)
 
 
 def let_rows_learn(model: nn.Module) -> None:
@@ -65,6 +84,22 @@ def let_rows_learn(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AdapterRows):
             module.let_learn()
+
+
+def _adapted_layer(model: nn.Module) -> Any:
+    return next((part for part in model.modules() if isinstance(part, BaseTunerLayer)), None)
+
+
+def _follow_layers(model: nn.Module, args: Any) -> None:
+    """Show the rows that go with what the layers of a model do, before each use of it."""
+    if (layer := _adapted_layer(model)) is None:
+        return
+    for module in model.modules():
+        if not isinstance(module, AdapterRows):
+            continue
+        module.configs = module.configs or getattr(model, "peft_config", None)
+        if module.disable_adapters != layer.disable_adapters:
+            module.enable_adapters(not layer.disable_adapters)
 
 
 def serve_tokens(table: PartialTable, wrapper: Any) -> nn.Module:
@@ -85,7 +120,7 @@ def serve_tokens(table: PartialTable, wrapper: Any) -> nn.Module:
     return table
 
 
-class AdapterRows(AuxiliaryTrainingWrapper):
+class AdapterRows(ModulesToSaveWrapper):
     """What `peft` calls for one table. It has no parameters, and changes no key.
 
     The rows that learned belong to the adapter that was active meanwhile, and an adapter that is
@@ -99,6 +134,9 @@ class AdapterRows(AuxiliaryTrainingWrapper):
 
     # `peft` gives what it unloads the weight of what was there.
     weight = None
+
+    # It saves rows, and no modules.
+    modules_to_save = nn.ModuleDict()
 
     # The configurations of the adapters, by name.
     configs: dict[str, Any] | None = None

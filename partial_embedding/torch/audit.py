@@ -9,7 +9,7 @@ from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.schedule.messages import moved_text
 from partial_embedding.torch.fingerprint import fingerprints
 from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.shards import local, shard_of
+from partial_embedding.torch.shards import gathered, local, shard_of
 from partial_embedding.torch.table import PartialTable
 
 
@@ -17,7 +17,8 @@ class FrozenRowAudit:
     """Fingerprints of a table's frozen rows.
 
     A check reads the whole frozen part of the table once, at about the speed of memory, and the
-    fingerprints take 8 bytes per frozen row.
+    fingerprints take 8 bytes per frozen row. Of a table that processes share by rows, each watches
+    those that it has.
 
     Args:
         table: The table, whose rows that are frozen now are watched.
@@ -43,7 +44,7 @@ class FrozenRowAudit:
         self._rows: RowSet = self.table.row_set
         self._shard = shard_of(self.table.leaf_weight)
         frozen = (~self._rows.mask).nonzero().flatten()
-        # Of a table that processes share, each watches its own rows.
+        self.num_frozen = len(frozen)
         self.frozen: Tensor = frozen if self._shard is None else frozen[self._shard.has(frozen)]
         self._dtype = self.table.leaf_weight.dtype
         self._prints = self._fingerprints(self.frozen)
@@ -72,6 +73,8 @@ class FrozenRowAudit:
     def check(self, step: int | None = None) -> None:
         """Raise when a frozen row moved.
 
+        All processes that share a table call it together, and all of them raise.
+
         Args:
             step: The optimizer step, for the message.
 
@@ -79,6 +82,9 @@ class FrozenRowAudit:
             FrozenRowsMoved: At least one bit of a watched row is not what it was.
         """
         changed = self.changed()
+        if self._shard is not None:
+            every = gathered(changed.cpu(), self.table.leaf_weight)
+            changed = torch.cat(every).sort().values
         if not len(changed):
             return
         raise FrozenRowsMoved(moved_text(self.name, changed.tolist(), step, self._suspect()))

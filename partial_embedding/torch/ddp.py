@@ -126,7 +126,8 @@ def check_backend(tables: Mapping[str, PartialTable]) -> None:
         return
     check_max_norm(tables)
     for name, table in tables.items():
-        if not getattr(table, "sparse", False) or averaging_group(table, table.leaf_weight):
+        is_dense = table.is_sharded or not getattr(table, "sparse", False)
+        if is_dense or averaging_group(table, table.leaf_weight):
             continue
         if dist.get_backend() == "nccl":
             raise InputError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
-from partial_embedding.torch.hooks import by_rows, is_rewritten
+from partial_embedding.torch.hooks import by_rows, is_left_to_ddp, is_rewritten, tables_of
 from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.table import PartialTable
 
@@ -29,8 +29,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         bias: Whether there is a bias, shape (V,).
         device: The device of the parameters.
         dtype: The dtype of the parameters.
-        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D, as
-            `DistributedDataParallel` expects from a head that is not tied and not ignored.
+        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D, as does torch's own
+            `DistributedDataParallel`, which takes sparse gradients from embeddings alone.
         trainable_rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
             `Rows`. With nothing frozen the gradient is that of `nn.Linear`.
 
@@ -86,7 +86,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         if not self._counts_by_row(input):
             return super().forward(input)
         rows = self.row_set.order
-        sparse = self.sparse and not self.is_sharded
+        sparse = self._gives_sparse_gradient()
         weight = by_rows(self.weight, self) if sparse else self.weight
         # In two dimensions, where `linear` gives a tensor of its own and no view of one.
         features = input.reshape(-1, input.shape[-1])
@@ -109,6 +109,18 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         if not (self.has_frozen_rows and torch.is_grad_enabled()):
             return False
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def _gives_sparse_gradient(self) -> bool:
+        if not self.sparse or self.is_sharded:
+            return False
+        if not is_left_to_ddp(self):
+            return True
+        # DDP asks the kind of module whether a gradient will be sparse, and an embedding says so.
+        return any(
+            getattr(t, "sparse", False)
+            for t in tables_of(self.weight)
+            if not isinstance(t, nn.Linear)
+        )
 
     def _masked_bias(self) -> Tensor | None:
         if self.bias is None or not self.has_frozen_rows:

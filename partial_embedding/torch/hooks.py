@@ -82,7 +82,7 @@ class RowHook:
                 held.record_stream(torch.cuda.current_stream(grad.device))
             return grad  # by way of `by_rows`, which left out the frozen ones
         if grad.layout == torch.sparse_coo:
-            if _is_left_to_ddp(table):
+            if is_left_to_ddp(table):
                 self._give_ddp_its_own()
             return _sparse_without_frozen(grad, table)
         return _zero_where_frozen(grad, table)
@@ -91,7 +91,7 @@ class RowHook:
         grad, table = parameter.grad, self._table()
         if grad is None or grad.layout != torch.sparse_coo:
             return
-        if table is not None and _is_left_to_ddp(table):
+        if table is not None and is_left_to_ddp(table):
             # It is called next, and takes sparse gradients as such. What it puts in their place
             # it puts there when backward ends, in a call that is queued after this one.
             _queue(lambda: _queue(lambda: _hold_rows_of(parameter)))
@@ -181,8 +181,12 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable, shard: Shard | None = 
     return grad.index_fill(0, ids if shard is None else shard.own(ids), 0)
 
 
-def _is_left_to_ddp(table: PartialTable) -> bool:
-    """Whether `DistributedDataParallel` may reduce the table, which ours leaves out."""
+def is_left_to_ddp(table: PartialTable) -> bool:
+    """Whether `DistributedDataParallel` may reduce a table, which ours leaves out.
+
+    Args:
+        table: The table.
+    """
     return (
         dist.is_available()
         and dist.is_initialized()
@@ -220,7 +224,7 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
     """
     if torch.compiler.is_compiling() or is_rewritten(weight):
         return weight
-    if not (weight.requires_grad and torch.is_grad_enabled()) or _is_left_to_ddp(table):
+    if not (weight.requires_grad and torch.is_grad_enabled()) or is_left_to_ddp(table):
         return weight
     passed: Tensor = _ByRows.apply(weight, table)  # type: ignore[no-untyped-call]  # torch's own
     return passed

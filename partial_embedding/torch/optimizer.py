@@ -23,6 +23,7 @@ from partial_embedding.torch.row_optimizer import (
 from partial_embedding.torch.saving import take_from
 from partial_embedding.torch.shards import is_sharded, local, sharded_like
 from partial_embedding.torch.table import PartialTable, row_parameters_in
+from partial_embedding.torch.unheld import refuse_unheld
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
@@ -217,6 +218,7 @@ def _before_any_step(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
     """Prepare an optimizer that is about to step frozen rows; runs before each step of each."""
+    refuse_unheld(optimizer)
     if "_rowwise" in vars(optimizer):
         return None  # its own hook comes next
     tables = _held_tables(optimizer)

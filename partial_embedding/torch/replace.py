@@ -107,6 +107,10 @@ def restore_embedding(model: nn.Module) -> list[str]:
     """
     tables = {n: m for n, m in model.named_modules() if isinstance(m, PartialTable)}
     plain = {name: _plain_class(name, type(table)) for name, table in tables.items()}
+    if any(ADAPTER in table._modules for table in tables.values()):
+        from partial_embedding.torch.adapter_rows import leave_adapters
+
+        leave_adapters(model)
     for name, table in tables.items():
         _make_plain(table, plain[name])
     return list(tables)
@@ -314,7 +318,6 @@ def _make_partial(module: Any, sparse: bool) -> None:
 
 
 def _make_plain(table: Any, plain: type[nn.Module]) -> None:
-    table._modules.pop(ADAPTER, None)
     table.detach()
     if isinstance(table, PartialLinear):
         vars(table).pop("sparse", None)

@@ -36,6 +36,7 @@ from partial_embedding.torch.saving import (
 from partial_embedding.torch.shards import check_sharding, is_sharded, local
 from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.table_state import Block, TableState, clear_history
+from partial_embedding.torch.unheld import no_longer_await
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -90,6 +91,8 @@ class Rowwise:
             for group, parameter, table in held_tables(self.optimizer)
             if id(parameter) not in self.tables
         ]
+        for *_, table in new:
+            no_longer_await(table)
         # All of them or none.
         made = [self._state_of(parameter, table, group) for group, parameter, table in new]
         for (group, parameter, table), state in zip(new, made, strict=True):

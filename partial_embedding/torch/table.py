@@ -23,6 +23,7 @@ from partial_embedding.torch.rowset import RowSet, shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
 from partial_embedding.torch.table_files import TableFiles
+from partial_embedding.torch.unheld import await_a_step, no_longer_await
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
 _WIRING = ("_averaged", "_hooked", "_shards", "_steppers", "awaits_average")
@@ -153,6 +154,7 @@ class PartialTable(TableFiles):
         self._shared.row_set = row_set
         if row_set is None:
             return
+        await_a_step(self)
         if self._shared.origin is not None:
             self._shared.origin.include(self.leaf_weight, row_set.ids)
         for told in self._shared.before_training:
@@ -371,6 +373,8 @@ class PartialTable(TableFiles):
         for name in self.row_parameters:
             if (parameter := self.row_parameter(name)) is not None:
                 self._hook_up(name, parameter)
+        if rows.row_set is not None:
+            await_a_step(self)  # a copy, too
 
     def attach(self) -> None:
         """Begin to freeze rows: for a module whose class was changed after it was made."""
@@ -382,6 +386,7 @@ class PartialTable(TableFiles):
             self._unhook(name)
         for name in ("_shared", *_WIRING):
             self.__dict__.pop(name, None)
+        no_longer_await(self)
 
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:
@@ -485,7 +490,17 @@ class PartialTable(TableFiles):
             self._wire()
 
     def remember_origin(self) -> None:
-        """Remember, from here on, what rows hold before they train; see `TableFiles`."""
+        """Remember, from here on, what rows hold before they train; see `TableFiles`.
+
+        Raises:
+            InputError: Processes share the table.
+        """
+        if self.is_sharded:
+            raise InputError(
+                "rows are saved alone of a table that is whole in each process. Received a "
+                f"{type(self).__name__} whose weight is sharded. Save it whole, with "
+                "checkpoint='table'."
+            )
         if self._shared.origin is None:
             origin = self._shared.origin = Origin(self.leaf_weight)
             every = self._row_set is None

@@ -94,8 +94,9 @@ class VocabularyTables:
         linear = next((m for m in head.modules() if isinstance(m, nn.Linear)), None)
         if linear is None:
             raise InputError(
-                "an output head is a linear layer. Received a "
-                f"{type(head).__name__}. For such a model call replace_embedding."
+                "an output head is a linear layer, not quantized (GPTQ, AWQ and HQQ make another "
+                f"of it). Received a {type(head).__name__}. Load the head as it is, or train rows "
+                "of the input alone, with replace_embedding."
             )
         if not any(linear is known for known in self._heads):
             self._heads.append(linear)

@@ -195,7 +195,7 @@ WRONG: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "trainer_value": (no_files, ["--trainer.accelerator=abacus"], "abacus"),
     "early_stopping": (early_stopping, ["--config=stop.yaml"], "`val_accurracy` which is not"),
     "best_monitor": (no_files, ["--best.monitor=val_acc"], "val_acc"),
-    "not_a_number": (no_files, ["--model.lr=1e30"], "finite"),
+    "not_a_number": (no_files, ["--model.lr=1e30"], "loss is a finite number"),
 }
 
 

@@ -42,6 +42,17 @@ def test_steps_and_tables_are_chosen(files: None, capsys: pytest.CaptureFixture[
     assert "stage 1 from step 10" in out
 
 
+def test_rows_that_are_new_are_told(files: None, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("new.yaml").write_text("stages: [{epoch: 0, rows: new}, {epoch: 2, rows: all}]")
+    command = ["schedule", "new.yaml", "--rows=50"]
+    assert main(command) == 2
+    assert "To plan it, pass --new." in capsys.readouterr().err
+    assert main([*command, "--new=7"]) == 0  # the remedy
+    assert "  7 rows (14.0 %), 7 join" in capsys.readouterr().out
+    assert main([*command, "--new=51"]) == 2
+    assert "at most 50. Received: 51" in capsys.readouterr().err
+
+
 def test_a_configuration_brings_its_own_texts(
     small_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

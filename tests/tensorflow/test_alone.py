@@ -74,3 +74,13 @@ def test_another_backend_is_refused_in_one_line_when_it_is_imported(
     assert run.returncode == 1
     assert "InputError: partial_embedding.tensorflow is for Keras" in run.stderr
     assert f"Received {variable}={value}" in run.stderr
+
+
+def test_the_backend_of_a_configuration_file_is_refused_too() -> None:
+    # Without the packages of another backend, Keras itself cannot be imported.
+    told = "import keras; keras.config.backend = lambda: 'jax'; import partial_embedding.tensorflow"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "Received the backend jax of Keras's configuration file" in run.stderr

@@ -61,6 +61,25 @@ def test_each_epoch_trains_the_rows_of_its_stage() -> None:
     assert changed == [[6, 7], [6, 7], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
+def test_the_best_epoch_is_restored_under_a_schedule_that_freezes_again() -> None:
+    model, recorder = _model(reserve_rows=None), Recorder()
+    thaws = {"preset": {"chain_thaw": {"bands": 2}}}
+    vocabulary = Vocabulary("abcdefgh", counts=[8, 7, 6, 5, 1, 1, 1, 1], missing=[7])
+
+    class Fall(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            logs["told"] = [3.0, 1.0, 2.0][min(epoch, 2)]
+
+    stopping = keras.callbacks.EarlyStopping(
+        "told", mode="min", patience=2, restore_best_weights=True
+    )
+    unfreezing = RowUnfreezing(thaws, vocabulary=vocabulary, audit=True)
+    _fit(model, unfreezing, Fall(), recorder, stopping)
+    assert stopping.best_epoch == 1
+    (last,) = model.layers[0].get_weights()
+    assert last.tobytes() == recorder.tables[1].tobytes() != recorder.tables[3].tobytes()
+
+
 def test_each_stage_is_said_once_and_the_audit_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

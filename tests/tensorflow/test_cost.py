@@ -11,6 +11,7 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
 from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402  # after the skip
+from partial_embedding.tensorflow.table_state import TableState  # noqa: E402
 
 NUM_ROWS, WIDTH = 1000, 8
 
@@ -90,3 +91,26 @@ def test_measuring_a_step_costs_a_question_until_it_is_due(lazy: bool) -> None:
     assert (kinds - own)["If"] == 1
     assert set(kinds - own) <= {"If", "ReadVariableOp", "Placeholder", "Const", "Identity"}
     assert "Square" in [operation.type for operation in operations_of(measured)]
+
+
+@pytest.mark.parametrize(("lazy", "reads"), [(False, [0, 1]), (True, [0, 0])])
+def test_what_frozen_rows_keep_is_read_only_where_a_step_may_move_them(
+    lazy: bool, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    kept = TableState.kept
+    layer = PartialEmbedding(NUM_ROWS, WIDTH, trainable_rows=range(5), reserve_rows=range(5))
+    layer.build()
+    optimizer = rowwise(keras.optimizers.SGD(), lazy=lazy)
+    optimizer.build(weights := layer.trainable_variables)
+    monkeypatch.setattr(TableState, "kept", lambda state: (calls.append(1), kept(state))[1])
+    counts = []
+    for rows in (range(5), range(4)):
+        layer.set_trainable_rows(rows)
+        calls.clear()
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(np.arange(5)))
+        # Not in a graph, where both branches of a question are traced.
+        optimizer.apply(tape.gradient(loss, [v.value for v in weights]), weights)
+        counts.append(len(calls))
+    assert counts == reads

@@ -292,6 +292,7 @@ def test_unfreezing_and_freezing_reserved_rows_traces_nothing_again() -> None:
     for rows in ([3], "none", [1, 3, 4], [4]):
         before = layer.get_weights()[0]
         layer.set_trainable_rows(rows)
+        assert layer.trainable_rows.tolist() == ([] if rows == "none" else rows)
         np.testing.assert_array_equal(layer.get_weights()[0], before)
         _train(model)
         frozen = np.setdiff1d(np.arange(6), layer.trainable_rows)

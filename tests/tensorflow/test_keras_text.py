@@ -16,8 +16,13 @@ pytest.importorskip("gensim")
 from partial_embedding import InputError, Schedule  # noqa: E402  # after the skip
 from partial_embedding.cli import main  # noqa: E402
 from partial_embedding.monitor.record import read_record  # noqa: E402
-from partial_embedding.recipes import keras_text  # noqa: E402
-from partial_embedding.recipes.prepare_texts import PreparedTexts, prepare_texts  # noqa: E402
+from partial_embedding.recipes import keras_commands, keras_text  # noqa: E402
+from partial_embedding.recipes.prepare_texts import (  # noqa: E402
+    PreparedTexts,
+    TextSettings,
+    padded,
+    prepare_texts,
+)
 from partial_embedding.recipes.settings import read_config  # noqa: E402
 from partial_embedding.schedule.preview import plan  # noqa: E402
 
@@ -179,6 +184,15 @@ def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) 
     )
 
 
+def test_settings_of_a_model_that_are_out_of_range_are_refused(config: Path) -> None:
+    data = texts_of(config)
+    schedule = Schedule.parse(read_config(config)["rows"]["schedule"])
+    with pytest.raises(InputError, match=r"channels is at least 1\. Received: 0"):
+        keras_text.text_classifier(data, schedule, channels=0)
+    with pytest.raises(InputError, match=r"dropout is a share .*Received: 2"):
+        keras_text.text_classifier(data, schedule, dropout=2.0)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -232,6 +246,79 @@ def test_a_configuration_of_the_lightning_recipe_runs_and_says_what_is_left_out(
     assert "in Keras, these parts of the configuration are left out: best\n" in out
 
 
+def test_a_checkpoint_alone_is_measured_and_asked(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", f"--config={config}"]) == 0
+    run = config.parent / "text" / "version_0"
+    model, data = keras.models.load_model(run / "model.keras"), texts_of(config)
+    for file in (config, config.parent / "texts.csv"):
+        file.unlink()
+    new = config.parent / "new.csv"
+    new.write_text("text,label\nship wave salt,sea\nwing cloud bird,sky\nship sail unheard,sky\n")
+    root = f"--trainer.default_root_dir={config.parent / 'text'}"
+    capsys.readouterr()
+    assert main(["test", "--ckpt_path=last", root, f"--data.test_path={new}"]) == 0
+    said = capsys.readouterr().out
+    assert f"checkpoint: {run / 'model.keras'}\n" in said
+    texts, labels = zip(
+        *(line.split(",") for line in new.read_text().splitlines()[1:]), strict=True
+    )
+    ids = padded(TextSettings().encode(texts, data.vocabulary))
+    shares = np.exp(scores := model.predict(ids, verbose=0)) / np.exp(scores).sum(1, keepdims=True)
+    likely = [data.training.names[k] for k in scores.argmax(axis=1)]
+    right = sum(name == label for name, label in zip(likely, labels, strict=True)) / 3
+    assert f"test_accuracy: {right:.4f}\n" in said
+    assert re.search(r"test_loss: \d", said)
+
+    file = config.parent / "out" / "said.csv"
+    asked = ["predict", f"--ckpt_path={run}", root, f"--data.test_path={new}", f"--output={file}"]
+    assert main([*asked, "--top_k=2"]) == 0
+    header, *lines = file.read_text().splitlines()
+    assert header == "text,label,probability,label_2,probability_2"
+    assert [line.split(",")[:2] for line in lines] == [
+        list(p) for p in zip(texts, likely, strict=True)
+    ]
+    for line, share in zip(lines, shares, strict=True):
+        said_shares = [float(cell) for cell in line.split(",")[2::2]]
+        np.testing.assert_allclose(said_shares, sorted(share, reverse=True), atol=1e-4)
+    capsys.readouterr()
+    assert main(["predict", f"--ckpt_path={run / 'model.keras'}", "--text=ship wave salt"]) == 0
+    assert f"ship wave salt,{likely[0]},{shares[0].max():.4f}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["test"], "Received no --ckpt_path. Pass last"),
+        (["validate", "--ckpt_path=best"], "keeps its last model.*Pass last"),
+        (["test", "--ckpt_path=last"], "holds none. Pass the --trainer.default_root_dir"),
+        (["predict", "--ckpt_path=model.keras"], "meaning.json beside.*No such file"),
+        (["test", "--ckpt_path=last", "--modell.lr=1"], "unrecognized arguments"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(
+    args: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+
+
+def test_a_run_that_diverges_stops_and_says_so(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", f"--config={config}", "--model.lr=1e30"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"a loss is a finite number. Received: \S+ after \d steps, in epoch 0", error)
+    assert not list(config.parent.glob("**/model.keras"))
+
+
 def test_ways_of_training_are_compared(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(config), "--seeds=1", "--trainer.max_epochs=1"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -239,13 +326,11 @@ def test_ways_of_training_are_compared(config: Path, capsys: pytest.CaptureFixtu
     assert any(line.startswith("best: ") for line in lines)
 
 
-def test_schedules_are_shown_without_torch_and_what_is_missing_is_named(
+def test_schedules_are_shown_without_torch_and_options_that_are_meant_are_named(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["schedule", str(config)]) == 0
     assert "stage 1 from epoch 1" in capsys.readouterr().out
-    assert main(["test", "--ckpt_path=best"]) == 2
-    assert "Install partial-embedding[lightning,text]" in capsys.readouterr().err
     assert main(["fit", f"--config={config}", "--model.chanels=3"]) == 2
     assert "Did you mean --model.channels?" in capsys.readouterr().err
 
@@ -254,6 +339,6 @@ def test_the_recipe_never_imports_torch(tmp_path: Path) -> None:
     fake = tmp_path / "torch"
     fake.mkdir()
     (fake / "__init__.py").write_text("import sys; sys.exit('torch was imported')")
-    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {keras_text.__name__}"
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {keras_commands.__name__}"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -14,6 +14,7 @@ from partial_embedding import Vocabulary  # noqa: E402
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
 from partial_embedding.monitor.record import read_record  # noqa: E402
 from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
+from partial_embedding.tensorflow.table_state import TableState  # noqa: E402
 
 V, D, RATE = 8, 4, 0.125
 IDS = np.array([[6, 7], [6, 0], [6, 7], [6, 0]])
@@ -141,3 +142,28 @@ def test_a_cohort_with_an_lr_scale_has_another_rate(tmp_path: Path) -> None:
     assert [rate for _, rate in cohorts[1].numbers["lr"]] == [
         RATE * 0.5 * share for share in (0.25, 0.5, 0.75, 1.0)
     ]
+
+
+def test_rows_are_read_where_they_were_set_or_a_step_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    read = TableState.trainable_rows.fget
+
+    def counted(state: TableState) -> Any:
+        reads.append(1)
+        return read(state)
+
+    layer = PartialEmbedding(V, D, trainable_rows=[1], reserve_rows=[1, 2], name="words")
+    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
+    model.compile("sgd", lambda _, value: keras.ops.sum(value))
+    moves = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: batch == 7 and layer.set_trainable_rows([1, 2])
+    )
+    monitor = RowMonitor(tmp_path, every_n_steps=100)
+    monkeypatch.setattr(TableState, "trainable_rows", property(counted))
+    ids = np.tile(IDS, (5, 1))
+    model.fit(ids, np.zeros((20, 1)), batch_size=1, verbose=0, callbacks=[moves, monitor])
+    # Before the first batch, twice in setting them and once after, and before the last batch.
+    assert len(reads) <= 5
+    assert monitor.tracks["words"].trainable == [(0.0, 1), (7 / 20, 2)]

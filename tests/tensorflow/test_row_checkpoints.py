@@ -9,6 +9,7 @@ import pytest
 keras = pytest.importorskip("keras")
 pytest.importorskip("tensorflow")
 
+from partial_embedding import InputError  # noqa: E402  # after the skip
 from partial_embedding.callbacks.keras import RowCheckpoint, RowUnfreezing  # noqa: E402  # after skip
 from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise  # noqa: E402
 
@@ -45,7 +46,7 @@ def fit(model: Any, folder: Path | None = None, **options: Any) -> list[Any]:
 
 def test_a_file_of_each_epoch_makes_the_table_of_then(tmp_path: Path) -> None:
     model = model_of()
-    tables = fit(model, tmp_path, save_weights_only=True)
+    tables = fit(model, tmp_path)
     for again in (model_of(), model):  # a new one, and the one that trained on
         for epoch, table in enumerate(tables):
             again.load_weights(tmp_path / f"{epoch + 1}.weights.h5")
@@ -56,9 +57,14 @@ def test_a_file_of_each_epoch_makes_the_table_of_then(tmp_path: Path) -> None:
     assert whole - max(sizes) > 0.9 * V * D * 4
 
 
+def test_a_file_of_rows_is_no_whole_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Received save_weights_only=False\. Leave it out"):
+        RowCheckpoint(tmp_path / "model.keras", save_weights_only=False)
+
+
 def test_files_outside_of_the_callback_are_whole(tmp_path: Path) -> None:
     model = model_of()
-    fit(model, tmp_path, save_weights_only=True)
+    fit(model, tmp_path)
     model.save_weights(tmp_path / "whole.weights.h5")
     other = model_of(seed=1)
     other.load_weights(tmp_path / "whole.weights.h5")
@@ -66,7 +72,7 @@ def test_files_outside_of_the_callback_are_whole(tmp_path: Path) -> None:
 
 
 def test_another_table_is_refused_by_name_and_stays(tmp_path: Path) -> None:
-    fit(model_of(), tmp_path, save_weights_only=True)
+    fit(model_of(), tmp_path)
     other = model_of(seed=1)
     before = other.layers[0].get_weights()[0]
     with pytest.raises(ValueError, match=r"'words'.*same matrix"):  # Keras collects all errors
@@ -75,7 +81,7 @@ def test_another_table_is_refused_by_name_and_stays(tmp_path: Path) -> None:
 
 
 def test_two_rows_that_changed_places_are_another_table(tmp_path: Path) -> None:
-    fit(model_of(), tmp_path, save_weights_only=True)
+    fit(model_of(), tmp_path)
     other = model_of()
     (matrix,) = other.layers[0].get_weights()
     matrix[[20, 21]] = matrix[[21, 20]]
@@ -85,7 +91,7 @@ def test_two_rows_that_changed_places_are_another_table(tmp_path: Path) -> None:
 
 
 def test_rows_load_into_a_table_that_reserves_others_or_grew(tmp_path: Path) -> None:
-    tables = fit(model_of(), tmp_path, save_weights_only=True)
+    tables = fit(model_of(), tmp_path)
     for reserve in ([1, 700], "all"):
         other = model_of(reserve=reserve)
         other.load_weights(tmp_path / "4.weights.h5", skip_mismatch=True)

@@ -269,9 +269,14 @@ def test_a_plain_optimizer_after_a_lazy_one_is_refused_and_a_wrapped_one_is_not(
         model.train_on_batch(ids, upstream)
 
 
-def test_variables_can_be_excluded_from_weight_decay() -> None:
-    model = _model(optimizer := rowwise(keras.optimizers.SGD(0.05, weight_decay=0.1)))
-    optimizer.exclude_from_weight_decay(var_names=["embeddings"])
+@pytest.mark.parametrize("first", [False, True])
+def test_variables_can_be_excluded_from_weight_decay(first: bool) -> None:
+    own = keras.optimizers.SGD(0.05, weight_decay=0.1)
+    if first:
+        own.exclude_from_weight_decay(var_names=["embeddings"])
+    model = _model(optimizer := rowwise(own))
+    if not first:
+        optimizer.exclude_from_weight_decay(var_names=["embeddings"])
     plain = _model(keras.optimizers.SGD(0.05))
     np.testing.assert_array_equal(_run(model)[-1], _run(plain)[-1])
 

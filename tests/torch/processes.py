@@ -386,7 +386,7 @@ OF_TWO: dict[str, Callable[[], Any]] = {
     "dense_tied": beside_ddp(sparse=False, head="tied_dense"),
     "tied_head_of_rows": beside_ddp(head="tied_rows"),
     "sparse_tied_to_dense": alone(head="tied_dense"),
-    "untied_sparse_head": alone(head="untied"),
+    "untied_sparse_head": beside_ddp(head="untied"),
     "one_without_sparse": lambda: without_a_gradient(True, (1,)),
     "one_without_dense": lambda: without_a_gradient(False, (1,)),
     "none_sparse": lambda: without_a_gradient(True, ()),

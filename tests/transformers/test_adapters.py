@@ -119,6 +119,41 @@ def test_without_adapters_the_model_is_the_base_model_bit_for_bit(
     assert not same_bits(learned, expected)
 
 
+@ORDERS
+@TIED
+def test_adapters_that_transformers_itself_puts_on_and_off_take_the_rows_along(
+    tied: bool, lora_first: bool, tmp_path: Path
+) -> None:
+    model, words = language_model("Llama", tied), tokenizer()
+    before = copy.deepcopy(model)
+    add_tokens(before, tokenizer(), NEW)
+    if lora_first:
+        model.add_adapter(lora())
+    add_tokens(model, words, NEW)
+    if not lora_first:
+        model.add_adapter(lora())
+    train(model, words)
+    learned, base = logits_of(model, words), logits_of(before, words)
+    for head, old in (
+        (model.get_input_embeddings(), before.get_input_embeddings()),
+        (model.get_output_embeddings(), before.get_output_embeddings()),
+    ):
+        assert rows_that_differ(head.weight, old.weight) == NEW_ROWS
+    for _ in range(2):
+        model.disable_adapters()
+        assert_same_bits(logits_of(model, words), base, "logits of the base model")
+        model.enable_adapters()
+        assert_same_bits(logits_of(model, words), learned, "logits")
+    model.save_pretrained(tmp_path)
+    loaded = language_model("Llama", tied)
+    loaded.resize_token_embeddings(V + 2, mean_resizing=False)
+    loaded = peft.PeftModel.from_pretrained(loaded, tmp_path)
+    assert_same_bits(logits_of(loaded, words), learned, "logits of what was saved")
+    restore_embedding(model)
+    assert not model._forward_pre_hooks
+    assert_same_bits(logits_of(model, words), learned, "logits of plain tables")
+
+
 def test_biases_of_heads_are_those_of_the_base_model_too() -> None:
     model, words = language_model("BERT"), tokenizer()
     add_tokens(model, words, NEW)

@@ -13,7 +13,7 @@ import torch  # noqa: E402  # after the packages that may be missing
 from oracle import assert_same_bits, rows_that_differ  # noqa: E402
 from tiny_architectures import make  # noqa: E402
 from tiny_language_models import NEW, NEW_ROWS, V, inputs, language_model, tokenizer  # noqa: E402
-from torch import nn  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 from partial_embedding import InputError  # noqa: E402
 from partial_embedding.torch import PartialLinear, add_tokens  # noqa: E402
@@ -213,6 +213,28 @@ def quantized() -> Any:
     return model
 
 
+def quantized_by_torchao() -> Any:
+    class AffineQuantizedTensor(Tensor):  # a parameter of it is of its class
+        pass
+
+    model = language_model("Llama", tied=False)
+    weight = model.model.embed_tokens.weight.data.as_subclass(AffineQuantizedTensor)
+    model.model.embed_tokens.weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def quantized_by_gptq() -> Any:
+    class TorchQuantLinear(nn.Module):  # packed integers, and no weight
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(1, V, dtype=torch.int32))
+            self.register_buffer("scales", torch.ones(1, V))
+
+    model = language_model("Llama", tied=False)
+    model.lm_head = TorchQuantLinear()
+    return model
+
+
 def without_words() -> Any:
     config = transformers.ViTConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
@@ -229,6 +251,8 @@ def without_words() -> Any:
         (with_a_wider_head, r"'weight' of the shape \(8, 16\) too"),
         (off_loaded, r"off-loaded between its uses"),
         (quantized, r"'lm_head', whose weight is a Params4bit"),
+        (quantized_by_torchao, r"'model.embed_tokens', whose weight is a AffineQuantizedTensor"),
+        (quantized_by_gptq, r"not quantized.*Received a TorchQuantLinear.*Load the head as it is"),
         (without_words, r"fits none"),
     ],
 )

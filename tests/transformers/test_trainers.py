@@ -300,15 +300,20 @@ def test_the_reference_of_dpo_is_the_base_model_at_every_step(
     before = {name: value.clone() for name, value in base.state_dict().items()}
     reference = language_model("Llama", tied)
     add_tokens(reference, tokenizer(), NEW)
+    dpo_trainer.add_fused_lm_head(reference)
 
-    seen = []
+    seen: list[tuple[dict[str, Any], Tensor]] = []
     use_adapter = dpo_trainer.use_adapter
 
     @contextmanager
     def seen_through(model: Any, adapter_name: str | None) -> Iterator[None]:
+        def keep(module: nn.Module, args: Any, given: dict[str, Any], output: Any) -> None:
+            seen.append((given, output.log_probs.clone()))
+
         with use_adapter(model, adapter_name):
-            seen.append(logits_of(model, words))
+            handle = model.register_forward_hook(keep, with_kwargs=True)
             yield
+            handle.remove()
 
     monkeypatch.setattr(dpo_trainer, "use_adapter", seen_through)
     trainer = trl.DPOTrainer(
@@ -323,6 +328,10 @@ def test_the_reference_of_dpo_is_the_base_model_at_every_step(
     kinds.check_the_input()
     assert_new_rows_learned(trainer.model, before)
     assert len(seen) == QUIET["max_steps"]
-    for logits in seen:
-        assert_same_bits(logits, logits_of(reference, words), "logits of the reference")
-    assert not same_bits(logits_of(trainer.model, words), logits_of(reference, words))
+    for given, log_probs in seen:
+        with torch.no_grad():
+            expected = reference(**given).log_probs
+        assert (log_probs < 0).any()
+        assert_same_bits(log_probs, expected, "log-probabilities of the reference")
+        with torch.no_grad():
+            assert not same_bits(trainer.model(**given).log_probs, expected)

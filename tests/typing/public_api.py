@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from partial_embedding import Position, Rows, Schedule, Vocabulary
+from partial_embedding import tensorflow as in_keras
 from partial_embedding.torch import PartialEmbedding, PartialLinear, rowwise
 
 
@@ -50,3 +51,21 @@ def when() -> None:
     assert_type(schedule.trainable_rows(Position(epoch=1)), Rows)
     assert_type(Rows.parse([1]).resolve(3), NDArray[np.int64])
     assert_type(Vocabulary(["a"]).tokens, tuple[str, ...])
+
+
+def tables_in_keras(vectors: NDArray[np.float32]) -> None:
+    """Keras publishes no types; what is named as in torch is typed as there."""
+    table = in_keras.PartialEmbedding(10, 4, trainable_rows=[3], reserve_rows="all")
+    assert_type(table.trainable_rows, NDArray[np.int64])
+    assert_type(table.reserved_rows, NDArray[np.int64])
+    table.set_trainable_rows(Rows.missing() | Rows.most_frequent(3))
+    table.unfreeze_rows(range(5), lr_scale=0.5, warmup_steps=3)
+    table.freeze_rows(np.array([True] * 10))
+    table.reserve_rows({"most_frequent": 0.2})
+    made = in_keras.PartialEmbedding.from_matrix(vectors, trainable_rows=slice(-2, None))
+    assert_type(made, in_keras.PartialEmbedding)
+    assert_type(in_keras.grow_table(None, "items", rows=2), list[int])
+    in_keras.PartialEmbedding(10, 4, trainable_rows="al")  # type: ignore[arg-type]
+    in_keras.PartialEmbedding(10, 4, reserve_rows=[0.5])  # type: ignore[list-item]
+    table.unfreeze_rows("every")  # type: ignore[arg-type]
+    in_keras.gradients.set_rows(None, 3, vectors)  # type: ignore[arg-type]

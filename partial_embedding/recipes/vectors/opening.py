@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
-from io import BufferedReader
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,20 @@ from partial_embedding.errors import InputError
 _BUFFER = 1 << 20  # bytes
 # A bar for less would be gone before it is seen.
 _SHOWN_FROM = 1 << 24
+# What a member of a zip raises; RuntimeError is its word for a password.
+_DAMAGES: tuple[type[Exception], ...] = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    RuntimeError,
+)
+if sys.version_info >= (3, 14):
+    from compression import zstd
+
+    _DAMAGES += (zstd.ZstdError,)
+_CHUNK = 1 << 16  # bytes
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
@@ -52,10 +66,7 @@ def opened(path: Path, what: str) -> Iterator[tuple[BufferedReader, str]]:
         raise InputError(
             f"{what} are in a file. Received: {path}, which is missing. Check the path."
         ) from error
-    # RuntimeError: zipfile's word for a password.
-    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
-        raise _damaged(path, what, error) from error
-    except OSError as error:
+    except _DAMAGES as error:
         raise _damaged(path, what, error) from error
 
 
@@ -101,20 +112,48 @@ def _unpacked(path: Path, raw: Any, stack: ExitStack) -> tuple[Any, str]:
 
 def _zstandard(path: Path, raw: Any) -> Any:
     if sys.version_info >= (3, 14):
-        from compression import zstd
-
         return zstd.ZstdFile(raw)
     if find_spec("zstandard") is None:
         raise InputError(
             f"files packed by Zstandard need the package zstandard. Received none for {path}. "
             f"Install it, or unpack the file: zstd -d {path.name}"
         )
-    import zstandard  # type: ignore[import-not-found]
+    return _ZstandardReader(raw)
 
-    try:
-        return zstandard.ZstdDecompressor().stream_reader(raw)
-    except zstandard.ZstdError as error:
-        raise OSError(str(error)) from error
+
+class _ZstandardReader(RawIOBase):
+    """Reads frames to their end; the package's own reader ends a file that is cut off like any."""
+
+    def __init__(self, raw: Any) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._damage = zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._packed = self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            self._packed = self._packed or self._raw.read(_CHUNK)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            try:
+                self._left = self._frame.decompress(self._packed)
+            except self._damage as error:
+                raise OSError(str(error)) from error
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
 
 
 def _only_member(path: Path, archive: zipfile.ZipFile, stack: ExitStack) -> tuple[Any, str]:

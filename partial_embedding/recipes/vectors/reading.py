@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
+from partial_embedding.mapped import open_vectors
 from partial_embedding.recipes.vectors.formats import TWICE, Block, read_binary, read_text
 from partial_embedding.recipes.vectors.opening import opened
 from partial_embedding.recipes.vectors.word_vectors import WordVectors
@@ -149,7 +150,7 @@ def _tokens_of(path: Path) -> Path:
 
 def _read_kept(path: Path) -> WordVectors:
     notes, *tokens = _tokens_of(path).read_text(encoding="utf-8").split("\n")
-    return WordVectors(tokens, np.load(path, mmap_mode="r"), tuple(json.loads(notes)))
+    return WordVectors(tokens, _as_float32(open_vectors(path)), tuple(json.loads(notes)))
 
 
 # Formats of other libraries

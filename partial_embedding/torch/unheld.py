@@ -1,0 +1,122 @@
+"""Rows that are to train while nothing steps them: said at an optimizer's step, not never.
+
+An optimizer knows its parameters, and no parameter knows its model. So this looks for a model that
+has both a table and what the optimizer steps, and for another optimizer that holds the table; once
+for each optimizer and set of rows.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import nn
+from torch.optim import Optimizer
+
+from partial_embedding.errors import InputError
+
+if TYPE_CHECKING:
+    from partial_embedding.torch.table import PartialTable
+
+Kind = TypeVar("Kind")
+
+# Tables whose rows were set, and that no optimizer has stepped since.
+_waiting: WeakSet[PartialTable] = WeakSet()
+
+
+def await_a_step(table: PartialTable) -> None:
+    """Expect an optimizer to hold a table.
+
+    Args:
+        table: A table of which rows were set.
+    """
+    _waiting.add(table)
+
+
+def no_longer_await(table: PartialTable) -> None:
+    """Know that an optimizer holds a table.
+
+    Args:
+        table: The table.
+    """
+    _waiting.discard(table)
+
+
+def refuse_unheld(optimizer: Optimizer) -> None:
+    """Refuse to step a model with a table whose rows are to train, and that no optimizer holds.
+
+    Args:
+        optimizer: What is about to step.
+
+    Raises:
+        InputError: There is one. Nothing has moved then.
+    """
+    if not _waiting:
+        return
+    own = _held_by(optimizer)
+    judged: WeakKeyDictionary[PartialTable, object] = vars(optimizer).setdefault(
+        "_judged_tables", WeakKeyDictionary()
+    )
+    new = [table for table in _waiting if judged.get(table) is not table._row_set]
+    for table in new:
+        if id(table.leaf_weight) in own:
+            no_longer_await(table)
+    judged.update({table: table._row_set for table in new})
+    unheld = [t for t in new if id(t.leaf_weight) not in own and _is_to_train(t)]
+    if not unheld:
+        return
+    held = {key for other in _living(Optimizer) for key in _held_by(other)}
+    for table in unheld:
+        if id(table.leaf_weight) not in held and (name := _name_beside(table, own)) is not None:
+            del judged[table]
+            raise InputError(
+                f"rows that are to train belong to an optimizer. Received {name!r} with "
+                f"{len(table.row_set):,} such rows, which none holds, while "
+                f"{type(optimizer).__name__} steps the rest of the model. {_remedy(table)}; or, "
+                'while they are not to train, call set_trainable_rows("none").'
+            )
+
+
+def _is_to_train(table: PartialTable) -> bool:
+    return table.has_frozen_rows and len(table.row_set) > 0
+
+
+def _remedy(table: PartialTable) -> str:
+    if table.leaf_weight.requires_grad:
+        return "Make the optimizer of the model's parameters()"
+    return "Call requires_grad_(True) on its weight, then make the optimizer"
+
+
+def _held_by(optimizer: Optimizer) -> set[int]:
+    # One that is still being made has no groups.
+    groups = vars(optimizer).get("param_groups", ())
+    return {id(p) for group in groups for p in group["params"]}
+
+
+def _living(kind: type[Kind]) -> Iterator[Kind]:
+    # By its type: an object may answer `isinstance` with what loads a package.
+    return (one for one in gc.get_objects() if issubclass(type(one), kind))
+
+
+def _name_beside(table: PartialTable, parameters: Iterable[int]) -> str | None:
+    """The name of a table in the model that it has in common with parameters, if there is one.
+
+    What is in eval() within a model that is not, such as a copy for reference, is none of it.
+    """
+    owners: dict[int, list[nn.Module]] = {}
+    for module in _living(nn.Module):
+        for child in vars(module).get("_modules", {}).values():
+            owners.setdefault(id(child), []).append(module)
+    models: list[nn.Module] = [table]
+    for module in models:  # it grows as it goes, up to the whole model
+        models += [o for o in owners.get(id(module), ()) if not any(o is m for m in models)]
+    for model in reversed(models[1:]):
+        if model.training and not table.training:
+            continue
+        if any(id(parameter) in parameters for parameter in model.parameters()):
+            # Of those that are tied, the first.
+            named = {name: m._parameters.get("weight") for name, m in model.named_modules()}
+            return next((n for n, weight in named.items() if weight is table.leaf_weight), "")
+    return None

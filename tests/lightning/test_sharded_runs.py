@@ -1,0 +1,142 @@
+"""Lightning shards a model over two processes: its tables follow their schedule as in one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
+
+import torch
+from once import once
+from sharded_runs_worker import SAVED_AT, STEPS, Inner, V, loss_of, optimizer_of
+
+WORKER = Path(__file__).with_name("sharded_runs_worker.py")
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = {0: [1, 7, 9], 3: [0, 1, 5, 7, 9], 7: [0, 5, 9, 10]}
+KINDS = pytest.mark.parametrize("kind", ["folder", "file"])
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
+
+
+def run_both_ranks(folder: Path) -> str:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    common = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "NODE_RANK": "0",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(folder)],
+            env={**common, "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return "\n".join(said) if any(process.returncode for process in processes) else ""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each process saw, of runs that went through and of those that went on from a save."""
+    folder = once(tmp_path_factory, "sharded-runs", run_both_ranks)
+    names = ["folder-False", "folder-True", "file-False", "file-True", "tensor"]
+    return {
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for name in names
+    }
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def alone(processes: int) -> list[dict[str, torch.Tensor]]:
+    """The weights after each step of one process that has the batches of all."""
+    inner, seen = Inner(), []
+    optimizer = optimizer_of(inner.parameters())
+    for table in (inner.table, inner.head):
+        table.set_trainable_rows("none")
+    for step in range(STEPS):
+        for table in (inner.table, inner.head) if step in ROWS else ():
+            rate = {"lr_scale": 0.5, "warmup_steps": 3} if step == 3 else {}
+            table.set_trainable_rows(ROWS[step], **rate)
+        optimizer.zero_grad()
+        for rank in range(processes):
+            (loss_of(inner, step, rank) / processes).backward()
+        optimizer.step()
+        seen.append({name: p.detach().clone() for name, p in inner.named_parameters()})
+    return seen
+
+
+def test_a_sharded_run_ends_bit_for_bit_as_one_process_does(
+    runs: dict[str, list[dict[str, Any]]],
+) -> None:
+    wanted = alone(2)
+    for process in runs["folder-False"] + runs["file-False"]:
+        assert all(same(a, b) for a, b in zip(process["seen"], wanted, strict=True))
+        assert process["rows"].tolist() == ROWS[7]
+
+
+def test_tensor_parallelism_follows_the_schedule(runs: dict[str, list[dict[str, Any]]]) -> None:
+    trainable: list[int] = []
+    before = {name: p.detach() for name, p in Inner().named_parameters()}
+    for process in runs["tensor"]:
+        for step, now in enumerate(process["seen"]):
+            trainable = ROWS.get(step, trainable)
+            last = process["seen"][step - 1] if step else before
+            for name in ("table.weight", "head.weight"):
+                moved = (now[name] != last[name]).any(1).nonzero().flatten().tolist()
+                assert moved == trainable
+        for name, value in alone(1)[-1].items():
+            torch.testing.assert_close(process["seen"][-1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@KINDS
+def test_a_run_that_is_resumed_ends_bit_for_bit_as_the_uninterrupted_one(
+    kind: str, runs: dict[str, list[dict[str, Any]]]
+) -> None:
+    for whole, resumed in zip(runs[f"{kind}-False"], runs[f"{kind}-True"], strict=True):
+        assert len(resumed["seen"]) == STEPS - SAVED_AT
+        went_on = zip(whole["seen"][SAVED_AT:], resumed["seen"], strict=True)
+        assert all(same(a, b) for a, b in went_on)
+        assert resumed["rows"].tolist() == ROWS[7]
+
+
+def test_the_audit_counts_the_frozen_rows_of_all_processes(
+    runs: dict[str, list[dict[str, Any]]],
+) -> None:
+    for process in runs["folder-False"]:
+        frozen = [V - len(rows) for rows in ROWS.values()]
+        for table in ("inner.table", "inner.head"):
+            own = [found[1:] for found in process["audit"] if found[0] == table]
+            assert own == [(number, 0) for number in frozen]
+
+
+def test_the_monitor_measures_rows_of_all_processes(
+    runs: dict[str, list[dict[str, Any]]],
+) -> None:
+    first, other = runs["folder-False"]
+    assert other["record"] is None
+    track = first["record"]["tables"]["inner.table"]
+    assert {int(row["token"].split()[-1]) for row in track["moved"]} == {0, 1, 5, 7, 9, 10}

@@ -1,0 +1,106 @@
+"""Rows that are to train and that no optimizer holds: said before anything moves, or no fault."""
+
+import copy
+
+import pytest
+import torch
+from oracle import assert_same_bits, rows_that_differ
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from partial_embedding import InputError
+from partial_embedding.torch import PartialEmbedding, replace_embedding, restore_embedding
+
+IDS = torch.tensor([1, 2, 3])
+
+
+def model_with_rows() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(PartialEmbedding(6, 4, trainable_rows=[2]), nn.Linear(4, 2))
+
+
+def gradients(model: nn.Module) -> None:
+    model.zero_grad()
+    loss: Tensor = model(IDS).square().sum()
+    loss.backward()
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_a_frozen_weight_is_refused_and_learns_by_the_remedy(mode: bool) -> None:
+    model = model_with_rows().train(mode)
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(2):  # each time
+        gradients(model)
+        with pytest.raises(InputError, match=r"belong to an optimizer.*'0' with 1 such rows.*True"):
+            optimizer.step()
+    for name, value in model.state_dict().items():
+        assert_same_bits(value, before[name], name)
+    # The remedy.
+    model[0].weight.requires_grad_(True)
+    optimizer = SGD(model.parameters(), 0.1)
+    gradients(model)
+    optimizer.step()
+    assert rows_that_differ(before["0.weight"], model[0].weight) == [2]
+
+
+def test_an_optimizer_of_the_others_is_refused_and_steps_by_the_remedies() -> None:
+    for remedy in ("another", "none"):
+        model = model_with_rows()
+        before = model[0].weight.detach().clone()
+        optimizer = SGD(model[1].parameters(), 0.1)
+        gradients(model)
+        with pytest.raises(InputError, match=r"Make the optimizer of.*set_trainable_rows"):
+            optimizer.step()
+        if remedy == "another":
+            optimizer = SGD(model.parameters(), 0.1)
+        else:
+            model[0].set_trainable_rows("none")
+        optimizer.step()
+        moved = rows_that_differ(before, model[0].weight)
+        assert moved == ([2] if remedy == "another" else [])
+
+
+def test_rows_that_are_to_train_later_are_seen_when_they_are_set() -> None:
+    model = model_with_rows()
+    model[0].set_trainable_rows("none")
+    optimizer = SGD(model[1].parameters(), 0.1)
+    gradients(model)
+    optimizer.step()
+    model[0].set_trainable_rows([3])
+    with pytest.raises(InputError, match="belong to an optimizer"):
+        optimizer.step()
+
+
+def test_tables_that_have_an_optimizer_or_are_of_no_concern_are_left_alone() -> None:
+    model = model_with_rows()
+    its_own = SGD(model[0].parameters(), 0.1)
+    frozen = model_with_rows().eval()  # a reference, within a model that trains
+    frozen.requires_grad_(False)
+    whole = nn.ModuleDict({"policy": model, "reference": frozen})
+    whole["reference"].eval()
+    strange = model_with_rows()  # of which someone only wanted gradients
+    gradients(strange)
+    others = SGD(model[1].parameters(), 0.1)
+    gradients(model)
+    model[0].requires_grad_(False)  # as a Lightning module with two optimizers switches it
+    others.step()
+    model[0].requires_grad_(True)
+    its_own.step()
+    assert rows_that_differ(model_with_rows()[0].weight, model[0].weight) == [2]
+
+
+def test_a_table_that_is_plain_again_is_none() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2))
+    replace_embedding(model, trainable_rows=[2])
+    restore_embedding(model)
+    gradients(model)
+    SGD(model[1].parameters(), 0.1).step()
+
+
+def test_a_copy_is_seen_too() -> None:
+    model = copy.deepcopy(model_with_rows())
+    gradients(model)
+    with pytest.raises(InputError, match="belong to an optimizer"):
+        SGD(model[1].parameters(), 0.1).step()
