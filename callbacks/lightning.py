@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -133,8 +131,6 @@ class RowUnfreezing(Callback):
             restore_rows_first(trainer.strategy, self.state_key, self._go_on)
         if hasattr(trainer.strategy, "configure_ddp"):
             self._leave_out_tables(trainer.strategy)
-        if trainer.strategy.restore_checkpoint_after_setup:
-            self._restore_before_optimizers(trainer.strategy)
         # What a search or an earlier `fit` left.
         self._runner = self._restored = self._validation_due = None
         # Lightning puts finders first, and they train the module within `on_fit_start`, without
@@ -160,25 +156,6 @@ class RowUnfreezing(Callback):
             wrap(model, self._followed_in(model), make)
 
         strategy.configure_ddp = configure_ddp
-
-    def _restore_before_optimizers(self, strategy: Any) -> None:
-        """Stand in for the method with which a strategy loads optimizers, for its next call.
-
-        Strategies that shard load them after `on_fit_start`, but before Lightning gives callbacks
-        their state; and optimizer state belongs to the rows of that position.
-        """
-        before = strategy.load_checkpoint
-
-        def load_checkpoint(path: Any, weights_only: bool | None = None) -> Any:
-            vars(strategy).pop("load_checkpoint", None)
-            saved = _callbacks_in(Path(path), weights_only).get(self.state_key)
-            if saved is not None and self._runner is not None:
-                self._runner.restore(saved)
-                self._validation_due = saved["validation_due"]
-                self._runner.place()
-            return before(path, weights_only)
-
-        strategy.load_checkpoint = load_checkpoint
 
     def _followed_in(self, model: nn.Module) -> list[PartialTable]:
         names = self.schedules
@@ -337,14 +314,6 @@ class RowUnfreezing(Callback):
             state_dict: What `state_dict` gave.
         """
         self._restored = state_dict
-
-
-def _callbacks_in(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """What a checkpoint has of callbacks: a file, or the folder of a distributed one."""
-    file = path / "meta.pt" if path.is_dir() else path
-    saved = torch.load(file, "cpu", mmap=True, weights_only=bool(weights_only))
-    callbacks: dict[str, Any] = saved.get("callbacks", {})
-    return callbacks
 
 
 def _callbacks_of(trainer: Trainer) -> list[Callback]:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.table import PartialTable
 
 CHECKPOINTS = ("table", "rows")
@@ -39,17 +38,8 @@ def remember_origins(
         say: What takes a line for a table that is saved whole.
         resumed: Whether a checkpoint was loaded just now. Where that held a table whole, it is not
             known what another process will find in its place.
-
-    Raises:
-        InputError: Processes share a table.
     """
     for name, table in tables.items():
-        if is_sharded(table.leaf_weight):
-            raise InputError(
-                "a checkpoint of rows alone is for a table that each process has whole. Received "
-                f"{name!r}, which processes share. Leave checkpoint out; each process then saves "
-                "its own rows."
-            )
         if resumed and table.origin is None:
             say(f"{name}: saved whole, as in the checkpoint that this run goes on from")
         else:
