@@ -244,12 +244,16 @@ def split_on_meta() -> dict[str, Any]:
     optimizer = torch.optim.AdamW(table.parameters(), lr=0.1)
     table(torch.arange(V)).sum().backward()
     optimizer.step()
+    given_alike = PartialEmbedding.from_pretrained(torch.ones(V, D))
+    split_rows(given_alike, mesh(), src_data_rank=None)
+    held = given_alike.weight.to_local().untyped_storage().nbytes()
     moved = (whole(table.weight) != before).any(1).nonzero().flatten()
     return {
         "local": len(own),
         "padding": before[30].tolist(),
         "moved": moved.tolist(),
         "given": given.detach(),
+        "held": held,
     }
 
 

@@ -196,6 +196,7 @@ def test_a_split_table_of_which_all_rows_train_is_stepped_by_a_plain_optimizer(s
 def test_a_table_is_split_before_it_has_rows(seen: Seen) -> None:
     processes = seen[2]["split_on_meta"]
     assert [process["local"] for process in processes] == [16, 15]
+    assert [process["held"] for process in processes] == [16 * 4 * D, 15 * 4 * D]
     for process in processes:
         assert process["padding"] == [0.0] * D
         assert process["moved"] == [1, 29]
