@@ -349,11 +349,16 @@ class PartialEmbedding(OneTable):
         return self._reserves
 
     def build(self, input_shape: Any = None) -> None:
-        """Make the variables: one for a plain table, three for a split one."""
+        """Make the variables: one for a plain table, three for a split one.
+
+        Raises:
+            InputError: Variables are to be laid out over devices, which Keras does not do here.
+        """
         is_plain = self._first_rows.size == self.input_dim and not self._reserves
         if self.built or self.quantization_mode or is_plain:
             super().build(input_shape)
             return
+        _refuse_model_parallel()
         # A model without a fixed input is built while its first step is traced, and XLA cannot
         # lift the second variable, which begins with rows of the first, out of that.
         with tf.init_scope():
@@ -453,3 +458,12 @@ class PartialEmbedding(OneTable):
 # parent's name, files of plain models fit and plain models load the files of partial ones.
 PartialEmbedding.__name__ = keras.layers.Embedding.__name__
 PartialEmbedding.__module__ = "partial_embedding.tensorflow"
+
+
+def _refuse_model_parallel() -> None:
+    if isinstance(keras.distribution.distribution(), keras.distribution.ModelParallel):
+        raise InputError(
+            "a table lies whole on each device. Received keras.distribution.ModelParallel, which "
+            "on TensorFlow Keras accepts and does not follow. Call "
+            "keras.distribution.set_distribution(None), and take tf.distribute.MirroredStrategy."
+        )

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from partial_embedding.torch.averaged import averaging_group
+from partial_embedding.torch.engines import refuse_zero
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.shards import (
     Shard,
@@ -73,6 +74,8 @@ class RowHook:
         if grad is None or table is None:
             return grad  # autograd may hand a hook None
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
+        if (parameter := self._parameter()) is not None:
+            refuse_zero(parameter, table)
         if is_sharded(grad):
             return self._zero_in_shard(grad, table)
         self._localise()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.engines import refuse_zero_redundancy
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -180,6 +181,7 @@ def _refuse_by_sight(name: str, optimizer: Optimizer) -> None:
         raise _refusal(name, "it has train() and eval(), which swap weights outside step()")
     if not getattr(type(optimizer).step, "hooked", False):
         raise _refusal(name, "its step() runs no hooks, as Optimizer.__init__ was not called")
+    refuse_zero_redundancy(optimizer)
     if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
         raise _refusal(name, "it wraps another optimizer, whose state is out of reach")
 

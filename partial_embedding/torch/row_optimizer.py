@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.ddp import is_averaged_here
+from partial_embedding.torch.engines import refuse_flat
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.inspection import (
     KEY,
@@ -105,6 +106,7 @@ class Rowwise:
     def _state_of(self, parameter: nn.Parameter, table: PartialTable, group: Group) -> TableState:
         name = self._names.get(id(parameter)) or _name_in(group, parameter) or repr(table)
         check_sharding(parameter, table)
+        refuse_flat(table.leaf_weight, table)
         refuse_what_cannot_train(table, name)
         layout, unscaled = self._layout_of(parameter, group)
         return TableState(name, table, parameter, layout, self.lazy, unscaled, options_of(group))

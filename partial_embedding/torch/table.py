@@ -17,6 +17,7 @@ from partial_embedding.rows import Rows
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
+from partial_embedding.torch.engines import lost_weight, refuse_flat
 from partial_embedding.torch.hooks import RowHook, hooks_on, tables_of
 from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import RowSet, shown
@@ -168,6 +169,7 @@ class PartialTable(TableFiles):
         device = torch.device("cpu") if weight.is_meta else weight.device
         if rows is not None and rows.num_rows == weight.shape[0] and rows.device == device:
             return rows
+        refuse_flat(weight, self)
         self._row_set = self._row_set_for(weight.shape[0]).to(device)
         return self._row_set
 
@@ -237,6 +239,7 @@ class PartialTable(TableFiles):
         return self._shared.padding_row if own is None else own
 
     def _resolve(self, rows: RowsLike) -> Ids:
+        refuse_flat(self.leaf_weight, self)
         if isinstance(rows, Tensor):
             rows = rows.detach().cpu().numpy()
         return Rows.parse(rows).resolve(self.leaf_weight.shape[0], new=self._shared.new_rows)
@@ -323,11 +326,7 @@ class PartialTable(TableFiles):
         if weight is None and (computed := self._modules.get("parametrizations")) is not None:
             weight = computed._modules["weight"]._parameters.get("original")  # type: ignore[union-attr]
         if weight is None:
-            raise InputError(
-                "the weight of a table is one parameter, or computed from one with the same rows. "
-                f"Received a {type(self).__name__} whose weight is split, as weight_norm does it. "
-                "Leave the table out of it."
-            )
+            raise lost_weight(self)
         return weight
 
     def owns(self, parameter: nn.Parameter | None) -> bool:

@@ -26,7 +26,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -318,6 +323,31 @@ def max_norm() -> None:
     fully_shard(table, mesh=processes())
 
 
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = PartialEmbedding(V, D, sparse=False, trainable_rows=[1, 7])
+        self.hidden = nn.Linear(D, D)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.hidden(self.table(ids)).square().mean()
+
+
+def in_fsdp1(use_orig_params: bool) -> None:
+    cpu = torch.device("cpu")
+    model = FullyShardedDataParallel(Small(), device_id=cpu, use_orig_params=use_orig_params)
+    made = OPTIMIZERS["adamw"](model.parameters())
+    model(torch.arange(V)).backward()
+    made.step()
+
+
+def by_zero_redundancy() -> None:
+    model = Small()
+    made = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW)
+    model(torch.arange(V)).backward()
+    made.step()
+
+
 def stepped_by(make: Callable[[list[nn.Parameter]], Optimizer]) -> Callable[[], None]:
     def step() -> None:
         table = PartialEmbedding(V, D, trainable_rows=[1, 7])
@@ -341,6 +371,9 @@ REFUSED: dict[str, Callable[[], None]] = {
     "adafactor": stepped_by(torch.optim.Adafactor),
     "lbfgs": stepped_by(torch.optim.LBFGS),
     "sparse_adam": stepped_by(torch.optim.SparseAdam),
+    "zero_redundancy": by_zero_redundancy,
+    "fsdp1_with_original_parameters": lambda: in_fsdp1(use_orig_params=True),
+    "fsdp1": lambda: in_fsdp1(use_orig_params=False),
 }
 
 

@@ -242,6 +242,9 @@ MESSAGES = {
     "adafactor": r"moves each row by itself.* Received Adafactor\.",
     "lbfgs": r"moves each row by itself.* Received LBFGS\.",
     "sparse_adam": r"dense gradient\. Received SparseAdam\.",
+    "zero_redundancy": r"Received ZeroRedundancyOptimizer, .* AdamW\(whole\)",
+    "fsdp1_with_original_parameters": r"a vector of \d+ numbers .*ignored_states=keep_whole",
+    "fsdp1": r"whose weight FSDP1 has made a part of .*ignored_states=keep_whole",
 }
 
 

@@ -1,0 +1,99 @@
+"""Engines that put something else in the place of a table's weight, and are refused by name.
+
+They are known by what they leave on modules and parameters, since none of them is imported here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from partial_embedding.errors import InputError
+
+if TYPE_CHECKING:
+    from partial_embedding.torch.table import PartialTable
+
+_LEAVE_OUT = (
+    "Take fully_shard; or leave the table out: FullyShardedDataParallel(model, "
+    "ignored_states=keep_whole(model))."
+)
+
+
+def refuse_flat(weight: Tensor, table: PartialTable) -> None:
+    """Refuse a part of a long vector in the place of a matrix, as FSDP1 puts it there.
+
+    Args:
+        weight: The weight of a table.
+        table: The table, which has frozen rows, or is about to.
+
+    Raises:
+        InputError: It is no matrix.
+    """
+    if weight.dim() == 1:
+        raise InputError(
+            "the rows of a table are those of a matrix. Received a vector of "
+            f"{weight.numel():,} numbers as the weight of a {type(table).__name__}, as FSDP1 "
+            f"flattens it. {_LEAVE_OUT}"
+        )
+
+
+def lost_weight(table: PartialTable) -> InputError:
+    """What to say of a table without any weight.
+
+    Args:
+        table: The table.
+    """
+    if vars(table).get("_is_fsdp_managed_module"):
+        return InputError(
+            f"the weight of a table is a parameter. Received a {type(table).__name__} whose weight "
+            f"FSDP1 has made a part of a long vector. {_LEAVE_OUT}"
+        )
+    return InputError(
+        "the weight of a table is one parameter, or computed from one with the same rows. "
+        f"Received a {type(table).__name__} whose weight is split, as weight_norm does it. "
+        "Leave the table out of it."
+    )
+
+
+def refuse_zero(parameter: nn.Parameter, table: PartialTable) -> None:
+    """Refuse a weight that DeepSpeed's ZeRO steps in a flat copy, where all rows decay alike.
+
+    Args:
+        parameter: The weight, or another parameter of the table.
+        table: The table.
+
+    Raises:
+        InputError: It is one of ZeRO's, and some of its rows are frozen.
+    """
+    if hasattr(parameter, "ds_id") and table.has_frozen_rows:
+        raise InputError(
+            "ZeRO-3 parts all parameters of a model among processes, and leaves none out. Received "
+            f"a {type(table).__name__} with frozen rows in it. Use ZeRO-1 or ZeRO-2 with the "
+            "tables in an optimizer of their own, or fully_shard."
+        )
+    if hasattr(parameter, "_hp_mapping") and table.has_frozen_rows:
+        raise InputError(
+            "DeepSpeed's ZeRO steps flat copies of parameters, without hooks. Received a "
+            f"{type(table).__name__} with frozen rows among them. Take its weight out of "
+            "model_parameters and step it by an optimizer of its own: whole = keep_whole(model); "
+            "AdamW(whole)."
+        )
+
+
+def refuse_zero_redundancy(optimizer: Optimizer) -> None:
+    """Refuse torch's optimizer that steps other parameters in each process.
+
+    Args:
+        optimizer: An optimizer that holds tables.
+
+    Raises:
+        InputError: It is that one.
+    """
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise InputError(
+            "tables are stepped alike in each process. Received ZeroRedundancyOptimizer, which "
+            "steps some parameters in each and sends them whole. Give it the others, and the "
+            "tables an optimizer of their own: whole = keep_whole(model); AdamW(whole)."
+        )
