@@ -45,6 +45,7 @@ PEERS = (
     "floor",
     "copying",
 )
+COUNTED_WITH = ("ours", "lazy", "floor", "lookup", "copying", "copying_lazy", "two_tables")
 PARTS = ("forward", "backward", "update")
 TURN = 0.03  # seconds of one turn, in which a fast step is timed several times
 MOST_ROUNDS = 25
@@ -80,7 +81,7 @@ def races() -> Iterator[Race]:
     for optimizer in ("AdamW", "SGD", "Adagrad", "Adam"):
         for trainable in (1000, 10_000, 100_000):
             work = replace(base, optimizer=optimizer, trainable=trainable)
-            entries = [(n, work) for n in ("ours", "lazy", "floor", "copying", "copying_lazy")]
+            entries = [(name, work) for name in COUNTED_WITH]
             entries.append(("ours", replace(work, together=True)))
             yield Race(f"floor-{optimizer}-{trainable}", entries, full=optimizer == "Adam")
     sizes = [replace(base, rows=rows, trainable=1000) for rows in (10**4, 10**5, 10**6, 10**7)]

@@ -46,7 +46,10 @@ class TorchTables:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.tables = dict(tables_in(model))
+        every = dict(tables_in(model))
+        # A teacher, which was copied and takes no gradients, follows no schedule.
+        taught = {n: t for n, t in every.items() if t.leaf_weight.requires_grad or not t.is_copy}
+        self.tables = taught or every
         if not self.tables:
             raise InputError(
                 "unfreezing rows needs a PartialEmbedding in the model. Received a "

@@ -55,6 +55,7 @@ class StateLayout:
         eager: State is made by the constructor and not by the first step.
         elementwise: Each row moves as if no other row existed, and its first state does not depend
             on its values.
+        rests: With a gradient of zero a row, and what is remembered of it, keep their bits.
         flat: There is one history for all parameters together.
         sparse: Only sparse gradients are accepted.
     """
@@ -66,6 +67,7 @@ class StateLayout:
     begun: State = field(default_factory=dict)
     eager: bool = False
     elementwise: bool = False
+    rests: bool = False
     flat: bool = False
     sparse: bool = False
 
@@ -204,6 +206,8 @@ def _inspected(name: str, optimizer: Optimizer, group: Group, weight: Tensor) ->
     counted = dry_run.changed_options()
     # A count in the group is the same for every row; anything else there came from all of them.
     counts_alone = all(_is_count(dry_run.group[key]) for key in counted)
+    group = _without_warm_up(group)
+    elementwise = counts_alone and _is_elementwise(optimizer, group, weight, sparse, eager)
     return StateLayout(
         keys=frozenset(states[0].keys() | states[1].keys()),
         per_row=per_row,
@@ -211,7 +215,8 @@ def _inspected(name: str, optimizer: Optimizer, group: Group, weight: Tensor) ->
         in_group=counted,
         begun=_begun(optimizer, dry_run.block, counted),
         eager=eager,
-        elementwise=counts_alone and _is_elementwise(optimizer, group, weight, sparse, eager),
+        elementwise=elementwise,
+        rests=elementwise and not sparse and _rests(optimizer, group, weight, eager, per_row),
         sparse=sparse,
     )
 
@@ -290,10 +295,6 @@ def _check_closure(name: str, dry_run: DryRun) -> None:
 def _is_elementwise(
     optimizer: Optimizer, group: Group, weight: Tensor, sparse: bool, eager: bool
 ) -> bool:
-    # A warm-up that begins at a learning rate of zero would hide everything.
-    if "lr" in group:
-        lr = group["lr"]
-        group = {**group, "lr": torch.full_like(lr, 0.01) if isinstance(lr, Tensor) else 0.01}
     if not _begins_alike(optimizer, group, weight, sparse, eager):
         return False
     scales = torch.tensor([[1.0], [10.0], [0.1], [3.0]], device=weight.device)
@@ -309,6 +310,39 @@ def _is_elementwise(
     # Vector instructions may round differently by position; rows that look at each other differ
     # by far more.
     return torch.allclose(moved(values), alone, rtol=1e-5, atol=1e-7)
+
+
+def _without_warm_up(group: Group) -> Group:
+    """The options with a learning rate: one that begins at zero would hide everything."""
+    if "lr" not in group:
+        return group
+    lr = group["lr"]
+    return {**group, "lr": torch.full_like(lr, 0.01) if isinstance(lr, Tensor) else 0.01}
+
+
+def _rests(
+    optimizer: Optimizer, group: Group, weight: Tensor, eager: bool, per_row: frozenset[str]
+) -> bool:
+    """Whether a gradient of zero leaves rows, and the state of each, as they are to the bit."""
+    values = _scratch(4, weight).to(weight.dtype)
+    values[2], values[3] = 0.0, -0.0
+    dry_run = _dry_run_of(optimizer, group, False, eager, values)
+    for steps in (0, _STEPS):  # from the first step on, and after others
+        for _ in range(steps):
+            dry_run.step()
+        before = [dry_run.block.detach().clone()]
+        before += [dry_run.state[key].clone() for key in sorted(per_row) if steps]
+        for _ in range(2):
+            dry_run.step(torch.zeros_like(values))
+        after = [dry_run.block, *(dry_run.state[key] for key in sorted(per_row) if steps)]
+        if not all(map(_same_bits, before, after)):
+            return False
+    return True
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    # By value zero equals minus zero, and no number that is none equals itself.
+    return torch.equal(one.detach().view(torch.uint8), other.detach().view(torch.uint8))
 
 
 def _begins_alike(

@@ -438,11 +438,13 @@ def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
     """
     if table.leaf_weight.requires_grad or not table.has_frozen_rows or not len(table.row_set):
         return
+    if table.is_copy:
+        return  # a teacher, which is not to train
     raise InputError(
         f"rows train whose weight requires gradients. Received {name!r}, of which "
         f"{len(table.row_set):,} rows are to train, with requires_grad=False: from_pretrained("
         "freeze=True), requires_grad_(False), module.freeze() and PEFT set it. Call "
-        "weight.requires_grad_(True) after that; or, for a copy that is never to train, "
+        "weight.requires_grad_(True) after that; or, for a table that is never to train, "
         'set_trainable_rows("none").'
     )
 

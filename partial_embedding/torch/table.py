@@ -62,6 +62,10 @@ class PartialTable(TableFiles):
     # Whether backward left a gradient here since `ddp.average` last made it that of all processes.
     awaits_average = False
 
+    # Whether the table was made by copying another, as teachers and references are, and no rows of
+    # it were set since: nobody has said that it is to train.
+    is_copy = False
+
     _hooked = MappingProxyType({})
 
     # The row parameters of which this process has some rows. While a pass runs FSDP2 puts whole
@@ -256,6 +260,7 @@ class PartialTable(TableFiles):
                 in a way that cannot be served.
         """
         self.check_rate_scale(rate_scale)
+        self.__dict__["is_copy"] = False  # past nn.Module, which looks for parameters
         ids = ids[ids != self.padding_row]
         for parameter in self._shards.values():
             check_sharding(parameter, self)
@@ -372,8 +377,8 @@ class PartialTable(TableFiles):
         for name in self.row_parameters:
             if (parameter := self.row_parameter(name)) is not None:
                 self._hook_up(name, parameter)
-        if rows.row_set is not None:
-            await_a_step(self)  # a copy, too
+        if rows.row_set is not None and not self.is_copy:
+            await_a_step(self)
 
     def attach(self) -> None:
         """Begin to freeze rows: for a module whose class was changed after it was made."""
@@ -514,6 +519,7 @@ class PartialTable(TableFiles):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        self.__dict__["is_copy"] = True
         self._wire()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

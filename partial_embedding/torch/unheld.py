@@ -8,6 +8,7 @@ for each optimizer and set of rows.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -47,11 +48,14 @@ def no_longer_await(table: PartialTable) -> None:
 def refuse_unheld(optimizer: Optimizer) -> None:
     """Refuse to step a model with a table whose rows are to train, and that no optimizer holds.
 
+    Where the weight takes gradients, its owner may mean to train it later, or never: that is a
+    warning, once for each optimizer and set of rows.
+
     Args:
         optimizer: What is about to step.
 
     Raises:
-        InputError: There is one. Nothing has moved then.
+        InputError: There is one whose weight takes no gradients. Nothing has moved then.
     """
     if not _waiting:
         return
@@ -69,24 +73,25 @@ def refuse_unheld(optimizer: Optimizer) -> None:
         return
     held = {key for other in _living(Optimizer) for key in _held_by(other)}
     for table in unheld:
-        if id(table.leaf_weight) not in held and (name := _name_beside(table, own)) is not None:
-            del judged[table]
-            raise InputError(
-                f"rows that are to train belong to an optimizer. Received {name!r} with "
-                f"{len(table.row_set):,} such rows, which none holds, while "
-                f"{type(optimizer).__name__} steps the rest of the model. {_remedy(table)}; or, "
-                'while they are not to train, call set_trainable_rows("none").'
-            )
+        if id(table.leaf_weight) in held or (name := _name_beside(table, own)) is None:
+            continue
+        told = (
+            f"rows that are to train belong to an optimizer. Received {name!r} with "
+            f"{len(table.row_set):,} such rows, which none holds, while {type(optimizer).__name__} "
+            "steps the rest of the model. {remedy}; or, while they are not to train, call "
+            'set_trainable_rows("none").'
+        )
+        if table.leaf_weight.requires_grad:
+            remedy = "Make the optimizer of the model's parameters()"
+            warnings.warn(told.format(remedy=remedy), stacklevel=2)
+            continue
+        del judged[table]
+        remedy = "Call requires_grad_(True) on its weight, then make the optimizer"
+        raise InputError(told.format(remedy=remedy))
 
 
 def _is_to_train(table: PartialTable) -> bool:
-    return table.has_frozen_rows and len(table.row_set) > 0
-
-
-def _remedy(table: PartialTable) -> str:
-    if table.leaf_weight.requires_grad:
-        return "Make the optimizer of the model's parameters()"
-    return "Call requires_grad_(True) on its weight, then make the optimizer"
+    return table.has_frozen_rows and len(table.row_set) > 0 and not table.is_copy
 
 
 def _held_by(optimizer: Optimizer) -> set[int]:

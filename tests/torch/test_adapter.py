@@ -1,5 +1,6 @@
 """The tables of a module as the runner moves them, without a framework's trainer."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -62,3 +63,12 @@ def test_rows_of_a_weight_that_takes_no_gradients_are_refused_until_it_does(make
     runner_of(model, {"epoch": 0, "rows": "none"})
     model[0].weight.requires_grad_(True)  # as the message says
     runner_of(model, {"epoch": 0, "rows": [3]})
+
+
+def test_a_teacher_that_was_copied_follows_no_schedule() -> None:
+    student = nn.Sequential(PartialEmbedding(6, 4))
+    model = nn.ModuleDict({"student": student, "teacher": copy.deepcopy(student)})
+    model["teacher"].requires_grad_(False)
+    assert list(TorchTables(model).tables) == ["student.0"]
+    # A copy that is all there is, is trained, or asked to be made so.
+    assert list(TorchTables(model["teacher"]).tables) == ["0"]

@@ -1,6 +1,7 @@
 """Rows that are to train and that no optimizer holds: said before anything moves, or no fault."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -45,19 +46,22 @@ def test_a_frozen_weight_is_refused_and_learns_by_the_remedy(mode: bool) -> None
     assert rows_that_differ(before["0.weight"], model[0].weight) == [2]
 
 
-def test_an_optimizer_of_the_others_is_refused_and_steps_by_the_remedies() -> None:
+def test_a_weight_that_is_left_out_of_the_optimizer_is_warned_of_once() -> None:
     for remedy in ("another", "none"):
         model = model_with_rows()
         before = model[0].weight.detach().clone()
         optimizer = SGD(model[1].parameters(), 0.1)
         gradients(model)
-        with pytest.raises(InputError, match=r"Make the optimizer of.*set_trainable_rows"):
+        with pytest.warns(UserWarning, match=r"Make the optimizer of.*set_trainable_rows"):
             optimizer.step()
-        if remedy == "another":
-            optimizer = SGD(model.parameters(), 0.1)
-        else:
-            model[0].set_trainable_rows("none")
-        optimizer.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+            if remedy == "another":
+                optimizer = SGD(model.parameters(), 0.1)
+            else:
+                model[0].set_trainable_rows("none")
+            optimizer.step()
         moved = rows_that_differ(before, model[0].weight)
         assert moved == ([2] if remedy == "another" else [])
 
@@ -69,7 +73,7 @@ def test_rows_that_are_to_train_later_are_seen_when_they_are_set() -> None:
     gradients(model)
     optimizer.step()
     model[0].set_trainable_rows([3])
-    with pytest.raises(InputError, match="belong to an optimizer"):
+    with pytest.warns(UserWarning, match="belong to an optimizer"):
         optimizer.step()
 
 
@@ -99,8 +103,25 @@ def test_a_table_that_is_plain_again_is_none() -> None:
     SGD(model[1].parameters(), 0.1).step()
 
 
-def test_a_copy_is_seen_too() -> None:
+@pytest.mark.parametrize("of_all", [True, False], ids=["of_all", "of_the_student"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "not_frozen"])
+@pytest.mark.filterwarnings("error")
+def test_a_teacher_that_is_a_copy_needs_nothing(of_all: bool, frozen: bool) -> None:
+    student = model_with_rows()
+    whole = nn.ModuleDict({"student": student, "teacher": copy.deepcopy(student)})
+    whole["teacher"].requires_grad_(not frozen)
+    optimizer = SGD((whole if of_all else student).parameters(), 0.1)
+    for _ in range(2):
+        gradients(student)
+        optimizer.step()
+    assert rows_that_differ(whole["teacher"][0].weight, student[0].weight) == [2]
+    assert_same_bits(whole["teacher"][0].weight, model_with_rows()[0].weight, "the teacher")
+
+
+def test_a_copy_whose_rows_are_set_is_a_table_like_any_other() -> None:
     model = copy.deepcopy(model_with_rows())
+    model[0].set_trainable_rows([3])
+    model[0].requires_grad_(False)
     gradients(model)
     with pytest.raises(InputError, match="belong to an optimizer"):
         SGD(model[1].parameters(), 0.1).step()
