@@ -241,12 +241,13 @@ def _settle_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) 
     # One that reads a gradient once, at the cost of its rows, and keeps nothing of it.
     reads_rows = type(optimizer) is SGD and not any(g["momentum"] for g in optimizer.param_groups)
     for parameter in parameters:
-        if parameter.grad is None:
+        if (grad := parameter.grad) is None:
             continue
-        grad = local(parameter.grad)
-        if isinstance(grad, RowGradient) and not reads_rows:
-            grad = grad.to_sparse() if isinstance(optimizer, SparseAdam) else grad.to_dense()
-        parameter.grad = sharded_like(grad, parameter) if is_sharded(parameter) else grad
+        own = local(grad) if is_sharded(grad) else grad
+        if isinstance(own, RowGradient) and not reads_rows:
+            own = own.to_sparse() if isinstance(optimizer, SparseAdam) else own.to_dense()
+        if own is not grad:
+            parameter.grad = sharded_like(own, parameter) if is_sharded(parameter) else own
 
 
 # Once for the process, since nothing else is called for an optimizer that nobody tells us of.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import distributed as dist
@@ -30,7 +31,8 @@ def keep_whole(model: nn.Module, processes: Any = None) -> set[nn.Parameter]:
             or None for all.
 
     Returns:
-        The parameters of which only rows train: the tables' weights, and biases of heads.
+        The parameters of which only rows train, in the order of the model: the tables' weights, and
+        biases of heads.
 
     Raises:
         InputError: There is no process group, or no table; or one has `max_norm`, is sharded
@@ -69,7 +71,7 @@ def keep_whole(model: nn.Module, processes: Any = None) -> set[nn.Parameter]:
                 f"{name!r} on the meta device, which has none. Make the table on its device."
             )
         parameters[name] = parameter
-    if not parameters:
+    if not any(isinstance(module, PartialTable) for module in model.modules()):
         raise InputError(
             f"keep_whole is for a model with tables. Received a {type(model).__name__} without any."
         )
@@ -78,4 +80,18 @@ def keep_whole(model: nn.Module, processes: Any = None) -> set[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, PartialTable) and not isinstance(module, SplitEmbedding):
             average_over(module, module.row_parameters, lambda: group)
-    return set(parameters.values())
+    return _InOrder(parameters.values())
+
+
+class _InOrder(set[nn.Parameter]):
+    """A set that is gone through in the order of the model, which is the same in each process.
+
+    A plain one goes by addresses, and processes would average one table with another.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._order = list(parameters)
+        super().__init__(self._order)
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self._order)

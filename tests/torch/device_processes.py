@@ -8,7 +8,7 @@ It runs the cases for so many processes and writes what they returned to
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from device_nets import (
 )
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from partial_embedding import InputError
 from partial_embedding.torch import (
@@ -63,6 +63,43 @@ def beside_fsdp2(head: str, **options: Any) -> Net:
         net.hidden.load_state_dict(Net(head).hidden.state_dict())
     fully_shard(net, mesh=mesh(), ignored_params=keep_whole(net))
     return net
+
+
+def beside_fsdp1(head: str) -> tuple[Net, nn.Module]:
+    net = Net(head)
+    whole = keep_whole(net)
+    return net, FullyShardedDataParallel(
+        net, ignored_states=whole, device_id=torch.device("cpu"), use_orig_params=True
+    )
+
+
+def with_fsdp1(name: str, head: str) -> dict[str, list[Any]]:
+    net, model = beside_fsdp1(head)
+    return train(net, name, model=model)
+
+
+def in_optimizers_of_their_own(head: str) -> dict[str, list[Any]]:
+    """As beside DeepSpeed ZeRO-1: an engine has all but the tables, and steps it by itself."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns where it is imported
+
+    net = Net(head)
+    whole = keep_whole(net)
+    rest = [parameter for parameter in net.parameters() if parameter not in whole]
+    of_rest = ZeroRedundancyOptimizer(rest, torch.optim.AdamW, lr=0.1, weight_decay=0.2)
+    of_tables = rowwise(OPTIMIZERS["AdamW"](list(whole)), net)
+    seen: dict[str, list[Any]] = {"rows": [], "gradients": [], "norms": []}
+    for step in range(STEPS):
+        set_rows(net, step)
+        net.zero_grad()
+        loss_of(net(batch(step, dist.get_rank()))).backward()
+        for parameter in rest:  # what the engine does in its backward
+            dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
+        average_gradients(of_tables)
+        seen["gradients"].append(gradients(net))
+        of_tables.step()
+        of_rest.step()
+        seen["rows"].append(snapshot(net))
+    return seen
 
 
 def split(head: str) -> Net:
@@ -201,13 +238,23 @@ def split_on_meta() -> dict[str, Any]:
     split_rows(table, mesh())
     table.to_empty(device="cpu")
     table.reset_parameters()
+    given = torch.func.functional_call(table, {"weight": torch.eye(V, D)}, (torch.arange(V),))
     own = table.weight.to_local()
     before = whole(table.weight).detach().clone()
     optimizer = torch.optim.AdamW(table.parameters(), lr=0.1)
     table(torch.arange(V)).sum().backward()
     optimizer.step()
+    given_alike = PartialEmbedding.from_pretrained(torch.ones(V, D))
+    split_rows(given_alike, mesh(), src_data_rank=None)
+    held = given_alike.weight.to_local().untyped_storage().nbytes()
     moved = (whole(table.weight) != before).any(1).nonzero().flatten()
-    return {"local": len(own), "padding": before[30].tolist(), "moved": moved.tolist()}
+    return {
+        "local": len(own),
+        "padding": before[30].tolist(),
+        "moved": moved.tolist(),
+        "given": given.detach(),
+        "held": held,
+    }
 
 
 def split_beside_ddp() -> dict[str, Any]:
@@ -218,6 +265,33 @@ def split_beside_ddp() -> dict[str, Any]:
     net.alive = [ddp]
     seen = train(net, "AdamW", some_empty=True, model=ddp)
     return {"rows": seen["rows"], "ignored": sorted(ddp.parameters_to_ignore)}
+
+
+def many_in_order() -> list[int]:
+    """The places, in the model, of the weights of many tables."""
+    model = nn.ModuleList(PartialEmbedding(2, 2) for _ in range(40))
+    place_of = {id(table.weight): i for i, table in enumerate(model)}
+    return [place_of[id(parameter)] for parameter in keep_whole(model)]
+
+
+def split_traffic() -> dict[str, int]:
+    """Bytes that a step gives the process group, for tables of two sizes and numbers of ids."""
+    found, real = {}, dist.all_to_all_single
+    for num_rows in (1_000, 100_000):
+        for ids in (40, 50):
+            table = PartialEmbedding(num_rows, D, trainable_rows=range(num_rows // 2))
+            split_rows(table, mesh())
+            sent: list[int] = []
+
+            def counted(out: Any, given: Any, *others: Any, to: Any = sent, **options: Any) -> Any:
+                to.append(given.nbytes)
+                return real(out, given, *others, **options)
+
+            dist.all_to_all_single = counted
+            table(torch.arange(ids) * (num_rows // ids)).sum().backward()
+            dist.all_to_all_single = real
+            found[f"{num_rows} {ids}"] = sum(sent)
+    return found
 
 
 def row_files() -> dict[str, Any]:
@@ -282,10 +356,10 @@ def a_process_dies() -> list[str]:
     return failure(lambda: one_step_of(net, optimizer))
 
 
-def all_whole() -> dict[str, Callable[[], Any]]:
+def all_whole(names: Iterable[str]) -> dict[str, Callable[[], Any]]:
     """The name of each run: whole, the optimizer, the head, and what else is done."""
     cases: dict[str, Callable[[], Any]] = {}
-    for name in OPTIMIZERS:
+    for name in names:
         for head in ("none", "tied", "untied"):
             cases[f"whole {name} {head}"] = lambda n=name, h=head: train(beside_fsdp2(h), n)
     cases["whole AdamW untied clipped"] = lambda: train(
@@ -294,14 +368,17 @@ def all_whole() -> dict[str, Callable[[], Any]]:
     cases["whole AdamW-foreach tied clipped accumulated"] = lambda: train(
         beside_fsdp2("tied"), "AdamW-foreach", max_norm=0.05, accumulate=2
     )
+    for head in ("none", "untied"):
+        cases[f"whole SGD {head} fsdp1"] = lambda h=head: with_fsdp1("SGD", h)
+        cases[f"whole AdamW {head} zero"] = lambda h=head: in_optimizers_of_their_own(h)
     cases["whole AdamW none lazy"] = lambda: train(beside_fsdp2("none"), "AdamW", lazy=True)
     return cases
 
 
-def all_split() -> dict[str, Callable[[], Any]]:
+def all_split(names: Iterable[str]) -> dict[str, Callable[[], Any]]:
     """As `all_whole`; one process has an empty batch at one step."""
     cases: dict[str, Callable[[], Any]] = {}
-    for name in OPTIMIZERS:
+    for name in names:
         for lazy in (False, True):
             cases[f"split {name} none{' lazy' * lazy}"] = lambda n=name, z=lazy: train(
                 split("none"), n, some_empty=True, lazy=z
@@ -327,6 +404,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "split_of_all_rows": split_of_all_rows,
     "split_on_meta": split_on_meta,
     "split_beside_ddp": split_beside_ddp,
+    "many_in_order": many_in_order,
     "row_files": row_files,
     "saved": saved,
     "read": read,
@@ -336,8 +414,14 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "a_process_dies": a_process_dies,  # the last case
 }
 CASES = {
-    2: {**all_whole(), **all_split(), **REFUSED, **OTHERS},
-    3: {**all_whole(), **all_split(), "read": read, **FAULTS},
+    2: {
+        **all_whole(OPTIMIZERS),
+        **all_split(OPTIMIZERS),
+        "split_traffic": split_traffic,
+        **REFUSED,
+        **OTHERS,
+    },
+    3: {**all_whole(["AdamW"]), **all_split(["SGD"]), "read": read, **FAULTS},
 }
 
 

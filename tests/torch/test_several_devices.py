@@ -196,9 +196,12 @@ def test_a_split_table_of_which_all_rows_train_is_stepped_by_a_plain_optimizer(s
 def test_a_table_is_split_before_it_has_rows(seen: Seen) -> None:
     processes = seen[2]["split_on_meta"]
     assert [process["local"] for process in processes] == [16, 15]
+    assert [process["held"] for process in processes] == [16 * 4 * D, 15 * 4 * D]
     for process in processes:
         assert process["padding"] == [0.0] * D
         assert process["moved"] == [1, 29]
+        # As `torch.func` calls it, with a weight that is whole.
+        assert torch.equal(process["given"], torch.eye(V, D))
 
 
 def test_ddp_leaves_a_split_table_alone(seen: Seen) -> None:
@@ -220,6 +223,19 @@ def test_rows_of_a_split_table_are_written_by_one_and_read_by_all(seen: Seen) ->
         assert torch.equal(process["alone"]["table"][others], begun[others])
         torch.testing.assert_close(process["again"], process["alone"]["table"])
         assert "rows of two files are not the same ones" in process["refused"]
+
+
+def test_what_is_kept_whole_comes_in_the_order_of_the_model(seen: Seen) -> None:
+    for process in seen[2]["many_in_order"]:
+        assert process == list(range(40))
+
+
+def test_what_is_sent_for_a_split_table_follows_the_ids_and_not_the_table(seen: Seen) -> None:
+    for process in seen[2]["split_traffic"]:
+        for ids in (40, 50):
+            # A header of 32 bytes; ids, rows, and whether each trains; gradients of those, a half.
+            wanted = 32 + ids * (8 + 4 * D + 1) + ids // 2 * 4 * D
+            assert process[f"1000 {ids}"] == process[f"100000 {ids}"] == wanted
 
 
 # Checkpoints

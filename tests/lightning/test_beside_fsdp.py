@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
 
 import torch
-from model_parallel_worker import CASES, EPOCHS
+from beside_fsdp_worker import CASES, EPOCHS, SAVED_AT
 from once import once, run_both_ranks
 from small_runs import BATCHES, STAGES, rows_that_differ, same_bits, starting_table
 
@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
 )
 ALL = [*CASES, "fabric"]
+SAVED = [(kind, distributed) for kind in ("whole", "split") for distributed in (True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +23,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     """What each of the two ranks saw, for each case."""
     folder = once(
         tmp_path_factory,
-        "model_parallel",
-        lambda made: run_both_ranks("model_parallel_worker.py", made),
+        "beside_fsdp",
+        lambda made: run_both_ranks("beside_fsdp_worker.py", made),
     )
+    names = [*ALL, *(f"resumed-{kind}-{distributed}" for kind, distributed in SAVED)]
     return {
         case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for case in ALL
+        for case in names
     }
 
 
@@ -64,3 +66,13 @@ def test_weights_are_those_of_a_run_under_ddp(
     for found, wanted in zip(ranks[case][0]["weights"], ranks[other][0]["weights"], strict=True):
         for name in wanted:
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "distributed"), SAVED)
+def test_a_run_that_is_resumed_ends_as_the_one_that_was_not_stopped(
+    kind: str, distributed: bool, ranks: dict[str, list[dict[str, Any]]]
+) -> None:
+    for rank in ranks[f"resumed-{kind}-{distributed}"]:
+        assert len(rank["resumed"]) == EPOCHS * BATCHES - SAVED_AT
+        for found, wanted in zip(rank["resumed"], rank["whole"][SAVED_AT:], strict=True):
+            assert all(same_bits(found[name], wanted[name]) for name in wanted)

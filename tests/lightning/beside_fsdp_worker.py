@@ -1,4 +1,4 @@
-"""One rank of runs in which FSDP2 shards a model; a script, started by `test_model_parallel.py`.
+"""One rank of runs in which FSDP2 shards a model; a script, started by `test_beside_fsdp.py`.
 
 The process needs LOCAL_RANK, MASTER_ADDR and MASTER_PORT. It writes what it saw, batch by batch, to
 `{folder}/{case}-{rank}.pt`.
@@ -15,7 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy as FabricStrategy
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
-from small_runs import SCHEDULE, STAGES, Net, data, loader, loss_of, trainer
+from small_runs import CLASSES, SCHEDULE, STAGES, Net, V, data, loader, loss_of, trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Subset
@@ -25,6 +25,15 @@ from partial_embedding.torch import average_gradients, keep_whole, split_rows
 
 EPOCHS = 4
 # By default Lightning takes the processes of one machine for tensor parallelism.
+# Rows join and leave before and after the step at which a run is saved.
+SAVED_AT = 5
+BY_STEP = {
+    "stages": [
+        {"step": 0, "rows": [1, 4, 6]},
+        {"step": 3, "rows": [1, 2, 4, 6, 8], "lr_scale": 0.5, "warmup_steps": 3},
+        {"step": 8, "rows": [2, 8, 9]},
+    ]
+}
 SIZES = {"data_parallel_size": 2, "tensor_parallel_size": 1}
 
 
@@ -100,6 +109,45 @@ def run(name: str, folder: Path) -> None:
     torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
 
 
+class Replayed(pl.Callback):
+    """Gives each step the batch of its number, and saves in the middle."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
+        drawn = torch.Generator().manual_seed(2 * trainer.global_step + trainer.global_rank)
+        for part, height in zip(batch, (V, CLASSES), strict=True):
+            part.copy_(torch.randint(height, part.shape, generator=drawn))
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if self.path is not None and trainer.global_step == SAVED_AT:
+            trainer.save_checkpoint(self.path)
+
+
+def run_and_resume(kind: str, distributed: bool, folder: Path) -> None:
+    """Weights after each step, of a run and of one that goes on from its middle."""
+    path, seen = folder / f"{kind}-{distributed}.ckpt", {}
+    for name, saves, begins in (("whole", path, None), ("resumed", None, path)):
+        net = (Whole if kind == "whole" else Split)().build()
+        watched, callback = Watched(), RowUnfreezing(BY_STEP, audit=1)
+        strategy = ModelParallelStrategy(
+            save_distributed_checkpoint=distributed, process_group_backend="gloo", **SIZES
+        )
+        made = trainer(
+            callback,
+            watched,
+            Replayed(saves),
+            strategy=strategy,
+            devices=2,
+            use_distributed_sampler=False,
+            gradient_clip_val=0.05,
+        )
+        made.fit(net, own_batches(), ckpt_path=begins)
+        seen[name] = watched.seen
+    torch.save(seen, folder / f"resumed-{kind}-{distributed}-{made.global_rank}.pt")
+
+
 def run_fabric(folder: Path) -> None:
     """A loop of Fabric's, whose rows are set by hand."""
     strategy = FabricStrategy(parallelize_fn=parallelize, **SIZES, process_group_backend="gloo")
@@ -146,4 +194,7 @@ if __name__ == "__main__":
     assert "LOCAL_RANK" in os.environ
     for case_name in CASES:
         run(case_name, Path(sys.argv[1]))
+    for which in ("whole", "split"):
+        for folders in (True, False):
+            run_and_resume(which, folders, Path(sys.argv[1]))
     run_fabric(Path(sys.argv[1]))
