@@ -21,7 +21,7 @@ _LEAVE_OUT = (
 )
 
 
-def refuse_flat(weight: Tensor, table: PartialTable) -> None:
+def refuse_flat(weight: Tensor, table: nn.Module) -> None:
     """Refuse a part of a long vector in the place of a matrix, as FSDP1 puts it there.
 
     Args:

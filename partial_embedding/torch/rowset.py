@@ -45,9 +45,11 @@ class RowSet:
         # The row id of each slot, int64, shape (K,).
         self.order = self._joined(list(self.cohorts.values()))
         # Whether each row of the table trains, booleans, shape (V,). Made now: an exporter that
-        # asked for it first would leave one that has no memory.
-        self.mask = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
-        self.mask[self.order] = True
+        # asked for it first would leave one that has no memory. What inference makes, no backward
+        # pass may keep.
+        with torch.inference_mode(False):
+            self.mask = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
+            self.mask[self.order] = True
 
     def __len__(self) -> int:
         return sum(map(len, self.cohorts.values()))

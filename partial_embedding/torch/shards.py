@@ -18,7 +18,7 @@ from torch import distributed as dist
 from partial_embedding.errors import InputError
 
 if TYPE_CHECKING:
-    from partial_embedding.torch.table import PartialTable
+    pass
 
 # Importing the class takes longer than making a table; whoever has a tensor of it has done so.
 DTensor = Any
@@ -112,7 +112,7 @@ def shard_of(weight: Tensor) -> Shard | None:
     return Shard(start, start + int(shape[0]))
 
 
-def check_sharding(parameter: Tensor, table: PartialTable) -> None:
+def check_sharding(parameter: Tensor, table: nn.Module) -> None:
     """Refuse a table whose rows cannot be kept exact where its weight is sharded.
 
     Args:

@@ -20,13 +20,13 @@ from partial_embedding.errors import InputError
 from partial_embedding.torch.engines import is_flattened
 
 if TYPE_CHECKING:
-    from partial_embedding.torch.table import PartialTable
+    from partial_embedding.torch.trainable_rows import TrainableRows
 
 # Tables whose rows were set, and that no optimizer has stepped since.
-_waiting: WeakSet[PartialTable] = WeakSet()
+_waiting: WeakSet[TrainableRows] = WeakSet()
 
 
-def await_a_step(table: PartialTable) -> None:
+def await_a_step(table: TrainableRows) -> None:
     """Expect an optimizer to hold a table.
 
     Args:
@@ -35,7 +35,7 @@ def await_a_step(table: PartialTable) -> None:
     _waiting.add(table)
 
 
-def no_longer_await(table: PartialTable) -> None:
+def no_longer_await(table: TrainableRows) -> None:
     """Know that an optimizer holds a table.
 
     Args:
@@ -59,7 +59,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
     if not _waiting:
         return
     own = _held_by(optimizer)
-    judged: WeakKeyDictionary[PartialTable, object] = vars(optimizer).setdefault(
+    judged: WeakKeyDictionary[TrainableRows, object] = vars(optimizer).setdefault(
         "_judged_tables", WeakKeyDictionary()
     )
     # What FSDP1 has flattened is refused where it is used, and not by other optimizers.
@@ -99,7 +99,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
         raise InputError(told.format(remedy=remedy))
 
 
-def _is_to_train(table: PartialTable) -> bool:
+def _is_to_train(table: TrainableRows) -> bool:
     return table.has_frozen_rows and len(table.row_set) > 0 and not table.is_copy
 
 
@@ -125,7 +125,7 @@ def _living() -> tuple[list[Optimizer], list[nn.Module]]:
 
 
 def _name_beside(
-    table: PartialTable, parameters: Iterable[int], owners: Mapping[int, list[nn.Module]]
+    table: TrainableRows, parameters: Iterable[int], owners: Mapping[int, list[nn.Module]]
 ) -> str | None:
     """The name of a table in the model that it has in common with parameters, if there is one.
 

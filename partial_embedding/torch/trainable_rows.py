@@ -1,0 +1,277 @@
+"""Which rows of a table train: what is set, what is read, and who is asked before."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from partial_embedding.errors import InputError
+from partial_embedding.rows import Rows
+from partial_embedding.rows.rows import RowsLike
+from partial_embedding.rows.vocabulary import Ids
+from partial_embedding.schedule import RateScale
+from partial_embedding.torch.engines import refuse_flat
+from partial_embedding.torch.hooks import tables_of
+from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.shards import check_sharding
+from partial_embedding.torch.table_files import TableFiles
+from partial_embedding.torch.unheld import await_a_step
+
+
+class Stepper(Protocol):
+    """What steps a table's rows, and is asked before they get a rate of their own."""
+
+    def check_rate_scale(self, rate_scale: RateScale) -> None:
+        """Refuse what it cannot keep.
+
+        Args:
+            rate_scale: How fast rows would learn.
+        """
+
+
+class TrainableRows(TableFiles):
+    """A mix-in: the row set of a weight, which is replaced whenever other rows are to train."""
+
+    if TYPE_CHECKING:  # jit.script reads annotations, and knows few
+        _shards: Mapping[str, nn.Parameter]
+
+        @property
+        def leaf_weight(self) -> nn.Parameter:
+            """As in `PartialTable`."""
+            raise NotImplementedError
+
+        @property
+        def has_leaf_weight(self) -> bool:
+            """As in `PartialTable`."""
+            raise NotImplementedError
+
+    # Whether the table was made by copying another, as teachers and references are, and no rows of
+    # it were set since: nobody has said that it is to train.
+    is_copy = False
+
+    @property
+    def trainable_rows(self) -> Tensor:
+        """The ids of the rows that train, rising, int64, shape (K,)."""
+        return self.row_set.ids.clone()
+
+    def set_trainable_rows(
+        self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
+    ) -> None:
+        """Train exactly these rows from the next step on.
+
+        Rows that trained before and still do keep their optimizer state and their rate; rows that
+        join begin as if training had just started; rows that leave keep their values from here on.
+
+        Args:
+            rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
+                `Rows`. The padding row never trains, also when it is among them.
+            lr_scale: What the optimizer's rate is multiplied by for the rows that join, for as long
+                as they train. A table that is made with `trainable_rows="none"` has no rows that
+                trained before.
+            warmup_steps: The steps in which their rate rises to that; 0 for none.
+
+        Raises:
+            InputError: The rows do not fit the table, or its optimizer cannot keep such a rate.
+
+        Example:
+            >>> from partial_embedding.torch import PartialEmbedding
+            >>> table = PartialEmbedding(10, 4, trainable_rows=[7])
+            >>> table.set_trainable_rows([2, 7], lr_scale=0.5)
+            >>> table.trainable_rows, list(table.rate_scales.values())
+            (tensor([2, 7]), [RateScale(lr_scale=0.5, warmup_steps=0)])
+        """
+        self.set_trainable_ids(self._resolve(rows), RateScale(lr_scale, warmup_steps))
+
+    def unfreeze_rows(
+        self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
+    ) -> None:
+        """Train these rows too, as a cohort of their own.
+
+        Args:
+            rows: As for `set_trainable_rows`.
+            lr_scale: Likewise.
+            warmup_steps: Likewise.
+
+        Raises:
+            InputError: As for `set_trainable_rows`.
+        """
+        ids = np.union1d(self.row_set.ids.cpu().numpy(), self._resolve(rows))
+        self.set_trainable_ids(ids, RateScale(lr_scale, warmup_steps))
+
+    def freeze_rows(self, rows: RowsLike) -> None:
+        """Stop training these rows; they lose their optimizer state.
+
+        Args:
+            rows: As for `set_trainable_rows`.
+
+        Raises:
+            InputError: The rows do not fit the table.
+        """
+        self.set_trainable_ids(np.setdiff1d(self.row_set.ids.cpu().numpy(), self._resolve(rows)))
+
+    @property
+    def _row_set(self) -> RowSet | None:
+        return self._shared.row_set
+
+    @_row_set.setter
+    def _row_set(self, row_set: RowSet | None) -> None:
+        self._shared.row_set = row_set
+        if row_set is None:
+            return
+        await_a_step(self)
+        if self._shared.origin is not None:
+            self._shared.origin.include(self.leaf_weight, row_set.ids)
+        for told in self._shared.before_training:
+            told(row_set.ids)
+
+    @property
+    def row_set(self) -> RowSet:
+        """The rows that train, by cohort, on the device of the weight."""
+        weight, rows = self.leaf_weight, self._row_set
+        # A meta device would forget the ids; they wait on the CPU until there is a real weight.
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        if rows is not None and rows.num_rows == weight.shape[0] and rows.device == device:
+            return rows
+        refuse_flat(weight, self)
+        self._row_set = self._row_set_for(weight.shape[0]).to(device)
+        return self._row_set
+
+    @row_set.setter
+    def row_set(self, row_set: RowSet) -> None:
+        self._row_set = row_set
+
+    def _row_set_for(self, num_rows: int) -> RowSet:
+        rows = self._row_set
+        if rows is None:
+            return RowSet(num_rows, {0: self._all_ids()}, 1)
+        if rows.num_rows == num_rows:
+            return rows
+        # Whoever resized the vocabulary did so on the weight alone (transformers does).
+        nothing_frozen = len(rows) == self._most_trainable(rows.num_rows)
+        rows = rows.resized_to(num_rows)
+        return rows.changed_to(self._all_ids().to(rows.device)) if nothing_frozen else rows
+
+    @property
+    def rate_scales(self) -> Mapping[int, RateScale]:
+        """How fast cohorts learn, by number, where that is not the optimizer's own rate."""
+        return {} if self._row_set is None else self.row_set.rate_scales
+
+    @property
+    def has_frozen_rows(self) -> bool:
+        """Whether some row other than padding does not train."""
+        if self._row_set is None:
+            return False
+        return len(self.row_set) < self._most_trainable(self.leaf_weight.shape[0])
+
+    @property
+    def new_rows(self) -> Ids | None:
+        """The rows by which the table grew last, sorted, or None."""
+        return self._shared.new_rows
+
+    @property
+    def earlier_sizes(self) -> tuple[int, ...]:
+        """How many rows there were each time before the table grew."""
+        return self._shared.earlier_sizes
+
+    def note_growth(self, earlier_size: int, new_rows: Ids) -> None:
+        """Know that rows were added.
+
+        Args:
+            earlier_size: How many rows there were before; as many as now, where rows that were
+                there already got a meaning.
+            new_rows: The rows that are new, sorted, int64.
+        """
+        if earlier_size != self.leaf_weight.shape[0]:
+            self._shared.earlier_sizes += (earlier_size,)
+        self._shared.new_rows = new_rows
+
+    def _most_trainable(self, num_rows: int) -> int:
+        # While a graph is traced the size of an axis is a tensor, which takes no bool away.
+        return num_rows - int(self.padding_row is not None)
+
+    def _all_ids(self) -> Tensor:
+        # Named, since the default device may be the meta device, which would forget the ids.
+        ids = torch.arange(self.leaf_weight.shape[0], device="cpu")
+        return ids[ids != self.padding_row] if self.padding_row is not None else ids
+
+    @property
+    def padding_row(self) -> int | None:
+        """The row that never trains, if there is one."""
+        # A head has none of its own, and may be tied to a table that has one.
+        own: int | None = getattr(self, "padding_idx", None)
+        return self._shared.padding_row if own is None else own
+
+    def _resolve(self, rows: RowsLike) -> Ids:
+        refuse_flat(self.leaf_weight, self)
+        if isinstance(rows, Tensor):
+            rows = rows.detach().cpu().numpy()
+        return Rows.parse(rows).resolve(self.leaf_weight.shape[0], new=self._shared.new_rows)
+
+    def set_trainable_ids(self, ids: Ids, rate_scale: RateScale | None = None) -> None:
+        """Train exactly these rows, given as `Rows.resolve` gives them; there may be none.
+
+        Args:
+            ids: Sorted ids without duplicates, int64, shape (K,).
+            rate_scale: How fast the rows learn that join.
+
+        Raises:
+            InputError: The table's optimizer cannot keep the rate_scale, or its weight is sharded
+                in a way that cannot be served.
+        """
+        self.check_rate_scale(rate_scale)
+        self.__dict__["is_copy"] = False  # past nn.Module, which looks for parameters
+        ids = ids[ids != self.padding_row]
+        for parameter in self._shards.values():
+            check_sharding(parameter, self)
+        if self._row_set is None and len(ids) == self._most_trainable(self.leaf_weight.shape[0]):
+            return  # every row trains already, with no bookkeeping to keep
+        if self._row_set is None:
+            # Those that stay are the first cohort. All rows, which leave, are not written down.
+            of_first = {0: torch.tensor(ids, device="cpu")}
+            self.row_set = RowSet(self.leaf_weight.shape[0], of_first, 1)
+            return
+        before = self.row_set
+        self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
+
+    def check_rate_scale(self, rate_scale: RateScale | None) -> None:
+        """Refuse a rate_scale that the table's optimizer cannot keep.
+
+        Args:
+            rate_scale: How fast rows would learn.
+
+        Raises:
+            InputError: It is none, or the optimizer cannot keep it.
+        """
+        if rate_scale is not None and not isinstance(rate_scale, RateScale):
+            raise InputError(
+                "a rate_scale is a partial_embedding.schedule.RateScale. "
+                f"Received: {rate_scale!r}. Write "
+                "RateScale(lr_scale=0.5), for example."
+            )
+        if rate_scale is None:
+            return
+        for table in {self, *tables_of(self.leaf_weight)}:
+            for stepper in table.__dict__.get("_steppers", ()):
+                stepper.check_rate_scale(rate_scale)
+
+    def stepped_by(self, stepper: Stepper) -> None:
+        """Ask an optimizer, for as long as it exists, before rows get a rate of their own.
+
+        Args:
+            stepper: What steps the rows.
+        """
+        # By a weak reference: a table does not keep its optimizers alive.
+        self.__dict__.setdefault("_steppers", weakref.WeakSet()).add(stepper)
+
+    def no_longer_stepped_by(self, stepper: Stepper) -> None:
+        """Ask it no more.
+
+        Args:
+            stepper: What `stepped_by` was given.
+        """
+        self.__dict__.get("_steppers", weakref.WeakSet()).discard(stepper)
