@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.engines import is_flattened
 
 if TYPE_CHECKING:
     from partial_embedding.torch.trainable_rows import TrainableRows
@@ -61,7 +62,9 @@ def refuse_unheld(optimizer: Optimizer) -> None:
     judged: WeakKeyDictionary[TrainableRows, object] = vars(optimizer).setdefault(
         "_judged_tables", WeakKeyDictionary()
     )
-    new = [t for t in _waiting if t.has_leaf_weight and judged.get(t) is not t._row_set]
+    # What FSDP1 has flattened is refused where it is used, and not by other optimizers.
+    standing = [t for t in _waiting if t.has_leaf_weight and not is_flattened(t)]
+    new = [table for table in standing if judged.get(table) is not table._row_set]
     for table in new:
         if id(table.leaf_weight) in own:
             no_longer_await(table)

@@ -31,7 +31,6 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -354,6 +353,9 @@ def beside_flat_tables() -> list[int]:
 
 
 def by_zero_redundancy() -> None:
+    # Its package scripts optimizers when it is imported, at the cost of a second and 66 warnings.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     model = Small()
     made = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW)
     model(torch.arange(V)).backward()
