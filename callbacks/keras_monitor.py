@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.optimizers import MultiOptimizer
 from numpy.typing import NDArray
 
 from partial_embedding.monitor.record import RECORD, RunRecorder, write_record
@@ -20,6 +21,7 @@ from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
 from partial_embedding.tensorflow.adapter import innermost
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.optimizer import optimizer_of, optimizers_in
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ class RowMonitor(keras.callbacks.Callback):
         self._run = RunRecorder()
         self._tables: dict[str, _Table] = {}
         self._writer: Any = None
-        self._optimizer: Rowwise | None = None
+        self._measuring: list[Rowwise] = []
         self._epoch = 0
         self._due = False
 
@@ -117,13 +119,17 @@ class RowMonitor(keras.callbacks.Callback):
             padding = 0 if layer.freeze_padding else None
             sample = self._run.add_table(name, _Reader(layer), layer.input_dim, padding)
             self._tables[name] = _Table(layer, sample)
-        optimizer = innermost(self.model.optimizer)
-        self._optimizer = optimizer if isinstance(optimizer, Rowwise) else None
-        if self._optimizer is not None:
-            # What measures is part of a step that is traced from now on.
-            if not self._optimizer.is_measurable:
-                self.model.make_train_function(force=True)
-            self._optimizer.measure_gradients(False)
+        if isinstance(innermost(self.model.optimizer), MultiOptimizer) and self.model.built:
+            self.model.optimizer.build(self.model.trainable_variables)  # with those of tables
+        self._measuring = [one for one in optimizers_in(self.model) if isinstance(one, Rowwise)]
+        # What measures is part of a step that is traced from now on.
+        if not all(optimizer.is_measurable for optimizer in self._measuring):
+            self.model.make_train_function(force=True)
+        self._measure(False)
+
+    def _measure(self, measure: bool) -> None:
+        for optimizer in self._measuring:
+            optimizer.measure_gradients(measure)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Know where training stands."""
@@ -132,15 +138,16 @@ class RowMonitor(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Note which rows were unfrozen, and what rows hold before a step that is measured."""
         self._due = self._is_due(batch)
-        if self._optimizer is not None and self._due:
-            self._optimizer.measure_gradients(True)
+        if self._due:
+            self._measure(True)
         for one in self._tables.values():
             # Weights that are set from outside may change rows too, which is seen when it is due.
             if self._due or one.times_set != one.layer.times_set:
                 self._note_rows(one, self._place(batch))
             if self._due:
                 one.sample.before_step()
-                one.rates = _rates(self.model.optimizer, one)
+                optimizer = self._optimizer_of(one)
+                one.rates = {} if optimizer is None else _rates(optimizer, one)
 
     def _note_rows(self, one: _Table, place: float) -> None:
         one.times_set, rows = one.layer.times_set, one.layer.trainable_rows
@@ -157,15 +164,26 @@ class RowMonitor(keras.callbacks.Callback):
             one.sample.track.end = place
             if self._due:
                 numbers = one.sample.measure(place, None, self._gradient_norms(one), one.rates)
-                with self._writer.as_default(step=int(self.model.optimizer.iterations.numpy())):
+                with self._writer.as_default(step=self._steps(one)):
                     for key, value in numbers.items():
                         tf.summary.scalar(f"{name}/{key}", value)
-        if self._optimizer is not None and self._due:
-            self._optimizer.measure_gradients(False)
+        if self._due:
+            self._measure(False)
 
     def _gradient_norms(self, one: _Table) -> dict[int, float] | None:
-        squares = None if self._optimizer is None else self._optimizer.row_squares(one.layer)
+        measured = (optimizer.row_squares(one.layer) for optimizer in self._measuring)
+        squares = next((found for found in measured if found is not None), None)
         return None if squares is None else one.sample.gradient_norms(*squares)
+
+    def _optimizer_of(self, one: _Table) -> Any:
+        """What steps a table; None where one of several will, and none did yet."""
+        known = optimizer_of(self.model, one.layer.rows_variable)
+        optimizers = list(optimizers_in(self.model))
+        return optimizers[0] if known is None and len(optimizers) == 1 else known
+
+    def _steps(self, one: _Table) -> int:
+        optimizer = self._optimizer_of(one)
+        return 0 if optimizer is None else int(optimizer.iterations.numpy())
 
     def _is_due(self, batch: int) -> bool:
         """Whether a batch is measured among those that this one begins."""
@@ -176,7 +194,7 @@ class RowMonitor(keras.callbacks.Callback):
 
     def _place(self, batch: int) -> float:
         if self._run.unit == "step":
-            return float(self.model.optimizer.iterations.numpy())
+            return float(max(map(self._steps, self._tables.values()), default=0))
         return float(self._epoch + batch / self.params["steps"])
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:

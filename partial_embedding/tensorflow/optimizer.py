@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -102,7 +103,7 @@ def optimizer_of(model: Any, variable: Any) -> Any:
         variable: A Keras variable.
 
     Returns:
-        The innermost optimizer, whose `iterations` count the steps of the variable; None where none
+        The one, whose `iterations` count the steps of the variable; None where none
         of them was built for it.
 
     Example:
@@ -114,12 +115,29 @@ def optimizer_of(model: Any, variable: Any) -> Any:
         >>> optimizer_of(model, model.trainable_variables[0]) is model.optimizer
         True
     """
+    for optimizer in optimizers_in(model):
+        if any(v is variable for v in optimizer._trainable_variables):
+            return optimizer
+    return None
+
+
+def optimizers_in(model: Any) -> Iterator[Any]:
+    """The optimizers of a model that step variables, not those that hold other ones.
+
+    Args:
+        model: A `keras.Model`, whose optimizers are its attributes.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        >>> model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "mse")
+        >>> [type(optimizer).__name__ for optimizer in optimizers_in(model)]
+        ['SGD']
+    """
     waiting = [v for v in vars(model).values() if isinstance(v, keras.optimizers.Optimizer)]
     while waiting:
         optimizer = waiting.pop(0)
         inner = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
         if inner := [one for one in inner if one is not None]:
             waiting += inner
-        elif any(v is variable for v in optimizer._trainable_variables):
-            return optimizer
-    return None
+        elif not isinstance(optimizer, keras.optimizers.MultiOptimizer):  # not built yet
+            yield optimizer

@@ -56,7 +56,8 @@ def gather_rows(variable: Any, slots: Any, sparse: bool) -> Any:
         their gradients, as `tf.where` does.
     """
     places = tf.maximum(slots, 0)
-    if not sparse:
+    # Where there are replicas and none of them asks, nothing steps: Keras looks for shapes.
+    if not sparse or tf.distribute.in_cross_replica_context():
         # Keras never sums the duplicates of IndexedSlices, which makes most of its optimizers wrong
         # for an id that occurs twice. The gradient of a reshape is dense, and so sums them.
         return tf.gather(tf.reshape(variable, variable.shape), places)

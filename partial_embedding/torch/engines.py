@@ -39,13 +39,24 @@ def refuse_flat(weight: Tensor, table: PartialTable) -> None:
         )
 
 
+def is_flattened(table: PartialTable) -> bool:
+    """Whether FSDP1 has made the weight of a table a part of a long vector.
+
+    Args:
+        table: Any table.
+    """
+    weight = table._parameters.get("weight")
+    is_managed = bool(vars(table).get("_is_fsdp_managed_module"))
+    return is_managed and (weight is None or weight.dim() == 1)
+
+
 def lost_weight(table: PartialTable) -> InputError:
     """What to say of a table without any weight.
 
     Args:
         table: The table.
     """
-    if vars(table).get("_is_fsdp_managed_module"):
+    if is_flattened(table):
         return InputError(
             f"the weight of a table is a parameter. Received a {type(table).__name__} whose weight "
             f"FSDP1 has made a part of a long vector. {_LEAVE_OUT}"

@@ -138,21 +138,47 @@ class Rowwise:
         if optimizer is not self.optimizer:
             return None  # a step of the parent class, made by the stand-in in the midst of its own
         self._forget_blocks()
-        self._check_held_tables()
         if _count_parameters(optimizer) != self._count:
             self._add_tables()
+        places = self._find_tables()
         self._follow_history()  # here, since LBFGS looks its history up before the closure
         # The maths runs on a stand-in with groups of its own. The user's optimizer thus holds its
         # tables at any time: while the closure runs, for other hooks, and after an exception.
-        self._stand_in = stand_in = self._make_stand_in()
+        self._stand_in = stand_in = self._make_stand_in(places)
         args = (stand_in, *args[1:])
-        return with_gradients(args, kwargs, lambda: self._gather(stand_in), self._scatter)
+        return with_gradients(args, kwargs, lambda: self._gather(stand_in, places), self._scatter)
 
-    def _make_stand_in(self) -> Optimizer:
+    def _find_tables(self) -> list[list[int]]:
+        """Where in each group the tables stand.
+
+        Raises:
+            InputError: One of them is gone, or no longer what it was.
+        """
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        # Once a step: a model may have thousands of parameters.
+        places = [[i for i, p in enumerate(group) if id(p) in self.tables] for group in groups]
+        all_there = sum(map(len, places)) == len(self.tables)
+        if all_there and all(s.parameter.shape[1:] == s.row_shape for s in self.tables.values()):
+            return places
+        held = {id(p) for group in groups for p in group}
+        gone = next(
+            state.name
+            for key, state in self.tables.items()
+            if key not in held or state.parameter.shape[1:] != state.row_shape
+        )
+        raise InputError(
+            "a prepared optimizer holds its tables, whole, for as long as it steps. "
+            f"Received {type(self.optimizer).__name__} without {gone!r}, which an engine that "
+            "flattens or shards parameters takes out (FSDP, DeepSpeed), or your own code. Keep the "
+            "table out of the engine, in an optimizer of its own; or call "
+            "detach_rowwise(optimizer) if it is to go."
+        )
+
+    def _make_stand_in(self, places: list[list[int]]) -> Optimizer:
         """The same optimizer, but for groups of its own where there are tables."""
         groups, lists = [], {}
-        for group in self.optimizer.param_groups:
-            if any(id(p) in self.tables for p in group["params"]):
+        for group, has_tables in zip(self.optimizer.param_groups, places, strict=True):
+            if has_tables:
                 own = group["params"]
                 group = {**group, "params": list(own)}
                 lists[id(own)] = group["params"]
@@ -174,20 +200,8 @@ class Rowwise:
             if group is not seen:
                 group.update({key: v for key, v in seen.items() if key not in _LISTS})
 
-    def _check_held_tables(self) -> None:
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        for key, state in self.tables.items():
-            if key not in held or state.parameter.shape[1:] != state.row_shape:
-                raise InputError(
-                    "a prepared optimizer holds its tables, whole, for as long as it steps. "
-                    f"Received {type(self.optimizer).__name__} without {state.name!r}, which an "
-                    "engine that flattens or shards parameters takes out (FSDP, DeepSpeed), or "
-                    "your own code. Keep the table out of the engine, in an optimizer of its own; "
-                    "or call detach_rowwise(optimizer) if it is to go."
-                )
-
     @torch.no_grad()
-    def _gather(self, stand_in: Optimizer) -> None:
+    def _gather(self, stand_in: Optimizer, places: list[list[int]]) -> None:
         """Put compact parameters in the place of the tables.
 
         Raises:
@@ -196,18 +210,16 @@ class Rowwise:
         for state in self.tables.values():
             _check_averaged(state)
         own, lent = self.optimizer.param_groups, stand_in.param_groups
-        for group, seen in zip(own, lent[: len(own)], strict=True):
-            if not any(id(p) in self.tables for p in group["params"]):
+        for group, seen, at in zip(own, lent[: len(own)], places, strict=True):
+            if not at:
                 continue
             # A closure may have set a rate.
             seen.update({key: value for key, value in group.items() if key not in _LISTS})
-            params: list[nn.Parameter] = []
-            names: list[str] = []
-            for i, parameter in enumerate(group["params"]):
-                served = self.tables.get(id(parameter))
-                made = [parameter] if served is None else self._blocks_of(served, group, lent)
-                params += made
-                names += [group["param_names"][i]] * len(made) if "param_names" in group else []
+            params, names = list(group["params"]), list(group.get("param_names", ()))
+            for i in reversed(at):
+                made = self._blocks_of(self.tables[id(params[i])], group, lent)
+                params[i : i + 1] = made
+                names[i : i + 1] = names[i : i + 1] * len(made)
             if not params and isinstance(self.optimizer, LBFGS):
                 # It cannot flatten nothing, and a gradient of zero ends its step at once.
                 params.append(nn.Parameter(group["params"][0].new_zeros(1)))
@@ -266,7 +278,8 @@ class Rowwise:
         self._count_steps()
         self._take_over()
         self._scatter()
-        mark(optimizer, self.tables)
+        if any(state.parameter not in optimizer.state for state in self.tables.values()):
+            mark(optimizer, self.tables)
 
     def _count_steps(self) -> None:
         """Count a step for each cohort that warms up; called when one was really made."""

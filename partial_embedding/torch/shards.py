@@ -68,7 +68,7 @@ def local(tensor: Tensor) -> Tensor:
     Args:
         tensor: Any tensor, sharded or whole.
     """
-    held: Any = tensor.detach()
+    held: Any = tensor.detach() if tensor.requires_grad else tensor
     # Not `to_local()`, whose view would make a gradient by rows dense.
     own: Tensor = held._local_tensor if is_sharded(held) else held
     return own

@@ -81,6 +81,7 @@ class PartialTable(TableFiles):
         "has_frozen_rows",
         "padding_row",
         "leaf_weight",
+        "has_leaf_weight",
         "is_sharded",
         "new_rows",
         "earlier_sizes",
@@ -323,16 +324,23 @@ class PartialTable(TableFiles):
         Raises:
             InputError: There is none with the same rows.
         """
-        weight = self._shards.get("weight")
-        if weight is None:
-            weight = self._parameters.get("weight")
-        if weight is None:
-            weight = self._parameters.get("weight_orig")
-        if weight is None and (computed := self._modules.get("parametrizations")) is not None:
-            weight = computed._modules["weight"]._parameters.get("original")  # type: ignore[union-attr]
+        weight = self._find_leaf_weight()
         if weight is None:
             raise lost_weight(self)
         return weight
+
+    @property
+    def has_leaf_weight(self) -> bool:
+        """Whether there is one parameter with the rows of the weight."""
+        return self._find_leaf_weight() is not None
+
+    def _find_leaf_weight(self) -> nn.Parameter | None:
+        for weight in (self._shards.get("weight"), self._parameters.get("weight")):
+            if weight is not None:
+                return weight
+        if (computed := self._modules.get("parametrizations")) is not None:
+            return computed._modules["weight"]._parameters.get("original")  # type: ignore[union-attr]
+        return self._parameters.get("weight_orig")
 
     def owns(self, parameter: nn.Parameter | None) -> bool:
         """Whether a parameter is one of those with an entry for each row, now.

@@ -33,6 +33,8 @@ from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import as_block, is_sharded, local, shard_of
 from partial_embedding.torch.table import PartialTable
 
+_FEW = 1000
+
 
 @dataclass(eq=False)
 class Cohort:
@@ -241,9 +243,12 @@ class TableState:
 
     def _rests_where_untouched(self, entries: int) -> bool:
         """Whether stepping touched rows alone gives the same bits, at a lower cost."""
+        if not self.layout.rests:
+            return False
         # Half precision rounds in another way at the end of a vector register, so by a row's place.
         exact = self.parameter.dtype in (torch.float32, torch.float64)
-        return self.layout.rests and exact and entries < len(self.rows)
+        # To sort out which rows were touched takes as long as to step some more.
+        return exact and entries + _FEW < len(self.rows)
 
     def _whole_blocks(
         self, grad: Tensor | None, entries: tuple[Tensor, Tensor] | None

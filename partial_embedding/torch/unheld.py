@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
@@ -20,8 +20,6 @@ from partial_embedding.errors import InputError
 
 if TYPE_CHECKING:
     from partial_embedding.torch.table import PartialTable
-
-Kind = TypeVar("Kind")
 
 # Tables whose rows were set, and that no optimizer has stepped since.
 _waiting: WeakSet[PartialTable] = WeakSet()
@@ -63,7 +61,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
     judged: WeakKeyDictionary[PartialTable, object] = vars(optimizer).setdefault(
         "_judged_tables", WeakKeyDictionary()
     )
-    new = [table for table in _waiting if judged.get(table) is not table._row_set]
+    new = [t for t in _waiting if t.has_leaf_weight and judged.get(t) is not t._row_set]
     for table in new:
         if id(table.leaf_weight) in own:
             no_longer_await(table)
@@ -71,9 +69,17 @@ def refuse_unheld(optimizer: Optimizer) -> None:
     unheld = [t for t in new if id(t.leaf_weight) not in own and _is_to_train(t)]
     if not unheld:
         return
-    held = {key for other in _living(Optimizer) for key in _held_by(other)}
+    optimizers, modules = _living()
+    held = {key for other in optimizers for key in _held_by(other)}
+    owners: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for child in vars(module).get("_modules", {}).values():
+            owners.setdefault(id(child), []).append(module)
     for table in unheld:
-        if id(table.leaf_weight) in held or (name := _name_beside(table, own)) is None:
+        if id(table.leaf_weight) in held:
+            no_longer_await(table)
+            continue
+        if (name := _name_beside(table, own, owners)) is None:
             continue
         told = (
             f"rows that are to train belong to an optimizer. Received {name!r} with "
@@ -100,20 +106,28 @@ def _held_by(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in groups for p in group["params"]}
 
 
-def _living(kind: type[Kind]) -> Iterator[Kind]:
-    # By its type: an object may answer `isinstance` with what loads a package.
-    return (one for one in gc.get_objects() if issubclass(type(one), kind))
+def _living() -> tuple[list[Optimizer], list[nn.Module]]:
+    """All optimizers and modules of the process, of some 500,000 objects."""
+    found: tuple[list[Optimizer], list[nn.Module]] = [], []
+    # By its type, which is asked once: an object may answer `isinstance` with loading a package.
+    places: dict[type, list[Any] | None] = {}
+    for one in gc.get_objects():
+        kind = type(one)
+        if kind not in places:
+            fitting = (issubclass(kind, Optimizer), issubclass(kind, nn.Module))
+            places[kind] = next((found[i] for i, fits in enumerate(fitting) if fits), None)
+        if (place := places[kind]) is not None:
+            place.append(one)
+    return found
 
 
-def _name_beside(table: PartialTable, parameters: Iterable[int]) -> str | None:
+def _name_beside(
+    table: PartialTable, parameters: Iterable[int], owners: Mapping[int, list[nn.Module]]
+) -> str | None:
     """The name of a table in the model that it has in common with parameters, if there is one.
 
     What is in eval() within a model that is not, such as a copy for reference, is none of it.
     """
-    owners: dict[int, list[nn.Module]] = {}
-    for module in _living(nn.Module):
-        for child in vars(module).get("_modules", {}).values():
-            owners.setdefault(id(child), []).append(module)
     models: list[nn.Module] = [table]
     for module in models:  # it grows as it goes, up to the whole model
         models += [o for o in owners.get(id(module), ()) if not any(o is m for m in models)]

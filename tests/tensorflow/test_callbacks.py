@@ -393,6 +393,21 @@ def test_tables_may_have_schedules_of_their_own() -> None:
         _fit(model, RowUnfreezing({"other": schedule["words"]}))
 
 
+def test_two_tables_of_one_name_are_refused() -> None:
+    def towers(second: str) -> Any:
+        inputs = keras.Input((2,), dtype="int64")
+        layers = [PartialEmbedding(8, 2, name=name) for name in ("words", second)]
+        parts = [keras.Sequential([layer, keras.layers.Flatten()]) for layer in layers]
+        model = keras.Model(inputs, keras.layers.add([part(inputs) for part in parts]))
+        model.compile("sgd", "mse")
+        return model
+
+    fit = {"epochs": 1, "verbose": 0, "callbacks": [RowUnfreezing({"stages": [LATE["stages"][0]]})]}
+    with pytest.raises(InputError, match=r"a name of its own\. Received 'words' twice"):
+        towers("words").fit(IDS, np.ones((4, 4)), **fit)
+    towers("items").fit(IDS, np.ones((4, 4)), **fit)  # the remedy
+
+
 def test_each_model_is_asked_for_its_own_vocabulary() -> None:
     callback = RowUnfreezing({"stages": [{"epoch": 0, "rows": {"most_frequent": 2}}]})
     for counts, expected in [([9, 8, 1, 1, 1, 1, 1, 1], [0, 1]), ([1] * 6 + [8, 9], [6, 7])]:

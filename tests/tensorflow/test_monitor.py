@@ -167,3 +167,41 @@ def test_rows_are_read_where_they_were_set_or_a_step_is_measured(
     # Before the first batch, twice in setting them and once after, and before the last batch.
     assert len(reads) <= 5
     assert monitor.tracks["words"].trainable == [(0.0, 1), (7 / 20, 2)]
+
+
+class TwoOptimizers(keras.Model):  # type: ignore[misc]
+    """One optimizer for the table, another for the rest; the one of `compile` steps nothing."""
+
+    def train_step(self, data: Any) -> Any:
+        ids, targets = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=targets, y_pred=self(ids, training=True))
+        words, *rest = self.trainable_variables
+        gradients = tape.gradient(loss, [words, *rest])
+        self.of_table.apply_gradients([(gradients[0], words)])
+        self.of_rest.apply_gradients(zip(gradients[1:], rest, strict=True))
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("by_map", [False, True])
+def test_among_several_optimizers_it_measures_that_of_the_table(
+    by_map: bool, tmp_path: Path
+) -> None:
+    layer = PartialEmbedding(V, D, trainable_rows=[6, 7], name="words")
+    inputs = keras.Input((2,), dtype="int64")
+    outputs = keras.layers.Dense(1)(keras.layers.Flatten()(layer(inputs)))
+    table, rest = keras.optimizers.SGD(RATE), keras.optimizers.SGD(0.5)
+    if by_map:
+        chosen = keras.optimizers.OptimizerMap(rest, {".*embeddings": table})
+        model = keras.Model(inputs, outputs)
+        model.compile(rowwise(keras.optimizers.MultiOptimizer(chosen)), "mse")
+    else:
+        model = TwoOptimizers(inputs, outputs)
+        model.of_table, model.of_rest = rowwise(table), rest
+        model.compile("adam", "mse")
+    monitor = RowMonitor(tmp_path, every_n_steps=1)
+    model.fit(IDS, np.ones((4, 1)), batch_size=2, epochs=2, verbose=0, callbacks=[monitor])
+    numbers = monitor.tracks["words"].cohorts[0].numbers
+    # Before the first step nothing tells which of two optimizers will step the table.
+    assert [value for _, value in numbers["lr"]] == [RATE] * (4 if by_map else 3)
+    assert len(numbers["gradient_norm"]) == 4

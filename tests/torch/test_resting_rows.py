@@ -11,8 +11,8 @@ from torch import Tensor
 from partial_embedding.torch import PartialEmbedding, rowwise
 from partial_embedding.torch.optimizer import prepared
 
-V, D = 200, 3  # three columns: no register is filled by whole rows
-FIRST, LATE = list(range(0, 150, 2)), list(range(1, 101, 2))
+V, D = 6000, 3  # three columns: no register is filled by whole rows
+FIRST, LATE = list(range(0, 4500, 2)), list(range(1, 3001, 2))
 RESTING: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD": ("SGD", {"lr": 0.1}),
     "SGD, foreach": ("SGD", {"lr": 0.1, "foreach": True}),
@@ -35,10 +35,8 @@ MOVING: dict[str, tuple[str, dict[str, Any]]] = {
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return (
-        torch.randint(V, (9,), generator=generator),
-        torch.randn(9, D, generator=generator),
-    )
+    ids = torch.randint(V, (90,), generator=generator)
+    return ids, torch.randn(90, D, generator=generator)
 
 
 def run(
@@ -54,7 +52,7 @@ def run(
         if step == 3:
             table.set_trainable_rows([*FIRST, *LATE], lr_scale=0.5, warmup_steps=3)
         if step == 6:
-            table.freeze_rows(FIRST[:9])
+            table.freeze_rows(FIRST[:900])
         if step == 7:
             optimizer.param_groups[0]["weight_decay"] = 0.1
         ids, up = batch(step)
@@ -105,4 +103,4 @@ def test_a_step_does_not_read_the_rows_that_no_id_touched() -> None:
         optimizer.zero_grad()
         table(ids).backward(up)
         optimizer.step()
-    assert max(sizes) <= 9 < len(FIRST)
+    assert max(sizes) <= 90 < len(FIRST)

@@ -125,3 +125,13 @@ def test_a_copy_whose_rows_are_set_is_a_table_like_any_other() -> None:
     gradients(model)
     with pytest.raises(InputError, match="belong to an optimizer"):
         SGD(model[1].parameters(), 0.1).step()
+
+
+def test_a_table_that_nothing_can_step_disturbs_no_other() -> None:
+    split = PartialEmbedding(6, 4, trainable_rows=[2])
+    nn.utils.parametrizations.weight_norm(split)
+    model = model_with_rows()
+    gradients(model)
+    SGD(model.parameters(), 0.1).step()
+    with pytest.raises(InputError, match="weight_norm"):
+        split(IDS)
