@@ -39,7 +39,7 @@ def refuse_flat(weight: Tensor, table: nn.Module) -> None:
         )
 
 
-def is_flattened(table: PartialTable) -> bool:
+def is_flattened(table: nn.Module) -> bool:
     """Whether FSDP1 has made the weight of a table a part of a long vector.
 
     Args:
