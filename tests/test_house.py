@@ -53,6 +53,25 @@ def frameworks_after(module: str, folder: Path) -> set[str]:
     return {name.partition(".")[0] for name in loaded} & FRAMEWORKS
 
 
+# The page that is read before the code
+
+
+def test_the_map_names_each_file_of_both_halves() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2:4] for line in page.partition("## Where what is")[2].splitlines()]
+    for half, column in (("torch", 0), ("tensorflow", 1)):
+        told = re.findall(r"`(\w+\.py)`", " ".join(row[column] for row in rows if len(row) == 2))
+        there = {path.name for path in (ROOT / "partial_embedding" / half).glob("[!_]*.py")}
+        assert set(told) == there, half
+
+
+def test_the_page_names_files_that_exist() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    names = {path.relative_to(ROOT).as_posix() for path in SOURCES}
+    for told in re.findall(r"`([\w/]+\.py)`", page):
+        assert any(name == told or name.endswith(f"/{told}") for name in names), told
+
+
 # Imports
 
 

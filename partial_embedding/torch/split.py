@@ -20,7 +20,6 @@ from partial_embedding.torch.ddp import check_alike, explaining
 from partial_embedding.torch.embedding import PartialEmbedding
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient
-from partial_embedding.torch.rowcopy import share_memory
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import Shard, is_sharded, local, shard_of, sharded_like
 
@@ -69,11 +68,7 @@ def split_rows(table: nn.Module, mesh: Any, src_data_rank: int | None = 0) -> se
     weight = table.weight
     if not weight.is_meta:
         check_alike({"table": weight}, mesh.get_group())
-    split: Tensor = distribute_tensor(
-        weight.detach(), mesh, [ByRows(0)], src_data_rank=src_data_rank
-    )
-    if not weight.is_meta and share_memory(local(split), weight):
-        split = sharded_like(local(split).clone(), split)  # the whole table can go
+    split = distribute_tensor(weight.detach(), mesh, [ByRows(0)], src_data_rank=src_data_rank)
     table.weight = nn.Parameter(split, requires_grad=weight.requires_grad)
     table.__class__ = SplitEmbedding
     vars(table).pop("_averaged", None)  # its gradients are those of all processes

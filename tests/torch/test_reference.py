@@ -1,4 +1,4 @@
-"""The sixty lines of `docs/how-it-works.md`, run beside the library: the same bits."""
+"""The class in `docs/how-it-works.md`, run beside the library: the same bits."""
 
 import re
 from pathlib import Path
