@@ -194,7 +194,6 @@ if __name__ == "__main__":
     assert "LOCAL_RANK" in os.environ
     for case_name in CASES:
         run(case_name, Path(sys.argv[1]))
-    for which in ("whole", "split"):
-        for folders in (True, False):
-            run_and_resume(which, folders, Path(sys.argv[1]))
+    for which, in_a_folder in (("whole", True), ("split", False)):
+        run_and_resume(which, in_a_folder, Path(sys.argv[1]))
     run_fabric(Path(sys.argv[1]))
