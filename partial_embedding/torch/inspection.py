@@ -32,6 +32,8 @@ _WIDTH = 8
 # Enough for what appears late, such as slow weights, and for gradients to change their signs.
 _STEPS = 8
 
+# Marks the copy that is stepped.
+_DRY = "_is_dry_run"
 # What every torch optimizer has; anything else an optimizer made for itself.
 _TORCHS_OWN = {"state", "param_groups", "defaults", "step"}
 # What a group has one of for each parameter, and which are no options.
@@ -382,6 +384,15 @@ def _refusal(name: str, reason: str) -> InputError:
     )
 
 
+def is_dry_run(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is the copy that a dry run steps.
+
+    Args:
+        optimizer: Any optimizer.
+    """
+    return _DRY in vars(optimizer)
+
+
 class DryRun:
     """A copy of an optimizer over one parameter.
 
@@ -414,6 +425,7 @@ class DryRun:
         vars(self.clone).update({key: _copied(value) for key, value in own.items()})
         self._attributes = {k: _copied(v) for k, v in own.items() if not k.startswith("_")}
         self.clone.defaults = optimizer.defaults
+        vars(self.clone)[_DRY] = True
         self.clone.param_groups = [self.group]
         self.clone.state = defaultdict(dict)
         if state:

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from partial_embedding.errors import InputError
 from partial_embedding.torch.beside_shards import replicate_gradients
 from partial_embedding.torch.ddp import average
-from partial_embedding.torch.inspection import KEY
+from partial_embedding.torch.inspection import KEY, is_dry_run
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.row_optimizer import (
     Arguments,
@@ -218,6 +218,8 @@ def _before_any_step(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
     """Prepare an optimizer that is about to step frozen rows; runs before each step of each."""
+    if is_dry_run(optimizer):
+        return None
     refuse_unheld(optimizer)
     if "_rowwise" in vars(optimizer):
         return None  # its own hook comes next

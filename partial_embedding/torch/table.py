@@ -18,10 +18,10 @@ from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
 from partial_embedding.torch.trainable_rows import TrainableRows
-from partial_embedding.torch.unheld import await_a_step, no_longer_await
+from partial_embedding.torch.unheld import await_a_step, no_longer_await, used_frozen
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
-_WIRING = ("_averaged", "_hooked", "_shards", "_steppers", "awaits_average")
+_WIRING = ("_averaged", "_hooked", "_own_rows", "_shards", "_steppers", "awaits_average")
 
 
 class PartialTable(TrainableRows):
@@ -220,6 +220,9 @@ class PartialTable(TrainableRows):
         # some parametrizations change each time that it is read.
         weight = self._parameters.get("weight")
         if weight is not None and (weight is self._hooked.get("weight") or self.is_sharded):
+            looks = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            if looks and not weight.requires_grad:
+                used_frozen(self)
             return None
         if isinstance(weight, nn.Parameter) and torch.compiler.is_exporting():
             return None  # nothing is trained in a graph

@@ -22,8 +22,11 @@ from partial_embedding.torch.engines import is_flattened
 if TYPE_CHECKING:
     from partial_embedding.torch.trainable_rows import TrainableRows
 
-# Tables whose rows were set, and that no optimizer has stepped since.
+# Tables whose rows were set, and that no optimizer has stepped since; and those of which rows were
+# looked up, to be learned from, while their weights took no gradients.
 _waiting: WeakSet[TrainableRows] = WeakSet()
+_used_frozen: WeakSet[TrainableRows] = WeakSet()
+_warned: WeakSet[TrainableRows] = WeakSet()
 
 
 def await_a_step(table: TrainableRows) -> None:
@@ -33,6 +36,15 @@ def await_a_step(table: TrainableRows) -> None:
         table: A table of which rows were set.
     """
     _waiting.add(table)
+
+
+def used_frozen(table: TrainableRows) -> None:
+    """Know that rows of a table were looked up while its weight took no gradients.
+
+    Args:
+        table: The table.
+    """
+    _used_frozen.add(table)
 
 
 def no_longer_await(table: TrainableRows) -> None:
@@ -48,7 +60,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
     """Refuse to step a model with a table whose rows are to train, and that no optimizer holds.
 
     Where the weight takes gradients, its owner may mean to train it later, or never: that is a
-    warning, once for each optimizer and set of rows.
+    warning, once for each table.
 
     Args:
         optimizer: What is about to step.
@@ -64,14 +76,15 @@ def refuse_unheld(optimizer: Optimizer) -> None:
     )
     # What FSDP1 has flattened is refused where it is used, and not by other optimizers.
     standing = [t for t in _waiting if t.has_leaf_weight and not is_flattened(t)]
-    new = [table for table in standing if judged.get(table) is not table._row_set]
-    for table in new:
+    for table in standing:
         if id(table.leaf_weight) in own:
             no_longer_await(table)
-    judged.update({table: table._row_set for table in new})
-    unheld = [t for t in new if id(t.leaf_weight) not in own and _is_to_train(t)]
+    suspects = [t for t in standing if t in _waiting and _is_to_train(t) and t not in _warned]
+    unheld = [t for t in suspects if judged.get(t) is not t._row_set]
     if not unheld:
         return
+    # To look through the whole process takes a tenth of a second, so this comes last.
+    judged.update({table: table._row_set for table in unheld})
     optimizers, modules = _living()
     held = {key for other in optimizers for key in _held_by(other)}
     owners: dict[int, list[nn.Module]] = {}
@@ -92,6 +105,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
         )
         if table.leaf_weight.requires_grad:
             remedy = "Make the optimizer of the model's parameters()"
+            _warned.add(table)
             warnings.warn(told.format(remedy=remedy), stacklevel=2)
             continue
         del judged[table]
@@ -100,7 +114,10 @@ def refuse_unheld(optimizer: Optimizer) -> None:
 
 
 def _is_to_train(table: TrainableRows) -> bool:
-    return table.has_frozen_rows and len(table.row_set) > 0 and not table.is_copy
+    """Whether a table has taken part in training, and rows of it are to learn."""
+    has_gradient = bool(vars(table).get("awaits_average"))  # of this pass or one before
+    used = has_gradient if table.leaf_weight.requires_grad else table in _used_frozen
+    return used and not table.is_copy and table.has_frozen_rows and len(table.row_set) > 0
 
 
 def _held_by(optimizer: Optimizer) -> set[int]:
