@@ -26,6 +26,8 @@ from partial_embedding.torch.shards import (
 if TYPE_CHECKING:
     from partial_embedding.torch.table import PartialTable
 
+_living: weakref.WeakSet[RowHook] = weakref.WeakSet()
+
 
 class RowHook:
     """Keeps frozen rows out of the gradient of one parameter, and sparse gradients from view.
@@ -48,6 +50,7 @@ class RowHook:
             parameter.register_post_accumulate_grad_hook(self._hold_rows),
         )
         parameter.requires_grad_(requires_grad)
+        _living.add(self)
 
     @property
     def table(self) -> PartialTable | None:
@@ -121,6 +124,11 @@ class RowHook:
         parameter = self._parameter()
         if parameter is not None and isinstance(parameter.grad, RowGradient):
             parameter.grad = parameter.grad.to_sparse()
+
+
+def is_any_hook() -> bool:
+    """Whether there is any table in the process."""
+    return len(_living) > 0
 
 
 def hooks_on(parameter: Tensor) -> list[RowHook]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.utils._pytree import tree_leaves
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.engines import refuse_zero_redundancy
@@ -186,6 +187,12 @@ def _refuse_by_sight(name: str, optimizer: Optimizer) -> None:
     if not getattr(type(optimizer).step, "hooked", False):
         raise _refusal(name, "its step() runs no hooks, as Optimizer.__init__ was not called")
     refuse_zero_redundancy(optimizer)
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    kept = (value for key, value in vars(optimizer).items() if key not in _TORCHS_OWN)
+    if not isinstance(optimizer, LBFGS) and any(
+        id(leaf) in own for leaf in tree_leaves(list(kept))
+    ):
+        raise _refusal(name, "it keeps parameters outside its groups, and may step them there")
     if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
         raise _refusal(name, "it wraps another optimizer, whose state is out of reach")
 
@@ -328,17 +335,20 @@ def _rests(
     """Whether a gradient of zero leaves rows, and the state of each, as they are to the bit."""
     values = _scratch(4, weight).to(weight.dtype)
     values[2], values[3] = 0.0, -0.0
-    dry_run = _dry_run_of(optimizer, group, False, eager, values)
-    for steps in (0, _STEPS):  # from the first step on, and after others
-        for _ in range(steps):
-            dry_run.step()
-        before = [dry_run.block.detach().clone()]
-        before += [dry_run.state[key].clone() for key in sorted(per_row) if steps]
-        for _ in range(2):
-            dry_run.step(torch.zeros_like(values))
-        after = [dry_run.block, *(dry_run.state[key] for key in sorted(per_row) if steps)]
-        if not all(map(_same_bits, before, after)):
-            return False
+    # A small decay may round to nothing here, and a scheduler may change how large an option is.
+    loud = {k: 0.5 if type(v) is float and v else v for k, v in group.items()}
+    for options in (group, loud):
+        for steps in (0, _STEPS):  # from the first step on, and after others
+            dry_run = _dry_run_of(optimizer, options, False, eager, values)
+            for _ in range(steps):
+                dry_run.step()
+            before = [dry_run.block.detach().clone()]
+            before += [dry_run.state[key].clone() for key in sorted(per_row) if steps]
+            for _ in range(2):
+                dry_run.step(torch.zeros_like(values))
+            after = [dry_run.block, *(dry_run.state[key] for key in sorted(per_row) if steps)]
+            if not all(map(_same_bits, before, after)):
+                return False
     return True
 
 

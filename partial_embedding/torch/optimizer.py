@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.optim import SGD, Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.beside_shards import replicate_gradients
 from partial_embedding.torch.ddp import average
+from partial_embedding.torch.hooks import is_any_hook
 from partial_embedding.torch.inspection import KEY, is_dry_run
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.row_optimizer import (
@@ -218,17 +220,26 @@ def _before_any_step(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
     """Prepare an optimizer that is about to step frozen rows; runs before each step of each."""
-    if is_dry_run(optimizer):
+    if is_dry_run(optimizer) or not is_any_hook():
         return None
+    prepared_now: Arguments | None = _prepare(optimizer, args, kwargs)
+    return prepared_now
+
+
+@_disable_dynamo  # which sees no table behind a parameter; torch.optim does so too
+def _prepare(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
     refuse_unheld(optimizer)
-    if "_rowwise" in vars(optimizer):
-        return None  # its own hook comes next
+    if (handle := vars(optimizer).get("_rowwise")) is not None:
+        handle.stand_closest()  # its own hook comes after those of others
+        return None
     tables = _held_tables(optimizer)
     exact = not is_left_alone(optimizer)
     loaded = any(isinstance(one, dict) and KEY in one for one in optimizer.state.values())
     by_rows = any(table.has_frozen_rows or table.earlier_sizes for _, table in tables)
     if exact and tables and (loaded or by_rows):
-        Rowwise(optimizer, False, {})
+        Rowwise(optimizer, False, {}).stand_closest()
         return None
     if loaded:
         take_from(optimizer)  # rows' state says nothing of a plain table, which begins afresh

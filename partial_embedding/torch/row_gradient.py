@@ -390,7 +390,7 @@ def _sum(func: Any, one: Any, other: Any, alpha: float = 1) -> Any:
     if not isinstance(one, RowGradient):
         one, other = other, one  # a sum is the same both ways
     added = entries_of(other) if isinstance(other, Tensor) else None
-    if one.entries() is None or added is None:
+    if one.entries() is None or added is None or one.dtype != other.dtype:
         return NotImplemented
     total: RowGradient = one.clone()
     total._add(*added)
@@ -402,7 +402,7 @@ def _added(func: Any, target: Any, other: Any, alpha: Any = 1) -> Any:
     if added is None:
         return NotImplemented
     if isinstance(target, RowGradient):
-        if alpha != 1 or target.entries() is None:
+        if alpha != 1 or target.entries() is None or target.dtype != other.dtype:
             return NotImplemented
         target._add(*added)
         return target

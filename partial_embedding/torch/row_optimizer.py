@@ -85,6 +85,12 @@ class Rowwise:
         ]
         vars(optimizer)["_rowwise"] = self
 
+    def stand_closest(self) -> None:
+        """Put our hooks next to the maths, so that those of others see tables as they are."""
+        before, after, *_ = self._hooks
+        vars(self.optimizer)["_optimizer_step_pre_hooks"].move_to_end(before.id)
+        vars(self.optimizer)["_optimizer_step_post_hooks"].move_to_end(after.id, last=False)
+
     def _add_tables(self) -> None:
         """Serve all tables that the optimizer holds, of which some may have come later."""
         new = [
@@ -101,7 +107,6 @@ class Rowwise:
             table.stepped_by(state)
             if hasattr(self, "_hooks"):
                 state.adopt_from(self.optimizer, group)
-        self._count = _count_parameters(self.optimizer)
 
     def _state_of(self, parameter: nn.Parameter, table: PartialTable, group: Group) -> TableState:
         name = self._names.get(id(parameter)) or _name_in(group, parameter) or repr(table)
@@ -138,8 +143,6 @@ class Rowwise:
         if optimizer is not self.optimizer:
             return None  # a step of the parent class, made by the stand-in in the midst of its own
         self._forget_blocks()
-        if _count_parameters(optimizer) != self._count:
-            self._add_tables()
         places = self._find_tables()
         self._follow_history()  # here, since LBFGS looks its history up before the closure
         # The maths runs on a stand-in with groups of its own. The user's optimizer thus holds its
@@ -155,7 +158,10 @@ class Rowwise:
             InputError: One of them is gone, or no longer what it was.
         """
         groups = [group["params"] for group in self.optimizer.param_groups]
-        # Once a step: a model may have thousands of parameters.
+        # Once a step, and by what costs next to nothing: a model may have thousands of parameters.
+        hooked = (p for group in groups for p in group if p._backward_hooks)
+        if any(id(p) not in self.tables and any(tables_of(p)) for p in hooked):
+            self._add_tables()  # a group came, or a parameter became a table's
         places = [[i for i, p in enumerate(group) if id(p) in self.tables] for group in groups]
         all_there = sum(map(len, places)) == len(self.tables)
         if all_there and all(s.parameter.shape[1:] == s.row_shape for s in self.tables.values()):
@@ -237,7 +243,12 @@ class Rowwise:
             options = {**options, **copy.deepcopy(state.layout.begun)}
             layout, state.unscaled = self._layout_of(state.parameter, options)
             state.change_layout(layout, options_of(options))
-        state.sync()
+        if state.sync() and state.layout.flat:
+            raise InputError(
+                "rows change between the steps of an optimizer with one history for all. Received "
+                f"other rows of {state.name!r} in a closure of {type(self.optimizer).__name__}. "
+                "Call set_trainable_rows before step()."
+            )
         there, own = dist.is_available() and dist.is_initialized(), is_sharded(state.parameter)
         of_two_kinds = there and any(is_sharded(one) != own for one in group["params"])
         shared: list[nn.Parameter] = []
@@ -428,10 +439,6 @@ def held_tables(optimizer: Optimizer) -> Iterator[tuple[Group, nn.Parameter, Par
             for table in tables_of(parameter):
                 yield group, parameter, table
                 break  # those that are tied have one row set
-
-
-def _count_parameters(optimizer: Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _name_in(group: Group, parameter: nn.Parameter) -> str | None:

@@ -15,6 +15,7 @@ optimizer's `state_dict` is then a collective call, which every process makes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +90,9 @@ def mark(optimizer: Optimizer, tables: Tables) -> None:
             if table is None or table.layout.flat or parameter in optimizer.state:
                 continue
             keeps = bool(table.layout.keys)
-            optimizer.state[parameter] = {**table.shared_state, KEY: {}} if keeps else {}
+            optimizer.state[parameter] = (
+                {**table.shared_state, KEY: _Kept(table, optimizer, group)} if keeps else {}
+            )
             if not keeps:
                 group.setdefault(KEY, [])
 
@@ -181,6 +184,35 @@ def restore(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
                 _restore_history(optimizer, group, entry["history"])
     if entries:
         mark(optimizer, tables)
+
+
+class _Kept:
+    """Stands in an optimizer for the state of a table: a copy of it, or a file, has that state.
+
+    Args:
+        table: The table.
+        optimizer: Its optimizer.
+        group: The parameter group that holds it.
+    """
+
+    def __init__(self, table: TableState, optimizer: Optimizer, group: Group) -> None:
+        self._owners = table, optimizer, group
+
+    def __bool__(self) -> bool:
+        return False  # there is nothing in it that was saved
+
+    def _dumped(self) -> State:
+        table = self._owners[0]
+        if shard_of(table.parameter) is not None:
+            return {}  # which would be a call that all processes make
+        table.sync()
+        return _dumped(*self._owners)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return copy.deepcopy(self._dumped(), memo)
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return dict, (self._dumped(),)
 
 
 # One table

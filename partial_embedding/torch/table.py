@@ -140,8 +140,8 @@ class PartialTable(TrainableRows):
         for name in self.row_parameters:
             if (parameter := self.row_parameter(name)) is not None:
                 self._hook_up(name, parameter)
-        if rows.row_set is not None and not self.is_copy:
-            await_a_step(self)
+        if rows.row_set is not None:
+            await_a_step(self)  # a copy, too
 
     def attach(self) -> None:
         """Begin to freeze rows: for a module whose class was changed after it was made."""

@@ -20,6 +20,7 @@ from partial_embedding.torch import (
     PartialLinear,
     detach_rowwise,
     masked_gradient_only,
+    replace_embedding,
     rowwise,
 )
 from partial_embedding.torch.optimizer import prepared
@@ -316,6 +317,52 @@ def test_a_weight_that_is_split_is_refused() -> None:
     parametrizations.weight_norm(table)
     with pytest.raises(InputError, match="weight_norm"):
         table(torch.arange(3))
+
+
+@pytest.mark.parametrize("calls", [True, False], ids=["called", "not_called"])
+def test_a_parameter_that_becomes_a_table_s_is_served_from_then_on(calls: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Embedding(V, D), "b": nn.Embedding(V, D)})
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        sum(one(torch.arange(V)).square().sum() for one in model.values()).backward()
+        optimizer.step()
+
+    replace_embedding(model, "a", trainable_rows=ROWS)
+    if calls:
+        rowwise(optimizer)
+    train()
+    replace_embedding(model, "b", trainable_rows=ROWS)
+    before = model["b"].weight.detach().clone()
+    train()
+    assert rows_that_differ(before, model["b"].weight) == ROWS
+
+
+def test_hooks_of_others_come_before_the_gradients_are_read_and_after_rows_are_written() -> None:
+    table = PartialEmbedding(V, D, trainable_rows=ROWS)
+    optimizer = torch.optim.SGD(table.parameters(), lr=10.0)
+
+    def clamp(*_: Any) -> None:
+        table.weight.data.clamp_(-9, 9)
+
+    def zero(*_: Any) -> None:
+        table.weight.grad.zero_()
+
+    optimizer.register_step_post_hook(clamp)
+    frozen = [row for row in range(V) if row not in ROWS]
+    before = table.weight.detach().clone().clamp(-9, 9)
+    for last in (False, True):
+        if last:
+            optimizer.register_step_pre_hook(zero)
+            before = table.weight.detach().clone()
+        optimizer.zero_grad()
+        table(torch.arange(V)).sum().backward()
+        optimizer.step()
+        assert table.weight.abs().max() <= 9
+        assert_same_bits(table.weight[frozen], before[frozen], "frozen rows")
+    assert_same_bits(table.weight, before, "a table whose gradient was made zero")
 
 
 SCRIPT = """

@@ -310,3 +310,44 @@ def test_a_table_added_after_rowwise_is_served_from_its_first_step() -> None:
     optimizer.step()
     moved = (other.weight != before).any(dim=1).nonzero().flatten()
     assert torch.equal(moved, other.trainable_rows)
+
+
+def test_an_optimizer_with_a_list_of_parameters_of_its_own_is_refused_and_moves_nothing() -> None:
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.1})
+            self.every = {"flat": [p for group in self.param_groups for p in group["params"]]}
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for parameter in self.every["flat"]:
+                parameter.mul_(0.5)
+
+    table = PartialEmbedding(9, 4, trainable_rows=[1])
+    before = table.weight.detach().clone()
+    with pytest.raises(InputError, match="keeps parameters outside its groups"):
+        rowwise(Own(table.parameters()))
+    assert torch.equal(table.weight, before)
+
+
+def test_rows_that_change_within_a_closure_of_lbfgs_are_refused() -> None:
+    table = PartialEmbedding(9, 4, trainable_rows=[1, 2])
+    optimizer = torch.optim.LBFGS(table.parameters())
+
+    def closure(rows: list[int]) -> Any:
+        def evaluate() -> Tensor:
+            table.set_trainable_rows(rows)
+            optimizer.zero_grad()
+            loss: Tensor = table(torch.arange(9)).square().sum()
+            loss.backward()
+            return loss
+
+        return evaluate
+
+    optimizer.step(closure([1, 2]))
+    for rows in ([1, 3], [1, 2, 3]):
+        table.set_trainable_rows([1, 2])
+        with pytest.raises(InputError, match=r"in a closure of LBFGS\. Call set_trainable_rows"):
+            optimizer.step(closure(rows))
+    table.set_trainable_rows([1, 3])  # the remedy
+    optimizer.step(closure([1, 3]))

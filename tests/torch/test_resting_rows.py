@@ -28,6 +28,10 @@ MOVING: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD, upwards": ("SGD", {"lr": 0.1, "maximize": True}),  # makes zero of minus zero
     "Adagrad, without eps": ("Adagrad", {"lr": 0.1, "eps": 0.0}),  # divides zero by zero
     "Adagrad, decay": ("Adagrad", {"lr": 0.1, "weight_decay": 0.1}),
+    # What rounds to nothing at values near one, in one step, does not in all of them.
+    "SGD, little decay": ("SGD", {"lr": 0.1, "weight_decay": 1e-6}),
+    "SGD, very little decay": ("SGD", {"lr": 0.1, "weight_decay": 1e-9}),
+    "SGD, dampened": ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 1.0}),
     "Adam": ("Adam", {}),
     "RMSprop": ("RMSprop", {}),
 }

@@ -379,3 +379,18 @@ def test_torch_compile_runs_beside_a_gradient_of_rows() -> None:
     rows = torch.tensor([1, 3, 7])
     assert rows_of(table.weight.grad)
     assert_same_bits(table.weight.grad.to_dense()[rows], plain.weight.grad[rows], "the gradient")
+
+
+def test_gradients_of_two_dtypes_add_up_as_dense_ones() -> None:
+    (one, plain), (other, other_plain) = pair(), pair(dtype=torch.float64)
+    total, expected = (
+        one.weight.grad + other.weight.grad,
+        plain.weight.grad + other_plain.weight.grad,
+    )
+    assert total.dtype == expected.dtype
+    torch.testing.assert_close(total.to_dense(), expected)
+    one.weight.grad.add_(other.weight.grad)
+    plain.weight.grad.add_(other_plain.weight.grad)
+    assert one.weight.grad.dtype == one.weight.grad.to_dense().dtype == torch.float32
+    torch.testing.assert_close(one.weight.grad.to_dense(), plain.weight.grad)
+    torch.optim.AdamW(one.parameters()).step()

@@ -1,6 +1,7 @@
 """What an optimizer saves of a table, at awkward moments and after a plain run in between."""
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -94,3 +95,30 @@ def test_a_saved_rate_scale_is_refused_by_an_optimizer_that_cannot_keep_it() -> 
     _, other = made("LBFGS", [1])
     with pytest.raises(InputError, match=r"lr_scale=0\.5.*LBFGS"):
         other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_of_a_model_and_its_optimizer_goes_on_alike(way: str) -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.tensor([1, 4, 5])).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(PartialEmbedding(9, 4, trainable_rows=[1, 4]), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    train(model, optimizer, 3)
+    model[0].set_trainable_rows([1, 4, 5])
+    train(model, optimizer, 2)
+    if way == "deepcopy":
+        again, its_optimizer = copy.deepcopy((model, optimizer))
+    else:
+        buffer = io.BytesIO()
+        torch.save((model, optimizer), buffer)
+        buffer.seek(0)
+        again, its_optimizer = torch.load(buffer, weights_only=False)
+    train(model, optimizer, 3)
+    train(again, its_optimizer, 3)
+    for name, value in again.state_dict().items():
+        assert_same_bits(value, model.state_dict()[name], name)

@@ -75,3 +75,17 @@ def test_gradients_of_the_weight_itself_pass_gradcheck() -> None:
     table = table_of("all", dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda weight: table(IDS).pow(3), (table.weight,))
     assert torch.autograd.gradgradcheck(lambda weight: table(IDS).pow(3), (table.weight,))
+
+
+@pytest.mark.parametrize("bound", [True, False], ids=["step", "a_function_with_a_step"])
+def test_an_optimizer_whose_step_is_compiled_is_prepared_too(bound: bool) -> None:
+    torch._dynamo.reset()
+    table = PartialEmbedding(10, 3, trainable_rows=[1])
+    before = table.weight.detach().clone()
+    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.5)
+    step = torch.compile(optimizer.step if bound else lambda: optimizer.step(), backend="eager")
+    for _ in range(3):
+        optimizer.zero_grad()
+        table(torch.tensor([1, 2])).sum().backward()
+        step()
+    assert (table.weight != before).any(1).nonzero().flatten().tolist() == [1]
