@@ -5,8 +5,9 @@ from collections.abc import Generator
 
 import pytest
 
-# Programs that tests start in processes of their own; importing one would run it.
-collect_ignore_glob = ["*/scripts/*.py", "*/run_*.py", "*/*_worker.py"]
+# Programs that tests start in processes of their own, which importing would run; and what is for
+# type checkers alone, of both frameworks.
+collect_ignore_glob = ["*/scripts/*.py", "*/run_*.py", "*/*_worker.py", "typing/*.py"]
 
 IN_CI = bool(os.environ.get("CI"))
 

@@ -78,11 +78,11 @@ class SetAudit:
 
     def __init__(self, tables: SetTables, name: str) -> None:
         self.tables, self.name = tables, name
-        self.frozen = np.setdiff1d(np.arange(10), tables.rows[name])
+        self.num_frozen = len(np.setdiff1d(np.arange(10), tables.rows[name]))
 
     def check(self, step: int | None = None) -> None:
         assert step is not None
-        self.tables.checked.append((self.name, step, len(self.frozen)))
+        self.tables.checked.append((self.name, step, self.num_frozen))
 
 
 def runner_of(

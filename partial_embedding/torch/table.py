@@ -151,7 +151,7 @@ class PartialTable(TrainableRows):
         """Stop freezing rows: for a module whose class is about to be changed back."""
         for name in list(self._hooked):
             self._unhook(name)
-        for name in ("_shared", *_WIRING):
+        for name in ("_shared", "is_copy", *_WIRING):
             self.__dict__.pop(name, None)
         no_longer_await(self)
 

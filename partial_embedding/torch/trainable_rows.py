@@ -224,7 +224,7 @@ class TrainableRows(TableFiles):
                 in a way that cannot be served.
         """
         self.check_rate_scale(rate_scale)
-        self.__dict__["is_copy"] = False  # past nn.Module, which looks for parameters
+        self.__dict__.pop("is_copy", None)
         ids = ids[ids != self.padding_row]
         for parameter in self._shards.values():
             check_sharding(parameter, self)
