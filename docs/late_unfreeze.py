@@ -87,9 +87,7 @@ def run_all() -> dict[str, list[float]]:
     late = torch.arange(ROWS).unsqueeze(1) >= ROWS - LATE
     masked.weight.register_hook(lambda g: g.masked_fill(late, 0.0) if frozen["rows"] else g)
 
-    partial = PartialEmbedding.from_pretrained(
-        zeros.clone(), sparse=False, trainable_rows=range(ROWS - LATE)
-    )
+    partial = PartialEmbedding.from_pretrained(zeros.clone(), trainable_rows=range(ROWS - LATE))
     alone = nn.Embedding.from_pretrained(zeros[-LATE:].clone(), freeze=False)
     sizes = {
         MASKED: sizes_of_updates(masked, adamw(masked), whole, lambda: frozen.update(rows=False)),
