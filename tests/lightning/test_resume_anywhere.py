@@ -33,8 +33,15 @@ def differences(a: Any, b: Any, place: str = "") -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize(
+    ("precision", "processes"),
+    [
+        ("32-true", 1),
+        ("32-true", 2),
+        ("bf16-true", 1),
+        pytest.param("bf16-true", 2, marks=pytest.mark.full),
+    ],
+)
 def test_a_killed_run_resumes_exactly(
     precision: str,
     processes: int,
