@@ -30,6 +30,8 @@ from ddp import COUNTS, measure_all
 from fit import measure_fits
 from report import write_report
 
+from partial_embedding.torch.row_gradient import RowGradient
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Enough to fill the device.
 IDS = 65_536 if DEVICE == "cuda" else 4096
@@ -202,7 +204,10 @@ def tensor_bytes() -> int:
     """Bytes of all tensors alive that Python knows, each storage counted once."""
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.layout == torch.strided:
+        # A gradient by rows has no memory but that of the tensors in it.
+        if isinstance(thing, torch.Tensor) and type(thing) is not RowGradient:
+            if thing.layout != torch.strided:
+                continue
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
