@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ from partial_embedding.recipes.text.labelled import share_of
 from partial_embedding.recipes.text.reading import read_texts
 
 
-class TextLines(LightningDataModule):
+class TextLines(LightningDataModule, ABC):
     """Texts, divided into a side to train on and one to validate on.
 
     Each batch is a function of seed, epoch and batch number, so that a run which stops anywhere
@@ -64,9 +65,9 @@ class TextLines(LightningDataModule):
         # What `predict` is asked for: lines of a file by default, or these.
         self.given_texts: list[str] | None = None
 
+    @abstractmethod
     def default_texts(self) -> Sequence[str]:
         """The texts where no file is given."""
-        raise NotImplementedError
 
     def chosen(self, texts: list[str], module: CausalModel) -> list[str]:
         """Those of some texts that have something to teach: all.

@@ -50,7 +50,7 @@ def is_flattened(table: nn.Module) -> bool:
     return is_managed and (weight is None or weight.dim() == 1)
 
 
-def lost_weight(table: PartialTable) -> InputError:
+def lost_weight(table: nn.Module) -> InputError:
     """What to say of a table without any weight.
 
     Args:

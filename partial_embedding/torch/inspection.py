@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +13,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils._pytree import tree_leaves
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.dry_run import LISTS, TORCHS_OWN, DryRun
 from partial_embedding.torch.engines import refuse_zero_redundancy
 
 Group = dict[str, Any]
@@ -33,16 +31,10 @@ _WIDTH = 8
 # Enough for what appears late, such as slow weights, and for gradients to change their signs.
 _STEPS = 8
 
-# Marks the copy that is stepped.
-_DRY = "_is_dry_run"
-# What every torch optimizer has; anything else an optimizer made for itself.
-_TORCHS_OWN = {"state", "param_groups", "defaults", "step"}
-# What a group has one of for each parameter, and which are no options.
-_LISTS = {"params", "param_names"}
 # What a checkpoint of ours has in a parameter group, and in the state of a table.
 KEY = "rowwise"
 # The rate may start at zero, and is none of what decides which state there is.
-_NO_OPTIONS = {*_LISTS, KEY, "lr", "initial_lr", "max_lr", "min_lr"}
+_NO_OPTIONS = {*LISTS, KEY, "lr", "initial_lr", "max_lr", "min_lr"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +180,7 @@ def _refuse_by_sight(name: str, optimizer: Optimizer) -> None:
         raise _refusal(name, "its step() runs no hooks, as Optimizer.__init__ was not called")
     refuse_zero_redundancy(optimizer)
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    kept = (value for key, value in vars(optimizer).items() if key not in _TORCHS_OWN)
+    kept = (value for key, value in vars(optimizer).items() if key not in TORCHS_OWN)
     if not isinstance(optimizer, LBFGS) and any(
         id(leaf) in own for leaf in tree_leaves(list(kept))
     ):
@@ -337,19 +329,25 @@ def _rests(
     values[2], values[3] = 0.0, -0.0
     # A small decay may round to nothing here, and a scheduler may change how large an option is.
     loud = {k: 0.5 if type(v) is float and v else v for k, v in group.items()}
-    for options in (group, loud):
-        for steps in (0, _STEPS):  # from the first step on, and after others
-            dry_run = _dry_run_of(optimizer, options, False, eager, values)
-            for _ in range(steps):
-                dry_run.step()
-            before = [dry_run.block.detach().clone()]
-            before += [dry_run.state[key].clone() for key in sorted(per_row) if steps]
-            for _ in range(2):
-                dry_run.step(torch.zeros_like(values))
-            after = [dry_run.block, *(dry_run.state[key] for key in sorted(per_row) if steps)]
-            if not all(map(_same_bits, before, after)):
-                return False
-    return True
+    try:
+        return all(
+            _rests_after(_dry_run_of(optimizer, options, False, eager, values), steps, per_row)
+            for options in (group, loud)
+            for steps in (0, _STEPS)  # from the first step on, and after others
+        )
+    except Exception:  # options that the user did not choose may be none; then all rows are stepped
+        return False
+
+
+def _rests_after(dry_run: DryRun, steps: int, per_row: frozenset[str]) -> bool:
+    for _ in range(steps):
+        dry_run.step()
+    before = [dry_run.block.detach().clone()]
+    before += [dry_run.state[key].clone() for key in sorted(per_row) if steps]
+    for _ in range(2):
+        dry_run.step(torch.zeros_like(dry_run.block))
+    after = [dry_run.block, *(dry_run.state[key] for key in sorted(per_row) if steps)]
+    return all(map(_same_bits, before, after))
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -392,116 +390,3 @@ def _refusal(name: str, reason: str) -> InputError:
         "as AdamW. Or call masked_gradient_only(optimizer): frozen rows then get no gradient, and "
         "what else moves a weight, such as decay and momentum, moves them."
     )
-
-
-def is_dry_run(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is the copy that a dry run steps.
-
-    Args:
-        optimizer: Any optimizer.
-    """
-    return _DRY in vars(optimizer)
-
-
-class DryRun:
-    """A copy of an optimizer over one parameter.
-
-    Args:
-        optimizer: The optimizer, stepped or not.
-        group: The parameter group whose options count.
-        block: The parameter.
-        sparse: Give sparse gradients.
-        state: The state to begin from.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        group: Group,
-        block: nn.Parameter,
-        sparse: bool = False,
-        state: State | None = None,
-    ) -> None:
-        self.block = block
-        self.sparse = sparse
-        self.steps = 0
-        self.options = {k: copy.deepcopy(v) for k, v in group.items() if k not in _LISTS}
-        self.group: Group = {**copy.deepcopy(self.options), "params": [block]}
-        if "param_names" in group:
-            self.group["param_names"] = ["weight"]
-        # Not `copy.copy`, which keeps only what torch's own optimizers have.
-        self.clone = object.__new__(type(optimizer))
-        own = {k: v for k, v in vars(optimizer).items() if k not in _TORCHS_OWN}
-        vars(self.clone).update({key: _copied(value) for key, value in own.items()})
-        self._attributes = {k: _copied(v) for k, v in own.items() if not k.startswith("_")}
-        self.clone.defaults = optimizer.defaults
-        vars(self.clone)[_DRY] = True
-        self.clone.param_groups = [self.group]
-        self.clone.state = defaultdict(dict)
-        if state:
-            self.clone.state[block] = state
-        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-            vars(self.clone)[hooks] = OrderedDict()
-
-    def step(self, grad: Tensor | None = None) -> None:
-        """Step with a gradient, by default one that depends on values and changes its signs."""
-        self.block.grad = self.as_gradient(self.gradient() if grad is None else grad)
-        self.steps += 1
-        self.run()
-
-    def run(self, *args: Callable[[], Tensor]) -> None:
-        """The optimizer's own maths, by the class: a scheduler binds `step` to the original."""
-        step: Callable[..., Any] = type(self.clone).step
-        step(self.clone, *args)
-
-    def gradient(self) -> Tensor:
-        """A gradient made of no random numbers, of the shape of the block."""
-        return torch.cos(self.block.detach() * 7 + 2 * self.steps)
-
-    def as_gradient(self, grad: Tensor) -> Tensor:
-        """A gradient in the layout that the optimizer takes."""
-        return grad.to_sparse(1) if self.sparse else grad
-
-    @property
-    def state(self) -> State:
-        """What the optimizer remembers of the block."""
-        return dict(self.clone.state[self.block])
-
-    def changed_options(self) -> frozenset[str]:
-        """The keys of the parameter group that steps have changed or added."""
-        after = {key: value for key, value in self.group.items() if key not in _LISTS}
-        before = self.options
-        return frozenset(k for k, v in after.items() if k not in before or differ(v, before[k]))
-
-    def changed_attributes(self) -> bool:
-        """Whether steps changed what lies neither in the block's state nor in the group."""
-        if any(key is not self.block for key in self.clone.state):
-            return True
-        now = vars(self.clone)
-        return any(differ(now.get(key), value) for key, value in self._attributes.items())
-
-
-def differ(a: Any, b: Any) -> bool:
-    """Whether two values of a state, group or attribute differ.
-
-    Args:
-        a: Tensors, numbers, or lists and dictionaries of them; other objects differ by identity.
-        b: Likewise.
-    """
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape != b.shape or not torch.equal(a, b)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) != len(b) or any(differ(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() != b.keys() or any(differ(a[key], b[key]) for key in a)
-    if isinstance(a, bool | int | float | str | set) and isinstance(
-        b, bool | int | float | str | set
-    ):
-        return a != b
-    return a is not b
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return copy.copy(value) if isinstance(value, dict | list | set) else value

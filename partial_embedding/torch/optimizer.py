@@ -13,8 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from partial_embedding.errors import InputError
 from partial_embedding.torch.beside_shards import replicate_gradients
 from partial_embedding.torch.ddp import average
+from partial_embedding.torch.dry_run import is_dry_run
 from partial_embedding.torch.hooks import is_any_hook
-from partial_embedding.torch.inspection import KEY, is_dry_run
+from partial_embedding.torch.inspection import KEY
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.row_optimizer import (
     Arguments,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.engines import lost_weight
 from partial_embedding.torch.hooks import RowHook, hooks_on, tables_of
 from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
@@ -37,7 +36,6 @@ class PartialTable(TrainableRows):
         weight: nn.Parameter
         _shared: SharedRows
         _hooked: Mapping[str, nn.Parameter]
-        _shards: Mapping[str, nn.Parameter]
 
     # The parameters with an entry for each row.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
@@ -46,10 +44,6 @@ class PartialTable(TrainableRows):
     awaits_average = False
 
     _hooked = MappingProxyType({})
-
-    # The row parameters of which this process has some rows. While a pass runs FSDP2 puts whole
-    # ones in their places, which are not what is stepped, saved or looked at.
-    _shards = MappingProxyType({})
 
     # Nor can it make anything of these.
     __jit_unused_properties__ = (
@@ -69,33 +63,6 @@ class PartialTable(TrainableRows):
     )
 
     # The hooks, and all that can make a hook disappear
-
-    @property
-    def leaf_weight(self) -> nn.Parameter:
-        """The parameter that `weight` is, or that it is computed from.
-
-        Pruning and parametrizations, such as `spectral_norm`, put the parameter aside.
-
-        Raises:
-            InputError: There is none with the same rows.
-        """
-        weight = self._find_leaf_weight()
-        if weight is None:
-            raise lost_weight(self)
-        return weight
-
-    @property
-    def has_leaf_weight(self) -> bool:
-        """Whether there is one parameter with the rows of the weight."""
-        return self._find_leaf_weight() is not None
-
-    def _find_leaf_weight(self) -> nn.Parameter | None:
-        for weight in (self._shards.get("weight"), self._parameters.get("weight")):
-            if weight is not None:
-                return weight
-        if (computed := self._modules.get("parametrizations")) is not None:
-            return computed._modules["weight"]._parameters.get("original")  # type: ignore[union-attr]
-        return self._parameters.get("weight_orig")
 
     def owns(self, parameter: nn.Parameter | None) -> bool:
         """Whether a parameter is one of those with an entry for each row, now.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from partial_embedding.rows import Rows
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
-from partial_embedding.torch.engines import refuse_flat
+from partial_embedding.torch.engines import lost_weight, refuse_flat
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import check_sharding
@@ -40,15 +41,9 @@ class TrainableRows(TableFiles):
     if TYPE_CHECKING:  # jit.script reads annotations, and knows few
         _shards: Mapping[str, nn.Parameter]
 
-        @property
-        def leaf_weight(self) -> nn.Parameter:
-            """As in `PartialTable`."""
-            raise NotImplementedError
-
-        @property
-        def has_leaf_weight(self) -> bool:
-            """As in `PartialTable`."""
-            raise NotImplementedError
+    # The row parameters of which this process has some rows. While a pass runs FSDP2 puts whole
+    # ones in their places, which are not what is stepped, saved or looked at.
+    _shards = MappingProxyType({})
 
     # Whether the table was made by copying another, as teachers and references are, and no rows of
     # it were set since: nobody has said that it is to train.
@@ -275,3 +270,32 @@ class TrainableRows(TableFiles):
             stepper: What `stepped_by` was given.
         """
         self.__dict__.get("_steppers", weakref.WeakSet()).discard(stepper)
+
+    # The parameter that they are rows of
+
+    @property
+    def leaf_weight(self) -> nn.Parameter:
+        """The parameter that `weight` is, or that it is computed from.
+
+        Pruning and parametrizations, such as `spectral_norm`, put the parameter aside.
+
+        Raises:
+            InputError: There is none with the same rows.
+        """
+        weight = self._find_leaf_weight()
+        if weight is None:
+            raise lost_weight(self)
+        return weight
+
+    @property
+    def has_leaf_weight(self) -> bool:
+        """Whether there is one parameter with the rows of the weight."""
+        return self._find_leaf_weight() is not None
+
+    def _find_leaf_weight(self) -> nn.Parameter | None:
+        for weight in (self._shards.get("weight"), self._parameters.get("weight")):
+            if weight is not None:
+                return weight
+        if (computed := self._modules.get("parametrizations")) is not None:
+            return computed._modules["weight"]._parameters.get("original")  # type: ignore[union-attr]
+        return self._parameters.get("weight_orig")

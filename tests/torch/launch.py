@@ -12,10 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_processes(
-    script: str, number: int, cases: Iterable[str], folder: Path
-) -> dict[str, list[Any]]:
-    """What each of so many processes returned, for each case."""
+def failure_of(script: str, number: int, folder: Path) -> str:
+    """Run so many processes of a script, and give what they said where one of them failed."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -30,10 +28,20 @@ def run_processes(
     ]
     try:
         said = [process.communicate(timeout=240)[1].decode() for process in processes]
+    except subprocess.TimeoutExpired as error:
+        return str(error)
     finally:
         for process in processes:
             process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(said)
+    return "\n".join(said) if any(process.returncode for process in processes) else ""
+
+
+def run_processes(
+    script: str, number: int, cases: Iterable[str], folder: Path
+) -> dict[str, list[Any]]:
+    """What each of so many processes returned, for each case."""
+    said = failure_of(script, number, folder)
+    assert not said, said
     return {
         case: [
             torch.load(path, weights_only=True)

@@ -1,16 +1,13 @@
 """Tables that processes share by rows learn as one process does that has all of their batches."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import failure_of
 from sharded_worker import (
     MATRIX,
     OPTIMIZERS,
@@ -25,33 +22,8 @@ from sharded_worker import (
     weights,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 Weights = dict[str, torch.Tensor]
-
-
-def run_processes(number: int, folder: Path) -> str:
-    """What so many processes said, where one of them failed."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    script = [sys.executable, str(Path(__file__).with_name("sharded_worker.py")), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [*script, str(rank), str(number)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for rank in range(number)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[1].decode() for process in processes]
-    except subprocess.TimeoutExpired as error:
-        return str(error)
-    finally:
-        for process in processes:
-            process.kill()
-    return "\n".join(said) if any(process.returncode for process in processes) else ""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], li
 
     @cache
     def went_wrong(number: int) -> str:
-        return (number != 2 and went_wrong(2)) or run_processes(number, folder)
+        return (number != 2 and went_wrong(2)) or failure_of("sharded_worker.py", number, folder)
 
     def of(case: str, number: int) -> list[Any]:
         assert not went_wrong(number), went_wrong(number)
