@@ -42,9 +42,10 @@ class RowHook:
     """
 
     def __init__(self, table: PartialTable, parameter: nn.Parameter) -> None:
-        # Weak references: the parameter may outlive the module, and must not keep it alive.
+        # Weak, since the parameter may outlive the module, and must not keep it alive. The table is
+        # asked for the parameter: torch swaps the insides of no tensor that has a weak reference.
         self._table = weakref.ref(table)
-        self._parameter = weakref.ref(parameter)
+        self._parameter_id = id(parameter)
         # A tensor takes a hook only while it requires gradients, and keeps it when it does not.
         requires_grad = parameter.requires_grad
         parameter.requires_grad_(True)
@@ -60,7 +61,13 @@ class RowHook:
     def table(self) -> PartialTable | None:
         """The table, as long as it lives and this is its parameter."""
         table = self._table()
-        return table if table is not None and table.owns(self._parameter()) else None
+        return table if table is not None and self._parameter_of(table) is not None else None
+
+    def _parameter_of(self, table: PartialTable) -> nn.Parameter | None:
+        for parameter in table.hookable_parameters():
+            if id(parameter) == self._parameter_id:
+                return parameter
+        return None
 
     def is_of(self, table: PartialTable) -> bool:
         """Whether it is this table's.
@@ -81,11 +88,11 @@ class RowHook:
         if grad is None or table is None:
             return grad  # autograd may hand a hook None
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
-        if (parameter := self._parameter()) is not None:
+        if (parameter := self._parameter_of(table)) is not None:
             refuse_zero(parameter, table)
         if is_sharded(grad):
             return self._zero_in_shard(grad, table)
-        self._localise()
+        self._localise(parameter)
         if isinstance(grad, RowGradient) and (entries := grad.entries()) is not None:
             for held in entries if grad.is_cuda else ():
                 # Autograd tells the allocator of a tensor's own memory where streams differ.
@@ -93,7 +100,7 @@ class RowHook:
             return grad  # by way of `by_rows`, which left out the frozen ones
         if grad.layout == torch.sparse_coo:
             if is_left_to_ddp(table):
-                self._give_ddp_its_own()
+                self._give_ddp_its_own(parameter)
             return _sparse_without_frozen(grad, table)
         return _zero_where_frozen(grad, table)
 
@@ -109,7 +116,7 @@ class RowHook:
             _hold_rows_of(parameter)
 
     def _zero_in_shard(self, grad: Tensor, table: PartialTable) -> Tensor:
-        parameter = self._parameter()
+        parameter = self._parameter_of(table)
         if parameter is None or not (table.has_frozen_rows or table.padding_row is not None):
             return grad
         if isinstance(local(grad), RowGradient):
@@ -117,15 +124,13 @@ class RowHook:
         grad = as_placed(grad, parameter)
         return sharded_like(_zero_where_frozen(local(grad), table, shard_of(parameter)), grad)
 
-    def _localise(self) -> None:
+    def _localise(self, parameter: nn.Parameter | None) -> None:
         """Let backward add to a gradient that was made a `DTensor` for a norm."""
-        parameter = self._parameter()
         grad = None if parameter is None else parameter.grad
         if parameter is not None and grad is not None and is_sharded(grad):
             parameter.grad = local(grad)
 
-    def _give_ddp_its_own(self) -> None:
-        parameter = self._parameter()
+    def _give_ddp_its_own(self, parameter: nn.Parameter | None) -> None:
         if parameter is not None and isinstance(parameter.grad, RowGradient):
             parameter.grad = parameter.grad.to_sparse()
 

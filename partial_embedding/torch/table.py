@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -67,16 +68,13 @@ class PartialTable(TrainableRows):
 
     # The hooks, and all that can make a hook disappear
 
-    def owns(self, parameter: nn.Parameter | None) -> bool:
-        """Whether a parameter is one of those with an entry for each row, now.
-
-        Args:
-            parameter: Any parameter.
-        """
-        own = [self.row_parameter(name) for name in self.row_parameters]
-        if self._shards:
-            own += [self._parameters.get(name) for name in self.row_parameters]
-        return parameter is not None and any(parameter is one for one in own)
+    def hookable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters with an entry for each row, now; and what an engine lends for a pass."""
+        for name in self.row_parameters:
+            if (parameter := self.row_parameter(name)) is not None:
+                yield parameter
+            if self._shards and (lent := self._parameters.get(name)) is not None:
+                yield lent
 
     def row_parameter(self, name: str) -> nn.Parameter | None:
         """The parameter that one of `row_parameters` names, if there is one."""
@@ -161,12 +159,9 @@ class PartialTable(TrainableRows):
             self.__dict__["_shards"] = found
 
     def _unhook(self, name: str) -> None:
-        self._take_hooks_off(self._hooked[name])
-        self._set_hooked({key: value for key, value in self._hooked.items() if key != name})
-
-    def _take_hooks_off(self, parameter: nn.Parameter) -> None:
-        for hook in self._hooks_on(parameter):
+        for hook in self._hooks_on(self._hooked[name]):
             hook.remove()
+        self._set_hooked({key: value for key, value in self._hooked.items() if key != name})
 
     def _hook_up(self, name: str, parameter: nn.Parameter) -> None:
         if not (parameter.is_floating_point() or parameter.is_complex()):
@@ -261,17 +256,30 @@ class PartialTable(TrainableRows):
         self._wire()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # torch swaps the insides of sharded parameters, and refuses it where a hook refers to one.
-        tied: list[PartialTable] = []
-        for shard in self._shards.values():
-            tied += tables_of(shard)
-            for table in tied:
-                table._take_hooks_off(shard)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
-        self._wire()
-        for table in tied:
-            table._wire()
+        with self._rewired():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        with self._rewired():
+            super()._load_from_state_dict(*args, **options)
+
+    @contextmanager
+    def _rewired(self) -> Iterator[None]:
+        """Hook parameters anew after what may swap their insides, as torch's future does."""
+        parameters = list(self.hookable_parameters())
+        tied = {self, *(table for one in parameters for table in tables_of(one))}
+        for table in tied:
+            close_passage(table)
+        try:
+            yield
+        finally:
+            for one in parameters:
+                # A swap leaves these with the tensor, where nothing calls them until they are set.
+                one._backward_hooks = one._backward_hooks
+                one._post_accumulate_grad_hooks = one._post_accumulate_grad_hooks
+            for table in tied:
+                table._wire()
 
     def extra_repr(self) -> str:
         """The plain module's description, and how many rows train."""

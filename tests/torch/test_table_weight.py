@@ -1,7 +1,7 @@
 """Other tensors in the place of the weight, and vocabularies that change."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -286,3 +286,39 @@ def test_rows_do_not_notice_a_resize_in_the_midst_of_training(rows: int, sparse:
     assert_same_bits(weight[:5], expected[:5], "the rows that there were all along")
     assert_same_bits(weight[[0, 2, 3]], vectors()[[0, 2, 3]], "frozen rows")
     assert not same_bits(weight[ROWS], vectors()[ROWS])
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    """As torch is to move and to load parameters one day: by swapping what they hold."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.double(),
+        lambda table: table.load_state_dict(table_of().double().state_dict()),
+    ],
+    ids=["conversion", "load_state_dict"],
+)
+@pytest.mark.usefixtures("swapping")
+def test_rows_stay_frozen_after_torch_has_swapped_the_insides_of_the_weight(
+    change: Callable[[nn.Module], object], sparse: bool
+) -> None:
+    table, tied = table_of(sparse=sparse), table_of(sparse=sparse)
+    tied.weight = table.weight
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1, weight_decay=0.1)
+    for step in range(4):
+        gradient(table)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            change(table)
+            assert tied.weight is table.weight
+    assert_same_bits(table.weight[FROZEN], vectors().to(table.weight.dtype)[FROZEN], "frozen rows")
+    assert_is_partial(table)
+    assert_is_partial(tied)
