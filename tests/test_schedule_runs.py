@@ -16,6 +16,7 @@ from partial_embedding import Position, Rows, Schedule
 from partial_embedding.rows.growth import GrownRows, Growth
 from partial_embedding.schedule import Evaluation, Plateau, RateScale, StageState
 from partial_embedding.schedule.messages import changes
+from partial_embedding.schedule.preview import boundaries
 
 CHOICES: tuple[Any, ...] = (
     "all",
@@ -232,3 +233,32 @@ def test_schedules_without_changes_are_equal(a: Run, b: Run) -> None:
     assert (before == after) == (changes(before, after) == [])
     if before == after:
         assert hash(before) == hash(after)
+
+
+def walked(schedule: Schedule, epochs: int, steps: int) -> list[tuple[int, StageState]]:
+    """The steps at which another state begins, in a run whose metrics get better for ever."""
+    found: list[tuple[int, StageState]] = []
+    seen: tuple[Evaluation, ...] = ()
+    for step in range(epochs * steps):
+        epoch = step // steps
+        state = schedule.state_at(Position(epoch, step, epochs * steps, seen))
+        if not found or state != found[-1][1]:
+            found.append((step, state))
+        if (step + 1) % steps == 0:
+            plateau = [s.start for s in schedule.stages[state.stage + 1 :]][:1]
+            better = -1 if any(p.mode == "min" for p in plateau if isinstance(p, Plateau)) else 1
+            seen += (Evaluation(epoch, step + 1, {"loss": 3.0 * better * epoch}),)
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(runs(), st.integers(0, 5))
+def test_the_boundaries_of_a_plan_are_those_of_a_walk_through_all_steps(
+    run: Run, more: int
+) -> None:
+    units, cycle = {next(iter(stage)) for stage in run.stages}, None
+    if more and units in ({"epoch"}, {"step"}):
+        cycle = run.stages[-1][units.pop()] + more
+    schedule = Schedule(run.stages, cycle)
+    found = [(at.step, state) for at, state in boundaries(schedule, 2 * run.epochs, run.steps)]
+    assert found == walked(schedule, 2 * run.epochs, run.steps)
