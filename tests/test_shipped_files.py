@@ -221,7 +221,7 @@ def test_a_large_file_is_read_once_and_then_mapped(
     plain = read_vectors(large)
     cache = tmp_path / "cache"
     first = read_vectors(large, cache=cache)
-    monkeypatch.setattr(reading, "read_text", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(reading, "read_blocks", lambda *_: pytest.fail("it was read again"))
     second = read_vectors(large, 2, cache)
     for kept in (first, second):
         assert list(kept.tokens) == list(plain.tokens)

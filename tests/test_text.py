@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partial_embedding.errors import InputError
+from partial_embedding.recipes.prepare_texts import TextSettings, padded
 from partial_embedding.recipes.text import (
     PADDING,
     UNKNOWN,
     LabelledTexts,
     count_tokens,
-    encode,
-    pad,
     read_labelled,
     split,
     stdlib_docstrings,
@@ -184,13 +183,6 @@ def test_a_bad_folder_is_refused(tmp_path: Path, made: list[str], said: str) -> 
         path.mkdir() if name.endswith("/") else path.write_text("text")
     with pytest.raises(InputError, match=said):
         read_labelled(tmp_path)
-
-
-def test_labels_must_fit_the_texts() -> None:
-    with pytest.raises(InputError, match=r"shape \(1,\) for 2 texts"):
-        LabelledTexts(("a", "b"), np.array([0]), ("x", "y"))
-    with pytest.raises(InputError, match=r"\[0, 2\). Received: 2"):
-        LabelledTexts(("a", "b"), np.array([0, 2]), ("x", "y"))
 
 
 def test_real_reviews_are_read_from_fasttext_lines(tmp_path: Path) -> None:
@@ -372,69 +364,17 @@ def test_tokens_are_ranked_by_count_and_then_by_name() -> None:
     assert vocabulary == count_tokens(iter(DOCUMENTS))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "tokens"),
-    [
-        ({"min_count": 2}, (PADDING, UNKNOWN, "c", "a")),
-        ({"max_size": 3}, (PADDING, UNKNOWN, "c")),
-        ({"max_size": 5}, (PADDING, UNKNOWN, "c", "a", "b")),
-        ({"max_size": 99, "min_count": 3}, (PADDING, UNKNOWN, "c")),
-        ({"specials": ()}, ("c", "a", "<unk>", "b", "d")),
-        ({"specials": ("d",)}, ("d", "c", "a", "<unk>", "b")),
-    ],
-)
-def test_a_vocabulary_can_be_limited(arguments: dict[str, int], tokens: tuple[str, ...]) -> None:
-    assert count_tokens(DOCUMENTS, **arguments).tokens == tokens  # type: ignore[arg-type]
+def test_rare_tokens_are_left_out() -> None:
+    assert count_tokens(DOCUMENTS, min_count=2).tokens == (PADDING, UNKNOWN, "c", "a")
+    for documents, said in ((DOCUMENTS, "4 different tokens, the most frequent 3"), ([], "0 diff")):
+        with pytest.raises(InputError, match=said):
+            count_tokens(documents, min_count=4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"documents": DOCUMENTS, "min_count": 0}, "min_count.*Received: 0"),
-        ({"documents": DOCUMENTS, "max_size": 2}, "beyond the 2 special.*Received: 2"),
-        ({"documents": ["a text"]}, "Received the string 'a text'"),
-        ({"documents": DOCUMENTS, "min_count": 4}, "4 different tokens, the most frequent 3"),
-        ({"documents": []}, "0 different tokens, the most frequent 0"),
-        ({"documents": DOCUMENTS, "specials": ("x", "x")}, "'x' twice"),
-    ],
-)
-def test_a_vocabulary_that_cannot_be_made_is_refused(
-    arguments: dict[str, object], said: str
-) -> None:
-    with pytest.raises(InputError, match=said):
-        count_tokens(**arguments)  # type: ignore[arg-type]
-
-
-def test_tokens_become_rows() -> None:
+def test_texts_become_rows() -> None:
     vocabulary = Vocabulary([PADDING, UNKNOWN, "a", "b"])
-    assert encode(["b", "x", "a", "a"], vocabulary, max_length=3) == [3, 1, 2]
-    assert encode([], vocabulary, max_length=3) == []
-
-
-def test_tokens_that_cannot_become_rows_are_refused() -> None:
-    with pytest.raises(InputError, match=r"Received 'x', which has none.*'<unk>'"):
-        encode(["a", "x"], Vocabulary(["a"]), max_length=3)
-    assert encode(["a", "x"], Vocabulary(["a"]), max_length=1) == [0]
-    with pytest.raises(InputError, match=r"max_length.*Received: 0"):
-        encode(["a"], Vocabulary(["a"]), max_length=0)
-
-
-@pytest.mark.parametrize(
-    ("sequences", "options", "expected"),
-    [
-        ([[1, 2], [3]], {}, [[1, 2], [3, 0]]),
-        ([[1, 2], []], {"padding": 9}, [[1, 2], [9, 9]]),
-        ([[1]], {"min_length": 3}, [[1, 0, 0]]),
-        ([[], []], {}, [[0], [0]]),
-    ],
-)
-def test_sequences_are_filled_up(
-    sequences: list[list[int]], options: dict[str, int], expected: list[list[int]]
-) -> None:
-    padded = pad(sequences, **options)
-    assert padded.tolist() == expected
-    assert padded.dtype == np.int64
-
-
-def test_no_sequences_give_no_rows() -> None:
-    assert pad([], min_length=2).shape == (0, 2)
+    rows = TextSettings(max_length=3).encode(["b X a a", ""], vocabulary)
+    assert rows == [[3, 1, 2], []]
+    assert padded(rows).tolist() == [[3, 1, 2, 0, 0], [0] * 5]
+    assert padded([[1] * 9, [2]]).shape == (2, 9)
+    assert padded([]).dtype == np.int64

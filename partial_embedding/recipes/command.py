@@ -14,14 +14,7 @@ class CommandParser(argparse.ArgumentParser):
     """Raises what it refuses, so that every command says it in the same way."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the arguments.
-
-        Args:
-            message: What is wrong with them.
-
-        Raises:
-            InputError: Always.
-        """
+        """Refuse the arguments."""
         _, unknown, given = message.partition("unrecognized arguments: ")
         meant = did_you_mean(given.split("=")[0], self._option_string_actions) if unknown else ""
         raise InputError(f"{message}.{meant} See {self.prog} --help.")
@@ -29,10 +22,6 @@ class CommandParser(argparse.ArgumentParser):
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """A question after the name that was meant, or nothing where none is near.
-
-    Args:
-        given: What was written.
-        known: What could have been.
 
     Example:
         >>> did_you_mean("--data.batchsize", ["--data.batch_size", "--data.path"])

@@ -6,12 +6,7 @@ from partial_embedding.errors import InputError
 
 
 def diverged(loss: float, step: int, epoch: int) -> InputError:
-    """The error of a run whose loss is no finite number.
-
-    Args:
-        loss: What the loss was.
-        step: The steps that were made before.
-        epoch: The epoch, from 0.
+    """The error of a run whose loss is no finite number after some steps.
 
     Example:
         >>> str(diverged(float("nan"), 12, 1)).partition(". Received: ")[2]

@@ -141,10 +141,6 @@ class RecipeCLI(LightningCLI):
     below `trainer.default_root_dir`. The other commands take the settings that they are not given
     from the checkpoint.
 
-    Args:
-        command: `"fit"`, `"validate"`, `"test"` or `"predict"`.
-        args: The arguments after it.
-
     Raises:
         InputError: A checkpoint is refused, or a class refuses its arguments.
         jsonargparse.ArgumentError: An option is unknown or has a wrong value.
@@ -272,12 +268,7 @@ class RecipeCLI(LightningCLI):
             raise InputError(f"Lightning's trainer refuses its options: {error}") from error
 
     def run(self) -> None:
-        """Do what the command says.
-
-        Raises:
-            InputError: Data, vectors, schedule or checkpoint are refused.
-            FrozenRowsMoved: The audit found that frozen rows changed.
-        """
+        """Do what the command says."""
         do = {"fit": self._fit, "predict": self._predict}.get(self.command, self._measure)
         try:
             do()
@@ -344,10 +335,6 @@ class RecipeCLI(LightningCLI):
 
 def run_lightning(command: str, args: Sequence[str]) -> RecipeCLI:
     """Run a command that trains or measures.
-
-    Args:
-        command: `"fit"`, `"validate"`, `"test"` or `"predict"`.
-        args: The arguments after it.
 
     Raises:
         InputError: An argument, the data, the schedule or a checkpoint are refused.

@@ -31,9 +31,6 @@ _MOST_LINES = 1000
 def schedule_command(args: Sequence[str]) -> None:
     """Print, and draw on request, which rows a schedule trains when.
 
-    Args:
-        args: The arguments of the command, without its name.
-
     Raises:
         InputError: The schedule, the vocabulary or an argument is refused.
     """

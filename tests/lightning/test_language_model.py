@@ -196,7 +196,7 @@ def test_bad_input_is_one_line(
 
 
 def test_module_and_data_belong_together() -> None:
-    with pytest.raises(InputError, match=r"takes its tokens from TokenTexts"):
+    with pytest.raises(InputError, match=r"takes its texts from TokenTexts"):
         Trainer(logger=False, enable_checkpointing=False, accelerator="cpu").fit(
             NewTokens(), [torch.zeros(1)]
         )
