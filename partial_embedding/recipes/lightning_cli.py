@@ -48,7 +48,7 @@ _DEFAULT_CLASSES: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS = {
     "rows.schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},
-    # Two callbacks: with a metric to watch, Lightning refreshes `last` only when it improves.
+    # Two callbacks: with a metric to monitor, Lightning refreshes `last` only when it improves.
     "last.filename": "last",
     "last.enable_version_counter": False,
     "best.filename": "best",
