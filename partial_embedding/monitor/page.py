@@ -299,9 +299,6 @@ def _audit(record: RowRecord) -> Section:
 def main_metric(scores: Sequence[Score]) -> str | None:
     """The number that tells most of what validations measured.
 
-    Args:
-        scores: What validations measured.
-
     Returns:
         The name of an accuracy of the validation side if there is one, else of whatever it
         measured, else of any number; None where there is none.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows.kinds import is_whole
+from partial_embedding.rows.kinds import is_number, is_whole
 
 Stages = list[dict[str, Any]]
 
@@ -108,19 +109,13 @@ def from_preset(value: object) -> Stages:
             f"Received: {value!r}."
         )
     ((name, arguments),) = given.items()
-    known = _arguments(_PRESETS[name])
-    if arguments is None:
-        arguments = {}
+    known = signature(_PRESETS[name]).parameters
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping) or not set(arguments) <= set(known):
         raise InputError(
             f"preset: {name} has the arguments {list(known)}. Received: {arguments!r}."
         )
     return _PRESETS[name](**arguments)
-
-
-def _arguments(function: Callable[..., Stages]) -> tuple[str, ...]:
-    code = function.__code__
-    return code.co_varnames[: code.co_argcount]
 
 
 def _check_whole(name: str, value: Any) -> None:
@@ -130,5 +125,5 @@ def _check_whole(name: str, value: Any) -> None:
 
 
 def _check_decay(value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 1 <= value < 1e6:
+    if not is_number(value) or not 1 <= value < 1e6:
         raise InputError(f"preset: lr_decay is a number from 1 up. Received: {value!r}.")

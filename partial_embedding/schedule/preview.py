@@ -106,12 +106,6 @@ def plan_text(
 ) -> list[str]:
     r"""A plan as lines to print, with a bar for the share of the table that trains.
 
-    Args:
-        schedule: The schedule.
-        planned: What `plan` listed of it.
-        num_rows: The rows V of the table.
-        epochs: The epochs of the run.
-
     Example:
         >>> schedule = Schedule([{"epoch": 0, "rows": [7]}, {"epoch": 2, "rows": "all"}])
         >>> print(*plan_text(schedule, plan(schedule, 10, epochs=5), 10, 5), sep="\n")
