@@ -36,7 +36,7 @@ STAGES = EPOCHS.flatmap(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(STAGES, st.permutations(range(45)), st.integers(0, 10**6))
 def test_rows_depend_on_the_position_alone(
     stages: list[dict[str, Any]], order: list[int], step: int
@@ -49,7 +49,7 @@ def test_rows_depend_on_the_position_alone(
             assert schedule.trainable_rows(position) == Rows.parse(stages[begun[-1]]["rows"])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(STAGES)
 def test_schedules_round_trip_through_yaml(stages: list[dict[str, Any]]) -> None:
     schedule = Schedule(stages)
@@ -180,7 +180,7 @@ def runs(draw: st.DrawFn) -> Run:
     return Run(stages, shares, *counts, draw(values))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(runs(), st.randoms(use_true_random=False))
 def test_a_schedule_says_what_a_run_step_by_step_would_meet(run: Run, order: random.Random) -> None:
     schedule = Schedule(run.stages)
@@ -210,7 +210,7 @@ def test_a_schedule_says_what_a_run_step_by_step_would_meet(run: Run, order: ran
     assert set(schedule.units) == {unit for s in run.stages for unit in UNITS[:3] if unit in s}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(runs(), st.integers(1, 5))
 def test_every_schedule_is_a_value_and_round_trips_through_yaml(run: Run, more: int) -> None:
     units = {next(iter(stage)) for stage in run.stages}
@@ -226,7 +226,7 @@ def test_every_schedule_is_a_value_and_round_trips_through_yaml(run: Run, more: 
     assert "Schedule" in repr(schedule)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(runs(), runs())
 def test_schedules_without_changes_are_equal(a: Run, b: Run) -> None:
     before, after = Schedule(a.stages), Schedule(b.stages)
@@ -251,7 +251,7 @@ def walked(schedule: Schedule, epochs: int, steps: int) -> list[tuple[int, Stage
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(runs(), st.integers(0, 5))
 def test_the_boundaries_of_a_plan_are_those_of_a_walk_through_all_steps(
     run: Run, more: int

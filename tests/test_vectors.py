@@ -99,7 +99,6 @@ ZIPPED = gzip.compress(WORD2VEC * 50)
 # The file's name, its content, and what the message must say was received.
 BAD = {
     "empty": ("a.txt", b"", ["a.txt, which has none"]),
-    "empty gzip": ("a.txt.gz", gzip.compress(b""), ["a.txt.gz, which has none"]),
     "header of no rows": ("a.txt", b"0 2\n", ["which has none"]),
     "header of no values": ("a.txt", b"2 0\na\nb\n", ["at least one value", "0 in line 1"]),
     "tabs": ("a.txt", b"a\t1\t2\n", ["at least one value", "spaces"]),
@@ -108,8 +107,6 @@ BAD = {
     "memory's end promised": ("a.txt", b"9" * 17 + b" 300\n", ["promises 9999", "holds 0"]),
     "other size promised": ("a.txt", b"1 3\na 1 2\n", ["3 values", "2 values in", "line 2"]),
     "one value": ("a.txt", b"a 1 2\nb 3\n", ["1 values in", "line 2"]),
-    "one value, header": ("a.txt", b"2 2\na 1 2\nb 3\n", ["1 values in", "line 3"]),
-    "no values": ("a.txt", b"a 1 2\nb\n", ["0 values in", "line 2"]),
     "blank line": ("a.txt", b"a 1 2\n\nb 3 4\n", ["0 values in", "line 2"]),
     "more values": ("a.txt", b"a 1 2\nb 3 4 5\n", ["3 values in", "line 2"]),
     "two spaces": ("a.txt", b"a 1 2\nb  4\n", ["Received: ''", "line 2"]),
@@ -119,19 +116,16 @@ BAD = {
     "beyond float32": ("a.txt", b"a 1e39 2\n", ["Received: '1e39'", "line 1"]),
     "not utf-8": ("a.txt", b"a 1 2\n\xe9 3 4\n", ["0xe9", "line 2"]),
     "cut off gzip": ("a.txt.gz", ZIPPED[:-12], ["a.txt.gz", "ended before"]),
-    "cut off gzip's sum": ("a.txt.gz", ZIPPED[:-3], ["a.txt.gz", "ended before"]),
     "changed gzip": ("a.txt.gz", ZIPPED[:-8] + b"\0" * 8, ["a.txt.gz", "CRC"]),
     "no gzip": ("a.txt.gz", WORD2VEC, ["a.txt.gz", "Not a gzipped file"]),
     "empty binary": ("a.bin", b"", ["a.bin, which does not"]),
     "text called binary": ("a.bin", TEXT.encode(), ["a.bin, which does not", ".txt"]),
     "binary called text": ("a.txt", b"1 2\n" + row("a", 0, np.nan), ["0xc0", "line 2", ".bin"]),
     "binary cut in values": ("a.bin", BINARY[:-3], ["promises 2", "holds 1"]),
-    "binary cut in a token": ("a.bin", BINARY[:-9], ["promises 2", "holds 1"]),
     "binary, more promised": ("a.bin", b"9" + BINARY, ["promises 92", "holds 2", "`2 2`"]),
     "binary, fewer promised": ("a.bin", BINARY + row("c", 5, 6), ["promises 2", "holds 3"]),
     "binary, rest": ("a.bin", BINARY + b"\nabc", ["after its last row", "abc", "row 2"]),
     "binary, memory's end": ("a.bin", b"1 " + b"9" * 17 + b"\na ", ["promises 1", "holds 0"]),
-    "binary, other size": ("a.bin", b"2 3\n" + BINARY[4:], ["promises 2", "holds 1"]),
     "binary, no values": ("a.bin", b"2 0\na b ", ["at least one value"]),
     "binary, not utf-8": ("a.bin", b"1 1\n\xe9 " + b"\0" * 4, ["other bytes in 1 of 1 rows"]),
     "binary nan": ("a.bin", b"1 2\n" + row("a", 1, np.nan), ["nan", "'a'"]),
@@ -213,7 +207,7 @@ def test_saved_vectors_come_back_bit_for_bit(tmp_path: Path, suffix: str, dtype:
     assert (path.read_bytes()[:2] == b"\x1f\x8b") == suffix.endswith(".gz")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     arrays(
         np.float32, (3, 40), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
