@@ -75,11 +75,6 @@ class RowGradient(Tensor):
         made._held = _Rows(ids, values, summed)
         return made
 
-    def __init__(
-        self, ids: Tensor | None, values: Tensor, num_rows: int, summed: bool = False
-    ) -> None:
-        super().__init__()
-
     # What it holds
 
     def entries(self) -> tuple[Tensor, Tensor] | None:
