@@ -100,10 +100,6 @@ class NewTokens(CausalModel):
 
     Raises:
         InputError: When training starts: the data have no tokens, or the tokenizer has them.
-
-    Example:
-        >>> NewTokens(lr=0.01).hparams["lr"]
-        0.01
     """
 
     def __init__(

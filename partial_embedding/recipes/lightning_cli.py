@@ -23,7 +23,7 @@ from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.files import read_yaml, shown
 from partial_embedding.recipes.checkpoints import (
     WholeCheckpoints,
@@ -31,8 +31,7 @@ from partial_embedding.recipes.checkpoints import (
     read_checkpoint,
     settings_in,
 )
-from partial_embedding.recipes.command import did_you_mean
-from partial_embedding.recipes.divergence import diverged
+from partial_embedding.recipes.command import diverged
 from partial_embedding.recipes.predictions import write_predictions
 from partial_embedding.recipes.prepare_texts import TextSettings
 from partial_embedding.recipes.report_command import write_page

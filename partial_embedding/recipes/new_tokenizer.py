@@ -65,10 +65,6 @@ class NewTokenizer(CausalModel):
     Raises:
         InputError: An argument is out of its range. When training starts: the data are of another
             kind, or there is no such model.
-
-    Example:
-        >>> NewTokenizer(lr=0.01).hparams["num_tokens"]
-        600
     """
 
     def __init__(

@@ -60,10 +60,6 @@ class TextSettings:
 
     Raises:
         InputError: A number is out of its range.
-
-    Example:
-        >>> TextSettings(path="reviews.csv", min_count=2).batch_size
-        50
     """
 
     path: str | None = None

@@ -123,10 +123,6 @@ class RandomState(Callback):
     Args:
         seed: Where all seeds come from; by default the one of `seed_everything`. A resumed run
             takes it from the checkpoint.
-
-    Example:
-        >>> RandomState(seed=1).state_dict()
-        {'seed': 1}
     """
 
     def __init__(self, seed: int | None = None) -> None:

@@ -172,10 +172,6 @@ class TextClassifier(LightningModule):
     Raises:
         InputError: When `fit` or `test` starts: the datamodule has no table, or the checkpoint is
             of another vocabulary.
-
-    Example:
-        >>> TextClassifier(encoder="mean").hparams["encoder"]
-        'mean'
     """
 
     embedding: PartialEmbedding

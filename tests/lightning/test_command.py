@@ -163,8 +163,8 @@ def early_stopping() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[], None], list[str], str]] = {
-    "data_option": (no_files, ["--data.batchsize=3"], "Did you mean --data.batch_size?"),
-    "trainer_option": (no_files, ["--trainer.max_epoch=3"], "Did you mean --trainer.max_epochs?"),
+    "data_option": (no_files, ["--data.batchsize=3"], "Did you mean '--data.batch_size'?"),
+    "trainer_option": (no_files, ["--trainer.max_epoch=3"], "Did you mean '--trainer.max_epochs'?"),
     "number": (no_files, ["--model.lr=fast"], "--model.lr is float. Received: fast"),
     "choice": (no_files, ["--model.encoder=lstm"], "one of 'cnn', 'mean'. Received: lstm"),
     "trainer_value": (no_files, ["--trainer.accelerator=abacus"], "abacus"),
