@@ -359,3 +359,15 @@ def test_a_device_or_a_folder_is_refused_at_once(
     if reader in (read_vectors, read_vocabulary):
         with pytest.raises(InputError, match=str(tmp_path)):
             reader(tmp_path)
+
+
+def test_a_large_file_is_read_with_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    (tmp_path / "glove.txt").write_bytes(TEXT)
+    monkeypatch.setattr(opening, "_SHOWN_FROM", 1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert read_vectors(tmp_path / "glove.txt").values.tolist() == VALUES
+    assert "glove.txt" in capsys.readouterr().err

@@ -18,6 +18,8 @@ from typing import Any
 from partial_embedding.errors import InputError
 
 _BUFFER = 1 << 20  # bytes
+# A bar for less would be gone before it is seen.
+_SHOWN_FROM = 1 << 24
 # What a member of a zip raises; RuntimeError is its word for a password.
 _DAMAGES: tuple[type[Exception], ...] = (
     OSError,
@@ -37,7 +39,7 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 @contextmanager
 def opened(path: Path, what: str) -> Iterator[tuple[BufferedReader, str]]:
-    """Open a file for reading, unpacked.
+    """Open a file for reading, unpacked, with a bar for how much of it was read.
 
     How it is packed is told from its first bytes: gzip, bzip2, xz, Zstandard, or zip with one file.
 
@@ -57,7 +59,7 @@ def opened(path: Path, what: str) -> Iterator[tuple[BufferedReader, str]]:
         raise InputError(f"{what} are in a file. Received: {path}. {kind}.")
     try:
         with ExitStack() as stack:
-            raw = stack.enter_context(path.open("rb"))
+            raw = stack.enter_context(_with_bar(path))
             stream, name = _unpacked(path, raw, stack)
             yield BufferedReader(stream, _BUFFER), name
     except FileNotFoundError as error:
@@ -69,6 +71,21 @@ def opened(path: Path, what: str) -> Iterator[tuple[BufferedReader, str]]:
             f"{what} can be read. Received: {error} for {path}. Check its permissions, or get it "
             "again if it is cut off."
         ) from error
+
+
+@contextmanager
+def _with_bar(path: Path) -> Iterator[Any]:
+    size = path.stat().st_size
+    with path.open("rb") as raw:
+        if size < _SHOWN_FROM or not sys.stderr.isatty() or find_spec("rich") is None:
+            yield raw
+            return
+        from rich.console import Console
+        from rich.progress import wrap_file
+
+        console = Console(stderr=True)
+        with wrap_file(raw, size, description=path.name, console=console, transient=True) as bar:
+            yield bar
 
 
 def _unpacked(path: Path, raw: Any, stack: ExitStack) -> tuple[Any, str]:
