@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from partial_embedding.recipes.text import (
 )
 from partial_embedding.rows.vocabulary import Vocabulary
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILMS = [("a joy", "pos"), ("a bore", "neg"), ("so, so", "neg"), ('the "end"', "pos")]
 
 
@@ -195,24 +193,6 @@ def test_a_bad_folder_is_refused(tmp_path: Path, made: list[str], said: str) -> 
         read_labelled(tmp_path)
 
 
-def test_real_reviews_are_read_from_fasttext_lines(tmp_path: Path) -> None:
-    source = DATA / "sentence_polarity"
-    if not source.exists():
-        pytest.skip(f"{source} is absent")
-    lines = [
-        f"__label__{name} {line}"
-        for name in ("neg", "pos")
-        for line in (source / f"rt-polarity.{name}").read_text("utf-8").splitlines()
-    ]
-    (tmp_path / "films.txt").write_text("\n".join(lines), encoding="utf-8")
-    examples = read_labelled(tmp_path / "films.txt")
-    assert len(examples) == 10_662
-    assert np.bincount(examples.labels).tolist() == [5331, 5331]
-    vocabulary = count_tokens(map(tokenize, examples.texts))
-    assert {"film", "n't", "'s", "coming-of-age", "clichés"} <= set(vocabulary.tokens)
-    assert 18_000 < len(vocabulary) < 21_000
-
-
 def test_docstrings_of_the_standard_library_are_varied_and_balanced() -> None:
     examples = stdlib_docstrings()
     sizes = np.bincount(examples.labels)
@@ -231,13 +211,12 @@ def test_docstrings_are_chosen_independently_of_the_split() -> None:
         assert len(validation) / len(examples) == pytest.approx(0.15, abs=0.02)
 
 
-def test_docstrings_are_the_same_in_every_process_fast_and_without_warnings() -> None:
+def test_docstrings_are_the_same_in_every_process_and_without_warnings() -> None:
     code = (
         "import hashlib; from partial_embedding.recipes.text import stdlib_docstrings as f;"
         "d = f();"
         "print(hashlib.sha256(repr((d.texts, d.labels.tolist())).encode()).hexdigest())"
     )
-    begin = time.monotonic()
     found = [
         subprocess.run(
             [sys.executable, "-W", "error", "-c", code],
@@ -248,7 +227,6 @@ def test_docstrings_are_the_same_in_every_process_fast_and_without_warnings() ->
         )
         for seed in ("1", "2")
     ]
-    assert time.monotonic() - begin < 20
     assert found[0].stdout == found[1].stdout != ""
     assert [process.stderr for process in found] == ["", ""]
 
@@ -355,11 +333,10 @@ def test_tokenized_text_passes_unchanged_and_loses_nothing(given_text: str) -> N
 
 
 def test_long_text_is_cut_in_linear_time() -> None:
-    begin = time.monotonic()
+    # In quadratic time it would take hours.
     assert tokenize("a" * 300_000) == ["a" * 300_000]
     assert len(tokenize("a-" * 100_000)) == 2
     assert len(tokenize("1," * 100_000)) == 2
-    assert time.monotonic() - begin < 5
 
 
 DOCUMENTS = [["b", "a", "c"], ["c", "a", "<unk>"], ["c", "d"]]

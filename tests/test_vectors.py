@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 pytest.importorskip("gensim")
 
 from partial_embedding.errors import InputError
-from partial_embedding.recipes.text import tokenize
 from partial_embedding.recipes.vectors import (
     WordVectors,
     build_table,
@@ -29,16 +28,9 @@ from partial_embedding.recipes.vectors import (
 )
 from partial_embedding.rows.vocabulary import Vocabulary
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SUFFIXES = [".txt", ".vec", ".bin", ".txt.gz", ".vec.gz", ".bin.gz"]
 TOKENS = ["the", "naïve", "我愛", "x-1"]
 TABLE = np.array([[0.1, -2.5], [1e-42, 3.4e38], [-0.0, 1 / 3], [7, 0]], np.float32)
-
-
-def real(name: str) -> Path:
-    if not (DATA / name).exists():
-        pytest.skip(f"{DATA / name} is absent")
-    return DATA / name
 
 
 keyed = WordVectors
@@ -164,33 +156,6 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Is a directory"):
         read_vectors(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "dimension", "first"),
-    [
-        ("glove.twitter.27B.25d.12k.txt", 11925, 25, "the"),
-        ("googlenews.300d.1k.w2v.txt", 1000, 300, "in"),
-    ],
-)
-def test_real_files_are_read_in_full(name: str, rows: int, dimension: int, first: str) -> None:
-    path = real(name)
-    found = read_vectors(path, dimension)
-    assert found.values.shape == (rows, dimension)
-    line = next(line for line in path.open(encoding="utf-8") if line.startswith(f"{first} "))
-    assert found[first].tolist() == [np.float32(value) for value in line.split()[1:]]
-    last = path.read_text("utf-8").splitlines()[-1].split()
-    assert found.tokens[-1] == last[0]
-    assert found.values[-1].tolist() == [np.float32(value) for value in last[1:]]
-
-
-def test_a_real_header_that_lies_is_refused() -> None:
-    path = real("wiki.en.fasttext.300d.sample.vec")
-    rows = path.read_bytes().count(b"\n") - 1
-    with pytest.raises(
-        InputError, match=rf"promises 2519370 rows .*sample\.vec, which holds {rows}\."
-    ):
-        read_vectors(path)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -474,17 +439,6 @@ def test_vectors_of_other_tokens_are_refused(tokens: list[str]) -> None:
     known = keyed(["a", "<pad>"], np.ones((2, 2), np.float32))
     with pytest.raises(InputError, match=rf"Received: {len(tokens)} tokens.*'a'.*language or case"):
         build_table(Vocabulary(tokens), known)
-
-
-def test_a_real_table_knows_its_missing_rows() -> None:
-    known = read_vectors(real("glove.twitter.27B.25d.12k.txt"), dimension=25)
-    text = real("sentence_polarity/rt-polarity.pos").read_text("utf-8")
-    tokens = ["<pad>", "<unk>", *sorted(set(tokenize(text)))]
-    table, described = build_table(Vocabulary(tokens), known)
-    assert described.missing is not None
-    assert 0.5 < described.missing.size / len(tokens) < 0.7
-    found = np.setdiff1d(np.arange(1, len(tokens)), described.missing)
-    assert same_bits(table[found], np.stack([known[tokens[i]] for i in found]))
 
 
 def test_importing_the_package_does_not_load_gensim() -> None:

@@ -67,14 +67,6 @@ def test_a_command_that_is_none_is_refused_with_the_list(
     assert "fit, validate, test, predict, compare, schedule, report" in error
 
 
-def test_the_exported_vectors_are_the_table_of_the_checkpoint(fitted_run: list[str]) -> None:
-    vectors = KeyedVectors.load_word2vec_format(str(RUN / "vectors.vec"))
-    checkpoint = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
-    assert vectors.index_to_key == checkpoint["text"]["tokens"]
-    table = checkpoint["state_dict"]["embedding.weight"]
-    assert torch.equal(torch.from_numpy(vectors.vectors.copy()), table)
-
-
 def test_validate_test_and_predict_take_a_checkpoint(
     fitted_run: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,10 +203,6 @@ def test_bad_input_gets_one_line_and_leaves_no_file(
     code = main(["fit", *small_run, *args])
     assert_one_line(code, capfd.readouterr().err, part)
     assert files_below(Path()) == before
-
-
-def test_no_command_gets_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    assert_one_line(main([]), capfd.readouterr().err, "")
 
 
 @pytest.mark.parametrize(
