@@ -70,10 +70,10 @@ def stage_line(
         >>> stage_line("words", "stage 1 from epoch 4", np.array([0, 2]), 4, vocabulary)
         'words: stage 1 from epoch 4: 2 rows train, 50.0 % of the table, 80.0 % of training tokens'
     """
-    line = f"{table}: {place}: {len(ids):,} rows train, {_percent(len(ids), num_rows)} of the table"
+    line = f"{table}: {place}: {len(ids):,} rows train, {percent(len(ids), num_rows)} of the table"
     if vocabulary is not None and vocabulary.counts is not None:
         covered = int(vocabulary.counts[ids].sum())
-        line += f", {_percent(covered, int(vocabulary.counts.sum()))} of training tokens"
+        line += f", {percent(covered, int(vocabulary.counts.sum()))} of training tokens"
     return line
 
 
@@ -202,7 +202,8 @@ def moved_text(table: str, ids: Sequence[int], step: int | None, suspect: str) -
     return f"{table}: {count} changed{when}: {listed}. Most likely: {suspect}."
 
 
-def _percent(part: int, whole: int) -> str:
+def percent(part: int, whole: int) -> str:
+    """A share, as it is said; 0 % of nothing."""
     return f"{100 * part / whole if whole else 0:.1f} %"
 
 
@@ -228,9 +229,9 @@ def changes(before: Schedule, after: Schedule) -> list[str]:
 
 def _compare(place: str, before: Any, after: Any, lines: list[str]) -> None:
     if before is _ABSENT:
-        lines.append(f"{place}: {_shown(after)} was added")
+        lines.append(f"{place}: {shown(after)} was added")
     elif after is _ABSENT:
-        lines.append(f"{place}: {_shown(before)} was removed")
+        lines.append(f"{place}: {shown(before)} was removed")
     elif isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):
             inner = f"{place}.{key}" if place else key
@@ -239,12 +240,7 @@ def _compare(place: str, before: Any, after: Any, lines: list[str]) -> None:
         for i, (old, new) in enumerate(zip_longest(before, after, fillvalue=_ABSENT)):
             _compare(f"{place}[{i}]", old, new, lines)
     elif repr(before) != repr(after):  # 1 is a number of rows and 1.0 a share, though equal
-        lines.append(f"{place}: {_shown(before)} became {_shown(after)}")
+        lines.append(f"{place}: {shown(before)} became {shown(after)}")
 
 
 _ABSENT = object()
-
-
-def _shown(value: Any, most: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= most else text[:most] + "…"
