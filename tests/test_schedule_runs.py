@@ -256,9 +256,17 @@ def walked(schedule: Schedule, epochs: int, steps: int) -> list[tuple[int, Stage
 def test_the_boundaries_of_a_plan_are_those_of_a_walk_through_all_steps(
     run: Run, more: int
 ) -> None:
-    units, cycle = {next(iter(stage)) for stage in run.stages}, None
+    # Long enough for plateaus to come, most of which have a longest wait.
+    epochs, cycle = run.epochs + 8, None
+    stages = [
+        {**stage, "plateau": {"max_wait": more + 1, **stage["plateau"]}}
+        if "plateau" in stage and more
+        else stage
+        for stage in run.stages
+    ]
+    units = {next(iter(stage)) for stage in stages}
     if more and units in ({"epoch"}, {"step"}):
         cycle = run.stages[-1][units.pop()] + more
-    schedule = Schedule(run.stages, cycle)
-    found = [(at.step, state) for at, state in boundaries(schedule, 2 * run.epochs, run.steps)]
-    assert found == walked(schedule, 2 * run.epochs, run.steps)
+    schedule = Schedule(stages, cycle)
+    found = [(at.step, state) for at, state in boundaries(schedule, epochs, run.steps)]
+    assert found == walked(schedule, epochs, run.steps)
