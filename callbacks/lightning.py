@@ -309,9 +309,6 @@ class RowUnfreezing(Callback):
         """Remember where the schedule stood until `fit` starts.
 
         Finders restore a checkpoint of their own after that; it is of the same place.
-
-        Args:
-            state_dict: What `state_dict` gave.
         """
         self._restored = state_dict
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ class RowMonitor(Callback):
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         batches = trainer.num_training_batches
         self._run = RunRecorder(
-            _epochs(trainer),
+            # -1 is Lightning's word for no end.
+            None if trainer.max_epochs == -1 else trainer.max_epochs,
             None
             if batches == float("inf")
             else math.ceil(batches / trainer.accumulate_grad_batches),
@@ -111,7 +113,7 @@ class RowMonitor(Callback):
         for name, table in tables_in(pl_module):
             padding = getattr(table, "padding_idx", None)
             num_rows, new = table.weight.shape[0], table.new_rows
-            sample = self._run.add_table(name, _Reader(table), num_rows, padding, new)
+            sample = self._run.add_table(name, partial(_rows_of, table), num_rows, padding, new)
             self._tables[name] = _Table(table, sample)
 
     # Catching a step that is measured
@@ -131,7 +133,7 @@ class RowMonitor(Callback):
                 one.tokens, one.gradients = (0, 0), {}
                 # Before the step, as a scheduler may change the rate right after it.
                 one.rates = _rates(trainer.optimizers, one)
-                self._hooks.append(one.table.register_forward_pre_hook(_TokenCount(one)))
+                self._hooks.append(one.table.register_forward_pre_hook(partial(_count_tokens, one)))
 
     def _looks(self, trainer: Trainer) -> bool:
         return trainer.is_global_zero or self._share_rows()
@@ -222,59 +224,35 @@ class RowMonitor(Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember what was seen until `fit` starts.
-
-        Args:
-            state_dict: What `state_dict` gave.
-        """
+        """Remember what was seen until `fit` starts."""
         self._restored = state_dict
 
 
-class _Reader:
-    """Reads rows of a table as float32 arrays, wherever and at whatever precision they lie."""
-
-    def __init__(self, table: PartialTable) -> None:
-        self.table = table
-
-    def __call__(self, ids: Ids) -> NDArray[np.float32]:
-        weight = self.table.leaf_weight
-        chosen = torch.from_numpy(ids).to(weight.device)
-        if (shard := shard_of(weight)) is None:
-            return self._read(chosen)
-        rows = np.zeros((len(ids), *weight.shape[1:]), np.float32)
-        own = shard.has(chosen)
-        for there, values in gathered((own.cpu().numpy(), self._read(shard.own(chosen))), weight):
-            rows[there] = values
-        return rows
-
-    def _read(self, ids: Tensor) -> NDArray[np.float32]:
-        weight = local(self.table.leaf_weight)
-        rows: NDArray[np.float32] = weight.index_select(0, ids).float().cpu().numpy()
-        return rows
+def _rows_of(table: PartialTable, ids: Ids) -> NDArray[np.float32]:
+    """Rows as float32, wherever and at whatever precision they lie."""
+    weight = table.leaf_weight
+    chosen = torch.from_numpy(ids).to(weight.device)
+    shard = shard_of(weight)
+    own = chosen if shard is None else shard.own(chosen)
+    read: NDArray[np.float32] = local(weight).index_select(0, own).float().cpu().numpy()
+    if shard is None:
+        return read
+    rows = np.zeros((len(ids), *weight.shape[1:]), np.float32)
+    for there, values in gathered((shard.has(chosen).cpu().numpy(), read), weight):
+        rows[there] = values
+    return rows
 
 
-class _TokenCount:
+def _count_tokens(caught: _Table, table: PartialTable, args: tuple[Tensor, ...]) -> None:
     """A hook on a table's lookups: its tokens without padding, and those whose rows train."""
-
-    def __init__(self, caught: _Table) -> None:
-        self.caught = caught
-
-    def __call__(self, table: PartialTable, args: tuple[Tensor, ...]) -> None:
-        ids = args[0]
-        if ids.is_floating_point():
-            return  # a head is given features and no tokens
-        ids = local(ids)  # of which tensor parallelism makes a copy for each process
-        if table.padding_idx is not None:
-            ids = ids[ids != table.padding_idx]
-        training, tokens = self.caught.tokens
-        training += int(table.row_set.is_trainable(ids).sum())
-        self.caught.tokens = training, tokens + ids.numel()
-
-
-def _epochs(trainer: Trainer) -> int | None:
-    """The epochs that the trainer means to run, if it knows."""
-    known = trainer.max_epochs is not None and trainer.max_epochs >= 0
-    return trainer.max_epochs if known else None
+    ids = args[0]
+    if ids.is_floating_point():
+        return  # a head is given features and no tokens
+    ids = local(ids)  # of which tensor parallelism makes a copy for each process
+    if table.padding_idx is not None:
+        ids = ids[ids != table.padding_idx]
+    training, tokens = caught.tokens
+    caught.tokens = training + int(table.row_set.is_trainable(ids).sum()), tokens + ids.numel()
 
 
 def _row_squares(grad: Tensor) -> tuple[Ids, NDArray[np.float64]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 
-from partial_embedding.errors import FrozenRowsMoved, InputError
-from partial_embedding.recipes.command import did_you_mean
+from partial_embedding.errors import FrozenRowsMoved, InputError, did_you_mean
 from partial_embedding.rows.token_text import printable
 
 _HELP = """\
@@ -23,6 +23,8 @@ usage: partial-embedding COMMAND [options]
   report     make one page of what a run did to its rows
 
 partial-embedding COMMAND --help lists the options of one."""
+_RUNS = ("fit", "validate", "test", "predict")
+_OTHERS = ("compare", "schedule", "report")
 # What an optional package comes with.
 _EXTRAS = {
     "torch": "lightning,text",
@@ -78,33 +80,24 @@ def _complain(error: Exception | str, code: int) -> int:
 
 
 def _command(args: Sequence[str]) -> Callable[[Sequence[str]], object]:
-    given = args[0] if args else None
+    given = args[0] if args else ""
     # What a command needs is imported with it: each runs where its own packages are installed.
-    match given:
-        case "fit" | "validate" | "test" | "predict":
-            if find_spec("pytorch_lightning") is None and find_spec("keras") is not None:
-                from partial_embedding.recipes.keras_commands import fit_command, measure_command
+    if given in _RUNS:
+        if find_spec("pytorch_lightning") is None and find_spec("keras") is not None:
+            from partial_embedding.recipes.keras_commands import fit_command, measure_command
 
-                return fit_command if given == "fit" else partial(measure_command, given)
-            from partial_embedding.recipes.lightning_cli import run_lightning
+            return fit_command if given == "fit" else partial(measure_command, given)
+        from partial_embedding.recipes.lightning_cli import run_lightning
 
-            return partial(run_lightning, given)
-        case "compare":
-            from partial_embedding.recipes.compare_command import compare_command
-
-            return compare_command
-        case "schedule":
-            from partial_embedding.recipes.schedule_command import schedule_command
-
-            return schedule_command
-        case "report":
-            from partial_embedding.recipes.report_command import report_command
-
-            return report_command
-    known = ["fit", "validate", "test", "predict", "compare", "schedule", "report"]
+        return partial(run_lightning, given)
+    if given in _OTHERS:
+        module = import_module(f"partial_embedding.recipes.{given}_command")
+        command: Callable[[Sequence[str]], object] = getattr(module, f"{given}_command")
+        return command
+    known = [*_RUNS, *_OTHERS]
     raise InputError(
         f"a command is one of {', '.join(known)}. Received: {given or 'none'}."
-        f"{did_you_mean(given or '', known)} See partial-embedding --help."
+        f"{did_you_mean(given, known)} See partial-embedding --help."
     )
 
 

@@ -21,12 +21,6 @@ def test_a_new_file_appears_under_its_name_only(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt.gz").read_text() == "new"
 
 
-def test_a_string_names_the_file_too(tmp_path: Path) -> None:
-    with write_atomically(str(tmp_path / "a")) as temporary:
-        temporary.write_text("new")
-    assert (tmp_path / "a").read_text() == "new"
-
-
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), ValueError()]
 )

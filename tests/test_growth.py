@@ -30,8 +30,8 @@ GROWTHS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(GROWTHS, st.sets(st.integers(0, V - 1)), st.sets(st.integers(0, V - 1)), st.integers(1, 45))
+@settings(max_examples=60, deadline=None)
+@given(GROWTHS, st.sets(st.integers(0, V - 1)), st.sets(st.integers(0, V - 1)), st.integers(1, 12))
 def test_rows_only_join_from_exactly_the_former_ones_to_exactly_all(
     growth: Growth, before: set[int], after: set[int], parts: int
 ) -> None:
@@ -45,7 +45,7 @@ def test_rows_only_join_from_exactly_the_former_ones_to_exactly_all(
     assert all(earlier <= later for earlier, later in pairwise(grown))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(SHAPES),
     st.integers(1, 60),
@@ -109,7 +109,7 @@ def test_a_random_order_is_a_function_of_its_seed() -> None:
     assert arranged(3, [2, 9, 20]) == [row for row in arranged(3) if row in (2, 9, 20)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(GROWTHS)
 def test_growth_is_a_value_and_round_trips_through_yaml(growth: Growth) -> None:
     again = Growth.parse(yaml.safe_load(yaml.safe_dump(growth.to_config())))
@@ -123,31 +123,20 @@ def test_growth_is_a_value_and_round_trips_through_yaml(growth: Growth) -> None:
 
 MALFORMED: dict[str, tuple[Any, str]] = {
     "number": (3, "3"),
-    "nothing": (None, "None"),
     "truth": (True, "True"),
-    "list": (["linear"], "['linear']"),
     "unknown_shape": ("fast", "'fast'"),
-    "no_shape": ("", "''"),
     "shape_null": ({"shape": None}, "None"),
-    "shape_in_a_list": ({"shape": ["linear"]}, "['linear']"),
     "unknown_key": ({"shape": "linear", "steps": 3}, "'steps': 3"),
     "unknown_order": ({"order": "frequent"}, "'frequent'"),
     "empty_order": ({"order": []}, "[]"),
-    "order_null": ({"order": None}, "None"),
     "order_of_a_number": ({"order": 5}, "5"),
     "mixed_order": ({"order": [0, "a"]}, "[0, 'a']"),
-    "order_of_fractions": ({"order": [0.5]}, "[0.5]"),
     "order_of_truth": ({"order": [True, False]}, "[True, False]"),
     "negative_order": ({"order": [3, -1]}, "[3, -1]"),
     "order_with_a_row_twice": ({"order": [3, 1, 3]}, "[3, 1, 3]"),
-    "order_with_a_token_twice": ({"order": ["a", "a"]}, "['a', 'a']"),
     "no_parts": ({"increments": 0}, "0"),
-    "negative_parts": ({"increments": -2}, "-2"),
     "fractional_parts": ({"increments": 2.0}, "2.0"),
-    "parts_true": ({"increments": True}, "True"),
     "negative_seed": ({"seed": -1}, "-1"),
-    "seed_null": ({"seed": None}, "None"),
-    "seed_in_words": ({"seed": "x"}, "'x'"),
 }
 
 
@@ -184,12 +173,6 @@ def test_an_order_that_does_not_fit_is_refused(
 def test_a_increment_beyond_all_is_refused(increment: Any) -> None:
     with pytest.raises(InputError, match=f"{increment} of 3"):
         GrownRows(Rows.none(), Rows.all(), Growth(), increment, 3)
-
-
-def test_growth_by_frequency_asks_for_counts() -> None:
-    rows = GrownRows(Rows.none(), Rows.all(), Growth(), 1, 2)
-    with pytest.raises(InputError, match=r"counts.*without"):
-        rows.resolve(V, Vocabulary(TOKENS))
 
 
 def test_growing_rows_combine_and_compare_as_others_do() -> None:

@@ -350,6 +350,39 @@ def test_names_are_made_of_the_fields_words(path: Path) -> None:
     assert found == set(), [OTHER_WORDS[w] for n in found for w in words_of(n) if w in OTHER_WORDS]
 
 
+# Words that could mean several things: what each means here, and the rooms and files with names of
+# it. A file by itself comes before its room.
+MEANINGS: dict[str, dict[str, str]] = {
+    "watch": {"keep what frozen rows hold, for an audit": "schedule/adapter torch tensorflow"},
+    "report": {"the page of runs": "recipes/report_command"},
+    "slot": {
+        "a row's place in the tensor of the rows that train, or may": "torch tensorflow "
+        "callbacks/keras_monitor"
+    },
+    "group": {
+        "a parameter group of an optimizer": "torch callbacks/lightning_monitor",
+        "a process group": "torch/averaged torch/ddp torch/shards torch/split torch/whole",
+    },
+}
+
+
+@pytest.mark.parametrize("word", MEANINGS)
+def test_a_word_of_several_meanings_stands_where_one_of_them_is_said_to(word: str) -> None:
+    places = [place for one in MEANINGS[word].values() for place in one.split()]
+    found = [
+        path.relative_to(ROOT).with_suffix("").as_posix().removeprefix("partial_embedding/")
+        for path in SOURCES
+        for words in [set().union(*map(words_of, names_in(path) | {path.stem}))]
+        if any(one.startswith(word) for one in words)
+    ]
+
+    def lies_in(file: str, place: str) -> bool:
+        return f"{file}/".startswith(f"{place}/")
+
+    assert [f for f in found if not any(lies_in(f, place) for place in places)] == []
+    assert [place for place in places if not any(lies_in(f, place) for f in found)] == []
+
+
 PUBLIC = {
     "partial_embedding": None,
     "partial_embedding.torch": "torch",

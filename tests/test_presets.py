@@ -90,26 +90,18 @@ def test_presets_are_schedules_as_any_other(preset: Any, tmp_path: Any) -> None:
 
 MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "unknown": ("gentle", ("'gentle'", "chain_thaw")),
-    "nothing": (None, ("None",)),
-    "number": (3, ("3",)),
     "list": (["gradual"], ("['gradual']",)),
     "two": ({"gradual": {}, "chain_thaw": {}}, ("'gradual'", "'chain_thaw'")),
-    "none": ({}, ("{}",)),
     "arguments_in_a_list": ({"gradual": [4]}, ("gradual", "[4]")),
     "no_arguments_but_a_number": ({"gradual": 0}, ("gradual", "0")),
-    "no_arguments_but_a_list": ({"gradual": []}, ("gradual", "[]")),
-    "no_arguments_but_false": ({"gradual": False}, ("gradual", "False")),
     "unknown_argument": ({"gradual": {"stages": 4}}, ("gradual", "'bands'", "'stages': 4")),
     "argument_of_another": ({"chain_thaw": {"lr_decay": 2}}, ("chain_thaw", "'lr_decay': 2")),
     "no_bands": ({"gradual": {"bands": 0}}, ("bands", "0")),
-    "fractional_bands": ({"chain_thaw": {"bands": 2.5}}, ("bands", "2.5")),
     "bands_true": ({"chain_thaw": {"bands": True}}, ("bands", "True")),
     "no_epochs": ({"missing_first": {"epochs": 0}}, ("epochs", "0")),
     "epochs_in_words": ({"gradual": {"epochs": "two"}}, ("epochs", "'two'")),
     "rising_rates": ({"gradual": {"lr_decay": 0.5}}, ("lr_decay", "0.5")),
     "decay_that_is_no_number": ({"gradual": {"lr_decay": float("nan")}}, ("lr_decay", "nan")),
-    "decay_in_words": ({"gradual": {"lr_decay": "2"}}, ("lr_decay", "'2'")),
-    "decay_true": ({"gradual": {"lr_decay": True}}, ("lr_decay", "True")),
 }
 
 

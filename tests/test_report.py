@@ -34,7 +34,6 @@ PLACES: dict[str, tuple[Schedule, Position, str]] = {
         Position(3, 90),
         "stage 0 from epoch 3, increment 3 of 4 towards stage 1",
     ),
-    "no_part_yet": (Schedule(growing("epoch", 4)), Position(0, 20), "stage 0 from epoch 0"),
     "fewer_parts_than_epochs": (
         Schedule(growing("epoch", 4, grow={"increments": 2})),
         Position(3, 90),
@@ -45,11 +44,6 @@ PLACES: dict[str, tuple[Schedule, Position, str]] = {
         Position(3, 90),
         "stage 0 from step 90, increment 9 of 10 towards stage 1",
     ),
-    "before_a_plateau": (
-        Schedule([FIRST, {"plateau": "loss", "rows": "all"}]),
-        Position(1, 31, evaluations=LOSSES[:1]),
-        "stage 0 from epoch 1",
-    ),
     "after_a_plateau": (
         Schedule([FIRST, {"plateau": "loss", "rows": "all"}]),
         Position(2, 61, evaluations=LOSSES[:2]),
@@ -59,11 +53,6 @@ PLACES: dict[str, tuple[Schedule, Position, str]] = {
         Schedule([FIRST, {"epoch": 2, "rows": "all"}], cycle=3),
         Position(8, 90),
         "stage 1 from epoch 8, cycle 2",
-    ),
-    "first_cycle": (
-        Schedule([FIRST, {"epoch": 2, "rows": "all"}], cycle=3),
-        Position(1, 90),
-        "stage 0 from epoch 1",
     ),
     "part_in_a_cycle": (
         Schedule(growing("step", 20), cycle=30),
@@ -89,20 +78,12 @@ LINES: dict[str, tuple[list[int], int, Vocabulary | None, str]] = {
         Vocabulary("abc", counts=[2, 1, 0]),
         "1 rows train, 33.3 % of the table, 66.7 % of training tokens",
     ),
-    "no_row": ([], 4, None, "0 rows train, 0.0 % of the table"),
-    "no_row_counted": (
-        [],
-        2,
-        Vocabulary("ab", counts=[2, 1]),
-        "0 rows train, 0.0 % of the table, 0.0 % of training tokens",
-    ),
     "nothing_counted": (
         [0],
         1,
         Vocabulary("a", counts=[0]),
         "1 rows train, 100.0 % of the table, 0.0 % of training tokens",
     ),
-    "many": (list(range(1500)), 2000, None, "1,500 rows train, 75.0 % of the table"),
     "empty_table": ([], 0, None, "0 rows train, 0.0 % of the table"),
 }
 

@@ -48,9 +48,7 @@ ACCEPTED: dict[str, tuple[Any, list[int]]] = {
     "missing": ("missing", list(MISSING)),
     "rows": (Rows.parse([3]), [3]),
     "list_out_of_order": ([7, 2, 5], [2, 5, 7]),
-    "tuple": ((7, 2), [2, 7]),
     "set": ({7, 2}, [2, 7]),
-    "dict_keys": ({7: "a", 2: "b"}.keys(), [2, 7]),
     "generator": ((i for i in (7, 2)), [2, 7]),
     "array_int8": (np.array([7, 2], np.int8), [2, 7]),
     "array_uint64": (np.array([7, 2], np.uint64), [2, 7]),
@@ -61,9 +59,7 @@ ACCEPTED: dict[str, tuple[Any, list[int]]] = {
     "mask_list": ([i == 4 for i in range(V)], [4]),
     "mask_tensor": (TensorLike(np.arange(V) > 9), [10, 11]),
     "mask_of_no_row": ([False] * V, []),
-    "mask_of_every_row": (np.ones(V, np.bool_), list(range(V))),
     "range": (range(2, 5), [2, 3, 4]),
-    "range_with_step": (range(1, V, 4), [1, 5, 9]),
     "empty_range": (range(0), []),
     "slice_from": (slice(9, None), [9, 10, 11]),
     "slice_of_the_last_two": (slice(-2, None), [10, 11]),
@@ -71,15 +67,12 @@ ACCEPTED: dict[str, tuple[Any, list[int]]] = {
     "config_ids": ({"ids": [7, 2]}, [2, 7]),
     "config_mask": ({"mask": [True] + [False] * (V - 1)}, [0]),
     "config_range": ({"range": [8, None, 2]}, [8, 10]),
-    "config_range_of_two": ({"range": [0, 3]}, [0, 1, 2]),
     "config_all": ({"all": None}, list(range(V))),
     "most_frequent_number": ({"most_frequent": 3}, [1, 3, 10]),
     "most_frequent_share": ({"most_frequent": 0.25}, [1, 3, 10]),
     # Rows 5, 6 and 7 occur equally often; the lower ids come first.
     "most_frequent_among_equals": ({"most_frequent": 6}, [1, 3, 5, 6, 10, 11]),
-    "most_frequent_all": ({"most_frequent": 1.0}, list(range(V))),
     "most_frequent_share_in_numpy": ({"most_frequent": np.float64(0.25)}, [1, 3, 10]),
-    "most_frequent_one": ({"most_frequent": 1}, [1]),
     "least_frequent_number": ({"least_frequent": 3}, [2, 4, 8]),
     "least_frequent_share": ({"least_frequent": 0.25}, [2, 4, 8]),
     # Of rows 5, 6 and 7 those come in that are left out of the most frequent first.
@@ -93,17 +86,14 @@ ACCEPTED: dict[str, tuple[Any, list[int]]] = {
     "min_count_of_no_row": ({"min_count": 10}, []),
     "tokens": ({"tokens": ["w7", "w10", "w2"]}, [2, 7, 10]),
     "token": ({"tokens": "w3"}, [3]),
-    "tokens_in_an_array": ({"tokens": np.array(["w7", "w2"])}, [2, 7]),
     "tokens_from_a_generator": ({"tokens": (f"w{i}" for i in (7, 2))}, [2, 7]),
     "matching_anywhere": ({"matching": "1"}, [1, 10, 11]),
-    "matching_at_the_ends": ({"matching": "^w1$"}, [1]),
     "matching_without_case": ({"matching": "(?i)^W[78]"}, [7, 8]),
     "matching_nothing": ({"matching": "^x"}, []),
     "random_all": ({"random": 1.0}, list(range(V))),
     "nearest_all": ({"nearest": {"tokens": ["w4"], "amount": V}}, list(range(V))),
     "nearest_only_themselves": ({"nearest": {"tokens": ["w9", "w4"], "amount": 2}}, [4, 9]),
     "difference": ({"difference": ["all", [0, 1], {"range": [3, None]}]}, [2]),
-    "difference_of_one": ({"difference": ["missing"]}, list(MISSING)),
     "not": ({"not": {"range": [0, 10]}}, [10, 11]),
     "union": ({"union": ["missing", [0], {"ids": [0, 2]}]}, [0, 2, 8, 11]),
     "intersection": ({"intersection": ["missing", {"range": [3, None]}, "all"]}, [8, 11]),
@@ -279,7 +269,7 @@ def _combine(drawn: tuple[str, Any, Any]) -> tuple[Rows, frozenset[int]]:
 TREES = st.recursive(LEAVES, _combinations, max_leaves=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(TREES)
 def test_choices_behave_as_sets_and_round_trip(tree: tuple[Any, frozenset[int]]) -> None:
     rows, expected = Rows.parse(tree[0]), tree[1]
@@ -293,27 +283,12 @@ def test_choices_behave_as_sets_and_round_trip(tree: tuple[Any, frozenset[int]])
     assert again.to_config() == config
 
 
-@settings(max_examples=60, deadline=None)
-@given(TREES, TREES)
-def test_the_algebra_keeps_its_laws(a: Any, b: Any) -> None:
-    def ids(rows: Rows) -> list[int]:
-        return rows.resolve(V, VOCABULARY).tolist()
-
-    left, right = Rows.parse(a[0]), Rows.parse(b[0])
-    assert ids(~~left) == ids(left)
-    assert ids(~(left | right)) == ids(~left & ~right)
-    assert ids(left | right) == ids(right | left)
-    assert ids((left - right) | (left & right)) == ids(left)
-    assert ids(left & ~left) == []
-    assert ids(left | ~left) == list(range(V))
-
-
 RANGES = st.builds(
     range, st.integers(0, V), st.integers(-1, V), st.sampled_from([1, 2, 5, -1, -2])
 ).filter(lambda ids: all(0 <= row < V for row in ids))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(RANGES)
 def test_a_range_names_the_ids_that_it_yields(ids: range) -> None:
     assert Rows.parse(ids).resolve(V).tolist() == sorted(ids)
@@ -324,22 +299,6 @@ def test_a_range_with_negative_ids_is_refused(ids: range) -> None:
     # As a slice, -2 counts from the end; in a range it is the id -2, which no table has.
     with pytest.raises(InputError, match="-2"):
         Rows.parse(ids).resolve(V)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=30).flatmap(
-        lambda counts: st.tuples(st.just(counts), st.integers(1, len(counts)))
-    )
-)
-def test_the_most_frequent_are_a_stable_function_of_the_counts(drawn: Any) -> None:
-    counts, number = drawn
-    vocabulary = Vocabulary(map(str, range(len(counts))), counts=counts)
-    order = sorted(range(len(counts)), key=lambda row: (-counts[row], row))
-    ids = Rows.most_frequent(number).resolve(len(counts), vocabulary)
-    assert ids.tolist() == sorted(order[:number])
-    share = Rows.most_frequent(number / len(counts)).resolve(len(counts), vocabulary)
-    assert share.tolist() == ids.tolist()
 
 
 def test_an_array_that_was_computed_empty_is_no_row() -> None:

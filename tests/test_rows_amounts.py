@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from partial_embedding import Rows, Vocabulary
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.data())
 def test_a_larger_random_amount_has_the_rows_of_a_smaller_one(
     drawn: tuple[int, int], data: st.DataObject
@@ -43,7 +43,7 @@ def test_rows_that_cover_a_share_are_the_fewest_that_do(total: int) -> None:
         assert ids.tolist() == list(range(number))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 100))
 def test_covering_is_minimal(counts: list[int], percent: int) -> None:
     total = sum(counts)
@@ -57,7 +57,7 @@ def test_covering_is_minimal(counts: list[int], percent: int) -> None:
     assert chosen == sorted(counts, reverse=True)[: len(ids)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.data())
 def test_the_most_and_the_least_frequent_complete_each_other(
     counts: list[int], data: st.DataObject

@@ -72,7 +72,7 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 # Cycles
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["epoch", "step", "share"]),
     st.sets(st.integers(1, 11), max_size=4),
@@ -193,25 +193,10 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["stages[0].rows.most_frequent: 1 became 1.0"],
     ),
     "rows": (changed(1, rows=[3]), ["stages[1].rows: 'all' became {'ids': [3]}"]),
-    "kind_of_rows": (
-        changed(0, rows={"random": 2}),
-        [
-            "stages[0].rows.most_frequent: 1 was removed",
-            "stages[0].rows.random: {'amount': 2, 'seed': 0} was added",
-        ],
-    ),
     "growth": (changed(1, grow="cosine"), ["stages[1].grow.shape: 'linear' became 'cosine'"]),
-    "no_growth": (changed(1, grow=None), ["stages[1].grow: {'shape': 'linear'} was removed"]),
     "rate_scale": (
         changed(2, lr_scale=0.25, warmup_steps=5),
         ["stages[2].lr_scale: 0.5 became 0.25", "stages[2].warmup_steps: 5 was added"],
-    ),
-    "monitor": (
-        changed(2, plateau={"monitor": "acc", "mode": "max"}),
-        [
-            "stages[2].plateau.monitor: 'loss' became 'acc'",
-            "stages[2].plateau.mode: 'max' was added",
-        ],
     ),
     "stage_less": (
         {"stages": BASE["stages"][:2]},

@@ -221,7 +221,7 @@ def test_a_large_file_is_read_once_and_then_mapped(
     plain = read_vectors(large)
     cache = tmp_path / "cache"
     first = read_vectors(large, cache=cache)
-    monkeypatch.setattr(reading, "read_text", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(reading, "read_blocks", lambda *_: pytest.fail("it was read again"))
     second = read_vectors(large, 2, cache)
     for kept in (first, second):
         assert list(kept.tokens) == list(plain.tokens)
@@ -359,3 +359,15 @@ def test_a_device_or_a_folder_is_refused_at_once(
     if reader in (read_vectors, read_vocabulary):
         with pytest.raises(InputError, match=str(tmp_path)):
             reader(tmp_path)
+
+
+def test_a_large_file_is_read_with_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    (tmp_path / "glove.txt").write_bytes(TEXT)
+    monkeypatch.setattr(opening, "_SHOWN_FROM", 1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert read_vectors(tmp_path / "glove.txt").values.tolist() == VALUES
+    assert "glove.txt" in capsys.readouterr().err

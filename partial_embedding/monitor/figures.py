@@ -79,10 +79,6 @@ class Line:
 def ramp(i: int, of: int) -> str:
     """The color of one of several things that have an order.
 
-    Args:
-        i: Which of them.
-        of: How many they are.
-
     Example:
         >>> ramp(0, of=3), ramp(2, of=3)
         ('hsl(265 55% var(--tone))', 'hsl(65 55% var(--tone))')
@@ -186,21 +182,12 @@ def trainable_figure(lines: Sequence[Line], num_rows: int, end: float, unit: str
 
 
 def lasting(points: Sequence[tuple[float, float]], end: float) -> Points:
-    """Numbers that hold until the next one, up to the end.
-
-    Args:
-        points: Where in training, and the number from there on.
-        end: Where training ends.
-    """
+    """Numbers that hold until the next one, up to the end."""
     return [*points, (end, points[-1][1])] if points else []
 
 
 def standalone(html: str) -> str:
-    """The picture of a figure as a file of its own.
-
-    Args:
-        html: What `figure` drew.
-    """
+    """The picture of a figure as a file of its own."""
     head, _, rest = html[html.index("<svg") : html.index("</svg>")].partition("<title>")
     return f"{head}<style>{STYLE}svg {{ background: var(--page); }}</style><title>{rest}</svg>\n"
 

@@ -23,6 +23,7 @@ from partial_embedding.monitor.figures import (
 from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import Drift, MovedRow, RowTrack
 from partial_embedding.rows.token_text import printable
+from partial_embedding.schedule.messages import percent
 from partial_embedding.schedule.preview import Planned
 
 # A number of a metric gets better downwards if its name says so.
@@ -123,7 +124,7 @@ def comparison(records: Mapping[str, RowRecord], title: str) -> str:
             lines.append(Line(name, points, color=ramp(i, len(records)), dotted=True))
             best = _best(metric, scored)
             measured = [f"{best.metrics[metric]:.4g}", f"{best.place:g}", f"{points[-1][1]:.4g}"]
-        trained, changed = _percent(run.trainable, run.num_rows), f"{_changed(run):,}"
+        trained, changed = percent(run.trainable, run.num_rows), f"{_changed(run):,}"
         rows.append([name, *measured, trained, f"{run.end:g}", changed if run.audit else _NONE])
     columns = ["run", "best", f"at {unit}", "last", "rows at the end", f"{unit}s", "frozen changed"]
     ends = "; ".join(f"{line.label}: {line.points[-1][1]:.4g}" for line in lines)
@@ -173,7 +174,7 @@ def _schedule(name: str, track: RowTrack, record: RowRecord) -> Section:
         used = [i for i in range(7) if i < 3 or any(row[i] != _NONE for row in rows)]
         shown = [[row[i] for i in used] for row in rows]
         tables.append(Table("As planned", [columns[i] for i in used], shown))
-    rows = [[f"{p:g}", f"{n:,}", _percent(n, track.num_rows)] for p, n in track.trainable]
+    rows = [[f"{p:g}", f"{n:,}", percent(n, track.num_rows)] for p, n in track.trainable]
     tables.append(Table("As it happened", [f"from {unit}", "rows", "share"], rows))
     said = "; ".join(f"{count:,} from {unit} {place:g}" for place, count in track.trainable[:20])
     alt = f"Trainable rows in {name} over training: {said}."
@@ -187,7 +188,7 @@ def _planned_row(step: Planned, num_rows: int) -> list[str]:
     return [
         step.place,
         f"{step.trainable:,}",
-        _percent(step.trainable, num_rows),
+        percent(step.trainable, num_rows),
         f"{step.joining:,}" if step.joining else _NONE,
         f"{step.leaving:,}" if step.leaving else _NONE,
         _NONE if step.covered is None else f"{100 * step.covered:.1f} %",
@@ -216,7 +217,7 @@ def _scores(metric: str, track: RowTrack, record: RowRecord) -> Section:
         within = [score for score in scored if score.trainable == trainable]
         spread = (within[0], _best(metric, within), within[-1])
         numbers = [f"{score.metrics[metric]:.4g}" for score in spread]
-        share = _percent(trainable, record.num_rows)
+        share = percent(trainable, record.num_rows)
         rows.append([f"{trainable:,}", share, str(len(within)), *numbers])
     columns = ["trainable rows", "share", "validations", "first", "best", "last"]
     return Section(
@@ -299,9 +300,6 @@ def _audit(record: RowRecord) -> Section:
 def main_metric(scores: Sequence[Score]) -> str | None:
     """The number that tells most of what validations measured.
 
-    Args:
-        scores: What validations measured.
-
     Returns:
         The name of an accuracy of the validation side if there is one, else of whatever it
         measured, else of any number; None where there is none.
@@ -330,10 +328,6 @@ def _quantiles(drift: Drift) -> list[str]:
         return [_NONE, _NONE]
     _, low, middle, high = drift[-1]
     return [f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole if whole else 0:.1f} %"
 
 
 def _readable(metric: str) -> str:

@@ -90,11 +90,7 @@ class RowRecord:
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> RowRecord:
-        """The inverse of `to_state`, also of what JSON made of it.
-
-        Args:
-            state: What `to_state` gave.
-        """
+        """The inverse of `to_state`, also of what JSON made of it."""
         return RowRecord(
             {name: RowTrack.from_state(track) for name, track in state["tables"].items()},
             dict(state["schedules"]),
@@ -199,11 +195,7 @@ class RunRecorder:
         return sample
 
     def add_score(self, metrics: Mapping[str, float]) -> None:
-        """Keep what a validation measured, where training stands.
-
-        Args:
-            metrics: The numbers by name; those that are not finite are left out.
-        """
+        """Keep what a validation measured, where training stands."""
         if not self._samples:
             return
         finite = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
@@ -217,11 +209,7 @@ class RunRecorder:
         return {"tables": tables, "scores": list(map(asdict, self._record.scores))}
 
     def finished(self, moving: Moving | None = None) -> RowRecord:
-        """The record of the run.
-
-        Args:
-            moving: What moved the rows along schedules, if anything did.
-        """
+        """The record of the run."""
         tables = {name: sample.finish() for name, sample in self._samples.items()}
         record = replace(self._record, tables=tables)
         if moving is None:
@@ -251,15 +239,7 @@ class RunRecorder:
 
 
 def write_record(path: str | os.PathLike[str], record: RowRecord) -> None:
-    """Write a record as JSON, in full or not at all.
-
-    Args:
-        path: The file; its folder must exist.
-        record: What to write.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+    """Write a record as JSON, in full or not at all."""
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps(record.to_state()) + "\n", encoding="utf-8")
 

@@ -290,11 +290,7 @@ class TableSample:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `to_state` was called.
-
-        Args:
-            state: What it gave.
-        """
+        """Go on where `to_state` was called."""
         self.track = RowTrack.from_state(state["track"])
         self.cohort_of = np.array(state["cohort_of"])
         self._pool = _Sampled(*state["pool"])

@@ -131,11 +131,7 @@ class RowTrack:
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> RowTrack:
-        """The inverse of `to_state`, also of what JSON made of it.
-
-        Args:
-            state: What `to_state` gave.
-        """
+        """The inverse of `to_state`, also of what JSON made of it."""
         track = RowTrack(**state)
         track.trainable = _points(track.trainable)
         track.token_share = _points(track.token_share)
@@ -230,9 +226,6 @@ def _points(points: list[Any]) -> list[Any]:
 
 def thinned(points: list[Point]) -> list[Point]:
     """Drop every second point, but the last, until there are no longer very many.
-
-    Args:
-        points: Anything in order.
 
     Example:
         >>> len(thinned(list(range(5000)))), thinned([1, 2])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -19,6 +19,8 @@ from partial_embedding.rows.vocabulary import Vocabulary
 
 # Token ids and what of them counts in the loss, each of shape (B, L).
 TokenBatch = dict[str, Tensor]
+
+Data = TypeVar("Data")
 
 # Under which a checkpoint has the model's configuration and the files of its tokenizer.
 _KEY = "language_model"
@@ -51,12 +53,23 @@ class CausalModel(LightningModule):
         self.weight_decay = weight_decay
         self.max_new_tokens = max_new_tokens
 
-    def encode(self, texts: Sequence[str], max_length: int) -> TokenBatch:
-        """Make a batch of texts.
+    def data_of(self, kind: type[Data]) -> Data:
+        """The datamodule of the run.
 
-        Args:
-            texts: B texts.
-            max_length: The most tokens L of a text.
+        Raises:
+            InputError: It is of another kind.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, kind):
+            name = kind.__name__
+            raise InputError(
+                f"{type(self).__name__} takes its texts from {name}. Received: "
+                f"{type(data).__name__}. Pass datamodule={name}(…)."
+            )
+        return data
+
+    def encode(self, texts: Sequence[str], max_length: int) -> TokenBatch:
+        """Make a batch of texts that are cut after some tokens.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, each of shape (B, L), int64; padding is -100
@@ -72,26 +85,27 @@ class CausalModel(LightningModule):
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     @torch.no_grad()
+    def measured(
+        self, texts: Sequence[str], max_length: int, batch_size: int
+    ) -> Iterator[tuple[TokenBatch, Any]]:
+        """Batches of texts, and what the model gives for each, without dropout."""
+        was_training = self.model.training
+        self.model.eval()
+        for start in range(0, len(texts), batch_size):
+            batch = self.encode(texts[start : start + batch_size], max_length)
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            yield batch, self.model(**batch)
+        self.model.train(was_training)
+
     def total_loss(
         self, texts: Sequence[str], max_length: int, batch_size: int
     ) -> tuple[float, int]:
-        """The loss of texts, summed over their tokens, and the number of these.
-
-        Args:
-            texts: Any texts.
-            max_length: The most tokens of a text.
-            batch_size: Texts that are computed together.
-        """
-        was_training = self.model.training
-        self.model.eval()
+        """The loss of texts, summed over their tokens, and the number of these."""
         total, count = 0.0, 0
-        for start in range(0, len(texts), batch_size):
-            batch = self.encode(texts[start : start + batch_size], max_length)
+        for batch, output in self.measured(texts, max_length, batch_size):
             tokens = int((batch["labels"][:, 1:] != -100).sum())
-            batch = {key: value.to(self.device) for key, value in batch.items()}
-            total += float(self.model(**batch).loss) * tokens
+            total += float(output.loss) * tokens
             count += tokens
-        self.model.train(was_training)
         return total, count
 
     # Training and measuring
@@ -132,10 +146,7 @@ class CausalModel(LightningModule):
         return texts
 
     def train_tables(self, body: bool = False) -> int:
-        """Let the tables train, or the rows of them that do, and nothing else.
-
-        Args:
-            body: Let the rest of the model train too.
+        """Let the tables, or the rows of them that do, train, and nothing but the body if at all.
 
         Returns:
             The rows of the input table.
@@ -157,16 +168,7 @@ class CausalModel(LightningModule):
     def write_predictions(
         self, output: str | Path, texts: Sequence[str], batches: Sequence[Any]
     ) -> None:
-        """Write how prompts go on, as a CSV file.
-
-        Args:
-            output: The file, or `"-"` for the terminal.
-            texts: The prompts.
-            batches: What `predict_step` gave.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
+        """Write how prompts go on, as a CSV file, or to the terminal for `-`."""
         said = [text for batch in batches for text in batch]
         write_table(output, ["text", "continuation"], list(zip(texts, said, strict=True)))
 
@@ -222,10 +224,7 @@ class CausalModel(LightningModule):
 
 
 def pretrained(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer.
-
-    Args:
-        name: A model of the Hugging Face hub or a local folder.
+    """A model of the Hugging Face hub or of a local folder, and its tokenizer.
 
     Raises:
         InputError: There is none.
@@ -244,16 +243,9 @@ def pretrained(name: str) -> tuple[Any, Any]:
 
 
 def vocabulary_of(tokenizer: Any, num_rows: int, new: Sequence[int], counts: Any = None) -> Any:
-    """What the rows of a table mean.
+    """What the rows of a table mean, some of which are new and so `missing`.
 
-    Args:
-        tokenizer: The tokenizer.
-        num_rows: The rows of the table; some models have more than their tokenizer has tokens.
-        new: The rows that had no vector before: `missing`.
-        counts: How often each token occurs, shape (V,).
-
-    Returns:
-        The vocabulary.
+    Some models have more rows than their tokenizer has tokens.
     """
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     tokens += [f"<row {row}>" for row in range(len(tokens), num_rows)]

@@ -17,11 +17,7 @@ _WRITTEN_BY = "pytorch-lightning_version"
 
 
 def find_checkpoint(named: str, root: Path) -> Path:
-    """The checkpoint that is meant.
-
-    Args:
-        named: `"last"` or `"best"`, those of the newest run, or the path of a checkpoint.
-        root: The folder that holds the runs.
+    """The checkpoint that is meant: `last` or `best` of the newest run in a folder, or a path.
 
     Raises:
         InputError: There is none.
@@ -42,12 +38,9 @@ def find_checkpoint(named: str, root: Path) -> Path:
 def read_checkpoint(path: Path, to_go_on: bool) -> dict[str, Any]:
     """Read what Lightning wrote, and refuse what it would meet with a traceback.
 
-    Args:
-        path: The file.
-        to_go_on: Whether training goes on from it, for which weights alone are not enough.
-
     Raises:
-        InputError: It is damaged, of something else, or of weights alone.
+        InputError: It is damaged, of something else, or of weights alone, from which training
+            cannot go on.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -70,11 +63,7 @@ def read_checkpoint(path: Path, to_go_on: bool) -> dict[str, Any]:
 
 
 def settings_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The settings of model and data, as a configuration.
-
-    Args:
-        checkpoint: What `read_checkpoint` gave.
-    """
+    """The settings of model and data, as a configuration."""
     settings = {}
     for key, name in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
         given = {k: v for k, v in checkpoint.get(name, {}).items() if k != "_instantiator"}

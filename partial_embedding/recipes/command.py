@@ -1,42 +1,31 @@
-"""What the commands share: refusals in one line, and the name that was meant."""
+"""What the commands share: arguments that are refused, and runs that diverge, in one line."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import NoReturn
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 
 
 class CommandParser(argparse.ArgumentParser):
     """Raises what it refuses, so that every command says it in the same way."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the arguments.
-
-        Args:
-            message: What is wrong with them.
-
-        Raises:
-            InputError: Always.
-        """
+        """Refuse the arguments."""
         _, unknown, given = message.partition("unrecognized arguments: ")
         meant = did_you_mean(given.split("=")[0], self._option_string_actions) if unknown else ""
         raise InputError(f"{message}.{meant} See {self.prog} --help.")
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """A question after the name that was meant, or nothing where none is near.
-
-    Args:
-        given: What was written.
-        known: What could have been.
+def diverged(loss: float, step: int, epoch: int) -> InputError:
+    """The error of a run whose loss is no finite number after some steps.
 
     Example:
-        >>> did_you_mean("--data.batchsize", ["--data.batch_size", "--data.path"])
-        ' Did you mean --data.batch_size?'
+        >>> str(diverged(float("nan"), 12, 1)).partition(". Received: ")[2]
+        'nan after 12 steps, in epoch 1. Lower model.lr and start anew.'
     """
-    near = get_close_matches(given, list(known), n=1, cutoff=0.75)
-    return f" Did you mean {near[0]}?" if near else ""
+    return InputError(
+        f"a loss is a finite number. Received: {loss} after {step:,} steps, in epoch {epoch}. "
+        "Lower model.lr and start anew."
+    )

@@ -21,11 +21,8 @@ _WAYS = {"frozen": "none", "missing": "missing", "all": "all", "staged": None}
 def compare_command(args: Sequence[str]) -> None:
     """Train a configuration with frozen, missing and all rows, and by its schedule.
 
-    Each way is trained once for each seed. What is compared is the best of the epochs.
-
-    Args:
-        args: The arguments of the command, without its name; options that it does not know are
-            those of `fit`.
+    Each way is trained once for each seed. What is compared is the best of the epochs. Options that
+    it does not know are those of `fit`.
 
     Raises:
         InputError: An argument is refused, or what is compared was not measured.
@@ -55,12 +52,7 @@ def compare_command(args: Sequence[str]) -> None:
 
 
 def verdict(found: dict[str, list[float]], metric: str, mode: str) -> list[str]:
-    r"""Lines that say how the ways did, and whether one was ahead of the others.
-
-    Args:
-        found: What each run reached, by way.
-        metric: What was measured.
-        mode: `"max"` or `"min"`.
+    r"""Lines that say what the runs of each way reached, and whether one was ahead of the others.
 
     Example:
         >>> runs = {"frozen": [0.5, 0.52], "all": [0.7, 0.74], "staged": [0.73, 0.77]}

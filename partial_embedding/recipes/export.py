@@ -35,11 +35,6 @@ class ExportVectors(Callback):
 
     Raises:
         InputError: A value of the table is not finite, or a token has a tab or line break.
-        OSError: The file cannot be written.
-
-    Example:
-        >>> ExportVectors("bin.gz").suffix
-        'bin.gz'
     """
 
     def __init__(self, suffix: VectorSuffix = "vec") -> None:

@@ -190,9 +190,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--output", help="the CSV file to write, or - for the terminal")
         parser.add_argument("--top_k", type=int, help="the classes of each text")
     for part, made in parts.items():
-        group = parser.add_argument_group(part)
+        options = parser.add_argument_group(part)
         for name in inspect.signature(made).parameters:
-            group.add_argument(f"--{part}.{name}", type=parse_yaml, metavar=name.upper())
+            options.add_argument(f"--{part}.{name}", type=parse_yaml, metavar=name.upper())
     return parser
 
 

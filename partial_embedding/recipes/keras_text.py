@@ -20,10 +20,9 @@ from keras import ops
 from numpy.typing import NDArray
 
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.files import claim_version, shown, write_atomically
-from partial_embedding.recipes.command import did_you_mean
-from partial_embedding.recipes.divergence import diverged
+from partial_embedding.recipes.command import diverged
 from partial_embedding.recipes.prepare_texts import (
     PADDING_ID,
     WIDTHS,

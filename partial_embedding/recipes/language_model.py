@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,7 @@ from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import shown
-from partial_embedding.recipes.causal_model import (
-    CausalModel,
-    pretrained,
-    vocabulary_of,
-)
+from partial_embedding.recipes.causal_model import CausalModel, pretrained, vocabulary_of
 from partial_embedding.recipes.small_language_model import small_language_model
 from partial_embedding.recipes.text import stdlib_docstrings
 from partial_embedding.recipes.text.reading import read_texts
@@ -37,12 +34,9 @@ class TokenTexts(TextLines):
 
     Args:
         tokens: The new tokens, or a file with one on each line.
-        path: A file with one text on each line; by default the docstrings of the standard library.
-        test_path: As for `TextLines`, and so are all others.
-        max_length: Likewise.
-        validation_share: Likewise.
+        max_length: As for `TextLines`, and so are all others.
         batch_size: Likewise.
-        seed: Likewise.
+        **settings: Likewise.
 
     Raises:
         InputError: As for `TextLines`.
@@ -57,26 +51,19 @@ class TokenTexts(TextLines):
     def __init__(
         self,
         tokens: list[str] | str,
-        path: str | None = None,
-        test_path: str | None = None,
         max_length: int = 64,
-        validation_share: float = 0.2,
         batch_size: int = 16,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(path, test_path, max_length, validation_share, batch_size, seed)
+        super().__init__(max_length=max_length, batch_size=batch_size, **settings)
         self.tokens = read_texts(tokens) if isinstance(tokens, str) else tokens
 
-    def default_texts(self) -> list[str]:
+    def default_texts(self) -> Sequence[str]:
         """The docstrings of the standard library."""
-        return list(stdlib_docstrings().texts)
+        return stdlib_docstrings().texts
 
     def chosen(self, texts: list[str], module: CausalModel) -> list[str]:
         """Those of some texts in which the tokenizer finds a new token.
-
-        Args:
-            texts: The texts.
-            module: What learns from them.
 
         Raises:
             InputError: There is none.
@@ -90,12 +77,7 @@ class TokenTexts(TextLines):
         return found
 
     def with_new_tokens(self, texts: list[str], module: CausalModel) -> list[str]:
-        """Those of some texts in which the tokenizer finds a new token; there may be none.
-
-        Args:
-            texts: The texts.
-            module: Whose tokenizer it is.
-        """
+        """Those of some texts in which the tokenizer finds a new token; there may be none."""
         new = set(module.tokenizer.convert_tokens_to_ids(self.tokens))
         return [text for text in texts if new & set(module.tokenizer(text)["input_ids"])]
 
@@ -118,10 +100,6 @@ class NewTokens(CausalModel):
 
     Raises:
         InputError: When training starts: the data have no tokens, or the tokenizer has them.
-
-    Example:
-        >>> NewTokens(lr=0.01).hparams["lr"]
-        0.01
     """
 
     def __init__(
@@ -138,41 +116,29 @@ class NewTokens(CausalModel):
         self.rows: list[int] = []
 
     def setup(self, stage: str) -> None:
-        """Load the model, or train a small one, and add the tokens.
-
-        Args:
-            stage: `"fit"`; for others the checkpoint has all of it.
-        """
+        """Load the model, or train a small one, and add the tokens; a checkpoint has all of it."""
         if self.rows or stage != "fit":
             return
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, TokenTexts):
-            raise InputError(
-                f"NewTokens takes its tokens from TokenTexts. Received: {type(data).__name__}. "
-                "Pass datamodule=TokenTexts(…)."
-            )
+        data = self.data_of(TokenTexts)
         self.model, self.tokenizer = (
             pretrained(self.name) if self.name else small_language_model(data.training)
         )
         # A token that the original model does not know cannot be in a text compared with it.
-        self._unchanged = [t for t in data.validation if not _has_word(t, data.tokens)]
-        self._unchanged = self._unchanged[:_COMPARED]
+        words = [token.lower() for token in data.tokens]
+        unchanged = [t for t in data.validation if not any(w in t.lower() for w in words)]
+        self._unchanged = unchanged[:_COMPARED]
         self._columns = self.model.get_input_embeddings().weight.shape[0]
         self._logits = self._logits_of(self._unchanged, data.max_length)
         self.rows = add_tokens(self.model, self.tokenizer, data.tokens, self.init)
         self.vocabulary = vocabulary_of(self.tokenizer, self.train_tables(), self.rows)
 
-    @torch.no_grad()
     def _logits_of(self, texts: list[str], max_length: int) -> Tensor:
         """The logits of the original tokens, one after the other, shape (N, V)."""
-        if not texts:
-            return torch.zeros(0, self._columns)
-        was_training = self.model.training
-        self.model.eval()
-        batch = {k: v.to(self.device) for k, v in self.encode(texts, max_length).items()}
-        logits: Tensor = self.model(**batch).logits[batch["attention_mask"] > 0].cpu()
-        self.model.train(was_training)
-        return logits[:, : self._columns]
+        logits = [
+            output.logits[batch["attention_mask"] > 0][:, : self._columns].cpu()
+            for batch, output in self.measured(texts, max_length, _COMPARED)
+        ]
+        return torch.cat(logits) if logits else torch.zeros(0, self._columns)
 
     def _mean_loss(self, texts: list[str], data: TokenTexts) -> float:
         total, count = self.total_loss(texts, data.max_length, data.batch_size)
@@ -181,7 +147,7 @@ class NewTokens(CausalModel):
     # Before and after
 
     def _say(self, when: str) -> None:
-        data: TokenTexts = self.trainer.datamodule  # type: ignore[attr-defined]  # of this trainer
+        data = self.data_of(TokenTexts)
         having = data.with_new_tokens(data.validation, self)
         without = [text for text in data.validation if text not in set(having)][: 4 * _COMPARED]
         self.print(
@@ -224,8 +190,3 @@ class NewTokens(CausalModel):
             save_rows(self.model, path, self.tokenizer)
             print(f"rows: {shown(path)}")
         super().on_train_end()
-
-
-def _has_word(text: str, words: list[str]) -> bool:
-    lower = text.lower()
-    return any(word.lower() in lower for word in words)

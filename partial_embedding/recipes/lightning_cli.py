@@ -23,7 +23,7 @@ from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.files import read_yaml, shown
 from partial_embedding.recipes.checkpoints import (
     WholeCheckpoints,
@@ -31,8 +31,7 @@ from partial_embedding.recipes.checkpoints import (
     read_checkpoint,
     settings_in,
 )
-from partial_embedding.recipes.command import did_you_mean
-from partial_embedding.recipes.divergence import diverged
+from partial_embedding.recipes.command import diverged
 from partial_embedding.recipes.predictions import write_predictions
 from partial_embedding.recipes.prepare_texts import TextSettings
 from partial_embedding.recipes.report_command import write_page
@@ -48,7 +47,7 @@ _DEFAULT_CLASSES: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS = {
     "rows.schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},
-    # Two callbacks: with a metric to watch, Lightning refreshes `last` only when it improves.
+    # Two callbacks: with a metric to monitor, Lightning refreshes `last` only when it improves.
     "last.filename": "last",
     "last.enable_version_counter": False,
     "best.filename": "best",
@@ -140,10 +139,6 @@ class RecipeCLI(LightningCLI):
     default. A fit keeps its log, checkpoints and what else it writes in one folder, `version_N`
     below `trainer.default_root_dir`. The other commands take the settings that they are not given
     from the checkpoint.
-
-    Args:
-        command: `"fit"`, `"validate"`, `"test"` or `"predict"`.
-        args: The arguments after it.
 
     Raises:
         InputError: A checkpoint is refused, or a class refuses its arguments.
@@ -272,12 +267,7 @@ class RecipeCLI(LightningCLI):
             raise InputError(f"Lightning's trainer refuses its options: {error}") from error
 
     def run(self) -> None:
-        """Do what the command says.
-
-        Raises:
-            InputError: Data, vectors, schedule or checkpoint are refused.
-            FrozenRowsMoved: The audit found that frozen rows changed.
-        """
+        """Do what the command says."""
         do = {"fit": self._fit, "predict": self._predict}.get(self.command, self._measure)
         try:
             do()
@@ -344,10 +334,6 @@ class RecipeCLI(LightningCLI):
 
 def run_lightning(command: str, args: Sequence[str]) -> RecipeCLI:
     """Run a command that trains or measures.
-
-    Args:
-        command: `"fit"`, `"validate"`, `"test"` or `"predict"`.
-        args: The arguments after it.
 
     Raises:
         InputError: An argument, the data, the schedule or a checkpoint are refused.

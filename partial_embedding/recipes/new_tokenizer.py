@@ -8,47 +8,17 @@ from collections import Counter
 from importlib import import_module
 from typing import Any
 
-from partial_embedding.errors import InputError
-from partial_embedding.recipes.causal_model import (
-    CausalModel,
-    pretrained,
-    vocabulary_of,
-)
+from partial_embedding.recipes.causal_model import CausalModel, pretrained, vocabulary_of
 from partial_embedding.recipes.small_language_model import small_language_model, small_tokenizer
 from partial_embedding.recipes.text import stdlib_docstrings
 from partial_embedding.recipes.text_lines import TextLines
 from partial_embedding.torch import transfer_vocabulary
 
-_MODULES = (
-    "argparse",
-    "ast",
-    "asyncio.base_events",
-    "calendar",
-    "collections",
-    "configparser",
-    "csv",
-    "datetime",
-    "difflib",
-    "email.message",
-    "fractions",
-    "gettext",
-    "http.client",
-    "inspect",
-    "ipaddress",
-    "json.encoder",
-    "logging",
-    "mailbox",
-    "optparse",
-    "pathlib",
-    "pickle",
-    "shutil",
-    "statistics",
-    "tarfile",
-    "textwrap",
-    "threading",
-    "urllib.parse",
-    "zipfile",
-)
+_MODULES = """
+    argparse ast asyncio.base_events calendar collections configparser csv datetime difflib
+    email.message fractions gettext http.client inspect ipaddress json.encoder logging mailbox
+    optparse pathlib pickle shutil statistics tarfile textwrap threading urllib.parse zipfile
+"""
 # Characters of a text: enough to tell something, and whole within the length of a small model.
 _SHORTEST, _LONGEST = 40, 160
 
@@ -74,7 +44,7 @@ class FieldTexts(TextLines):
 class NewTokenizer(CausalModel):
     """A causal language model that gets a tokenizer of another field.
 
-    Tokens that both tokenizers have keep their rows, which a schedule may wake; the others,
+    Tokens that both tokenizers have keep their rows, which a schedule may unfreeze; the others,
     `missing`, begin from their old pieces. It says what the loss per byte of held-out texts is with
     the old tokenizer, with the new one before training, after the first stage and at the end: a
     byte is the same for both, a token is not.
@@ -95,10 +65,6 @@ class NewTokenizer(CausalModel):
     Raises:
         InputError: An argument is out of its range. When training starts: the data are of another
             kind, or there is no such model.
-
-    Example:
-        >>> NewTokenizer(lr=0.01).hparams["num_tokens"]
-        600
     """
 
     def __init__(
@@ -118,19 +84,10 @@ class NewTokenizer(CausalModel):
         self.losses: dict[str, float] = {}
 
     def setup(self, stage: str) -> None:
-        """Load the model, or train a small one, and move it to the new tokenizer.
-
-        Args:
-            stage: `"fit"`; for others the checkpoint has all of it.
-        """
+        """Load the model, or train a small one, and move it; a checkpoint has all of it."""
         if self.model is not None or stage != "fit":
             return
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, FieldTexts):
-            raise InputError(
-                f"NewTokenizer takes its texts from FieldTexts. Received: {type(data).__name__}. "
-                "Pass datamodule=FieldTexts(…)."
-            )
+        data = self.data_of(FieldTexts)
         own = self.hparams
         self.model, self.tokenizer = (
             pretrained(own["name"])
@@ -153,7 +110,7 @@ class NewTokenizer(CausalModel):
         self.print(f"{num_rows} tokens, of which {len(rows)} are new")
 
     def _measure(self, when: str) -> None:
-        data: FieldTexts = self.trainer.datamodule  # type: ignore[attr-defined]  # of this trainer
+        data = self.data_of(FieldTexts)
         total, _ = self.total_loss(data.validation, data.max_length, data.batch_size)
         self.losses[when] = total / sum(map(self._bytes, data.validation))
         self.print(f"{when}: loss per byte {self.losses[when]:.4f}")
@@ -193,7 +150,7 @@ def stdlib_code() -> list[str]:
         True
     """
     texts: dict[str, None] = {}
-    for name in _MODULES:
+    for name in _MODULES.split():
         for paragraph in re.split(r"\n\s*\n", inspect.getsource(import_module(name))):
             text = " ".join(paragraph.split())
             if _SHORTEST <= len(text) <= _LONGEST and '"""' not in text and text[0] != "#":

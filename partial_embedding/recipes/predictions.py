@@ -34,7 +34,6 @@ def write_predictions(
 
     Raises:
         InputError: `top_k` is below 1.
-        OSError: The file cannot be written.
 
     Example:
         >>> write_predictions("-", ["a joy"], np.array([[0.25, 0.75]]), ["neg", "pos"], top_k=2)
@@ -57,14 +56,7 @@ def write_predictions(
 def write_table(output: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a CSV file, or show it.
 
-    Args:
-        output: The file, or `"-"` for standard output, where a person looks at it without what
-            would move the cursor.
-        header: The names of the columns.
-        rows: The cells of each row.
-
-    Raises:
-        OSError: The file cannot be written.
+    On standard output, `-`, a person looks at it without what would move the cursor.
 
     Example:
         >>> write_table("-", ["text", "continuation"], [["the cat", "sat on a mat"]])

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
 from partial_embedding.recipes.text import (
+    UNKNOWN,
     LabelledTexts,
     count_tokens,
-    encode,
-    pad,
     read_labelled,
     split,
     stdlib_docstrings,
@@ -61,10 +60,6 @@ class TextSettings:
 
     Raises:
         InputError: A number is out of its range.
-
-    Example:
-        >>> TextSettings(path="reviews.csv", min_count=2).batch_size
-        50
     """
 
     path: str | None = None
@@ -105,27 +100,25 @@ class TextSettings:
         return read_labelled(path, self.text_column, self.label_column, least_classes, say)
 
     def encode(self, texts: Sequence[str], vocabulary: Vocabulary) -> list[list[int]]:
-        """The rows of each text.
-
-        Args:
-            texts: Any texts.
-            vocabulary: The tokens of the rows, `<unk>` among them.
-        """
+        """The rows of each text; tokens without one have that of `<unk>`."""
+        index, unknown = vocabulary.index, vocabulary.index[UNKNOWN]
         return [
-            encode(tokenize(text, self.lowercase), vocabulary, self.max_length) for text in texts
+            [index.get(t, unknown) for t in tokenize(text, self.lowercase)[: self.max_length]]
+            for text in texts
         ]
 
 
 def padded(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    """A batch of texts as the classifiers take it.
+    """A batch of texts, shape (B, L), filled up at least to the widest convolution.
 
-    Args:
-        rows: The rows of each text.
-
-    Returns:
-        The rows, shape (B, L), filled up with 0 at least to the widest convolution.
+    Example:
+        >>> padded([[5, 6, 7], [8]]).tolist()
+        [[5, 6, 7, 0, 0], [8, 0, 0, 0, 0]]
     """
-    return pad(rows, PADDING_ID, min_length=max(WIDTHS))
+    ids = np.full((len(rows), max(*WIDTHS, *map(len, rows))), PADDING_ID, np.int64)
+    for row, given in zip(ids, rows, strict=True):
+        row[: len(given)] = given
+    return ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +143,6 @@ def read_sides(
 ) -> tuple[LabelledTexts, LabelledTexts]:
     """Read the texts to train on and those to validate on.
 
-    Args:
-        settings: Where they are.
-        say: Called with what was passed over or mended.
-
     Raises:
         InputError: Files are missing or malformed, or a class is on the validation side alone.
     """
@@ -171,12 +160,6 @@ def read_known(
 ) -> LabelledTexts:
     """Read texts whose classes are known.
 
-    Args:
-        path: A file or folder as `read_labelled` reads it.
-        settings: Which columns it has.
-        names: The classes.
-        say: Called with what was passed over or mended.
-
     Raises:
         InputError: The file is refused, or has a class that is not among them.
     """
@@ -189,13 +172,8 @@ def with_names(
 ) -> LabelledTexts:
     """The same texts, with labels that count in other names.
 
-    Args:
-        texts: Labelled texts.
-        names: The names of the classes, those of the texts among them.
-        path: Where the texts come from.
-
     Raises:
-        InputError: The texts have a class that is not among them.
+        InputError: The texts have a class that is not among them; the message names `path`.
     """
     if unknown := [name for name in texts.names if name not in names]:
         count = sum(texts.names[label] in unknown for label in texts.labels)
@@ -213,7 +191,7 @@ def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTex
 
     Args:
         settings: What is read, and how.
-        say: Called with each line that there is to say of it: classes and their sizes, and what was
+        say: Called with each line that there is to say: classes and their sizes, and what was
             passed over or mended.
 
     Raises:
@@ -246,10 +224,6 @@ def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTex
 
 def classes_text(training: LabelledTexts, validation: LabelledTexts) -> str:
     """The classes and how many texts each has, as a line to print.
-
-    Args:
-        training: The texts to train on.
-        validation: Those to validate on.
 
     Example:
         >>> one = LabelledTexts(("a joy", "a bore"), np.array([1, 0]), ("neg", "pos"))

@@ -10,12 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 
 
 class OneLineBar(RichProgressBar):
-    """Shows the epoch, the batch, the time that is left, what validation measured and the stage.
-
-    Example:
-        >>> len(OneLineBar().configure_columns(Trainer(logger=False, barebones=True)))
-        4
-    """
+    """Shows the epoch, the batch, the time that is left, what validation measured and the stage."""
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """The columns before the metrics."""

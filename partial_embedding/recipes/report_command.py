@@ -19,12 +19,8 @@ PAGE = "report.html"
 def report_command(args: Sequence[str]) -> None:
     """Write the page of a run into its folder, or that of several into the one around them.
 
-    Args:
-        args: The arguments of the command, without its name.
-
     Raises:
         InputError: An argument is refused, or a folder holds no record of a run.
-        OSError: A file cannot be written.
     """
     given = _parser().parse_args(args)
     if len(given.run) == 1:
@@ -46,18 +42,10 @@ def report_command(args: Sequence[str]) -> None:
 
 
 def write_page(run: Path, title: str | None = None) -> Path:
-    """Write the page of one run into its folder.
-
-    Args:
-        run: The folder.
-        title: What the page is called; by default the path of the folder from here.
-
-    Returns:
-        The page.
+    """Write the page of one run into its folder; by default it is called as that is from here.
 
     Raises:
         InputError: The folder holds no record of a run.
-        OSError: The page cannot be written.
     """
     config = run / "config.yaml"
     settings = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
@@ -69,9 +57,6 @@ def write_page(run: Path, title: str | None = None) -> Path:
 
 def find_run(folder: Path) -> Path:
     """The folder itself, if it is that of a run, or the newest run in it.
-
-    Args:
-        folder: The folder of a run, or one that holds some, as `trainer.default_root_dir` does.
 
     Raises:
         InputError: There is no run.

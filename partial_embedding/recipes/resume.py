@@ -71,11 +71,7 @@ class ReplayableLoader(Generic[Batch]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration.
-
-        Args:
-            epoch: The epoch, counted from 0.
-        """
+        """Choose the order of the next iteration; the first epoch is 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -106,11 +102,7 @@ class ReplayableLoader(Generic[Batch]):
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Begin the next iteration after the batches that were handed out, in the same epoch.
-
-        Args:
-            state_dict: What `state_dict` gave.
-        """
+        """Begin the next iteration after the batches that were handed out, in the same epoch."""
         self._resume = dict(state_dict)
 
     def take_back(self) -> None:
@@ -131,10 +123,6 @@ class RandomState(Callback):
     Args:
         seed: Where all seeds come from; by default the one of `seed_everything`. A resumed run
             takes it from the checkpoint.
-
-    Example:
-        >>> RandomState(seed=1).state_dict()
-        {'seed': 1}
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -177,9 +165,5 @@ class RandomState(Callback):
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the seed of the run that is resumed.
-
-        Args:
-            state_dict: What `state_dict` gave.
-        """
+        """Take the seed of the run that is resumed."""
         self.seed = state_dict["seed"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,15 @@ from partial_embedding.recipes.vectors import build_table, read_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.rows.vocabulary_file import read_vocabulary
 from partial_embedding.schedule import Schedule, Start, schedules_by_table
-from partial_embedding.schedule.preview import plan, plan_text
+from partial_embedding.schedule.preview import boundaries, plan, plan_text
 
 # Some seconds' worth.
-_MOST_POSITIONS = 1_000_000
+_MOST_CHANGES = 10_000
 _MOST_LINES = 1000
 
 
 def schedule_command(args: Sequence[str]) -> None:
     """Print, and draw on request, which rows a schedule trains when.
-
-    Args:
-        args: The arguments of the command, without its name.
 
     Raises:
         InputError: The schedule, the vocabulary or an argument is refused.
@@ -61,11 +59,10 @@ def schedule_command(args: Sequence[str]) -> None:
             "this schedule moves within epochs. Received no --steps-per-epoch. Pass the optimizer "
             "steps of an epoch."
         )
-    looked_at = epochs * (steps or 1 if schedule.moves_within_epochs else 1)
-    if looked_at > _MOST_POSITIONS:
+    if any(islice(boundaries(schedule, epochs, steps or 1), _MOST_CHANGES, None)):
         raise InputError(
-            f"a plan looks at up to {_MOST_POSITIONS:,} epochs, or steps where rows move within "
-            f"epochs. Received: {looked_at:,}. Pass fewer --epochs."
+            f"a plan shows up to {_MOST_CHANGES:,} changes of rows. Received a schedule that makes "
+            f"more in {epochs:,} epochs. Pass fewer --epochs."
         )
     if given.new is not None and given.new > num_rows:
         raise InputError(

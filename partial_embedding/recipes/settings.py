@@ -9,19 +9,12 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.files import read_yaml
-from partial_embedding.recipes.command import did_you_mean
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """Read a configuration as `fit` takes it.
-
-    Args:
-        path: A YAML file.
-
-    Returns:
-        The parts that are mappings; those of a part that names a `class_path` are its `init_args`.
+    """The parts of a configuration of `fit`; of one that names a `class_path`, its `init_args`.
 
     Raises:
         InputError: The file cannot be read or is no mapping.
@@ -40,15 +33,11 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 
 
 def checked(made: Callable[..., Any], given: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The arguments for a class or function, each of the type that it asks for.
-
-    Args:
-        made: The class or function; keyword arguments with simple types.
-        given: Some of its arguments by name.
-        part: The part of the configuration, for messages.
+    """The arguments for a class or function, each of the simple type that it asks for.
 
     Raises:
-        InputError: There is no such argument, or its value is of another type.
+        InputError: There is no such argument, or its value is of another type; the message names
+            the part of the configuration.
 
     Example:
         >>> def model(lr: float = 1e-3, encoder: Literal["cnn", "mean"] = "cnn") -> None: ...
@@ -58,32 +47,30 @@ def checked(made: Callable[..., Any], given: Mapping[str, Any], part: str) -> di
     # Those of a dataclass stand at the class.
     hints = typing.get_type_hints(made)
     known = list(inspect.signature(made).parameters)
-    return {name: _checked(name, value, hints, known, part) for name, value in given.items()}
+    for name in given:
+        if name not in known:
+            raise InputError(
+                f"{part} has the keys {known}. Received: {name!r}.{did_you_mean(name, known)}"
+            )
+    return {name: _checked(f"{part}.{name}", value, hints[name]) for name, value in given.items()}
 
 
-def _checked(name: str, value: Any, hints: Mapping[str, Any], known: list[str], part: str) -> Any:
-    if name not in known:
-        raise InputError(
-            f"{part} has the keys {known}. Received: {name!r}.{did_you_mean(name, known)}"
-        )
-    kinds = typing.get_args(hints[name]) if _is_union(hints[name]) else (hints[name],)
+def _checked(place: str, value: Any, hint: Any) -> Any:
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if is_union else (hint,)
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
             if value in typing.get_args(kind):
                 return value
-        elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
         # A truth value is an int to Python, and no number of anything.
-        elif kind is not bool and isinstance(value, bool):
+        elif isinstance(value, bool) and kind is not bool:
             continue
+        elif kind is float and isinstance(value, int | float):
+            return float(value)
         elif isinstance(value, typing.get_origin(kind) or kind):
             return value
     wanted = " or ".join(
         f"one of {typing.get_args(kind)}" if typing.get_origin(kind) is Literal else kind.__name__
         for kind in kinds
     )
-    raise InputError(f"{part}.{name} is {wanted}. Received: {value!r}.")
-
-
-def _is_union(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    raise InputError(f"{place} is {wanted}. Received: {value!r}.")

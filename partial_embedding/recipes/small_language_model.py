@@ -54,14 +54,7 @@ def small_language_model(texts: Sequence[str], steps: int = 300, seed: int = 0) 
 
 
 def small_tokenizer(texts: Sequence[str], num_tokens: int = _TOKENS) -> Any:
-    """Train a tokenizer.
-
-    Args:
-        texts: What it is trained on.
-        num_tokens: The most tokens that it gets.
-
-    Returns:
-        A fast tokenizer of `transformers`.
+    """Train a fast tokenizer of `transformers`, of so many tokens at most.
 
     Example:
         >>> small_tokenizer(["the cat sat", "the dog sat"]).tokenize("the cat")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -80,11 +81,7 @@ class TextData(LightningDataModule):
             self.setup("fit")
 
     def setup(self, stage: str) -> None:
-        """Read, split and count texts, and make the table, once and only to fit.
-
-        Args:
-            stage: `"fit"`; for others there is nothing to do.
-        """
+        """Read, split and count texts, and make the table, once and only to fit."""
         if stage != "fit" or self._sides is not None:
             return
         texts = prepare_texts(self.settings, self._say)
@@ -175,10 +172,6 @@ class TextClassifier(LightningModule):
     Raises:
         InputError: When `fit` or `test` starts: the datamodule has no table, or the checkpoint is
             of another vocabulary.
-
-    Example:
-        >>> TextClassifier(encoder="mean").hparams["encoder"]
-        'mean'
     """
 
     embedding: PartialEmbedding
@@ -205,21 +198,19 @@ class TextClassifier(LightningModule):
         self.vocabulary: Vocabulary | None = None
 
     def setup(self, stage: str) -> None:
-        """Build the layers for the datamodule's table, once, unless a checkpoint will.
+        """Build the layers for the datamodule's table, once, unless a checkpoint will."""
+        if self.vocabulary is None and stage == "fit":
+            self._build_for_data()
 
-        Args:
-            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
-        """
-        if self.vocabulary is not None:
-            return
-        if stage != "fit":
-            return
-        data = getattr(self.trainer, "datamodule", None)
+    def _build_for_data(self) -> None:
+        data = getattr(self._trainer, "datamodule", None)
         if not isinstance(data, TextData):
             raise InputError(
-                "a TextClassifier takes its table from TextData. Received: "
-                f"{type(data).__name__}. Pass datamodule=TextData(…)."
+                "a TextClassifier takes its table from TextData, also where a checkpoint holds the "
+                f"rows alone that trained. Received: {type(data).__name__}. Use a trainer with "
+                "datamodule=TextData(…)."
             )
+        data.setup("fit")
         self._build(data.vocabulary, data.names, torch.from_numpy(data.table.copy()))
 
     def _build(self, vocabulary: Vocabulary, names: tuple[str, ...], table: Tensor) -> None:
@@ -235,14 +226,7 @@ class TextClassifier(LightningModule):
         )
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Score the classes of texts.
-
-        Args:
-            ids: Rows of the table, shape (B, L), int64, filled up with 0.
-
-        Returns:
-            One score per class, shape (B, C).
-        """
+        """From rows of the table, shape (B, L), filled up with 0, to a score per class, (B, C)."""
         features: Tensor = self.encoder(self.embedding(ids), (ids != PADDING_ID).sum(1))
         scores: Tensor = self.head(self.dropout(features))
         return scores
@@ -304,7 +288,7 @@ class TextClassifier(LightningModule):
             self._build(Vocabulary(saved["tokens"]), tuple(saved["names"]), table.clone())
             return
         if self.vocabulary is None:
-            self._build_for_rows_alone()
+            self._build_for_data()
         assert self.vocabulary is not None  # it is built now
         _refuse_another("vocabulary", "tokens", saved["tokens"], self.vocabulary.tokens)
         _refuse_another("classes", "classes", saved["names"], self.names)
@@ -313,17 +297,6 @@ class TextClassifier(LightningModule):
                 f"the checkpoint's vectors have {table.shape[1]} values each. Received data with "
                 f"{self.embedding.weight.shape[1]}. Pass the vectors that it was trained with."
             )
-
-    def _build_for_rows_alone(self) -> None:
-        """Build from the data: the checkpoint has no other rows than those that trained."""
-        data = getattr(self._trainer, "datamodule", None)
-        if not isinstance(data, TextData):
-            raise InputError(
-                "a checkpoint of the rows that trained is put into the table that training began "
-                "with. Received no data to make it. Use a trainer with datamodule=TextData(…)."
-            )
-        data.setup("fit")
-        self._build(data.vocabulary, data.names, torch.from_numpy(data.table.copy()))
 
 
 class _Convolutions(nn.Module):
@@ -357,10 +330,8 @@ class _Mean(nn.Module):
 def _refuse_another(what: str, units: str, saved: list[str], given: tuple[str, ...]) -> None:
     if saved == list(given):
         return
-    differ = next(
-        (i for i, (a, b) in enumerate(zip(saved, given, strict=False)) if a != b),
-        min(len(saved), len(given)),
-    )
+    pairs = enumerate(zip_longest(saved, given))
+    differ = next(i for i, (a, b) in pairs if a != b)
     raise InputError(
         f"a checkpoint belongs to the {what} it was trained on, {len(saved):,} {units}. Received "
         f"data with {len(given):,}, the first other one at {differ}. Pass the data and the seed "

@@ -12,7 +12,7 @@ from pytorch_lightning import LightningDataModule
 from partial_embedding.errors import InputError
 from partial_embedding.recipes.causal_model import CausalModel, TokenBatch
 from partial_embedding.recipes.resume import ReplayableLoader
-from partial_embedding.recipes.text.labelled import share_of
+from partial_embedding.recipes.text.labelled import are_held_out
 from partial_embedding.recipes.text.reading import read_texts
 
 
@@ -54,8 +54,7 @@ class TextLines(LightningDataModule, ABC):
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise InputError(f"{name} is at least 1. Received: {value}.")
-        if not 0 < validation_share < 1:
-            raise InputError(f"validation_share lies in (0, 1). Received: {validation_share}.")
+        are_held_out([], validation_share, seed)  # refuses a share that is none
         self.path = path
         self.test_path = test_path
         self.max_length = max_length
@@ -70,22 +69,13 @@ class TextLines(LightningDataModule, ABC):
         """The texts where no file is given."""
 
     def chosen(self, texts: list[str], module: CausalModel) -> list[str]:
-        """Those of some texts that have something to teach: all.
-
-        Args:
-            texts: The texts.
-            module: What learns from them.
-        """
+        """Those of some texts that have something to teach the module: all."""
         return texts
 
     def setup(self, stage: str) -> None:
-        """Read and divide the texts.
-
-        Args:
-            stage: Any.
-        """
+        """Read and divide the texts."""
         texts = read_texts(self.path) if self.path else self.default_texts()
-        held_out = [share_of(self.seed, text) < self.validation_share for text in texts]
+        held_out = are_held_out(texts, self.validation_share, self.seed)
         self.training = [t for t, out in zip(texts, held_out, strict=True) if not out]
         self.validation = [t for t, out in zip(texts, held_out, strict=True) if out]
 
@@ -121,17 +111,12 @@ class TextLines(LightningDataModule, ABC):
     def _loader(
         self, texts: list[str], seed: int | None = None, batch_size: int | None = None
     ) -> ReplayableLoader[TokenBatch]:
-        module = self._module()
-        assert self.trainer is not None
+        module, trainer = self._module(), self.trainer
+        assert trainer is not None
 
         def batch(indices: NDArray[np.int64]) -> TokenBatch:
             return module.encode([texts[i] for i in indices], self.max_length)
 
-        return ReplayableLoader(
-            batch,
-            len(texts),
-            batch_size or self.batch_size,
-            seed,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
+        size = batch_size or self.batch_size
+        rank, world_size = trainer.global_rank, trainer.world_size
+        return ReplayableLoader(batch, len(texts), size, seed, rank, world_size)

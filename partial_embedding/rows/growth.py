@@ -218,11 +218,6 @@ class GrownRows(Rows):
     ) -> Ids:
         """Evaluate the choice for one table, as `Rows.resolve` does.
 
-        Args:
-            num_rows: The number of rows V of the table.
-            vocabulary: What the rows mean.
-            new: The rows by which the table grew last, if it did.
-
         Raises:
             InputError: As for `Rows.resolve`, or the order does not fit.
         """

@@ -42,9 +42,6 @@ def _no_argument(argument: Any) -> None:
 def check_ids(argument: Any) -> Ids:
     """Sorted ids of a flat list, each named once.
 
-    Args:
-        argument: Integers in any order.
-
     Raises:
         InputError: One is negative, repeated or no integer.
     """
@@ -88,9 +85,6 @@ def _check_range(argument: Any) -> tuple[int | None, ...]:
 
 def check_amount(argument: Any) -> int | float:
     """An amount of rows: a number of them, or a share of all.
-
-    Args:
-        argument: What was written.
 
     Raises:
         InputError: It is neither.
@@ -298,9 +292,6 @@ CHOICES: Mapping[str, Choice] = {
 def by_frequency(vocabulary: Vocabulary | None) -> Ids:
     """All rows, the most frequent first; among equals, lower ids come first.
 
-    Args:
-        vocabulary: Tokens with counts.
-
     Raises:
         InputError: There are no counts.
     """
@@ -310,10 +301,6 @@ def by_frequency(vocabulary: Vocabulary | None) -> Ids:
 
 def rows_of(tokens: Iterable[str], vocabulary: Vocabulary | None) -> Ids:
     """The row of each token, in the order of the tokens.
-
-    Args:
-        tokens: Tokens of the vocabulary.
-        vocabulary: The tokens of the table's rows.
 
     Raises:
         InputError: There is no vocabulary, or a token is not in it.
@@ -332,10 +319,6 @@ def rows_of(tokens: Iterable[str], vocabulary: Vocabulary | None) -> Ids:
 
 def number_of_rows(amount: int | float, num_rows: int) -> int:
     """How many rows an amount is.
-
-    Args:
-        amount: A checked amount.
-        num_rows: All rows V.
 
     Raises:
         InputError: The table has fewer rows.
@@ -392,9 +375,6 @@ def read_ids(path: str | Path) -> Any:
 def read_tokens(path: str | Path) -> list[str]:
     """Read tokens from a text file, one a line; empty lines are left out.
 
-    Args:
-        path: A file in UTF-8.
-
     Raises:
         InputError: The file cannot be read.
     """
@@ -414,6 +394,11 @@ def read_tokens(path: str | Path) -> list[str]:
 def is_whole(value: Any) -> bool:
     """Whether a value is an integer, which booleans are only to Python."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, which booleans are only to Python."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def flat_array(values: Any) -> np.ndarray[Any, Any]:

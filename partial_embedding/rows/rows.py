@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial, reduce
 from os import PathLike, fspath
 from typing import Any, Literal, SupportsIndex, Union
 
 import numpy as np
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows.kinds import (
-    CHOICES,
-    Choice,
-    flat_array,
-    read_ids,
-    read_tokens,
-)
+from partial_embedding.rows.kinds import CHOICES, Choice, flat_array, read_ids, read_tokens
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
 Config = str | dict[str, Any]
@@ -284,18 +279,12 @@ def _select_union(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None
     return np.flatnonzero(mask)
 
 
-def _select_intersection(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
-    ids = choices[0].resolve(num_rows, v)
-    for choice in choices[1:]:
-        ids = np.intersect1d(ids, choice.resolve(num_rows, v), assume_unique=True)
-    return ids
+def _folded(combine: Callable[..., Ids]) -> Callable[..., Ids]:
+    def select(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
+        sets = (choice.resolve(num_rows, v) for choice in choices)
+        return reduce(partial(combine, assume_unique=True), sets)
 
-
-def _select_difference(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
-    ids = choices[0].resolve(num_rows, v)
-    for choice in choices[1:]:
-        ids = np.setdiff1d(ids, choice.resolve(num_rows, v), assume_unique=True)
-    return ids
+    return select
 
 
 def _select_not(choice: Rows, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
@@ -307,8 +296,8 @@ def _select_not(choice: Rows, num_rows: int, vocabulary: Vocabulary | None) -> I
 _CHOICES: Mapping[str, Choice] = {
     **CHOICES,
     "union": Choice(_check_choices, _select_union),
-    "intersection": Choice(_check_choices, _select_intersection),
-    "difference": Choice(_check_choices, _select_difference),
+    "intersection": Choice(_check_choices, _folded(np.intersect1d)),
+    "difference": Choice(_check_choices, _folded(np.setdiff1d)),
     "not": Choice(Rows.parse, _select_not),
 }
 # How an argument is written that is no plain list of values.

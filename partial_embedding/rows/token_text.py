@@ -14,9 +14,6 @@ def printable(text: str) -> str:
     Those are controls, line ends, escapes of terminals, marks of direction and half surrogates.
     Markup is left to what makes HTML.
 
-    Args:
-        text: Any text.
-
     Example:
         >>> print(printable("na\u00efve \x1b[2J\u202e\n"))
         naïve \x1b[2J\u202e\n
@@ -31,9 +28,6 @@ def printable(text: str) -> str:
 def escaped(text: str) -> str:
     r"""The same as `printable`, from which `unescaped` makes the text again.
 
-    Args:
-        text: Any text without tabs and line ends.
-
     Example:
         >>> print(escaped("\x1b[2J"), escaped(r"\x1b"), escaped(r"\o/"))
         \x1b[2J \x5cx1b \o/
@@ -43,9 +37,6 @@ def escaped(text: str) -> str:
 
 def unescaped(text: str) -> str:
     r"""The text that `escaped` was given; a text that it did not make stays what it is.
-
-    Args:
-        text: What it made.
 
     Example:
         >>> unescaped(r"\x5cx1b"), unescaped(r"\x41"), unescaped(escaped("\x1b")) == "\x1b"

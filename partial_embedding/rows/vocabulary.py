@@ -213,10 +213,6 @@ def _same(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
 def find_vocabulary(given: Vocabulary | None, *owners: Any) -> Vocabulary | None:
     """The vocabulary that was given, or the first that one of some objects has as `vocabulary`.
 
-    Args:
-        given: One that comes before all others, or None.
-        owners: A datamodule, a model, or None.
-
     Example:
         >>> find_vocabulary(None, None, object()) is None
         True

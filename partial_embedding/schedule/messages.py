@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,6 @@ class AuditResult:
 def table_line(table: str, trainable: int, num_rows: int, width: int, elsewhere: int) -> str:
     """The true number of trainable parameters, which a model summary cannot know.
 
-    Args:
-        table: The table's name.
-        trainable: The rows that train.
-        num_rows: All rows V.
-        width: The columns D.
-        elsewhere: Trainable parameters outside the table.
-
     Example:
         >>> table_line("embedding", 20, 1000, 8, 500)
         'embedding: 20 of 1,000 rows train (160 of 8,000 parameters), 500 parameters elsewhere'
@@ -76,19 +70,15 @@ def stage_line(
         >>> stage_line("words", "stage 1 from epoch 4", np.array([0, 2]), 4, vocabulary)
         'words: stage 1 from epoch 4: 2 rows train, 50.0 % of the table, 80.0 % of training tokens'
     """
-    line = f"{table}: {place}: {len(ids):,} rows train, {_percent(len(ids), num_rows)} of the table"
+    line = f"{table}: {place}: {len(ids):,} rows train, {percent(len(ids), num_rows)} of the table"
     if vocabulary is not None and vocabulary.counts is not None:
         covered = int(vocabulary.counts[ids].sum())
-        line += f", {_percent(covered, int(vocabulary.counts.sum()))} of training tokens"
+        line += f", {percent(covered, int(vocabulary.counts.sum()))} of training tokens"
     return line
 
 
 def place_text(schedule: Schedule, position: Position) -> str:
     """Where a position is in a schedule.
-
-    Args:
-        schedule: The schedule.
-        position: Where training stands.
 
     Example:
         >>> schedule = Schedule([{"epoch": 0, "rows": "none"}, {"epoch": 2, "rows": "all"}])
@@ -159,9 +149,6 @@ def resumed_lines(
 def audit_line(results: Sequence[AuditResult]) -> str:
     """The proof at the end of a run: frozen rows of each stage, and how many changed a bit.
 
-    Args:
-        results: One for each table and stage, in order.
-
     Example:
         >>> audit_line([AuditResult("words", 0, 90, 0), AuditResult("words", 1, 40, 0)])
         'audit: words: frozen rows by stage: 90, 40; changed a bit: 0'
@@ -179,11 +166,6 @@ def audit_line(results: Sequence[AuditResult]) -> str:
 def not_reached_line(table: str, schedule: Schedule, stages: Sequence[int]) -> str:
     """What a run says at its end of stages that it never came to.
 
-    Args:
-        table: The table's name.
-        schedule: Its schedule.
-        stages: The stages' indices.
-
     Example:
         >>> schedule = Schedule([{"epoch": 0, "rows": "none"}, {"plateau": "loss", "rows": "all"}])
         >>> not_reached_line("words", schedule, [1])
@@ -195,10 +177,6 @@ def not_reached_line(table: str, schedule: Schedule, stages: Sequence[int]) -> s
 
 def stopper_text(stopper: str, monitor: str) -> str:
     """What a run says at its start of something that may end it before later stages.
-
-    Args:
-        stopper: Its name.
-        monitor: The metric that both look at.
 
     Example:
         >>> print(stopper_text("EarlyStopping", "val_loss"))
@@ -214,12 +192,6 @@ def stopper_text(stopper: str, monitor: str) -> str:
 def moved_text(table: str, ids: Sequence[int], step: int | None, suspect: str) -> str:
     """What the audit says of frozen rows that moved.
 
-    Args:
-        table: The table's name.
-        ids: The rows that moved.
-        step: The optimizer step, or None where it is not known.
-        suspect: What most likely moved them.
-
     Example:
         >>> moved_text("words", [3], 12, "a cast of the model")
         'words: 1 frozen row changed by step 12: 3. Most likely: a cast of the model.'
@@ -230,7 +202,8 @@ def moved_text(table: str, ids: Sequence[int], step: int | None, suspect: str) -
     return f"{table}: {count} changed{when}: {listed}. Most likely: {suspect}."
 
 
-def _percent(part: int, whole: int) -> str:
+def percent(part: int, whole: int) -> str:
+    """A share, as it is said; 0 % of nothing."""
     return f"{100 * part / whole if whole else 0:.1f} %"
 
 
@@ -239,10 +212,6 @@ def _percent(part: int, whole: int) -> str:
 
 def changes(before: Schedule, after: Schedule) -> list[str]:
     """List what is not the same in two schedules, in the order of their keys.
-
-    Args:
-        before: The schedule as it was, for example in a checkpoint.
-        after: The schedule as it is now.
 
     Returns:
         One line for each key that was changed, added or removed; none where nothing was.
@@ -259,30 +228,19 @@ def changes(before: Schedule, after: Schedule) -> list[str]:
 
 
 def _compare(place: str, before: Any, after: Any, lines: list[str]) -> None:
-    if isinstance(before, dict) and isinstance(after, dict):
+    if before is _ABSENT:
+        lines.append(f"{place}: {shown(after)} was added")
+    elif after is _ABSENT:
+        lines.append(f"{place}: {shown(before)} was removed")
+    elif isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):
             inner = f"{place}.{key}" if place else key
-            _compare_at(inner, before.get(key, _ABSENT), after.get(key, _ABSENT), lines)
+            _compare(inner, before.get(key, _ABSENT), after.get(key, _ABSENT), lines)
     elif place == "stages":
-        for i in range(max(len(before), len(after))):
-            old, new = (stages[i] if i < len(stages) else _ABSENT for stages in (before, after))
-            _compare_at(f"{place}[{i}]", old, new, lines)
+        for i, (old, new) in enumerate(zip_longest(before, after, fillvalue=_ABSENT)):
+            _compare(f"{place}[{i}]", old, new, lines)
     elif repr(before) != repr(after):  # 1 is a number of rows and 1.0 a share, though equal
-        lines.append(f"{place}: {_shown(before)} became {_shown(after)}")
-
-
-def _compare_at(place: str, before: Any, after: Any, lines: list[str]) -> None:
-    if before is _ABSENT:
-        lines.append(f"{place}: {_shown(after)} was added")
-    elif after is _ABSENT:
-        lines.append(f"{place}: {_shown(before)} was removed")
-    else:
-        _compare(place, before, after, lines)
+        lines.append(f"{place}: {shown(before)} became {shown(after)}")
 
 
 _ABSENT = object()
-
-
-def _shown(value: Any, most: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= most else text[:most] + "…"

@@ -63,10 +63,6 @@ class Position:
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Position:
-        """The inverse of `to_state`.
-
-        Args:
-            state: What `to_state` gave.
-        """
+        """The inverse of `to_state`."""
         evaluations = tuple(Evaluation(*one) for one in state.get("evaluations", ()))
         return Position(state["epoch"], state["step"], state.get("total_steps"), evaluations)

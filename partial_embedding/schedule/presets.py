@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 from partial_embedding.errors import InputError
-from partial_embedding.rows.kinds import is_whole
+from partial_embedding.rows.kinds import is_number, is_whole
 
 Stages = list[dict[str, Any]]
 
@@ -21,7 +22,6 @@ def missing_first(epochs: int = 4) -> Stages:
         >>> missing_first(2)
         [{'epoch': 0, 'rows': 'missing'}, {'epoch': 2, 'rows': 'all'}]
     """
-    _check_whole("epochs", epochs)
     return [{"epoch": 0, "rows": "missing"}, {"epoch": epochs, "rows": "all"}]
 
 
@@ -44,9 +44,6 @@ def gradual(bands: int = 4, epochs: int = 1, lr_decay: float = 2.6) -> Stages:
         >>> [round(stage["lr_scale"], 3) for stage in gradual(bands=2)]
         [1.0, 0.385, 0.148]
     """
-    _check_whole("bands", bands)
-    _check_whole("epochs", epochs)
-    _check_decay(lr_decay)
     rows: list[Any] = ["missing"]
     rows += [{"union": ["missing", {"least_frequent": band / bands}]} for band in range(1, bands)]
     rows.append("all")
@@ -71,8 +68,6 @@ def chain_thaw(bands: int = 4, epochs: int = 1) -> Stages:
         >>> [stage["rows"] for stage in chain_thaw(bands=1)]
         ['missing', {'most_frequent': 1.0}, 'all']
     """
-    _check_whole("bands", bands)
-    _check_whole("epochs", epochs)
     rows: list[Any] = ["missing"]
     for band in range(bands):
         upper: Any = {"most_frequent": (band + 1) / bands}
@@ -108,27 +103,19 @@ def from_preset(value: object) -> Stages:
             f"Received: {value!r}."
         )
     ((name, arguments),) = given.items()
-    known = _arguments(_PRESETS[name])
-    if arguments is None:
-        arguments = {}
+    known = signature(_PRESETS[name]).parameters
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping) or not set(arguments) <= set(known):
         raise InputError(
             f"preset: {name} has the arguments {list(known)}. Received: {arguments!r}."
         )
+    for key, number in arguments.items():
+        if key == "lr_decay":
+            if not is_number(number) or not 1 <= number < 1e6:
+                raise InputError(f"preset: {key} is a number from 1 up. Received: {number!r}.")
+        # Each is a stage, or its length; a million of them would fill the memory.
+        elif not is_whole(number) or not 1 <= number <= 10_000:
+            raise InputError(
+                f"preset: {key} is a whole number from 1 to 10,000. Received: {number!r}."
+            )
     return _PRESETS[name](**arguments)
-
-
-def _arguments(function: Callable[..., Stages]) -> tuple[str, ...]:
-    code = function.__code__
-    return code.co_varnames[: code.co_argcount]
-
-
-def _check_whole(name: str, value: Any) -> None:
-    # Each is a stage, or its length; a million of them would fill the memory.
-    if not is_whole(value) or not 1 <= value <= 10_000:
-        raise InputError(f"preset: {name} is a whole number from 1 to 10,000. Received: {value!r}.")
-
-
-def _check_decay(value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 1 <= value < 1e6:
-        raise InputError(f"preset: lr_decay is a number from 1 up. Received: {value!r}.")

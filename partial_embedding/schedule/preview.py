@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,10 +55,7 @@ def plan(
     padding: int | None = None,
     new: Ids | None = None,
 ) -> list[Planned]:
-    """List what a schedule does in a run, in order.
-
-    No plan can foresee when a metric stops improving: a stage that waits for it is planned at the
-    last stage_state that `max_wait` allows, with one validation an epoch, and left out without it.
+    """List what a schedule does in a run, in order, as `boundaries` finds it.
 
     Args:
         schedule: The schedule.
@@ -78,12 +76,7 @@ def plan(
     """
     planned: list[Planned] = []
     before = np.zeros(0, np.int64)
-    last: StageState | None = None
-    for position in _positions(schedule, epochs, steps_per_epoch):
-        stage_state = schedule.state_at(position)
-        if stage_state == last:
-            continue
-        last = stage_state
+    for position, stage_state in boundaries(schedule, epochs, steps_per_epoch):
         try:
             ids = schedule.rows_at(stage_state).resolve(num_rows, vocabulary, new=new)
         except InputError as error:
@@ -112,12 +105,6 @@ def plan_text(
     schedule: Schedule, planned: Sequence[Planned], num_rows: int, epochs: int
 ) -> list[str]:
     r"""A plan as lines to print, with a bar for the share of the table that trains.
-
-    Args:
-        schedule: The schedule.
-        planned: What `plan` listed of it.
-        num_rows: The rows V of the table.
-        epochs: The epochs of the run.
 
     Example:
         >>> schedule = Schedule([{"epoch": 0, "rows": [7]}, {"epoch": 2, "rows": "all"}])
@@ -156,30 +143,62 @@ def plan_text(
     return lines
 
 
-def _positions(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Iterator[Position]:
+def boundaries(
+    schedule: Schedule, epochs: int, steps_per_epoch: int
+) -> Iterator[tuple[Position, StageState]]:
+    """The positions of a run at which a stage or an increment begins, in order.
+
+    No plan can foresee when a metric stops improving: a stage that waits for it begins where
+    `max_wait` lets it at the latest, with one validation an epoch, and not at all without it.
+
+    Args:
+        schedule: The schedule.
+        epochs: The epochs of the run.
+        steps_per_epoch: Optimizer steps in an epoch.
+
+    Example:
+        >>> schedule = Schedule([{"step": 0, "rows": "none"}, {"step": 9_999_999, "rows": "all"}])
+        >>> [position.step for position, _ in boundaries(schedule, 10, 10**6)]
+        [0, 9999999]
+    """
     total = epochs * steps_per_epoch
-    within = range(steps_per_epoch) if schedule.moves_within_epochs else range(1)
-    evaluations = _improving(schedule, epochs, steps_per_epoch)
-    for epoch in range(epochs):
-        for step in within:
-            yield Position(epoch, epoch * steps_per_epoch + step, total, evaluations[:epoch])
+    stride = 1 if schedule.moves_within_epochs else steps_per_epoch
+    evaluations: tuple[Evaluation, ...] = ()
+    step = 0
+    while step < total:
+        epoch = step // steps_per_epoch
+        here = Position(epoch, step, total, evaluations)
+        now = schedule.state_at(here)
+        yield here, now
+        wait, end = _wait_in(schedule, now.stage), total
+        if wait is not None and wait.max_wait is not None:
+            end = min(total, (epoch + wait.max_wait) * steps_per_epoch)
+        later = range(step + stride, end, stride)
+        step += stride * (1 + _first_other(schedule, now, here, later, steps_per_epoch))
+        if wait is not None and wait.max_wait is not None:
+            better = (1 + wait.min_delta) * (1 if wait.mode == "max" else -1)
+            evaluations += tuple(
+                Evaluation(e, (e + 1) * steps_per_epoch, {wait.monitor: e * better})
+                for e in range(epoch, step // steps_per_epoch)
+            )
 
 
-def _improving(schedule: Schedule, epochs: int, steps_per_epoch: int) -> tuple[Evaluation, ...]:
-    """Validations in which every metric that is waited for gets better."""
-    waited = [s.start for s in schedule.stages if isinstance(s.start, Plateau)]
-    return tuple(
-        Evaluation(
-            epoch,
-            (epoch + 1) * steps_per_epoch,
-            {
-                plateau.monitor: (epoch if plateau.mode == "max" else -epoch)
-                * (1 + max(p.min_delta for p in waited))
-                for plateau in waited
-            },
-        )
-        for epoch in range(epochs)
-    )
+def _wait_in(schedule: Schedule, stage: int) -> Plateau | None:
+    following = schedule.stages[stage + 1].start if stage + 1 < len(schedule.stages) else None
+    return following if isinstance(following, Plateau) else None
+
+
+def _first_other(
+    schedule: Schedule, now: StageState, here: Position, later: range, steps_per_epoch: int
+) -> int:
+    """Which of some steps is the first in another state; their number if none is."""
+
+    def is_over(step: int) -> bool:
+        epoch = step // steps_per_epoch
+        return schedule.state_at(replace(here, epoch=epoch, step=step)) != now
+
+    # A state that is over does not come back, so that the end of it is found by halving.
+    return bisect_left(later, True, key=is_over)
 
 
 def _covered(ids: Ids, vocabulary: Vocabulary | None) -> float | None:

@@ -32,9 +32,6 @@ class RankView(NamedTuple):
 def digest(ids: Ids) -> str:
     """Rows in a few characters, which differ where the rows do.
 
-    Args:
-        ids: Sorted ids, int64, shape (K,).
-
     Example:
         >>> digest(np.array([2, 5]))
         '2 rows (5f4dd592)'
@@ -47,9 +44,6 @@ def check_ranks(views: Sequence[RankView]) -> None:
 
     All of them must call this at the same points: one that differs would otherwise go on alone, and
     the others wait for it without end.
-
-    Args:
-        views: What each process trains, by rank.
 
     Raises:
         InputError: They differ; all raise the same.

@@ -115,11 +115,7 @@ class Runner:
     # Before the first step
 
     def check_rate_scales(self) -> None:
-        """Refuse stages whose learning rate the optimizers cannot keep.
-
-        Raises:
-            InputError: There is one.
-        """
+        """Refuse stages whose learning rate the optimizers cannot keep."""
         for name, schedule in self.schedules.items():
             for i, stage in enumerate(schedule.stages):
                 try:
@@ -129,9 +125,6 @@ class Runner:
 
     def refuse_to_wait(self, reason: str) -> None:
         """Refuse stages that wait for a metric, in a run that measures none.
-
-        Args:
-            reason: Why nothing is measured, and what to do about it.
 
         Raises:
             InputError: A stage waits.
@@ -143,12 +136,7 @@ class Runner:
             )
 
     def warn_of_stopper(self, stopper: str, monitor: str) -> None:
-        """Warn of something that may end the run before stages that wait for the same metric.
-
-        Args:
-            stopper: Its name.
-            monitor: The metric by which it ends the run.
-        """
+        """Warn of something that may end the run before stages that wait for the same metric."""
         if monitor in self.metrics:
             warnings.warn(stopper_text(stopper, monitor), stacklevel=2)
 
@@ -159,9 +147,6 @@ class Runner:
 
         Args:
             position: Where training stands; by default where the state was kept, or at the start.
-
-        Raises:
-            InputError: Processes differ.
         """
         if position is None and self._saved:
             position = self.position
@@ -211,10 +196,6 @@ class Runner:
         """Set the rows of where training stands; tell and audit where a stage or increment begins.
 
         It costs next to nothing where rows cannot have changed.
-
-        Args:
-            epoch: Epochs completed before the current one.
-            step: Optimizer steps completed.
 
         Returns:
             Whether anything began.
@@ -315,15 +296,7 @@ class Runner:
         self.evaluations = evaluations
 
     def refuse_unmeasured(self, metric: str, logged: Iterable[str]) -> None:
-        """Refuse to wait for a metric that a validation did not log.
-
-        Args:
-            metric: Its name.
-            logged: The names of all that was logged.
-
-        Raises:
-            InputError: Always.
-        """
+        """Refuse to wait for a metric that a validation did not log."""
         raise InputError(
             f"a stage waits for a metric that validation logs, {metric!r}. Received: "
             f"{sorted(logged)}. Log it in validation (in Keras: validation_data= of fit, and "
@@ -339,20 +312,13 @@ class Runner:
     # Auditing
 
     def is_audit_due(self, step: int) -> bool:
-        """Whether `after_step` compares bits: where a multiple of the audit's number was passed.
-
-        Args:
-            step: Optimizer steps completed in the whole run.
-        """
+        """Whether `after_step` compares bits: where a multiple of the audit's number was passed."""
         # True equals 1, but asks for no audit between the ends of stages.
         every = 0 if self.audit is True else int(self.audit)
         return every > 0 and step // every > self._audited_step // every
 
     def after_step(self, step: int) -> None:
         """Compare the bits of frozen rows, if that is due.
-
-        Args:
-            step: Optimizer steps completed in the whole run.
 
         Raises:
             FrozenRowsMoved: A frozen row changed a bit.
@@ -364,9 +330,6 @@ class Runner:
 
     def finish(self, step: int) -> None:
         """Close the last stage; tell which stages were not reached, and what the audit found.
-
-        Args:
-            step: Optimizer steps completed.
 
         Raises:
             FrozenRowsMoved: A frozen row changed a bit.

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.rows.growth import Growth
-from partial_embedding.rows.kinds import is_whole
+from partial_embedding.rows.kinds import is_number, is_whole
 from partial_embedding.rows.rows import Rows
 from partial_embedding.schedule.starts import UNITS, Plateau, Start
 
@@ -42,8 +42,7 @@ class RateScale:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.lr_scale, int | float) and not isinstance(self.lr_scale, bool)
-        if not number or not 0 < self.lr_scale < float("inf"):
+        if not is_number(self.lr_scale) or not 0 < self.lr_scale < float("inf"):
             raise InputError(
                 "lr_scale is a factor on the optimizer's learning rate, above 0. "
                 f"Received: {self.lr_scale!r}. 1 leaves it as it is."
@@ -61,11 +60,7 @@ class RateScale:
         return self == _PLAIN
 
     def factor(self, steps: int) -> float:
-        """The factor on the learning rate.
-
-        Args:
-            steps: The steps that these rows have made.
-        """
+        """The factor on the learning rate after so many steps of these rows."""
         return (
             self.lr_scale * min(1.0, (steps + 1) / self.warmup_steps)
             if self.warmup_steps
@@ -129,10 +124,6 @@ class Stage:
 
 def parsed(stages: object, cycle: object) -> tuple[Stage, ...]:
     """Read the stages of a schedule.
-
-    Args:
-        stages: `Stage`s, or mappings as `Schedule` takes them.
-        cycle: The length of a cycle, or None.
 
     Raises:
         InputError: As for `Schedule`.
@@ -261,12 +252,6 @@ def only_keys(
     value: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str], place: str
 ) -> None:
     """Refuse a mapping with other keys, or without one that is needed.
-
-    Args:
-        value: The mapping.
-        needed: Keys that it has.
-        optional: Keys that it may have.
-        place: What it is, for the message.
 
     Raises:
         InputError: A key is unknown or lacking.

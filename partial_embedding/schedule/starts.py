@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from partial_embedding.errors import InputError, did_you_mean
-from partial_embedding.rows.kinds import is_whole
+from partial_embedding.rows.kinds import is_number, is_whole
 from partial_embedding.schedule.position import Evaluation, Position
 
 UNITS = ("epoch", "step", "share")
@@ -37,8 +37,7 @@ class Start:
         if self.unit not in UNITS:
             raise InputError(f"a stage starts at one of {list(UNITS)}. Received: {self.unit!r}.")
         if self.unit == "share":
-            number = isinstance(self.at, int | float) and not isinstance(self.at, bool)
-            if not number or not 0 <= self.at < 1:
+            if not is_number(self.at) or not 0 <= self.at < 1:
                 raise InputError(
                     f"a share of the run is a number in [0, 1). Received: {self.at!r}."
                 )
@@ -59,10 +58,6 @@ class Start:
 
 def place_in(unit: str, position: Position) -> float:
     """Where training stands, in one of `UNITS`.
-
-    Args:
-        unit: The unit.
-        position: Where training stands.
 
     Raises:
         InputError: The length of the run is asked for and not known.
@@ -114,25 +109,22 @@ class Plateau:
             )
         if self.mode not in ("min", "max"):
             raise InputError(f"mode is 'min' or 'max'. Received: {self.mode!r}.")
-        numbers: dict[str, Any] = {"patience": self.patience, "max_wait": self.max_wait}
-        for name, value in numbers.items():
-            if value is None and name == "max_wait":
-                continue
+        waits = {
+            "patience": self.patience,
+            "max_wait": 1 if self.max_wait is None else self.max_wait,
+        }
+        for name, value in waits.items():
             if not is_whole(value) or value < 1:
                 raise InputError(
                     f"{name} is a whole number of validations from 1 up. Received: {value!r}."
                 )
-        number = isinstance(self.min_delta, int | float) and not isinstance(self.min_delta, bool)
-        if not number or not 0 <= self.min_delta < math.inf:
+        if not is_number(self.min_delta) or not 0 <= self.min_delta < math.inf:
             raise InputError(f"min_delta is a number from 0 up. Received: {self.min_delta!r}.")
         object.__setattr__(self, "min_delta", float(self.min_delta))
 
     @staticmethod
     def parse(value: object) -> Plateau:
         """Read the name of a metric, or a mapping of the arguments.
-
-        Args:
-            value: A string, a mapping or a `Plateau`.
 
         Raises:
             InputError: It is none of these, or malformed.
@@ -149,11 +141,7 @@ class Plateau:
         return Plateau(**given)
 
     def is_reached(self, evaluations: Sequence[Evaluation]) -> bool:
-        """Whether the metric has stopped improving.
-
-        Args:
-            evaluations: What was seen since the stage before began.
-        """
+        """Whether the metric stopped improving in what was seen since the stage before began."""
         wait = Wait(self)
         return any([wait.is_over(one) for one in evaluations][-1:])
 
@@ -169,11 +157,7 @@ class Plateau:
 
 
 class Wait:
-    """The wait of one stage for a plateau, one validation after the other.
-
-    Args:
-        plateau: What is waited for.
-    """
+    """The wait of one stage for a plateau, one validation after the other."""
 
     def __init__(self, plateau: Plateau) -> None:
         self.plateau = plateau
@@ -182,11 +166,7 @@ class Wait:
         self.best: float | None = None
 
     def is_over(self, evaluation: Evaluation) -> bool:
-        """Take in what a validation measured, and say whether the metric has stopped improving.
-
-        Args:
-            evaluation: The next validation of the stage.
-        """
+        """Take in what a validation measured, and say whether the metric has stopped improving."""
         plateau = self.plateau
         if (value := evaluation.metrics.get(plateau.monitor)) is not None:
             value = -value if plateau.mode == "max" else value

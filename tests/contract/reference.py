@@ -37,16 +37,7 @@ NUM_ROWS, WIDTH, EPOCHS = 10, 3, 4
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer that both frameworks have, under its name in both.
-
-    Args:
-        name: Its class.
-        learning_rate: The learning rate.
-        momentum: Of SGD.
-        nesterov: Of SGD.
-        weight_decay: Of AdamW.
-        lazy: Step only the rows that the batch touched.
-    """
+    """An optimizer that both frameworks have, under its name in both."""
 
     name: str
     learning_rate: float
@@ -66,6 +57,10 @@ OPTIMIZERS = {
     "AdamW-weight_decay": Optimizer("AdamW", 0.005, weight_decay=0.5),
     "Adam-lazy": Optimizer("Adam", 0.005, lazy=True),
 }
+
+# One of each kind of state: a velocity, squares that begin at a number, two moments with a count of
+# steps and a decay, and rows that a step leaves out. The formulas of all are compared.
+KINDS = {n: OPTIMIZERS[n] for n in ("SGD-momentum", "Adagrad", "AdamW-weight_decay", "Adam-lazy")}
 
 # Rows 0, 3, 8 and 9 are frozen in each of them.
 HISTORIES = {
@@ -120,12 +115,7 @@ SCHEDULES = {
 
 
 def for_optimizer(schedule: Schedule, optimizer: "Optimizer") -> Schedule:
-    """The schedule without warm-up, where the optimizer has momentum.
-
-    Args:
-        schedule: One of `SCHEDULES`.
-        optimizer: One of `OPTIMIZERS`.
-    """
+    """The schedule without warm-up, where the optimizer has momentum."""
     config = schedule.to_config()
     if optimizer.momentum:
         for stage in config["stages"]:
@@ -134,11 +124,7 @@ def for_optimizer(schedule: Schedule, optimizer: "Optimizer") -> Schedule:
 
 
 def positions(batches: int) -> Iterator[Position]:
-    """Where training stands before each step, with what was measured on the way.
-
-    Args:
-        batches: The steps of each epoch.
-    """
+    """Where training stands before each step, with what was measured on the way."""
     for epoch in range(EPOCHS):
         seen = tuple(
             Evaluation(e, (e + 1) * batches, {"val_measured": value})
@@ -158,9 +144,6 @@ def batches_of(epoch: int) -> list[Batch]:
 
     Ids occur several times, frozen ones too; the last batch holds none that ever trains. Gradients
     are eighths, so that sums over duplicates are exact in any order.
-
-    Args:
-        epoch: The epoch, from 0.
     """
     draw = np.random.default_rng([7, epoch])
     batches = []
@@ -174,11 +157,7 @@ def batches_of(epoch: int) -> list[Batch]:
 
 
 def walk(schedule: Schedule) -> Iterator[tuple[Array, Batch]]:
-    """The rows that train and the batch, step after step.
-
-    Args:
-        schedule: Which rows train in which epoch.
-    """
+    """The rows that train and the batch, step after step."""
     for epoch in range(EPOCHS):
         rows = schedule.trainable_rows(epoch).resolve(NUM_ROWS)
         for batch in batches_of(epoch):
@@ -186,23 +165,13 @@ def walk(schedule: Schedule) -> Iterator[tuple[Array, Batch]]:
 
 
 def ever_trained(schedule: Schedule) -> Array:
-    """The rows that train at any time.
-
-    Args:
-        schedule: Which rows train in which epoch.
-    """
+    """The rows that train at any time."""
     return np.unique(np.concatenate([rows for rows, _ in walk(schedule)]))
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a framework did along a schedule.
-
-    Args:
-        tables: The table before the first step and after each one.
-        changed: The table once the rows of each step were set, before that step.
-        trained: The rows that trained in each step, as the framework tells them.
-    """
+    """What a framework did along a schedule."""
 
     tables: list[Array]
     changed: list[Array]
@@ -210,12 +179,7 @@ class Run:
 
 
 class Reference:
-    """A table in float64 of which each row has state and a count of steps of its own.
-
-    Args:
-        matrix: The table, shape (V, D).
-        optimizer: What steps it.
-    """
+    """A table in float64 of which each row has state and a count of steps of its own."""
 
     def __init__(self, matrix: Array, optimizer: Optimizer) -> None:
         self.table = matrix.astype(np.float64)
@@ -226,12 +190,7 @@ class Reference:
         self.rate_scales = [RateScale()] * len(matrix)
 
     def train(self, rows: Array, rate_scale: RateScale | None = None) -> None:
-        """Train these rows and no others; rows that join begin afresh.
-
-        Args:
-            rows: Ids, shape (K,); there may be none.
-            rate_scale: How fast those learn that join.
-        """
+        """Train these rows and no others; rows that join begin afresh."""
         trains = np.isin(np.arange(len(self.table)), rows)
         joins = trains & ~self.trains
         self.steps[joins] = 0
@@ -245,12 +204,7 @@ class Reference:
         self.trains = trains
 
     def step(self, ids: Array, upstream: Array) -> None:
-        """Step once.
-
-        Args:
-            ids: What was looked up, shape (*).
-            upstream: The gradients of what came out, shape (*, D).
-        """
+        """Step once."""
         gradient = np.zeros_like(self.table)
         np.add.at(gradient, ids, upstream.astype(np.float64))
         factors = [
@@ -317,24 +271,13 @@ _RULES: dict[str, _Rule] = {
 
 
 def rows_that_differ(before: Array, after: Array) -> list[int]:
-    """The rows of two tables that are not the same byte for byte.
-
-    Args:
-        before: A table, shape (V, D).
-        after: Another of the same shape and dtype.
-    """
+    """The rows of two tables that are not the same byte for byte."""
     assert before.shape == after.shape
     assert before.dtype == after.dtype
     return [i for i, row in enumerate(before) if row.tobytes() != after[i].tobytes()]
 
 
 def same_bits(before: Array, after: Array, rows: Sequence[int]) -> bool:
-    """Whether these rows of two tables are the same byte for byte.
-
-    Args:
-        before: A table, shape (V, D).
-        after: Another of the same shape and dtype.
-        rows: Ids of at least one row.
-    """
+    """Whether these rows of two tables are the same byte for byte."""
     assert len(rows) > 0
     return not set(rows_that_differ(before, after)) & set(rows)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from reference import (
     HISTORIES,
+    KINDS,
     MATRIX,
     NUM_ROWS,
     OPTIMIZERS,
@@ -23,7 +24,7 @@ from reference import (
 
 from partial_embedding.schedule import RateScale
 
-each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+each_optimizer = pytest.mark.parametrize("optimizer", KINDS.values(), ids=KINDS)
 
 BATCHES = [*batches_of(0), *batches_of(1)]
 SINGLE = np.array([[4]])

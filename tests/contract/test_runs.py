@@ -32,9 +32,7 @@ def written(folder: Path, schedule: Any) -> Path:
 # Audits
 
 
-@pytest.mark.parametrize(
-    ("audit", "found"), [(1, 2), (2, 2), (4, 4), (5, 5), (7, 7), (11, 11), (20, 12), (True, 12)]
-)
+@pytest.mark.parametrize(("audit", "found"), [(2, 2), (5, 5), (20, 12), (True, 12)])
 def test_audits_come_after_every_so_many_steps_of_the_run(
     adapter: Any, audit: int, found: int, tmp_path: Path
 ) -> None:
@@ -50,8 +48,9 @@ def test_audits_come_after_every_so_many_steps_of_the_run(
 
 
 # A run of another length is another run to a schedule by shares.
-@pytest.mark.parametrize("name", ["steps", "plateau", "cycles"])
-@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "first"), [("steps", 1), ("plateau", 2), ("plateau", 3), ("cycles", 2)]
+)
 def test_a_run_that_goes_on_ends_in_the_same_bits(
     adapter: Any, name: str, first: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,14 +67,6 @@ def test_a_command_that_is_none_is_refused_with_the_list(
     assert "fit, validate, test, predict, compare, schedule, report" in error
 
 
-def test_the_exported_vectors_are_the_table_of_the_checkpoint(fitted_run: list[str]) -> None:
-    vectors = KeyedVectors.load_word2vec_format(str(RUN / "vectors.vec"))
-    checkpoint = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
-    assert vectors.index_to_key == checkpoint["text"]["tokens"]
-    table = checkpoint["state_dict"]["embedding.weight"]
-    assert torch.equal(torch.from_numpy(vectors.vectors.copy()), table)
-
-
 def test_validate_test_and_predict_take_a_checkpoint(
     fitted_run: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,69 +146,37 @@ BAD_CHECKPOINT = ["--ckpt_path=bad.ckpt"]
 CASES: dict[str, Case] = {
     "config_missing": (nothing, ["--config=none.yaml"], "none.yaml"),
     "config_no_yaml": (write("c.yaml", "trainer: [1, {"), ["--config=c.yaml"], "c.yaml"),
-    "config_not_utf8": (write("c.yaml", b"trainer: \xff"), ["--config=c.yaml"], "UTF-8"),
-    "config_folder": (nothing, ["--config=."], "folder"),
     "config_unknown_key": (write("c.yaml", "trainerz: 1"), ["--config=c.yaml"], "trainerz"),
     "option_unknown": (nothing, ["--data.pathz=x"], "pathz"),
     "option_of_wrong_type": (nothing, ["--data.batch_size=many"], "batch_size"),
     "option_out_of_range": (nothing, ["--data.batch_size=0"], "at least 1. Received: 0"),
-    "encoder_unknown": (nothing, ["--model.encoder=lstm"], "encoder"),
     "schedule_missing": (nothing, ["--rows.schedule=none.yaml"], "none.yaml"),
-    "schedule_no_yaml": (write("bad.yaml", "stages: [{"), BAD_SCHEDULE, "YAML"),
-    "schedule_unknown_key": (write("bad.yaml", "stagez: []"), BAD_SCHEDULE, "stagez"),
     "schedule_unknown_key_in_stage": (
         schedule({"epoch": 0, "rowz": "all"}),
         BAD_SCHEDULE,
         "stages[0]: the keys are ['epoch', 'grow', 'lr_scale', 'plateau', 'rows', 'share', 'step', "
         "'warmup_steps']. Received: 'rowz'",
     ),
-    "schedule_empty": (schedule(), BAD_SCHEDULE, "at least one entry. Received: []"),
-    "schedule_out_of_order": (
-        schedule(stage(0), stage(4), stage(2)),
-        BAD_SCHEDULE,
-        "rising order of epochs. Received: 2 after 4",
-    ),
-    "schedule_negative": (schedule(stage(-1)), BAD_SCHEDULE, "Received: -1"),
-    "schedule_late": (schedule(stage(3)), BAD_SCHEDULE, "starts at epoch 0. Received: 3"),
-    "rows_unknown": (schedule(stage(0, "mising")), BAD_SCHEDULE, "mising"),
-    "rows_outside": (schedule(stage(0, [3, 999])), BAD_SCHEDULE, "[0, 30). Received: 999"),
     "rows_outside_in_a_later_stage": (
         schedule(stage(0), stage(5, [30])),
         BAD_SCHEDULE,
         "[0, 30). Received: 30",
     ),
-    "rows_negative": (schedule(stage(0, [-1])), BAD_SCHEDULE, "-1"),
-    "rows_twice": (schedule(stage(0, [3, 4, 3])), BAD_SCHEDULE, "3"),
-    "rows_mask_too_short": (schedule(stage(0, [True, False])), BAD_SCHEDULE, "30 rows"),
-    "rows_empty": (schedule(stage(0, [])), BAD_SCHEDULE, "not empty. Received: []"),
     "vectors_missing": (nothing, BAD_VECTORS, "bad.txt, which is missing"),
-    "vectors_empty": (write("bad.txt", ""), BAD_VECTORS, "bad.txt, which has none"),
-    "vectors_header_lies": (write("bad.txt", "9 2\nfilm 1 2\n"), BAD_VECTORS, "9 rows"),
     "vectors_ragged": (write("bad.txt", "film 1 2\nplot 1\n"), BAD_VECTORS, "line 2"),
-    "vectors_no_number": (write("bad.txt", "film 1 2\nplot 1 x\n"), BAD_VECTORS, "'x'"),
-    "vectors_nan": (write("bad.txt", "film 1 2\nplot 1 nan\n"), BAD_VECTORS, "nan"),
-    "vectors_not_utf8": (write("bad.txt", b"film 1 2\n\xff 1 2\n"), BAD_VECTORS, "UTF-8"),
     "vectors_of_other_words": (write("bad.txt", "qqq 1 2\n"), BAD_VECTORS, "language"),
-    "vectors_gzip_damaged": (write("bad.gz", b"\x1f\x8b\x08"), ["--data.vectors=bad.gz"], "bad.gz"),
     "vectors_of_other_dimension": (nothing, ["--data.dimension=7"], "7 values each. Received: 6"),
     "texts_missing": (nothing, BAD_TEXTS, "bad.csv, which is missing"),
-    "texts_empty": (write("bad.csv", ""), BAD_TEXTS, "bad.csv, which has none"),
-    "texts_header_only": (write("bad.csv", "text,label\n"), BAD_TEXTS, "which has none"),
     "texts_no_text_column": (write("bad.csv", "txt,label\na,b\n"), BAD_TEXTS, "'text'"),
-    "texts_no_label_column": (write("bad.csv", "text,lab\na,b\n"), BAD_TEXTS, "'label'"),
-    "texts_one_class": (write("bad.csv", "text,label\na,x\nb,x\n"), BAD_TEXTS, "two classes"),
-    "texts_of_unknown_kind": (write("bad.xls", "x"), ["--data.path=bad.xls"], ".xls"),
     "texts_share": (nothing, ["--data.validation_share=1.5"], "(0, 1). Received: 1.5"),
     "checkpoint_missing": (nothing, BAD_CHECKPOINT, "bad.ckpt, which is missing"),
     "checkpoint_no_checkpoint": (write("bad.ckpt", "PK no zip"), BAD_CHECKPOINT, "bad.ckpt"),
-    "checkpoint_empty": (write("bad.ckpt", ""), BAD_CHECKPOINT, "bad.ckpt"),
     "checkpoint_of_nothing": (
         lambda: torch.save({"state_dict": {}}, "bad.ckpt"),
         BAD_CHECKPOINT,
         "bad.ckpt",
     ),
     "checkpoint_last_of_no_run": (nothing, ["--ckpt_path=last"], "which holds none"),
-    "export_suffix": (nothing, ["--model.export=xyz"], "xyz"),
 }
 
 
@@ -243,10 +203,6 @@ def test_bad_input_gets_one_line_and_leaves_no_file(
     code = main(["fit", *small_run, *args])
     assert_one_line(code, capfd.readouterr().err, part)
     assert files_below(Path()) == before
-
-
-def test_no_command_gets_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    assert_one_line(main([]), capfd.readouterr().err, "")
 
 
 @pytest.mark.parametrize(
@@ -308,9 +264,8 @@ def test_frozen_rows_that_moved_fail_the_command(
     assert "vectors.vec" not in files_below(RUN)
 
 
-@pytest.mark.parametrize("name", ["schedule_out_of_order", "vectors_ragged", "option_unknown"])
-def test_bad_input_ends_a_real_process_with_code_2(name: str, small_run: list[str]) -> None:
-    prepare, args, part = CASES[name]
+def test_bad_input_ends_a_real_process_with_code_2(small_run: list[str]) -> None:
+    prepare, args, part = CASES["vectors_ragged"]
     prepare()
     command = [sys.executable, "-m", "partial_embedding.cli", "fit", *small_run, *args]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

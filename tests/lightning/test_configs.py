@@ -41,6 +41,8 @@ def test_a_schedule_of_words_runs_as_planned(
             "--model.encoder=mean",
             "--model.lr=0.01",
             f"--trainer.max_epochs={_epochs(name)}",
+            "--trainer.limit_train_batches=12",
+            "--trainer.limit_val_batches=2",
             "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
         ]

@@ -70,8 +70,9 @@ def check(found: tuple[Any, Witness, Any], alone: tuple[Any, Witness, Any]) -> N
     assert net.rows[:searched] == searched * [list(STAGES[0])]
 
 
-@pytest.mark.parametrize("search", BEFORE.values(), ids=BEFORE)
-@pytest.mark.parametrize("clip", [None, 0.15], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize(
+    ("search", "clip"), [(BEFORE["rate"], 0.15), (BEFORE["batch"], None)], ids=BEFORE
+)
 def test_a_search_before_fit_leaves_no_trace(
     search: Any, clip: float | None, tmp_path: Path
 ) -> None:

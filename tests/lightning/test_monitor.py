@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer, seed_everything
@@ -158,24 +157,6 @@ def test_rates_follow_scale_and_scheduler(tmp_path: Path) -> None:
     assert rates == [0.125 * 0.5**step * 0.5 * min(1, (step - 9) / 2) for step in range(10, 20)]
 
 
-def test_neighbours_are_kept_until_rows_move(tmp_path: Path) -> None:
-    monitor = RowMonitor()
-    fit(tmp_path, monitor)
-    (track,) = monitor.tracks.values()
-    kept = [share for _, share in track.cohorts[0].numbers["neighbours_kept"]]
-    assert all(0 <= share <= 1 for share in kept)
-    assert kept[-1] < kept[0]
-
-
-def test_it_logs_to_any_logger(tmp_path: Path) -> None:
-    fit(tmp_path, RowMonitor())
-    table = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True, dtype=None)
-    names = table.dtype.names
-    assert names is not None
-    assert {"tables0trainable_rows", "tables0tokens_that_train"} <= set(names)
-    assert table["tables0trainable_rows"].tolist() == [3] * 10 + [V - 1] * 10
-
-
 class Recorded(DummyLogger):
     """A logger of any make: what it is given, in the order in which it came."""
 
@@ -220,14 +201,6 @@ def test_nothing_is_measured_between_measurements(
     model = fit(tmp_path, RowMonitor(every_n_steps=3))
     assert len(measured) == 4 * 2  # the batches 2 and 4 of each epoch
     assert not any(table._forward_pre_hooks for table in model.tables)
-
-
-def test_the_sample_bounds_what_is_kept(tmp_path: Path) -> None:
-    monitor = RowMonitor(sample=2)
-    fit(tmp_path, monitor)
-    (state,) = monitor.state_dict()["tables"].values()
-    assert [tuple(start.shape) for _, start, _ in state["cohorts"].values()] == [(2, D), (2, D)]
-    assert tuple(state["pool"][1].shape) == (8, D)
 
 
 def test_rows_are_followed_by_how_often_they_occur(tmp_path: Path) -> None:

@@ -71,24 +71,21 @@ def test_the_default_is_the_whole_table(tmp_path: Path) -> None:
     assert torch.equal(state["words.weight"], net.words.weight)
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_a_resumed_run_ends_where_the_whole_one_does(epoch: int, tmp_path: Path) -> None:
-    _, whole, _ = run(tmp_path / "whole")
-    again = SmallNet()
-    run(tmp_path / "again", again, tmp_path / "whole" / f"epoch={epoch}.ckpt")
-    for key, value in whole.state_dict().items():
-        assert same_bits(value, again.state_dict()[key]), key
-    last = [saved(tmp_path / part / "epoch=3.ckpt") for part in ("whole", "again")]
-    assert last[0]["state_dict"].keys() == last[1]["state_dict"].keys()
-    for key, value in last[0]["state_dict"].items():
-        assert same_bits(value, last[1]["state_dict"][key]), key
-
-
-@pytest.mark.parametrize("epoch", range(4))
-def test_load_from_checkpoint_makes_the_module_of_that_epoch(epoch: int, tmp_path: Path) -> None:
-    _, _, kept = run(tmp_path)
-    net = SmallNet.load_from_checkpoint(tmp_path / f"epoch={epoch}.ckpt")
-    assert same_bits(net.words.weight, kept.words[epoch])
+def test_runs_that_resume_end_where_the_whole_one_does_and_modules_load(tmp_path: Path) -> None:
+    _, whole, kept = run(tmp_path / "whole")
+    for epoch in range(3):
+        again = SmallNet()
+        run(tmp_path / f"from {epoch}", again, tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        for key, value in whole.state_dict().items():
+            assert same_bits(value, again.state_dict()[key]), key
+        parts = ("whole", f"from {epoch}")
+        last = [saved(tmp_path / part / "epoch=3.ckpt")["state_dict"] for part in parts]
+        assert last[0].keys() == last[1].keys()
+        for key, value in last[0].items():
+            assert same_bits(value, last[1][key]), key
+    for epoch, words in enumerate(kept.words):
+        net = SmallNet.load_from_checkpoint(tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        assert same_bits(net.words.weight, words)
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["a_new_module", "the_one_that_trained_on"])

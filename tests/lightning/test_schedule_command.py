@@ -18,6 +18,8 @@ def files(small_run: list[str]) -> None:
     stages = yaml.safe_load(Path("schedule.yaml").read_text())
     by_step = {"stages": [{"step": 0, "rows": [3]}, {"step": 10, "rows": "all"}]}
     Path("by_step.yaml").write_text(yaml.safe_dump(by_step))
+    cycle = {"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 1, "rows": "all"}], "cycle": 2}
+    Path("cycle.yaml").write_text(yaml.safe_dump(cycle))
     Path("tables.yaml").write_text(yaml.safe_dump({"users": stages, "items": by_step}))
 
 
@@ -106,25 +108,27 @@ def test_a_table_of_any_name_is_chosen(files: None, capsys: pytest.CaptureFixtur
 
 
 def test_a_plan_without_end_is_cut(files: None, capsys: pytest.CaptureFixture[str]) -> None:
-    cycle = "{stages: [{step: 0, rows: [1]}, {step: 1, rows: all}], cycle: 2}"
-    Path("cycle.yaml").write_text(cycle)
-    assert main(["schedule", "cycle.yaml", "--rows=9", "--steps-per-epoch=10", "--epochs=150"]) == 0
+    assert main(["schedule", "cycle.yaml", "--rows=9", "--epochs=1500"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1001
     assert lines[-1] == "and 501 changes more"
 
 
+def test_a_long_run_is_planned_at_once(files: None, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["schedule", "by_step.yaml", "--rows=9", "--epochs=1000"]
+    assert main([*command, "--steps-per-epoch=10000000"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 REFUSED = {
-    "no_end": (["schedule.yaml", "--rows=9", "--epochs=100000000"], "up to 1,000,000 epochs"),
+    "no_end": (["cycle.yaml", "--rows=9", "--epochs=100000000"], "up to 10,000 changes"),
     "no_folder_of_texts": (["schedule.yaml", "--texts=none.csv"], "none.csv, which is missing"),
     "no_file": (["absent.yaml", "--rows=3"], "absent.yaml: the schedule cannot be read"),
-    "no_table": (["by_step.yaml"], "neither --vocab nor --rows"),
     "no_steps": (["by_step.yaml", "--rows=50"], "--steps-per-epoch"),
     "no_such_table": (["tables.yaml", "--rows=5", "--table=x"], "one of ['items', 'users']"),
     "one_table": (["schedule.yaml", "--rows=5", "--table=x"], "one schedule for all tables"),
     "no_vocabulary": (["schedule.yaml", "--rows=5"], "schedule.yaml: stages[0]: these rows"),
     "no_such_option": (["schedule.yaml", "--colour=red"], "--colour=red"),
-    "no_number": (["schedule.yaml", "--rows=many"], "'many'"),
     "nothing": ([], "file"),
     "no_folder": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=a/p.svg"], "a/"),
     "no_format": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=p.png"], ".svg"),

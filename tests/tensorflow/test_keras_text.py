@@ -197,7 +197,7 @@ def test_settings_of_a_model_that_are_out_of_range_are_refused(config: Path) -> 
     ("text", "message"),
     [
         ("model: {depth: 3}", "model has the keys .*Received: 'depth'"),
-        ("model: {dropuot: 0.3}", "Did you mean dropout"),
+        ("model: {dropuot: 0.3}", "Did you mean 'dropout'"),
         ("data: {batch_size: many}", r"data\.batch_size is int\. Received: 'many'"),
         ("data: {batch_size: 0}", "batch_size is at least 1. Received: 0"),
         ("trainer: {max_epochs: 2.5}", r"trainer\.max_epochs is int\. Received: 2\.5"),
@@ -332,7 +332,7 @@ def test_schedules_are_shown_without_torch_and_options_that_are_meant_are_named(
     assert main(["schedule", str(config)]) == 0
     assert "stage 1 from epoch 1" in capsys.readouterr().out
     assert main(["fit", f"--config={config}", "--model.chanels=3"]) == 2
-    assert "Did you mean --model.channels?" in capsys.readouterr().err
+    assert "Did you mean '--model.channels'?" in capsys.readouterr().err
 
 
 def test_the_recipe_never_imports_torch(tmp_path: Path) -> None:

@@ -18,32 +18,11 @@ from partial_embedding.recipes.text.labelled import LabelledTexts, labelled, sha
 _SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z(\"'])")
 _PLAIN_WORD = re.compile(r"[A-Za-z]{2,}")
 
-_DOCUMENTED_MODULES = (
-    "codecs",
-    "collections",
-    "configparser",
-    "decimal",
-    "difflib",
-    "doctest",
-    "email.message",
-    "enum",
-    "http.cookiejar",
-    "imaplib",
-    "inspect",
-    "io",
-    "ipaddress",
-    "logging",
-    "mailbox",
-    "re",
-    "shutil",
-    "smtplib",
-    "socket",
-    "statistics",
-    "tarfile",
-    "threading",
-    "unittest.mock",
-    "xml.etree.ElementTree",
-)
+_DOCUMENTED_MODULES = """
+    codecs collections configparser decimal difflib doctest email.message enum http.cookiejar
+    imaplib inspect io ipaddress logging mailbox re shutil smtplib socket statistics tarfile
+    threading unittest.mock xml.etree.ElementTree
+"""
 _MOST_PER_MODULE = 150
 
 
@@ -99,7 +78,7 @@ def _pieces_in_a_fresh_process() -> dict[str, list[str]]:
 
 def print_pieces() -> None:
     """Print the sentences of each documented module, as JSON."""
-    json.dump({name: sorted(_pieces_of(name)) for name in _DOCUMENTED_MODULES}, sys.stdout)
+    json.dump({name: sorted(_pieces_of(name)) for name in _DOCUMENTED_MODULES.split()}, sys.stdout)
 
 
 def _pieces_of(module_name: str) -> set[str]:

@@ -18,32 +18,11 @@ class LabelledTexts:
         texts: One text per example.
         labels: The class of each text as an index into `names`, shape (N,), int64.
         names: The names of the classes, sorted.
-
-    Raises:
-        InputError: There is not one label per text, or a label is no index into `names`.
-
-    Example:
-        >>> films = LabelledTexts(("a joy", "a bore"), np.array([1, 0]), ("neg", "pos"))
-        >>> len(films), films.names[films.labels[0]]
-        (2, 'pos')
     """
 
     texts: tuple[str, ...]
     labels: NDArray[np.int64]
     names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if self.labels.shape != (len(self.texts),):
-            raise InputError(
-                f"each text has one label. Received: labels of shape {self.labels.shape} for "
-                f"{len(self.texts)} texts. Pass one label per text."
-            )
-        wrong = self.labels[(self.labels < 0) | (self.labels >= len(self.names))]
-        if wrong.size:
-            raise InputError(
-                f"labels must lie in [0, {len(self.names)}). Received: {wrong[0]}. Name every "
-                "class."
-            )
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -52,16 +31,15 @@ class LabelledTexts:
 def labelled(pairs: Sequence[tuple[str, str]]) -> LabelledTexts:
     """Gather texts with the names of their classes.
 
-    Args:
-        pairs: Texts with names.
+    Example:
+        >>> films = labelled([("a joy", "pos"), ("a bore", "neg")])
+        >>> films.names, films.labels.tolist()
+        (('neg', 'pos'), [1, 0])
     """
-    names = tuple(sorted({name for _, name in pairs}))
+    names = sorted({name for _, name in pairs})
     index = {name: label for label, name in enumerate(names)}
-    return LabelledTexts(
-        texts=tuple(text for text, _ in pairs),
-        labels=np.array([index[name] for _, name in pairs], np.int64),
-        names=names,
-    )
+    labels = np.array([index[name] for _, name in pairs], np.int64)
+    return LabelledTexts(tuple(text for text, _ in pairs), labels, tuple(names))
 
 
 def split(
@@ -72,14 +50,6 @@ def split(
     Equal texts fall on the same side, and a text stays on its side when others are added, removed
     or moved.
 
-    Args:
-        examples: The examples to divide.
-        validation_share: The expected share of the validation side, in (0, 1).
-        seed: Another seed divides differently.
-
-    Returns:
-        The training side and the validation side, with the same `names`.
-
     Raises:
         InputError: The share does not lie in (0, 1), or leaves one side empty.
 
@@ -89,12 +59,15 @@ def split(
         >>> set(training.texts).isdisjoint(validation.texts)
         True
     """
-    if not 0 < validation_share < 1:
-        raise InputError(
-            f"validation_share must lie in (0, 1). Received: {validation_share}. 0.15 is usual."
+    held_out = np.array(are_held_out(examples.texts, validation_share, seed), bool)
+    training, validation = (
+        LabelledTexts(
+            tuple(examples.texts[i] for i in np.flatnonzero(chosen)),
+            examples.labels[chosen],
+            examples.names,
         )
-    held_out = np.array([share_of(seed, text) < validation_share for text in examples.texts], bool)
-    training, validation = _select(examples, ~held_out), _select(examples, held_out)
+        for chosen in (~held_out, held_out)
+    )
     if not len(training) or not len(validation):
         raise InputError(
             f"both sides of a split have examples. Received: {len(training)} for training and "
@@ -104,20 +77,18 @@ def split(
     return training, validation
 
 
-def _select(examples: LabelledTexts, chosen: NDArray[np.bool_]) -> LabelledTexts:
-    return LabelledTexts(
-        texts=tuple(examples.texts[i] for i in np.flatnonzero(chosen)),
-        labels=examples.labels[chosen],
-        names=examples.names,
-    )
+def are_held_out(texts: Sequence[str], share: float, seed: int) -> list[bool]:
+    """Whether each of some texts is validated on.
+
+    Raises:
+        InputError: The share does not lie in (0, 1).
+    """
+    if not 0 < share < 1:
+        raise InputError(f"validation_share lies in (0, 1). Received: {share}. 0.15 is usual.")
+    return [share_of(seed, text) < share for text in texts]
 
 
 def share_of(seed: int, text: str) -> float:
-    """Map a text to a number that is spread evenly over [0, 1).
-
-    Args:
-        seed: Another seed maps differently.
-        text: Any text.
-    """
+    """Map a text to a number that is spread evenly over [0, 1)."""
     digest = hashlib.blake2b(f"{seed}\n{text}".encode(errors="surrogatepass"), digest_size=6)
     return int.from_bytes(digest.digest(), "big") / 2**48

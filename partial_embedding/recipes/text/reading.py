@@ -10,7 +10,7 @@ import re
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,12 @@ _HIDDEN = "hidden files were passed over"
 _HALVES = "texts had half of a surrogate pair, which became \ufffd"
 _UNQUOTED = "values were all in quotes, which were taken off"
 
+# What takes a line to print.
+Say = Callable[[str], object]
 # The place for messages, the text, the name of its class; None where there is none.
 _Example = tuple[str, str, str | None]
+# A place and the fields of a row.
+_Row = tuple[str, list[str]]
 
 
 def read_labelled(
@@ -33,7 +37,7 @@ def read_labelled(
     text_column: str | int = "text",
     label_column: str | int = "label",
     least_classes: int = 2,
-    say: Callable[[str], object] | None = None,
+    say: Say | None = None,
 ) -> LabelledTexts:
     r"""Read labelled texts from a file, or from a folder with one folder per class.
 
@@ -71,8 +75,7 @@ def read_labelled(
         ...     read_labelled(file).names
         ('neg', 'pos')
     """
-    path = Path(path)
-    examples = _read(path, str(text_column), str(label_column), say)
+    examples = _Source(path, text_column, label_column, say).read()
     pairs = [(text, _class_name(name, place)) for place, text, name in examples]
     names = sorted({name for _, name in pairs})
     if len(names) < least_classes:
@@ -86,7 +89,7 @@ def read_labelled(
 def read_texts(
     path: str | os.PathLike[str],
     text_column: str | int = "text",
-    say: Callable[[str], object] | None = None,
+    say: Say | None = None,
 ) -> list[str]:
     r"""Read texts whether or not they have labels.
 
@@ -107,38 +110,7 @@ def read_texts(
         ...     read_texts(file)
         ['a joy', 'a bore']
     """
-    return [text for _, text, _ in _read(Path(path), str(text_column), None, say)]
-
-
-def _read(
-    path: Path, text_column: str, label_column: str | None, say: Callable[[str], object] | None
-) -> list[_Example]:
-    """All examples, with no blank and no half characters in them."""
-    if str(path) != "-" and not path.exists():
-        raise InputError(f"the texts are in a file or folder. Received: {path}, which is missing.")
-    noted: Counter[str] = Counter()
-    examples = []
-    for place, text, name in _examples(path, text_column, label_column, noted):
-        if not text.isprintable() and (whole := _without_halves(text)) != text:
-            noted[_HALVES] += 1
-            text = whole
-        if not text.strip():
-            raise InputError(
-                f"a text is not blank. Received: {reprlib.repr(text)} in {place}. Fill it in, "
-                "or drop the example."
-            )
-        examples.append((place, text, name))
-    if not examples:
-        raise InputError(f"there is at least one example. Received: {path}, which has none.")
-    for what, count in noted.items():
-        if say is not None:
-            say(f"{path}: {count:,} {what}")
-    return examples
-
-
-def _without_halves(text: str) -> str:
-    """The same text with whole characters: pairs put together, what is left of others marked."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return [text for _, text, _ in _Source(path, text_column, None, say).read()]
 
 
 def _class_name(name: str | None, place: str) -> str:
@@ -153,28 +125,225 @@ def _class_name(name: str | None, place: str) -> str:
     return name.partition(".")[0] if re.fullmatch(r"[+-]?\d+\.0*", name) else name
 
 
-def _examples(
-    path: Path, text_column: str, label_column: str | None, noted: Counter[str]
-) -> Iterator[_Example]:
-    if str(path) == "-":
-        return _read_lines_of_text("standard input", sys.stdin.read(), None, noted)
-    if path.is_dir():
-        return _read_folders(path, label_column is not None, noted)
-    match path.suffix.lower():
-        case ".csv":
-            return _read_table(path, _csv_rows(path, noted), text_column, label_column)
-        case ".tsv":
-            rows = _unquoted(_tsv_rows(path, noted), noted)
-            return _read_table(path, rows, text_column, label_column)
-        case ".jsonl":
-            return _read_json_lines(path, text_column, label_column, noted)
-        case ".txt" | ".ft":
-            return _read_lines_of_text(str(path), _read_text(path), label_column, noted)
-        case suffix:
+class _Source:
+    """Reads the examples of a file or folder, and counts what is to be said of them."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        text: str | int,
+        label: str | int | None,
+        say: Say | None,
+    ) -> None:
+        self.path = Path(path)
+        self.text = str(text)
+        self.label = None if label is None else str(label)
+        self.say = say
+        self.noted: Counter[str] = Counter()
+
+    def read(self) -> list[_Example]:
+        """All examples, with no blank and no half characters in them."""
+        if str(self.path) != "-" and not self.path.exists():
             raise InputError(
-                "the suffix says the format: .csv, .tsv, .jsonl, .txt or .ft. Received: "
-                f"{suffix!r} of {path}. Rename or convert the file."
+                f"the texts are in a file or folder. Received: {self.path}, which is missing."
             )
+        examples = []
+        for place, text, name in self._examples():
+            if not text.isprintable() and (whole := _without_halves(text)) != text:
+                self.noted[_HALVES] += 1
+                text = whole
+            if not text.strip():
+                raise InputError(
+                    f"a text is not blank. Received: {reprlib.repr(text)} in {place}. Fill it in, "
+                    "or drop the example."
+                )
+            examples.append((place, text, name))
+        if not examples:
+            raise InputError(
+                f"there is at least one example. Received: {self.path}, which has none."
+            )
+        for what, count in self.noted.items():
+            if self.say is not None:
+                self.say(f"{self.path}: {count:,} {what}")
+        return examples
+
+    def _examples(self) -> Iterator[_Example]:
+        if str(self.path) == "-":
+            return self._of_lines(self._lines("standard input", sys.stdin.read()))
+        if self.path.is_dir():
+            return self._of_folders()
+        match self.path.suffix.lower():
+            case ".csv":
+                return self._of_table(self._csv_rows())
+            case ".tsv":
+                rows = [(place, line.split("\t")) for place, line in self._lines()]
+                return self._of_table(self._unquoted(rows))
+            case ".jsonl":
+                return self._of_json_lines()
+            case ".txt" | ".ft":
+                return self._of_lines(self._lines())
+            case suffix:
+                raise InputError(
+                    "the suffix says the format: .csv, .tsv, .jsonl, .txt or .ft. Received: "
+                    f"{suffix!r} of {self.path}. Rename or convert the file."
+                )
+
+    def _lines(self, place: str = "", text: str | None = None) -> Iterator[tuple[str, str]]:
+        text = _read_text(self.path) if text is None else text
+        # `splitlines` would also cut at separators that may stand inside a text, such as U+2028.
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+            if line.strip():
+                yield f"{place or self.path}, line {number}", line.rstrip("\r")
+            elif text:
+                self.noted[_EMPTY] += 1
+
+    # Tables
+
+    def _csv_rows(self) -> list[_Row]:
+        rows = csv.reader(io.StringIO(_read_text(self.path), newline=""), strict=True)
+        found: list[_Row] = []
+        # The module's limit of 128 KiB is there for all its users.
+        usual = csv.field_size_limit(2**31 - 1)
+        try:
+            for row in rows:
+                if row:
+                    found.append((f"{self.path}, line {rows.line_num}", row))
+                else:
+                    self.noted[_EMPTY] += 1
+        except csv.Error as error:
+            raise InputError(
+                f"rows follow the rules of CSV. Received: {error} in {self.path}, line "
+                f"{rows.line_num}. Close and double the quotes, or convert the file to JSONL."
+            ) from error
+        finally:
+            csv.field_size_limit(usual)
+        return found
+
+    def _unquoted(self, rows: list[_Row]) -> list[_Row]:
+        """Without the quotes around all values of a column, as Kaggle ships some files."""
+        width = min((len(fields) for _, fields in rows), default=0)
+        for column in range(width):
+            values = [fields[column] for _, fields in rows[1:]]
+            if values and all(len(v) > 1 and v[0] == v[-1] == '"' for v in values):
+                self.noted[_UNQUOTED] += len(values)
+                for _, fields in rows:
+                    if inner := re.fullmatch(r'"(.*)"', fields[column], re.DOTALL):
+                        fields[column] = re.sub(r'\\"|""', '"', inner[1])
+        return rows
+
+    def _of_table(self, rows: list[_Row]) -> Iterator[_Example]:
+        if not rows:
+            return
+        first = rows[0][1]
+        wanted = [name for name in (self.text, self.label) if name is not None]
+        # Numbers of columns say that the first line is an example.
+        numbered = all(name.isdigit() and name not in first for name in wanted)
+        if self.label is None and len(first) == 1 and self.text not in first:
+            columns, numbered = [0], True  # nothing but texts
+        else:
+            columns = [self._column(first, name, numbered) for name in wanted]
+        for place, fields in rows[0 if numbered else 1 :]:
+            if len(fields) != len(first):
+                raise InputError(
+                    f"each row has {len(first)} columns. Received: {len(fields)} in {place}. "
+                    "Quote fields that contain the separator; in a .tsv, where no field holds a "
+                    "tab, convert the file to CSV or JSONL."
+                )
+            yield place, fields[columns[0]], fields[columns[1]] if len(columns) > 1 else None
+
+    def _column(self, first: list[str], name: str, numbered: bool) -> int:
+        if numbered:
+            if not 1 <= int(name) <= len(first):
+                raise InputError(
+                    f"columns are numbered from 1 to {len(first)} in {self.path}. Received: "
+                    f"{name}. Name one of them."
+                )
+            return int(name) - 1
+        if name not in first:
+            raise InputError(
+                f"the first line names the columns, among them {name!r}. Received: "
+                f"{', '.join(map(reprlib.repr, first))} in {self.path}. Set text_column and "
+                "label_column to two of these, or, where that line is an example, to the numbers "
+                "of columns from 1."
+            )
+        return first.index(name)
+
+    # Lines
+
+    def _of_json_lines(self) -> Iterator[_Example]:
+        for place, line in self._lines():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:  # ValueError: numbers of 5,000 digits too
+                raise InputError(
+                    f"each line is one JSON object. Received: {reprlib.repr(line)} in {place} "
+                    f"({error}). Correct the line."
+                ) from error
+            if not isinstance(record, dict):
+                raise InputError(
+                    f"each line is one JSON object. Received: {reprlib.repr(record)} in {place}. "
+                    f"Write it as {{{json.dumps(self.text)}: …, …}}."
+                )
+            kinds = (str, int, float)
+            label = None if self.label is None else _value(record, self.label, kinds, place)
+            yield place, _value(record, self.text, (str,), place), label
+
+    def _of_lines(self, lines: Iterable[tuple[str, str]]) -> Iterator[_Example]:
+        for place, line in lines:
+            first, *rest = line.split(maxsplit=1)
+            text = rest[0] if rest else ""
+            if not first.startswith(_FASTTEXT_LABEL):
+                if self.label is None:
+                    yield place, line, None
+                    continue
+                raise InputError(
+                    f"each line begins with {_FASTTEXT_LABEL}. Received: {reprlib.repr(line)} in "
+                    f"{place}. Write it as `{_FASTTEXT_LABEL}name the text`."
+                )
+            if text.startswith(_FASTTEXT_LABEL):
+                raise InputError(
+                    f"each text has one label. Received: {reprlib.repr(line)} in {place}. Keep one."
+                )
+            yield place, text, first.removeprefix(_FASTTEXT_LABEL)
+
+    # Folders
+
+    def _of_folders(self) -> Iterator[_Example]:
+        folders = [entry for entry in self._visible(self.path) if entry.is_dir()]
+        if self.label is None and not folders:
+            folders = [self.path]
+        if not folders:
+            raise InputError(
+                f"a folder of texts holds one folder per class. Received: {self.path}, which holds "
+                "none. Move the texts of each class into a folder named after it."
+            )
+        for folder in folders:
+            files = list(self._files_below(folder))
+            if not files:
+                raise InputError(
+                    f"each class has texts. Received: {folder}, which has none. Remove or fill it."
+                )
+            for file in files:
+                yield str(file), _read_text(file), folder.name
+
+    def _visible(self, folder: Path) -> list[Path]:
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            raise _unreadable(folder, error) from error
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+        if len(visible) < len(entries):
+            self.noted[_HIDDEN] += len(entries) - len(visible)
+        return visible
+
+    def _files_below(self, folder: Path) -> Iterator[Path]:
+        for entry in self._visible(folder):
+            yield from self._files_below(entry) if entry.is_dir() else [entry]
+
+
+def _without_halves(text: str) -> str:
+    """The same text with whole characters: pairs put together, what is left of others marked."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_text(path: Path) -> str:
@@ -183,10 +352,7 @@ def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"the texts can be read. Received: {error.strerror or error} for {path}. Check the "
-            "path and its permissions."
-        ) from error
+        raise _unreadable(path, error) from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -197,128 +363,11 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _lines(place: str, text: str, noted: Counter[str]) -> Iterator[tuple[str, str]]:
-    # `splitlines` would also cut at separators that may stand inside a text, such as U+2028.
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        if line.strip():
-            yield f"{place}, line {number}", line.rstrip("\r")
-        elif text:
-            noted[_EMPTY] += 1
-
-
-# Tables
-
-# A place and the fields of a row.
-_Row = tuple[str, list[str]]
-
-
-def _csv_rows(path: Path, noted: Counter[str]) -> list[_Row]:
-    rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    found: list[_Row] = []
-    # The module's limit of 128 KiB is there for all its users.
-    usual = csv.field_size_limit(2**31 - 1)
-    try:
-        for row in rows:
-            if row:
-                found.append((f"{path}, line {rows.line_num}", row))
-            else:
-                noted[_EMPTY] += 1
-    except csv.Error as error:
-        raise InputError(
-            f"rows follow the rules of CSV. Received: {error} in {path}, line {rows.line_num}. "
-            "Close and double the quotes, or convert the file to JSONL."
-        ) from error
-    finally:
-        csv.field_size_limit(usual)
-    return found
-
-
-def _tsv_rows(path: Path, noted: Counter[str]) -> list[_Row]:
-    return [(place, line.split("\t")) for place, line in _lines(str(path), _read_text(path), noted)]
-
-
-def _unquoted(rows: list[_Row], noted: Counter[str]) -> list[_Row]:
-    """Without the quotes around all values of a column, as Kaggle ships some files."""
-    width = min((len(fields) for _, fields in rows), default=0)
-    for column in range(width):
-        values = [fields[column] for _, fields in rows[1:]]
-        if values and all(len(v) > 1 and v[0] == v[-1] == '"' for v in values):
-            noted[_UNQUOTED] += len(values)
-            for _, fields in rows:
-                inner = re.fullmatch(r'"(.*)"', fields[column], re.DOTALL)
-                if inner:
-                    fields[column] = re.sub(r'\\"|""', '"', inner[1])
-    return rows
-
-
-def _read_table(
-    path: Path, rows: list[_Row], text_column: str, label_column: str | None
-) -> Iterator[_Example]:
-    if not rows:
-        return
-    first = rows[0][1]
-    wanted = [name for name in (text_column, label_column) if name is not None]
-    # Numbers of columns say that the first line is an example.
-    numbered = all(name.isdigit() and name not in first for name in wanted)
-    if label_column is None and len(first) == 1 and text_column not in first:
-        columns, numbered = [0], True  # nothing but texts
-    elif numbered:
-        columns = [_numbered_column(path, first, int(name)) for name in wanted]
-    else:
-        columns = [_named_column(path, first, name) for name in wanted]
-    for place, fields in rows[0 if numbered else 1 :]:
-        if len(fields) != len(first):
-            raise InputError(
-                f"each row has {len(first)} columns. Received: {len(fields)} in {place}. "
-                + (
-                    "Quote fields that contain the separator."
-                    if path.suffix.lower() == ".csv"
-                    else "A field cannot hold a tab: convert the file to CSV or JSONL."
-                )
-            )
-        yield place, fields[columns[0]], fields[columns[1]] if len(columns) > 1 else None
-
-
-def _numbered_column(path: Path, first: list[str], number: int) -> int:
-    if not 1 <= number <= len(first):
-        raise InputError(
-            f"columns are numbered from 1 to {len(first)} in {path}. Received: {number}. Name one "
-            "of them."
-        )
-    return number - 1
-
-
-def _named_column(path: Path, columns: list[str], name: str) -> int:
-    if name not in columns:
-        raise InputError(
-            f"the first line names the columns, among them {name!r}. Received: "
-            f"{', '.join(map(reprlib.repr, columns))} in {path}. Set text_column and label_column "
-            "to two of these, or, where that line is an example, to the numbers of columns from 1."
-        )
-    return columns.index(name)
-
-
-# Lines
-
-
-def _read_json_lines(
-    path: Path, text_key: str, label_key: str | None, noted: Counter[str]
-) -> Iterator[_Example]:
-    for place, line in _lines(str(path), _read_text(path), noted):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: numbers of 5,000 digits too
-            raise InputError(
-                f"each line is one JSON object. Received: {reprlib.repr(line)} in {place} "
-                f"({error}). Correct the line."
-            ) from error
-        if not isinstance(record, dict):
-            raise InputError(
-                f"each line is one JSON object. Received: {reprlib.repr(record)} in {place}. "
-                f"Write it as {{{json.dumps(text_key)}: …, …}}."
-            )
-        label = None if label_key is None else _value(record, label_key, (str, int, float), place)
-        yield place, _value(record, text_key, (str,), place), label
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"the texts can be read. Received: {error.strerror or error} for {path}. Check the path "
+        "and its permissions."
+    )
 
 
 def _value(record: dict[str, Any], key: str, types: tuple[type, ...], place: str) -> str:
@@ -334,68 +383,3 @@ def _value(record: dict[str, Any], key: str, types: tuple[type, ...], place: str
             f"{reprlib.repr(value)} in {place}. Correct the line."
         )
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _read_lines_of_text(
-    source: str, content: str, label_column: str | None, noted: Counter[str]
-) -> Iterator[_Example]:
-    for place, line in _lines(source, content, noted):
-        first, *rest = line.split(maxsplit=1)
-        text = rest[0] if rest else ""
-        if not first.startswith(_FASTTEXT_LABEL):
-            if label_column is None:
-                yield place, line, None
-                continue
-            raise InputError(
-                f"each line begins with {_FASTTEXT_LABEL}. Received: {reprlib.repr(line)} in "
-                f"{place}. Write it as `{_FASTTEXT_LABEL}name the text`."
-            )
-        if text.startswith(_FASTTEXT_LABEL):
-            raise InputError(
-                f"each text has one label. Received: {reprlib.repr(line)} in {place}. Keep one."
-            )
-        yield place, text, first.removeprefix(_FASTTEXT_LABEL)
-
-
-# Folders
-
-
-def _read_folders(path: Path, with_labels: bool, noted: Counter[str]) -> Iterator[_Example]:
-    folders = [entry for entry in _visible(path, noted) if entry.is_dir()]
-    if not with_labels and not folders:
-        folders = [path]
-    if not folders:
-        raise InputError(
-            f"a folder of texts holds one folder per class. Received: {path}, which holds none. "
-            "Move the texts of each class into a folder named after it."
-        )
-    for folder in folders:
-        files = list(_files_below(folder, noted))
-        if not files:
-            raise InputError(
-                f"each class has texts. Received: {folder}, which has none. Remove or fill it."
-            )
-        for file in files:
-            yield str(file), _read_text(file), folder.name
-
-
-def _visible(path: Path, noted: Counter[str]) -> list[Path]:
-    try:
-        entries = sorted(path.iterdir())
-    except OSError as error:
-        raise InputError(
-            f"the texts can be read. Received: {error.strerror or error} for {path}. Check its "
-            "permissions."
-        ) from error
-    visible = [entry for entry in entries if not entry.name.startswith(".")]
-    if len(visible) < len(entries):
-        noted[_HIDDEN] += len(entries) - len(visible)
-    return visible
-
-
-def _files_below(folder: Path, noted: Counter[str]) -> Iterator[Path]:
-    for entry in _visible(folder, noted):
-        if entry.is_dir():
-            yield from _files_below(entry, noted)
-        else:
-            yield entry

@@ -1,4 +1,4 @@
-"""Word vectors out of a stream, block by block: text with and without a header, and binary.
+"""Word vectors out of a stream: text with and without a header, and binary.
 
 gensim reads these too, but a line with a single value fills its whole row, rows beyond the header's
 number are dropped, infinite values pass, and tokens with spaces are refused.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedReader
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,70 +34,74 @@ _MOST_TOKEN = 10_000  # bytes
 
 # Tokens and their vectors, shape (B, D).
 Block = tuple[list[str], NDArray[np.float32]]
+# Where a row stands, its token and its values.
+_Row = tuple[str, str, Sequence[float] | NDArray[Any]]
 
 
-def read_text(
-    place: str, stream: BufferedReader, dimension: int | None, noted: Counter[str]
+def read_blocks(
+    place: str,
+    stream: BufferedReader,
+    is_binary: bool,
+    dimension: int | None,
+    noted: Counter[str],
 ) -> Iterator[Block]:
-    """Read a file of lines, each a token and its values with single spaces between.
+    """Read word2vec's binary format, of 32 or 16 bits a value, or a file of lines.
 
-    A first line of two whole numbers is a header. Tokens may have spaces, as those of GloVe's
-    largest file have.
+    Each line is a token and its values with single spaces between. A first line of two whole
+    numbers is a header. Tokens may have spaces, as those of GloVe's largest file have.
 
     Args:
         place: The file, for messages.
         stream: Its content.
+        is_binary: Whether it is of the binary format.
         dimension: The values that each vector must have; None takes what is there.
         noted: Counts what is to be said.
 
     Raises:
         InputError: The file is malformed, or of another dimension.
     """
+    rows = (_rows_of_binary if is_binary else _rows_of_text)(place, stream, dimension, noted)
+    while block := list(islice(rows, _ROWS)):
+        places, tokens, values = zip(*block, strict=True)
+        with np.errstate(over="ignore"):
+            table = np.array(values, np.float64).astype(np.float32)
+        finite = np.isfinite(table).all(axis=1)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            wrong = next(
+                v for v, x in zip(values[row], table[row], strict=True) if not np.isfinite(x)
+            )
+            raise _no_number(places[row], str(wrong).replace("e+", "e"))
+        yield list(tokens), table
+
+
+def _rows_of_text(
+    place: str, stream: BufferedReader, dimension: int | None, noted: Counter[str]
+) -> Iterator[_Row]:
     first = list(islice(stream, _FIRST))
-    if first and first[0].startswith(_BYTE_ORDER_MARK):
-        first[0] = first[0].removeprefix(_BYTE_ORDER_MARK)
-    header = _parse_header(first[0]) if first else None
-    lines = first[1:] if header else first
-    if header:
-        promised, size = header
+    if not first:
+        _check_rows(place, 0, 0, 0)
+    first[0] = first[0].removeprefix(_BYTE_ORDER_MARK)
+    promised = None
+    lines = first
+    if header := _parse_header(first[0]):
+        (promised, size), lines = header, first[1:]
     else:
+        sizes = [line.rstrip().count(b" ") for line in first]
         # A token with spaces seems to have more values.
-        promised, size = None, min((line.rstrip().count(b" ") for line in lines[:1]), default=0)
-        if lines and dimension is not None and size > dimension:
-            size = min(line.rstrip().count(b" ") for line in lines)
-    if first:
-        _check_size(place, size, dimension)
+        size = min(sizes) if dimension is not None and sizes[0] > dimension else sizes[0]
+    _check_size(place, size, dimension)
     found = 0
-    start = 1 + (header is not None)
-    tokens: list[str] = []
-    rows: list[list[float]] = []
-    for number, line in enumerate(chain(lines, stream), start):
-        token, values = _parse_line(f"{place}, line {number}", line, size, noted)
-        tokens.append(token)
-        rows.append(values)
+    for number, line in enumerate(chain(lines, stream), 1 + len(first) - len(lines)):
+        where = f"{place}, line {number}"
+        yield where, *_parse_line(where, line, size, noted)
         found += 1
-        if len(rows) == _ROWS:
-            yield tokens, _finite(place, number - len(rows) + 1, tokens, rows)
-            tokens, rows = [], []
     _check_rows(place, found if promised is None else promised, found, size)
-    if rows:
-        yield tokens, _finite(place, start + found - len(rows), tokens, rows)
 
 
-def read_binary(
+def _rows_of_binary(
     place: str, stream: BufferedReader, dimension: int | None, noted: Counter[str]
-) -> Iterator[Block]:
-    """Read word2vec's binary format, of 32 or 16 bits a value.
-
-    Args:
-        place: The file, for messages.
-        stream: Its content.
-        dimension: The values that each vector must have; None takes what is there.
-        noted: Counts what is to be said.
-
-    Raises:
-        InputError: The file is malformed, or of another dimension.
-    """
+) -> Iterator[_Row]:
     header = _parse_header(stream.readline(100))
     if header is None:
         raise InputError(
@@ -112,35 +117,24 @@ def read_binary(
         noted[HALF] = promised
     width = np.dtype(kind).itemsize * size
     position = found = 0
-    tokens: list[str] = []
-    rows: list[NDArray[np.float32]] = []
     while True:
         end = buffer.find(b" ", position)
         if end < 0 or len(buffer) - end - 1 < width:
             # A damaged header may ask for more than fits into memory, but the file ends before.
-            more = stream.read(1 << 20)
-            if more:
+            if more := stream.read(1 << 20):
                 buffer, position = buffer[position:] + more, 0
                 continue
             break
         token = buffer[position:end].lstrip(b"\n")
-        values = np.frombuffer(buffer, kind, size, end + 1).astype(np.float32)
+        values = np.frombuffer(buffer, kind, size, end + 1)
         position = end + 1 + width
         found += 1
         try:
-            tokens.append(token.decode())
+            name = token.decode()
         except UnicodeDecodeError:
             noted[CUT] += 1
-            continue
-        if not np.isfinite(values).all():
-            raise InputError(
-                f"values are finite. Received: nan or inf in the vector of "
-                f"{reprlib.repr(tokens[-1])} in {place}. Make the file again without it."
-            )
-        rows.append(values)
-        if len(rows) == _ROWS:
-            yield tokens, np.stack(rows)
-            tokens, rows = [], []
+        else:
+            yield f"the vector of {reprlib.repr(name)} of {place}", name, values
     _check_rows(place, promised, found, size)
     if 2 * noted[CUT] > found:
         raise InputError(
@@ -152,8 +146,6 @@ def read_binary(
             f"a binary file ends after its last row. Received: {reprlib.repr(rest)} after row "
             f"{found} in {place}. Get it again."
         )
-    if rows:
-        yield tokens, np.stack(rows)
 
 
 def _fits(buffer: bytes, size: int, kind: str, promised: int) -> bool:
@@ -189,12 +181,13 @@ def _parse_line(place: str, line: bytes, size: int, noted: Counter[str]) -> tupl
     if b" " in head:
         noted[SPACED] += 1
     try:
-        values = [float(value) for value in parts[1:]]
+        values = list(map(float, parts[1:]))
     except ValueError:
-        raise _no_number(place, parts[1:]) from None
+        values = []
     # Python takes 1_000 for a number.
-    if b"_" in line and any(b"_" in value for value in parts[1:]):
-        raise _no_number(place, parts[1:])
+    if not values or (b"_" in line and any(b"_" in value for value in parts[1:])):
+        wrong = next(value for value in parts[1:] if not _is_number(value))
+        raise _no_number(place, wrong.decode(errors="replace"))
     return token, values
 
 
@@ -210,34 +203,17 @@ def _decoded(place: str, text: bytes) -> str:
 
 def _is_number(text: bytes) -> bool:
     try:
-        return b"_" not in text and bool(np.isfinite(np.float32(float(text))))
+        with np.errstate(over="ignore"):
+            return b"_" not in text and bool(np.isfinite(np.float32(float(text))))
     except (ValueError, OverflowError):
         return False
 
 
-def _no_number(place: str, values: list[bytes]) -> InputError:
-    with np.errstate(over="ignore"):
-        wrong = next(value for value in values if not _is_number(value))
+def _no_number(place: str, wrong: str) -> InputError:
     return InputError(
         "values are finite numbers in float32, with single spaces between. Received: "
-        f"{reprlib.repr(wrong.decode(errors='replace'))} in {place}. Correct or remove the line."
+        f"{reprlib.repr(wrong)} in {place}. Correct or remove it."
     )
-
-
-def _finite(
-    place: str, first: int, tokens: list[str], rows: list[list[float]]
-) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):
-        values = np.array(rows, np.float64).astype(np.float32)
-    if not np.isfinite(values).all():
-        row = int(np.argmin(np.isfinite(values).all(axis=1)))
-        wrong = next(v for v, x in zip(rows[row], values[row], strict=True) if not np.isfinite(x))
-        raise InputError(
-            "values are finite numbers in float32, with single spaces between. Received: "
-            f"{str(wrong).replace('e+', 'e')!r} in {place}, line {first + row}. Correct or remove "
-            "the line."
-        )
-    return values
 
 
 def _check_size(place: str, size: int, dimension: int | None) -> None:
@@ -247,10 +223,15 @@ def _check_size(place: str, size: int, dimension: int | None) -> None:
             "separated by spaces?"
         )
     if dimension is not None and size != dimension:
-        raise InputError(
-            f"the vectors have {dimension} values each. Received: {size} in {place}. Ask for "
-            f"{size}, or take another file."
-        )
+        raise wrong_dimension(place, size, dimension)
+
+
+def wrong_dimension(place: object, size: int, wanted: int) -> InputError:
+    """The error of vectors of another size than was asked for."""
+    return InputError(
+        f"the vectors have {wanted} values each. Received: {size} in {place}. Ask for {size}, or "
+        "take another file."
+    )
 
 
 def _check_rows(place: str, promised: int, found: int, size: int) -> None:

@@ -67,14 +67,10 @@ def opened(path: Path, what: str) -> Iterator[tuple[BufferedReader, str]]:
             f"{what} are in a file. Received: {path}, which is missing. Check the path."
         ) from error
     except _DAMAGES as error:
-        raise _damaged(path, what, error) from error
-
-
-def _damaged(path: Path, what: str, error: Exception) -> InputError:
-    return InputError(
-        f"{what} can be read. Received: {error} for {path}. Check its permissions, or get it "
-        "again if it is cut off."
-    )
+        raise InputError(
+            f"{what} can be read. Received: {error} for {path}. Check its permissions, or get it "
+            "again if it is cut off."
+        ) from error
 
 
 @contextmanager

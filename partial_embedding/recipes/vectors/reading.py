@@ -19,7 +19,12 @@ from numpy.typing import NDArray
 from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
 from partial_embedding.mapped import open_vectors
-from partial_embedding.recipes.vectors.formats import TWICE, Block, read_binary, read_text
+from partial_embedding.recipes.vectors.formats import (
+    TWICE,
+    Block,
+    read_blocks,
+    wrong_dimension,
+)
 from partial_embedding.recipes.vectors.opening import opened
 from partial_embedding.recipes.vectors.word_vectors import WordVectors
 from partial_embedding.rows.vocabulary_file import read_vocabulary
@@ -71,25 +76,31 @@ def read_vectors(
     path = Path(path)
     with opened(path, _WHAT) as (stream, name):
         magic = stream.peek(6)
-        if magic.startswith(_NUMPY):
-            return _of_dimension(path, _read_array(path), dimension)
-        if magic.startswith(_FASTTEXT):
-            return _of_dimension(path, _read_fasttext(path), dimension)
-        if name.endswith((".kv", ".model")):
-            return _of_dimension(path, _read_gensim(path), dimension)
         kept = None
         if cache is not None and path.stat().st_size >= _KEPT_FROM:
             kept = Path(cache) / f"{_fingerprint(path)}.npy"
-            if kept.is_file():
-                return _of_dimension(path, _read_kept(kept), dimension)
-        noted: Counter[str] = Counter()
-        read = read_binary if name.endswith(".bin") else read_text
-        blocks = _first_of_each(read(str(path), stream, dimension, noted), noted)
-        if kept is None:
-            tokens, values = zip(*blocks, strict=True)
-            return WordVectors([*chain(*tokens)], np.concatenate(values), _notes(noted))
-        _keep(kept, blocks, noted)
-    return _read_kept(kept)
+        if magic.startswith(_NUMPY):
+            found = _read_array(path)
+        elif magic.startswith(_FASTTEXT):
+            found = _read_fasttext(path)
+        elif name.endswith((".kv", ".model")):
+            found = _read_gensim(path)
+        elif kept is not None and kept.is_file():
+            found = _read_kept(kept)
+        else:
+            noted: Counter[str] = Counter()
+            is_binary = name.endswith(".bin")
+            blocks = read_blocks(str(path), stream, is_binary, dimension, noted)
+            blocks = _first_of_each(blocks, noted)
+            if kept is None:
+                tokens, values = zip(*blocks, strict=True)
+                found = WordVectors([*chain(*tokens)], np.concatenate(values), _notes(noted))
+            else:
+                _keep(kept, blocks, noted)
+                found = _read_kept(kept)
+    if dimension is not None and found.dimension != dimension:
+        raise wrong_dimension(path, found.dimension, dimension)
+    return found
 
 
 def _first_of_each(blocks: Iterator[Block], noted: Counter[str]) -> Iterator[Block]:
@@ -156,15 +167,6 @@ def _read_kept(path: Path) -> WordVectors:
 # Formats of other libraries
 
 
-def _of_dimension(path: Path, vectors: WordVectors, dimension: int | None) -> WordVectors:
-    if dimension is not None and vectors.dimension != dimension:
-        raise InputError(
-            f"the vectors have {dimension} values each. Received: {vectors.dimension} in {path}. "
-            f"Ask for {vectors.dimension}, or take another file."
-        )
-    return vectors
-
-
 def _read_array(path: Path) -> WordVectors:
     beside = [path.with_name(name.replace("*", path.stem)) for name in _TOKEN_FILES]
     found = next((file for file in beside if file.is_file()), None)
@@ -173,12 +175,8 @@ def _read_array(path: Path) -> WordVectors:
             f"the tokens of an array stand in a file beside it. Received: {path} without. Write "
             f"them, one a line, to {beside[1].name}."
         )
-    try:
-        values = np.load(path, mmap_mode="r")
-    except ValueError as error:  # cut off, packed, or of Python objects
-        raise InputError(f"{path}: an array of numbers is not packed. Received: {error}.") from None
-    tokens = read_vocabulary(found).tokens
-    if values.ndim != 2 or len(values) != len(tokens) or values.dtype.kind != "f":
+    values, tokens = open_vectors(path), read_vocabulary(found).tokens
+    if len(values) != len(tokens):
         raise InputError(
             f"{path}: an array has a row of floating-point values for each of the {len(tokens):,} "
             f"tokens of {found.name}. Received: {values.dtype} of the shape {values.shape}."

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import gensim
@@ -16,12 +16,12 @@ from partial_embedding.errors import InputError
 from partial_embedding.recipes.text import PADDING, count_tokens
 from partial_embedding.recipes.vectors.reading import read_vectors
 from partial_embedding.recipes.vectors.word_vectors import WordVectors
-from partial_embedding.recipes.vectors.writing import check_tokens, save_vectors
+from partial_embedding.recipes.vectors.writing import save_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
 
 
 def train_vectors(
-    documents: Iterable[Sequence[str]],
+    documents: Sequence[Sequence[str]],
     dimension: int = 50,
     min_count: int = 3,
     epochs: int = 20,
@@ -46,20 +46,14 @@ def train_vectors(
         The vectors, float32, the most frequent tokens first.
 
     Raises:
-        InputError: A number is below 1, a document is a string, no token occurs `min_count`
-            times, or a token cannot be written to a file.
+        InputError: No token occurs `min_count` times, or one cannot be written to the cache.
 
     Example:
         >>> vectors = train_vectors([["a", "b"], ["a", "c"], ["a", "b"]], dimension=4, min_count=2)
         >>> vectors.tokens, vectors.values.shape
         (['a', 'b'], (2, 4))
     """
-    for name, value in (("dimension", dimension), ("epochs", epochs)):
-        if value < 1:
-            raise InputError(f"{name} is at least 1. Received: {value}. 50 and 20 are usual.")
-    given = list(documents)
-    check_tokens(count_tokens(given, min_count, specials=()).tokens)
-    kept = [list(document) for document in given]
+    count_tokens(documents, min_count)  # refuses what Word2Vec has no good word for
     settings = {
         "vector_size": dimension,
         "min_count": min_count,
@@ -68,35 +62,31 @@ def train_vectors(
         "workers": 1,  # Threads would add up their updates in any order.
     }
     if cache is None:
-        return _train(kept, settings)
-    file = Path(cache) / f"{_fingerprint(kept, settings)}.bin.gz"
+        return _train(documents, settings)
+    file = Path(cache) / f"{_fingerprint(documents, settings)}.bin.gz"
     try:
         return read_vectors(file, dimension)
     except InputError:
-        vectors = _train(kept, settings)
+        vectors = _train(documents, settings)
         file.parent.mkdir(parents=True, exist_ok=True)
         save_vectors(file, vectors.tokens, vectors.values)
         return read_vectors(file, dimension)
 
 
 def build_table(
-    vocabulary: Vocabulary,
-    vectors: WordVectors,
-    seed: int = 0,
-    padding: str = PADDING,
-    scale: float = 1.0,
+    vocabulary: Vocabulary, vectors: WordVectors, seed: int = 0, scale: float = 1.0
 ) -> tuple[NDArray[np.float32], Vocabulary]:
     """Give each row of a vocabulary its vector, and draw those that have none.
 
     A token that has no vector is tried again in lower case. The rows still missing are drawn
     from a normal distribution with the mean 0 and, in each dimension, the standard deviation of
-    the rows that were found (of all their values together when there is one such row).
+    the rows that were found (of all their values together when there is one such row). The row of
+    `<pad>` is zero.
 
     Args:
         vocabulary: The tokens of the rows.
         vectors: The pre-trained vectors, of D values each.
         seed: Starts the random numbers.
-        padding: The token whose row is zero, where the vocabulary has it.
         scale: The factor on the standard deviation of the rows that are drawn.
 
     Returns:
@@ -117,7 +107,7 @@ def build_table(
     index = vectors.index
     sources = np.array(
         [
-            -1 if token == padding else index.get(token, index.get(token.lower(), -1))
+            -1 if token == PADDING else index.get(token, index.get(token.lower(), -1))
             for token in vocabulary.tokens
         ],
         np.int64,
@@ -129,9 +119,8 @@ def build_table(
             f"{reprlib.repr(list(vocabulary.tokens[-3:]))}, and vectors for others, such as "
             f"{reprlib.repr(list(vectors.tokens[:3]))}. Are they of another language or case?"
         )
-    missing = np.array(
-        [row for row in np.flatnonzero(sources < 0) if vocabulary.tokens[row] != padding], np.int64
-    )
+    missing = np.flatnonzero(sources < 0)
+    missing = missing[missing != vocabulary.index.get(PADDING)]
     table = np.zeros((len(vocabulary), vectors.dimension), np.float32)
     table[known] = vectors.values[sources[known]]
     found = table[known].astype(np.float64)

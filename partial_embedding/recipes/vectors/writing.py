@@ -49,7 +49,16 @@ def save_vectors(path: str | os.PathLike[str], tokens: Sequence[str], table: Arr
             "Choose one of these."
         )
     tokens = list(tokens)
-    check_tokens(tokens)
+    twice = [token for token, count in Counter(tokens).items() if count > 1]
+    # The formats end a token at a space and a row at a line feed; other whitespace at a token's
+    # edge is lost to most readers.
+    bad = twice or [t for t in tokens if not t or re.search(r"[ \t\n\r\v\f\ud800-\udfff]", t)]
+    if bad:
+        raise InputError(
+            "a token in a file of vectors is not empty, occurs once, and holds neither whitespace "
+            f"nor half a surrogate pair. Received: {reprlib.repr(bad[0])}"
+            f"{' twice' if twice else ''}. Rename or drop it."
+        )
     with np.errstate(over="ignore"):
         values = np.asarray(table).astype(np.float32)
     if values.ndim != 2 or values.shape[0] != len(tokens) or not values.size:
@@ -70,24 +79,3 @@ def save_vectors(path: str | os.PathLike[str], tokens: Sequence[str], table: Arr
         vectors.set_vecattr(token, "count", len(tokens) - row)
     with write_atomically(path) as temporary:
         vectors.save_word2vec_format(str(temporary), binary=path.name.endswith((".bin", ".bin.gz")))
-
-
-def check_tokens(tokens: Sequence[str]) -> None:
-    """Refuse tokens that a file of vectors cannot hold.
-
-    Args:
-        tokens: One for each row.
-
-    Raises:
-        InputError: One is empty, occurs twice or holds whitespace.
-    """
-    twice = [token for token, count in Counter(tokens).items() if count > 1]
-    # The formats end a token at a space and a row at a line feed; other whitespace at a token's
-    # edge is lost to most readers.
-    bad = twice or [t for t in tokens if not t or re.search(r"[ \t\n\r\v\f\ud800-\udfff]", t)]
-    if bad:
-        raise InputError(
-            "a token in a file of vectors is not empty, occurs once, and holds neither whitespace "
-            f"nor half a surrogate pair. Received: {reprlib.repr(bad[0])}"
-            f"{' twice' if twice else ''}. Rename or drop it."
-        )
