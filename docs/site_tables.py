@@ -41,7 +41,7 @@ def torch_optimizers() -> str:
     tested = Counter(case.name for case in cases)
     lazy = {case.name: case.element_wise for case in cases}
     rows = [
-        [f"`torch.optim.{name}`", str(count), "yes" if lazy[name] else "no"]
+        [f"`{name}`", str(count), "yes" if lazy[name] else "no"]
         for name, count in sorted(tested.items())
     ]
     return _markdown_table(["optimizer", "configurations tested", "`lazy=True`"], rows)
@@ -97,16 +97,16 @@ def keras_optimizers() -> str:
     for name, given in ast.literal_eval(cases).values():
         written = _written(given)
         options.setdefault(name, []).append(f"`{written}`" if written else "defaults")
-    rows = [[f"`keras.optimizers.{name}`", "; ".join(options[name])] for name in sorted(options)]
+    rows = [[f"`{name}`", "; ".join(options[name])] for name in sorted(options)]
     return _markdown_table(["optimizer", "tested with"], rows)
 
 
 def _matrix(tested: Iterable[tuple[str, str]]) -> str:
-    """What is tested under what: a mark where a test is, a dash where there is none."""
+    """What is tested under what: a mark where a test is."""
     pairs = list(tested)
     doors, columns = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
     rows = [
-        [door, *("✓" if (door, column) in pairs else "–" for column in columns)] for door in doors
+        [door, *("✓" if (door, column) in pairs else "" for column in columns)] for door in doors
     ]
     return _markdown_table(["", *columns], rows)
 

@@ -188,9 +188,7 @@ DOORS: dict[str, Door] = {
         lambda w: [nn.utils.clip_grad_norm_(one, 0.5, float("inf"), foreach=True) for one in w]
     ),
     "clip_grad_value_": clipped(lambda w: nn.utils.clip_grad_value_(w, 0.3)),
-    "clip_grad_value_, foreach": clipped(
-        lambda w: nn.utils.clip_grad_value_(w, 0.3, foreach=True)
-    ),
+    "clip_grad_value_, foreach": clipped(lambda w: nn.utils.clip_grad_value_(w, 0.3, foreach=True)),
     "a gradient edited in place": clipped(
         lambda w: [one.grad.mul_(0.5) for one in w if one.grad is not None]
     ),
