@@ -335,26 +335,26 @@ def finds_nothing(func: Any, grads: Any, found: Tensor, scale: Tensor) -> None:
 
 aten = torch.ops.aten
 BREAKS: dict[str, Break] = {
-    "closure": with_old_gradients,
-    "accumulated": without_sums,
-    "clip_by_norm": without(
+    "a closure": with_old_gradients,
+    "accumulated gradients": without_sums,
+    "clip_grad_norm_": without(
         aten.linalg_vector_norm.default, instead=lambda *norm, **options: torch.zeros(())
     ),
-    "clip_by_infinity_norm": without(
+    "clip_grad_norm_, infinity, foreach": without(
         aten._foreach_norm.Scalar, instead=lambda *norm, **options: [torch.zeros(())]
     ),
-    "clip_by_value": without(aten.clamp_.default),
-    "clip_by_value_foreach": without(
+    "clip_grad_value_": without(aten.clamp_.default),
+    "clip_grad_value_, foreach": without(
         aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar
     ),
-    "scaled": without(aten._amp_foreach_non_finite_check_and_unscale_.default),
-    "scaled_with_an_infinity": without(
+    "GradScaler": without(aten._amp_foreach_non_finite_check_and_unscale_.default),
+    "GradScaler, an infinity": without(
         aten._amp_foreach_non_finite_check_and_unscale_.default, instead=finds_nothing
     ),
-    "saved_and_loaded": without_restoring,
-    "ema": without_averaging,
-    "ema_with_buffers": without_averaging,
-    "edited_gradient": without(aten.mul_.Tensor),
+    "state_dict into another optimizer": without_restoring,
+    "averages, EMA": without_averaging,
+    "averages, EMA, buffers": without_averaging,
+    "a gradient edited in place": without(aten.mul_.Tensor),
 }
 
 
@@ -374,3 +374,4 @@ def test_a_door_is_seen_to_fail_without_its_mechanism(
 
 def test_the_doors_do_not_shrink_unseen() -> None:
     assert len(CASES) >= 159
+    assert set(BREAKS) < set(DOORS)
