@@ -2,6 +2,7 @@
 
 MkDocs calls the functions `on_…` of this module. `<!-- generated: torch_optimizers -->` in a page
 stands for what `GENERATED` makes of the tests' own data, so that no page says more than is tested.
+`REPOSITORY` is the address in `mkdocs.yml`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "other_optimizers": site_tables.other_optimizers,
     "refused_optimizers": site_tables.refused_optimizers,
     "keras_optimizers": site_tables.keras_optimizers,
+    "torch_doors": site_tables.torch_doors,
+    "torch_checkpoints": site_tables.torch_checkpoints,
+    "keras_doors": site_tables.keras_doors,
     "command_help": site_tables.command_help,
     "cost": site_tables.cost,
     "examples": site_tables.examples,
@@ -44,6 +48,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put in what is generated, and let links to other files lead to the repository."""
     markdown = _MARK.sub(lambda mark: GENERATED[mark[1]](), markdown)
+    markdown = markdown.replace("git+REPOSITORY", f"git+{config.repo_url}")
     if page.file.src_uri == "changelog.md":
         folder = ROOT
     elif page.file.src_uri.startswith("benchmarks/"):

@@ -46,11 +46,11 @@ def draw(schedule: Schedule) -> str:
         for (top, bottom), share in _merged(shares):
             trains.append(_rectangle(begin, end, top, bottom, f'opacity="{share:.2f}"'))
     tables = [_rectangle(0, EPOCHS, 0, _HEIGHT), _rectangle(0, EPOCHS, *_STRIP)]
-    names = [("frequent", 10), ("rare", _HEIGHT - 2), ("missing", _HEIGHT + 13)]
+    names = [("frequent", 12), ("rare", _HEIGHT - 8), ("missing", _HEIGHT + 15)]
     ticks = [(epoch, _WIDTH * epoch // EPOCHS) for epoch in range(0, EPOCHS + 1, 2)]
     return "".join(
         [
-            f'<svg class="schedule" role="img" viewBox="-60 -4 {_WIDTH + 90} {_HEIGHT + 40}" ',
+            f'<svg class="schedule" role="img" viewBox="-84 -4 {_WIDTH + 114} {_HEIGHT + 40}" ',
             'xmlns="http://www.w3.org/2000/svg">',
             f'<g class="table">{"".join(tables)}</g><g class="trains">{"".join(trains)}</g>',
             *(f'<text class="name" x="-6" y="{y}">{name}</text>' for name, y in names),

@@ -9,6 +9,8 @@ import io
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,17 @@ def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def _written(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
 def torch_optimizers() -> str:
     """What torch ships, in how many configurations it is tested, and what `lazy` does with it."""
     cases = _imported("tests/torch", "cases").CASES
     tested = Counter(case.name for case in cases)
     lazy = {case.name: case.element_wise for case in cases}
     rows = [
-        [f"`torch.optim.{name}`", str(count), "yes" if lazy[name] else "no"]
+        [f"`{name}`", str(count), "yes" if lazy[name] else "no"]
         for name, count in sorted(tested.items())
     ]
     return _markdown_table(["optimizer", "configurations tested", "`lazy=True`"], rows)
@@ -45,7 +51,7 @@ def other_optimizers() -> str:
     """Optimizers of other packages that are served exactly."""
     rows = []
     for name, case in _imported("tests/torch", "test_other_optimizers").FROM_ELSEWHERE.items():
-        options = ", ".join(f"{key}={value}" for key, value in case.options.items())
+        options = _written(case.options)
         rows.append([f"`{name.partition('-')[0]}`", f"`{options}`" if options else "defaults"])
     return _markdown_table(["optimizer", "with"], rows)
 
@@ -72,21 +78,59 @@ def refused_optimizers() -> str:
     return _markdown_table(["optimizer", "the error"], rows)
 
 
-def keras_optimizers() -> str:
-    """What Keras ships, read without importing TensorFlow beside torch."""
-    source = (ROOT / "tests/tensorflow/test_every_optimizer.py").read_text(encoding="utf-8")
-    (cases,) = (
-        ast.literal_eval(node.value)
-        for node in ast.parse(source).body
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "OPTIMIZERS"
-        if node.value is not None
+def _assigned(path: str, name: str) -> Any:
+    """What a module of Keras's tests gives a name, read without TensorFlow beside torch."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    (value,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign | ast.Assign)
+        and ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target) == name
     )
+    return value
+
+
+def keras_optimizers() -> str:
+    """What Keras ships, and the options that it is tested with."""
+    cases = _assigned("tests/tensorflow/test_every_optimizer.py", "OPTIMIZERS")
     options: dict[str, list[str]] = {}
-    for name, given in cases.values():
-        written = ", ".join(f"{key}={value}" for key, value in given.items())
+    for name, given in ast.literal_eval(cases).values():
+        written = _written(given)
         options.setdefault(name, []).append(f"`{written}`" if written else "defaults")
-    rows = [[f"`keras.optimizers.{name}`", "; ".join(options[name])] for name in sorted(options)]
+    rows = [[f"`{name}`", "; ".join(options[name])] for name in sorted(options)]
     return _markdown_table(["optimizer", "tested with"], rows)
+
+
+def _matrix(tested: Iterable[tuple[str, str]]) -> str:
+    """What is tested under what: a mark where a test is."""
+    pairs = list(tested)
+    doors, columns = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+    rows = [
+        [door, *("✓" if (door, column) in pairs else "" for column in columns)] for door in doors
+    ]
+    return _markdown_table(["", *columns], rows)
+
+
+def torch_doors() -> str:
+    """By what a weight, a gradient or a state is reached, and which rows trained meanwhile."""
+    tests = _imported("tests/torch", "test_doors")
+    made = [f"`{name}({_written(options)})`" for name, options in tests.OPTIMIZERS.items()]
+    matrix = _matrix((case.values[0], case.values[1]) for case in tests.CASES)
+    return f"{matrix}\n\nEach under {', '.join(made)}."
+
+
+def torch_checkpoints() -> str:
+    """By what a run is saved from which another goes on, under which optimizer."""
+    tests = _imported("tests/torch", "test_checkpointers")
+    return _matrix(product(tests.LOOPS, tests.OPTIMIZERS))
+
+
+def keras_doors() -> str:
+    """By what a model goes out and comes back in the middle of a run, under which optimizer."""
+    path = "tests/tensorflow/test_doors.py"
+    doors = [ast.literal_eval(door) for door in _assigned(path, "DOORS").keys]
+    kinds = [ast.unparse(made.body) for made in _assigned(path, "KINDS").values]
+    return _matrix(product(doors, [f"`{kind.replace('keras.optimizers.', '')}`" for kind in kinds]))
 
 
 def cost() -> str:

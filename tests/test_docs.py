@@ -285,7 +285,8 @@ def test_the_site_has_each_page_and_nothing_is_left_to_generate(site: Path) -> N
         html = site / page.removesuffix("index") / "index.html"
         text = html.read_text(encoding="utf-8")
         assert "generated:" not in text, page
-        # Nothing is loaded from elsewhere.
+        # Nothing is loaded from elsewhere, nor is GitHub asked for stars, as the theme would.
+        assert 'data-md-component="source"' not in text, page
         assert re.findall(r'(?:src|rel="stylesheet" href)="(https?:[^"]+)"', text) == [], page
 
 

@@ -332,16 +332,13 @@ def number_of_rows(amount: int | float, num_rows: int) -> int:
 
 
 def _known(what: str, vocabulary: Vocabulary | None) -> Any:
-    if vocabulary is None:
-        raise InputError(
-            f"these rows are chosen by the vocabulary's {what}. Received no vocabulary. "
-            "Pass vocabulary=."
-        )
-    values = getattr(vocabulary, what)
+    values = getattr(vocabulary, what, None)
     if values is None:
+        received = "no vocabulary" if vocabulary is None else "a vocabulary without"
+        made = "tokens" if what == "tokens" else f"tokens, {what}=…"
         raise InputError(
-            f"these rows are chosen by the vocabulary's {what}. Received a vocabulary without. "
-            f"Build it with Vocabulary(tokens, {what}=…)."
+            f"these rows are chosen by the vocabulary's {what}. Received {received}. "
+            f"Pass vocabulary=Vocabulary({made}) to the callback, or ids."
         )
     return values
 

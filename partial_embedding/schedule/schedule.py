@@ -323,13 +323,14 @@ class Schedule:
         if not isinstance(value, str | PathLike):
             raise InputError(
                 "a schedule is a mapping with the key 'stages' or 'preset', or a YAML file. "
-                f"Received: {value!r}."
+                f"Received: {value!r}. Write stages as {{'stages': […]}}."
             )
         loaded = read_yaml(value, "schedule")
         try:
             if not isinstance(loaded, Mapping):
                 raise InputError(
-                    f"a schedule is a mapping with the key 'stages'. Received: {loaded!r}."
+                    "a schedule is a mapping with the key 'stages' or 'preset'. "
+                    f"Received: {loaded!r}. Put stages under 'stages:'."
                 )
             return Schedule.parse(loaded)
         except InputError as error:

@@ -53,7 +53,8 @@ class TorchTables:
         if not self.tables:
             raise InputError(
                 "unfreezing rows needs a PartialEmbedding in the model. Received a "
-                f"{type(model).__name__} without one. Replace its nn.Embedding."
+                f"{type(model).__name__} without one. Take it for nn.Embedding, or call "
+                "replace_embedding(model, name)."
             )
 
     def prepare(

@@ -257,7 +257,8 @@ class Blocks:
         Raises:
             InputError: There is a key of which nothing is known.
         """
-        if not self.layout.flat and (unknown := state.keys() - self.layout.keys):
+        # A set, since torch.compile of older releases cannot take keys from a view of keys.
+        if not self.layout.flat and (unknown := set(state) - self.layout.keys):
             raise InputError(
                 "an optimizer keeps the state that it was tried with. Received "
                 f"{sorted(unknown)} from {type(optimizer).__name__}. Where its options changed, "

@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "without_vocabulary": (
         "missing",
         "these rows are chosen by the vocabulary's missing. Received no vocabulary. "
-        "Pass vocabulary=.",
+        "Pass vocabulary=Vocabulary(tokens, missing=…) to the callback, or ids.",
     ),
 }
 

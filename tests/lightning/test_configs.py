@@ -40,7 +40,7 @@ def test_a_schedule_of_words_runs_as_planned(
             "--data.dimension=8",
             "--model.encoder=mean",
             "--model.lr=0.01",
-            f"--trainer.max_epochs={_epochs(name)}",
+            f"--trainer.max_epochs={EPOCHS}",
             "--trainer.limit_train_batches=12",
             "--trainer.limit_val_batches=2",
             "--trainer.accelerator=cpu",
@@ -62,10 +62,6 @@ def test_a_schedule_of_words_runs_as_planned(
         assert [trainable for _, trainable in said] == expected[: len(said)]
     else:
         assert said == [(step.place, f"{step.trainable:,}") for step in planned]
-
-
-def _epochs(name: str) -> int:
-    return 12 if name == "plateau" else EPOCHS  # it waits for ten validations at most
 
 
 def _steps_per_epoch(folder: Path) -> int:
