@@ -1,4 +1,4 @@
-"""Which parameters of a table are left to `average_gradients`, and among which processes."""
+"""Which parameters of a table are averaged by row, among which processes, and by whom."""
 
 from __future__ import annotations
 
@@ -13,27 +13,57 @@ if TYPE_CHECKING:
 Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
 
 
-def average_over(
-    table: PartialTable, names: Iterable[str], group_of: Callable[[], Group | None]
-) -> None:
-    """Leave parameters of a table to `average_gradients` from now on; a copy knows nothing of it.
+class Averaging:
+    """Processes that average parameters of tables by row.
+
+    Args:
+        group_of: Gives the process group, or None once nobody averages any more.
+    """
+
+    def __init__(self, group_of: Callable[[], Group | None]) -> None:
+        self.group_of = group_of
+        # Whether what the last backward pass left is averaged already, alike in all processes.
+        self.is_done = False
+
+
+def average_over(table: PartialTable, names: Iterable[str], averaging: Averaging) -> None:
+    """Have parameters of a table averaged by row from now on; a copy knows nothing of it.
 
     Args:
         table: The table.
         names: Those of its `row_parameters`.
-        group_of: Gives the process group, or None once nobody averages any more.
+        averaging: By which processes.
     """
-    vars(table)["_averaged"] = dict.fromkeys(names, group_of)
+    vars(table)["_averaged"] = dict.fromkeys(names, averaging)
 
 
-def averaging_group(table: PartialTable, parameter: nn.Parameter) -> Group | None:
-    """The processes over which a parameter is averaged by row, or None.
+def leave_to_ddp(table: PartialTable) -> None:
+    """Know that `DistributedDataParallel` reduces a table itself.
+
+    Args:
+        table: The table.
+    """
+    vars(table)["_averaged"] = None
+
+
+def is_left_to_ddp(table: PartialTable) -> bool:
+    """Whether `DistributedDataParallel` reduces a table itself.
+
+    Args:
+        table: The table.
+    """
+    return vars(table).get("_averaged", {}) is None
+
+
+def averaging_of(table: PartialTable, parameter: nn.Parameter) -> Averaging | None:
+    """Those that average a parameter by row, or None.
 
     Args:
         table: The table.
         parameter: One of its parameters with an entry for each row.
     """
-    for name, group_of in vars(table).get("_averaged", {}).items():
+    for name, averaging in (vars(table).get("_averaged") or {}).items():
         if table.row_parameter(name) is parameter:
-            return group_of()
+            alive: Averaging | None = averaging if averaging.group_of() is not None else None
+            return alive
     return None

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
-from partial_embedding.torch.hooks import by_rows, is_left_to_ddp, is_rewritten, tables_of
+from partial_embedding.torch.averaged import is_left_to_ddp
+from partial_embedding.torch.hooks import by_rows, is_rewritten, tables_of
 from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.table import PartialTable
 
@@ -29,8 +30,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         bias: Whether there is a bias, shape (V,).
         device: The device of the parameters.
         dtype: The dtype of the parameters.
-        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D, as does torch's own
-            `DistributedDataParallel`, which takes sparse gradients from embeddings alone.
+        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D; so does
+            `DistributedDataParallel` in a model of which nothing trains but heads.
         trainable_rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
             `Rows`. With nothing frozen the gradient is that of `nn.Linear`.
 
@@ -99,7 +100,9 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
             F.embedding(rows, weight, sparse=sparse),
             None if self.bias is None else self.bias.index_select(0, rows),
         )
-        return scores.view(*input.shape[:-1], scores.shape[1])
+        # Nor a view of that one, whose hooks FSDP2 could not rely on.
+        shaped: Tensor = torch.ops.aten._unsafe_view(scores, [*input.shape[:-1], scores.shape[1]])
+        return shaped
 
     def _counts_by_row(self, input: Tensor) -> bool:  # noqa: A002  # as in `forward`
         """Whether to compute gradients by row; otherwise the hook masks the whole one."""

@@ -9,8 +9,8 @@ from torch import distributed as dist
 from torch import nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.averaged import average_over
-from partial_embedding.torch.ddp import begin_alike, check_max_norm
+from partial_embedding.torch.averaged import Averaging, average_over
+from partial_embedding.torch.row_average import begin_alike, check_max_norm
 from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.split import SplitEmbedding
 from partial_embedding.torch.table import PartialTable, row_parameters_in, tables_in
@@ -77,9 +77,10 @@ def keep_whole(model: nn.Module, processes: Any = None) -> set[nn.Parameter]:
         )
     check_max_norm(dict(tables_in(model)))
     begin_alike(parameters, group)
+    averaging = Averaging(lambda: group)
     for module in model.modules():
         if isinstance(module, PartialTable) and not isinstance(module, SplitEmbedding):
-            average_over(module, module.row_parameters, lambda: group)
+            average_over(module, module.row_parameters, averaging)
     return _InOrder(parameters.values())
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding import InputError
 from partial_embedding.torch import PartialEmbedding
@@ -41,3 +43,16 @@ def test_a_flat_weight_is_no_table_of_other_rows() -> None:
         torch.optim.AdamW(table.parameters()).step()
     with pytest.raises(InputError, match=r"a vector of 12 numbers"):
         table.set_trainable_rows([3])
+
+
+def test_a_sparse_table_by_itself_is_refused_where_nccl_would_reduce_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(dist, "get_backend", lambda group=None: "nccl")
+    try:
+        with pytest.raises(InputError, match=r"the sparse table ''\. Make it with sparse=False"):
+            DistributedDataParallel(PartialEmbedding(10, 4, trainable_rows=[2]))
+        DistributedDataParallel(PartialEmbedding(10, 4, sparse=False, trainable_rows=[2]))
+    finally:
+        dist.destroy_process_group()

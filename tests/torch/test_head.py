@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from cases import SPARSE_AND_DENSE
 from oracle import assert_same_bits, rows_that_differ, same_bits
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from partial_embedding import InputError
 from partial_embedding.torch import PartialEmbedding, PartialLinear, detach_rowwise, rowwise
-from partial_embedding.torch.adapter import TorchTables
 from partial_embedding.torch.row_gradient import RowGradient
 
 V, D = 11, 6
@@ -350,18 +348,3 @@ def test_a_frozen_head_learns_nothing() -> None:
     head(x).sum().backward()
     optimizer.step()
     assert same_bits(head.weight, before)
-
-
-@SPARSE_AND_DENSE
-def test_a_sparse_head_that_is_not_tied_is_refused_among_several_processes(sparse: bool) -> None:
-    model = nn.ModuleDict({"head": pair(sparse=sparse)[1], "tied": Tied()})
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        tables = TorchTables(model)
-        if not sparse:
-            tables.check_backend(["head"])
-            return
-        with pytest.raises(InputError, match=r"the sparse head 'head', which is tied to none"):
-            tables.check_backend(["head"])
-    finally:
-        dist.destroy_process_group()
