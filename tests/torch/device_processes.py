@@ -46,6 +46,7 @@ from partial_embedding.torch import (
     keep_whole,
     rowwise,
     sharded_rows,
+    shards,
     split_rows,
 )
 from partial_embedding.torch.optimizer import prepared
@@ -336,6 +337,20 @@ def read() -> dict[str, Any]:
     return {**half, "later": train(net, "AdamW", optimizer=optimizer, steps=AFTER)["rows"]}
 
 
+def called_by_one() -> dict[str, Any]:
+    """A state that all have together, asked for by the first process alone, then by all."""
+    net = split("none")
+    optimizer = rowwise(OPTIMIZERS["AdamW"](net.parameters()), net)
+    alone, patience = "", shards.PATIENCE
+    shards.PATIENCE = 0.2
+    if dist.get_rank() == 0:
+        alone = refusal(optimizer.state_dict)
+    dist.barrier()
+    shards.PATIENCE = patience
+    entry = optimizer.state_dict()["state"][0]["rowwise"]
+    return {"alone": alone, "rows": len(entry["rows"])}
+
+
 def too_few_batches() -> list[str]:
     """The last process makes no step, within a group that waits for a second."""
     net, processes = Net(), dist.new_group(timeout=timedelta(seconds=1))
@@ -406,6 +421,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "split_beside_ddp": split_beside_ddp,
     "many_in_order": many_in_order,
     "row_files": row_files,
+    "called_by_one": called_by_one,
     "saved": saved,
     "read": read,
 }
