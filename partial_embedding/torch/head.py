@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +104,28 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         # Nor a view of that one, whose hooks FSDP2 could not rely on.
         shaped: Tensor = torch.ops.aten._unsafe_view(scores, [*input.shape[:-1], scores.shape[1]])
         return shaped
+
+    def take_dense(self, grad: Tensor) -> None:
+        """Say once that something multiplies by the weight itself, at the cost of all rows.
+
+        Args:
+            grad: The gradient of a parameter.
+        """
+        weight = self._parameters.get("weight")
+        if weight is None or grad.dim() != 2 or "_told" in vars(self):
+            return  # pruned, of a bias, or said already
+        by_row = self._gives_sparse_gradient() and all(t.sparse for t in tables_of(weight))
+        if not (by_row and self.has_frozen_rows):
+            return
+        vars(self)["_told"] = True
+        warnings.warn(
+            "a PartialLinear computes the gradients of its trainable rows where it is called. Its "
+            f"weight got one of all rows, {grad.shape[0]:,}×{grad.shape[1]:,} numbers in each "
+            "step, since something reads the weight and does not call the module, as TRL's fused "
+            "heads do. Frozen rows stay exact; to save it, give SFTTrainer a compute_loss_func, "
+            "which gets the module's own scores.",
+            stacklevel=2,
+        )
 
     def _counts_by_row(self, input: Tensor) -> bool:  # noqa: A002  # as in `forward`
         """Whether to compute gradients by row; otherwise the hook masks the whole one."""

@@ -90,6 +90,8 @@ class RowHook:
             if is_left_to_ddp(table):
                 self._give_ddp_its_own()
             return _sparse_without_frozen(grad, table)
+        if not grad.requires_grad:
+            table.take_dense(grad)
         return _zero_where_frozen(grad, table)
 
     def _hold_rows(self, parameter: Tensor) -> None:

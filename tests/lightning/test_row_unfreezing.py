@@ -310,6 +310,13 @@ def test_strategies_that_flatten_are_refused(strategy: type, derived: bool) -> N
     callback.setup(fake, Net().build(), "test")  # nothing is trained there
 
 
+def test_a_checkpoint_of_rows_is_refused_where_it_is_loaded_into_shards() -> None:
+    strategy = pl.strategies.ModelParallelStrategy()
+    fake = SimpleNamespace(strategy=strategy, callbacks=[])
+    with pytest.raises(InputError, match=r"ModelParallelStrategy\. Leave checkpoint out"):
+        RowUnfreezing(SCHEDULE, checkpoint="rows").setup(fake, Net().build(), "fit")
+
+
 def test_a_strategy_that_flattens_is_refused_when_fit_starts() -> None:
     class FSDPStrategy(SingleDeviceStrategy):
         """Stands in for Lightning's own, which needs a GPU."""

@@ -1,5 +1,10 @@
 """Engines that step something else in the place of a table are refused by what they leave on it."""
 
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import distributed as dist
@@ -56,3 +61,64 @@ def test_a_sparse_table_by_itself_is_refused_where_nccl_would_reduce_it(
         DistributedDataParallel(PartialEmbedding(10, 4, sparse=False, trainable_rows=[2]))
     finally:
         dist.destroy_process_group()
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "several-devices.md"
+
+
+def left(mark: str) -> None:
+    table = PartialEmbedding(10, 4, trainable_rows=[2])
+    setattr(table.weight, mark, None)
+    table(torch.tensor([2])).sum().backward()
+
+
+def flat() -> None:
+    table = PartialEmbedding(10, 4, trainable_rows=[2])
+    table.weight.data = table.weight.data.flatten()
+    table.set_trainable_rows([3])
+
+
+def redundant() -> None:
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        """Stands in for torch's own, which takes a second to import."""
+
+    table = PartialEmbedding(10, 4, trainable_rows=[2])
+    table(torch.tensor([2])).sum().backward()
+    ZeroRedundancyOptimizer(table.parameters()).step()
+
+
+def in_lightning() -> None:
+    lightning = pytest.importorskip("partial_embedding.callbacks.lightning")
+    strategy = object.__new__(type("FSDPStrategy", (), {}))
+    lightning.RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}]}).setup(
+        SimpleNamespace(strategy=strategy), torch.nn.Linear(1, 1), "fit"
+    )
+
+
+def in_the_trainer() -> None:
+    callbacks: Any = pytest.importorskip("partial_embedding.callbacks.transformers")
+    arguments = SimpleNamespace(deepspeed="zero.json", fsdp_plugin_args=None)
+    callbacks._check_engine(arguments, None, "table")
+
+
+# What is said there and here, of each engine that is refused.
+WAYS: dict[str, tuple[Callable[[], None], str]] = {
+    "FSDP1": (flat, "FullyShardedDataParallel(model, ignored_states=keep_whole(model))"),
+    "Lightning's `FSDPStrategy`": (in_lightning, "ModelParallelStrategy"),
+    "Hugging Face's Trainer": (in_the_trainer, "fsdp_config={'version': 2}"),
+    "DeepSpeed ZeRO-3": (lambda: left("ds_id"), "fully_shard"),
+    "`ZeroRedundancyOptimizer`": (redundant, "AdamW(whole)"),
+}
+
+
+@pytest.mark.parametrize("engine", WAYS)
+def test_the_page_names_the_way_out_that_the_refusal_names(engine: str) -> None:
+    act, way = WAYS[engine]
+    rows = [line.split("|")[1:3] for line in PAGE.read_text("utf-8").splitlines() if "|" in line]
+    (verdict,) = [
+        said for name, said, *_ in (row for row in rows if len(row) > 1) if name.strip() == engine
+    ]
+    assert way in verdict
+    with pytest.raises(InputError) as refused:
+        act()
+    assert way in str(refused.value)

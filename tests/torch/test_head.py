@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -348,3 +349,25 @@ def test_a_frozen_head_learns_nothing() -> None:
     head(x).sum().backward()
     optimizer.step()
     assert same_bits(head.weight, before)
+
+
+def test_what_multiplies_by_the_weight_itself_is_told_once_what_it_costs() -> None:
+    tied = Tied()
+    with pytest.warns(UserWarning, match=r"×6 numbers.*SFTTrainer a compute_loss_func"):
+        torch.nn.functional.linear(features(3), tied.head.weight).sum().backward()
+    assert tied.head.weight.grad[ROWS].all()
+    assert not tied.head.weight.grad[FROZEN].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.nn.functional.linear(features(3), tied.head.weight).sum().backward()
+        dense, calm = pair(sparse=False)[1], Tied()
+        torch.nn.functional.linear(features(3), dense.weight).sum().backward()
+        calm(torch.tensor([2, 3])).sum().backward()
+        calm.table.sparse = False  # which makes a dense gradient as it was told to
+        calm(torch.tensor([2, 3])).sum().backward()
+
+
+def test_scores_are_no_view_of_a_tensor() -> None:
+    """FSDP2 puts hooks on what a module gives, and warns of views."""
+    for shape in ((3,), (2, 3), ()):
+        assert pair()[1](features(*shape))._base is None
