@@ -1,4 +1,4 @@
-"""Which parameters of a table are averaged by row, among which processes, and by whom."""
+"""Which parameters of a table are averaged by row, and among which processes."""
 
 from __future__ import annotations
 
@@ -13,28 +13,17 @@ if TYPE_CHECKING:
 Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
 
 
-class Averaging:
-    """Processes that average parameters of tables by row.
-
-    Args:
-        group_of: Gives the process group, or None once nobody averages any more.
-    """
-
-    def __init__(self, group_of: Callable[[], Group | None]) -> None:
-        self.group_of = group_of
-        # Whether what the last backward pass left is averaged already, alike in all processes.
-        self.is_done = False
-
-
-def average_over(table: PartialTable, names: Iterable[str], averaging: Averaging) -> None:
+def average_over(
+    table: PartialTable, names: Iterable[str], group_of: Callable[[], Group | None]
+) -> None:
     """Have parameters of a table averaged by row from now on; a copy knows nothing of it.
 
     Args:
         table: The table.
         names: Those of its `row_parameters`.
-        averaging: By which processes.
+        group_of: Gives the process group, or None once nobody averages any more.
     """
-    vars(table)["_averaged"] = dict.fromkeys(names, averaging)
+    vars(table)["_averaged"] = dict.fromkeys(names, group_of)
 
 
 def leave_to_ddp(table: PartialTable) -> None:
@@ -55,15 +44,14 @@ def is_left_to_ddp(table: PartialTable) -> bool:
     return vars(table).get("_averaged", {}) is None
 
 
-def averaging_of(table: PartialTable, parameter: nn.Parameter) -> Averaging | None:
-    """Those that average a parameter by row, or None.
+def averaging_group(table: PartialTable, parameter: nn.Parameter) -> Group | None:
+    """The processes over which a parameter is averaged by row, or None.
 
     Args:
         table: The table.
         parameter: One of its parameters with an entry for each row.
     """
-    for name, averaging in (vars(table).get("_averaged") or {}).items():
+    for name, group_of in (vars(table).get("_averaged") or {}).items():
         if table.row_parameter(name) is parameter:
-            alive: Averaging | None = averaging if averaging.group_of() is not None else None
-            return alive
+            return group_of()
     return None

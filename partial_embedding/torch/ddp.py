@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.averaged import Averaging, Group, average_over, leave_to_ddp
+from partial_embedding.torch.averaged import Group, average_over, leave_to_ddp
 from partial_embedding.torch.hooks import after_backward, tables_of
 from partial_embedding.torch.row_average import average, begin_alike, check_max_norm
 from partial_embedding.torch.shards import is_sharded
@@ -30,7 +30,7 @@ from partial_embedding.torch.table import PartialTable, tables_in
 _wrapped: weakref.WeakKeyDictionary[nn.Module, _Tables] = weakref.WeakKeyDictionary()
 
 
-class _Tables(Averaging):
+class _Tables:
     """The tables that are averaged beside one `DistributedDataParallel`.
 
     Args:
@@ -40,7 +40,6 @@ class _Tables(Averaging):
 
     def __init__(self, ddp: DistributedDataParallel, model: nn.Module) -> None:
         alive = weakref.ref(ddp)
-        super().__init__(lambda: None if (one := alive()) is None else one.process_group)
         # Rows that are split are those of all processes already.
         self.tables = {
             name: table
@@ -48,27 +47,27 @@ class _Tables(Averaging):
             if _name_of(model, table) in ddp.parameters_to_ignore
             and not is_sharded(table.leaf_weight)
         }
+
+        def group() -> Group | None:
+            return None if (one := alive()) is None else one.process_group
+
         for table in self.tables.values():
             for tied in tables_of(table.leaf_weight):
-                average_over(tied, ["weight"], self)
-        self._is_queued = False
-
-    def begin(self) -> None:
-        """Know that a forward pass begins, after which gradients will be others."""
-        self.is_done = self._is_queued = False
+                average_over(tied, ["weight"], group)
+        # Whether the backward pass that runs will average.
+        self.is_queued = False
 
     def follow(self, _: Tensor) -> None:
         """Average when the backward pass has ended that gave this gradient."""
-        if not self._is_queued:
-            self._is_queued = True
+        if not self.is_queued:
+            self.is_queued = True
             after_backward(self._average)
 
     def _average(self) -> None:
-        self.begin()
+        self.is_queued = False
         weights = {name: table.leaf_weight for name, table in self.tables.items()}
         names = {id(weight): name for name, weight in weights.items()}
         average(zip(weights.values(), self.tables.values(), strict=True), names)
-        self.is_done = True
 
 
 def _take_tables_out(ddp: nn.Module, part: str, model: nn.Module | None) -> None:
@@ -95,8 +94,8 @@ def _take_tables_out(ddp: nn.Module, part: str, model: nn.Module | None) -> None
     names = [n for n, parameter in named.items() if id(parameter) in weights]
     # For a parameter of the model itself it has a name of its own.
     ddp.parameters_to_ignore.update(names, (f".{n}" for n in names if "." not in n))
-    averaging = _wrapped[ddp] = _Tables(ddp, model)
-    ours = {n: table.leaf_weight for n, table in averaging.tables.items()}
+    taken = _wrapped[ddp] = _Tables(ddp, model)
+    ours = {n: table.leaf_weight for n, table in taken.tables.items()}
     begin_alike(ours, ddp.process_group)
     ddp.register_forward_pre_hook(_begin)
     ddp.register_forward_hook(_follow)
@@ -137,8 +136,8 @@ def _begin(ddp: DistributedDataParallel, _: Any) -> None:
             "DistributedDataParallel.join(). Give each process as many batches: "
             "DistributedSampler(…, drop_last=True)."
         )
-    if torch.is_grad_enabled():
-        _averaging_in(ddp).begin()
+    # Of a backward pass that failed.
+    _tables_in(ddp).is_queued = False
 
 
 @_disable_dynamo
@@ -147,10 +146,10 @@ def _follow(ddp: DistributedDataParallel, _: Any, output: Any) -> None:
     if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
         for tensor in _find_tensors(output):
             if tensor.requires_grad:
-                tensor.register_hook(_averaging_in(ddp).follow)
+                tensor.register_hook(_tables_in(ddp).follow)
 
 
-def _averaging_in(ddp: DistributedDataParallel) -> _Tables:
+def _tables_in(ddp: DistributedDataParallel) -> _Tables:
     if ddp not in _wrapped:
         _wrapped[ddp] = _Tables(ddp, ddp.module)
     return _wrapped[ddp]

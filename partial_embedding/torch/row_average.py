@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.averaged import Group, averaging_of
+from partial_embedding.torch.averaged import Group, averaging_group
+from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
 from partial_embedding.torch.shards import local
@@ -42,7 +43,7 @@ def check_max_norm(tables: Mapping[str, PartialTable]) -> None:
 
 
 def is_averaged_here(parameter: nn.Parameter, table: PartialTable) -> bool:
-    """Whether a gradient is to be averaged here, and was not yet by itself.
+    """Whether a gradient is averaged here, and not by an engine.
 
     Args:
         parameter: The weight of a table, or another of its parameters.
@@ -52,8 +53,7 @@ def is_averaged_here(parameter: nn.Parameter, table: PartialTable) -> bool:
 
 
 def _group_of(parameter: nn.Parameter, table: PartialTable) -> Group | None:
-    averaging = averaging_of(table, parameter)
-    group = None if averaging is None or averaging.is_done else averaging.group_of()
+    group = averaging_group(table, parameter)
     return None if group is None or dist.get_world_size(group) == 1 else group
 
 
@@ -116,8 +116,8 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]], names: Mapping[
 
     Dense gradients cost K×D numbers, whatever V; of those that are held by row in each process, the
     rows are exchanged that some process stepped. A process without a gradient counts as zero,
-    unless none has one. As in DDP each process divides before the sum, for the sake of half
-    precision.
+    unless none has one; and where none has a new one since the last call, nothing is done. As in
+    DDP each process divides before the sum, for the sake of half precision.
 
     Args:
         tables: The parameters of an optimizer that belong to tables, in its order, with these.
@@ -132,9 +132,11 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]], names: Mapping[
             found.setdefault(group, []).append(
                 _Gradient(names.get(id(parameter), repr(table)), parameter, table)
             )
-            table.awaits_average = False
-    for group, gradients in found.items():
-        _tell_each_other(gradients, group)
+    for group, everyone in found.items():
+        gradients = _tell_each_other(everyone, group)
+        for gradient in everyone:
+            for tied in tables_of(gradient.weight):
+                tied.awaits_average = False
         for alike in _alike(gradients, _DENSE):
             _average_dense(alike, group)
         for alike in _alike(gradients, _SPARSE):
@@ -159,6 +161,7 @@ class _Gradient:
         in_order = len(self.rows) == self.rows.num_rows and len(self.rows.cohorts) == 1
         self.run = slice(0, len(self.rows)) if in_order else None
         self.kind = _NONE
+        self.is_new = any(tied.awaits_average for tied in tables_of(weight))
         # The slots that a sparse gradient has entries for, rising, and the sum of each.
         self.stepped = self.rows.order[:0]
         self.sums = self.weight.new_zeros(0, *self.weight.shape[1:])
@@ -180,7 +183,7 @@ class _Gradient:
     @property
     def header(self) -> list[int]:
         """What the other processes must know."""
-        return [self.kind, len(self.stepped), self.rows.fingerprint]
+        return [self.kind, len(self.stepped), self.rows.fingerprint, self.is_new]
 
     def by_slot(self) -> Tensor:
         """The gradient of all trainable rows, shape (K, …)."""
@@ -201,14 +204,16 @@ class _Gradient:
         self.weight.grad = RowGradient(ids, mean, self.rows.num_rows)
 
 
-def _tell_each_other(gradients: Sequence[_Gradient], group: Group) -> None:
+def _tell_each_other(gradients: Sequence[_Gradient], group: Group) -> list[_Gradient]:
+    """Those that some process has a new gradient of."""
     device = gradients[0].weight.device
     own = torch.tensor([gradient.header for gradient in gradients], device=device)
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     with explaining():
         dist.all_gather(everyone, own, group=group)
     headers = torch.stack(everyone, dim=2).tolist()
-    for gradient, (kinds, counts, fingerprints) in zip(gradients, headers, strict=True):
+    new = []
+    for gradient, (kinds, counts, fingerprints, are_new) in zip(gradients, headers, strict=True):
         for rank, fingerprint in enumerate(fingerprints):
             if fingerprint != fingerprints[0]:
                 raise InputError(
@@ -218,6 +223,9 @@ def _tell_each_other(gradients: Sequence[_Gradient], group: Group) -> None:
                 )
         gradient.counts = counts
         gradient.kind_of_all = max(kinds)
+        if any(are_new):
+            new.append(gradient)
+    return new
 
 
 def _alike(gradients: Iterable[_Gradient], kind: int) -> Iterable[list[_Gradient]]:

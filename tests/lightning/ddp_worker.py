@@ -243,8 +243,8 @@ def counting() -> Iterator[list[int]]:
 
     def counted(tables: Any, names: Any) -> None:
         tables = list(tables)
-        if wrapped := [p for p, t in tables if is_averaged_here(p, t)]:
-            calls.append(len(wrapped))
+        if new := [p for p, t in tables if t.awaits_average and is_averaged_here(p, t)]:
+            calls.append(len(new))
         average(tables, names)
 
     for module in (rowwise_module, ddp_module):
