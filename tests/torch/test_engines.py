@@ -95,17 +95,20 @@ def in_lightning() -> None:
     )
 
 
-def in_the_trainer() -> None:
+def in_the_trainer(**given: Any) -> None:
     callbacks: Any = pytest.importorskip("partial_embedding.callbacks.transformers")
-    arguments = SimpleNamespace(deepspeed="zero.json", fsdp_plugin_args=None)
-    callbacks._check_engine(arguments, None, "table")
+    arguments = SimpleNamespace(**{"deepspeed": None, "fsdp_plugin_args": None, **given})
+    callbacks._check_engine(arguments, SimpleNamespace(tables={}), "table")
 
 
 # What is said there and here, of each engine that is refused.
 WAYS: dict[str, tuple[Callable[[], None], str]] = {
     "FSDP1": (flat, "FullyShardedDataParallel(model, ignored_states=keep_whole(model))"),
     "Lightning's `FSDPStrategy`": (in_lightning, "ModelParallelStrategy"),
-    "Hugging Face's Trainer": (in_the_trainer, "fsdp_config={'version': 2}"),
+    "Hugging Face's Trainer": (
+        lambda: in_the_trainer(deepspeed="zero.json"),
+        "fsdp_config={'version': 2}",
+    ),
     "DeepSpeed ZeRO-3": (lambda: left("ds_id"), "fully_shard"),
     "`ZeroRedundancyOptimizer`": (redundant, "AdamW(whole)"),
 }
@@ -122,3 +125,9 @@ def test_the_page_names_the_way_out_that_the_refusal_names(engine: str) -> None:
     with pytest.raises(InputError) as refused:
         act()
     assert way in str(refused.value)
+
+
+def test_the_trainer_has_fsdp2_and_not_fsdp1() -> None:
+    in_the_trainer(fsdp_plugin_args={"fsdp_version": 2})
+    with pytest.raises(InputError, match=r"fsdp of version 1 .*'version': 2"):
+        in_the_trainer(fsdp_plugin_args={"fsdp_version": 1})

@@ -160,16 +160,17 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if is_sharded(value) else value
 
 
-def refused(folder: Path, **options: Any) -> str:
-    """What a callback says of a way to shard."""
+def refused(folder: Path) -> str:
+    """What is said of checkpoints of rows where FSDP2 shards the model."""
     model = language_model("Llama")
     add_tokens(model, tokenizer(), NEW)
-    callback = RowUnfreezing(SCHEDULE, checkpoint=options.pop("checkpoint", "table"))
-    arguments = training_arguments(folder, max_steps=1, **options)
-    examples = [{n: v[0] for n, v in inputs(tokenizer(), TEXTS[0]).items()}]
+    examples = [{n: v[0] for n, v in inputs(tokenizer(), TEXTS[0]).items()}] * 4
     state.AcceleratorState._reset_state()
     trainer = transformers.Trainer(
-        model, arguments, train_dataset=examples * 4, callbacks=[callback]
+        model,
+        training_arguments(folder, max_steps=1, fsdp=True),
+        train_dataset=examples,
+        callbacks=[RowUnfreezing(SCHEDULE, checkpoint="rows")],
     )
     try:
         trainer.train()
@@ -192,11 +193,7 @@ def main(folder: Path, processes: int) -> None:
             found["again"] = run_sharded(folder / f"{name}-again", tied, processes, saved)
         torch.save(found, folder / f"{name}-{rank}-of-{processes}.pt")
     if processes > 1:
-        said = {
-            "rows": refused(folder, fsdp=True, checkpoint="rows"),
-            "fsdp1": refused(folder, fsdp=True, fsdp_config={"version": 1}),
-        }
-        torch.save(said, folder / f"refused-{rank}.pt")
+        torch.save(refused(folder), folder / f"refused-{rank}.pt")
 
 
 if __name__ == "__main__":

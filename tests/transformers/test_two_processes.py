@@ -1,7 +1,6 @@
 """New tokens in Hugging Face's Trainer on two processes, with no call of this library."""
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -114,13 +113,7 @@ def test_rows_that_fsdp2_shards_end_where_one_process_does_and_resume(
             assert moved == [1, *NEW_ROWS]
 
 
-REFUSED = {
-    "rows": r"checkpoint='rows' with fsdp\. Leave checkpoint out",
-    "fsdp1": r"version 1 in the training arguments.* fsdp_config=\{'version': 2\}",
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_fsdp_cannot_keep_is_refused(case: str, runs: Path) -> None:
+def test_a_checkpoint_of_rows_alone_is_refused_where_fsdp2_shards_them(runs: Path) -> None:
     for rank in range(2):
-        assert re.search(REFUSED[case], torch.load(runs / f"refused-{rank}.pt")[case])
+        said = torch.load(runs / f"refused-{rank}.pt")
+        assert "checkpoint='rows' with fsdp. Leave checkpoint out" in said
