@@ -520,9 +520,6 @@ def resume(folder: Path) -> Any:
 
 
 def cases(number: int, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    if number == 1:
-        yield "resume_by_1", lambda: resume(folder)
-        return
     if number == 4:
         yield "both", of_four
         return

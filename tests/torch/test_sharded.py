@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from sharded_worker import (
     V,
     batch,
     checkpoints,
+    resume,
     weights,
 )
+from torch import distributed as dist
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 Weights = dict[str, torch.Tensor]
@@ -45,6 +48,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], li
         ]
 
     return of
+
+
+def resumed_here(folder: Path) -> str:
+    """Read by this process what two have saved."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.save(resume(folder), folder / "resume_by_1-0.pt")
+    finally:
+        dist.destroy_process_group()
+    return ""
 
 
 def same(a: Weights, b: Weights) -> bool:
