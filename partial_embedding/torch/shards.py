@@ -18,6 +18,8 @@ from torch import distributed as dist
 
 from partial_embedding.errors import InputError
 
+# Rows are sent in chunks of about this many bytes, which bounds the memory beyond the rows.
+CHUNK_BYTES = 1 << 24
 # How many seconds a process waits for the others before what they do together.
 PATIENCE = 300.0
 

@@ -45,7 +45,6 @@ from partial_embedding.torch import (
     distributed_data_parallel,
     keep_whole,
     rowwise,
-    sharded_rows,
     shards,
     split_rows,
 )
@@ -300,7 +299,7 @@ def row_files() -> dict[str, Any]:
     net = split("none")
     train(net, "AdamW")
     path = folder / "rows.safetensors"
-    sharded_rows._CHUNK = 2 * 4 * D  # bytes, of two rows
+    shards.CHUNK_BYTES = 2 * 4 * D  # of two rows
     save_rows(net, path)
     dist.barrier()
     alone, again = Net(), split("none")

@@ -40,7 +40,13 @@ from torch.distributed.tensor.parallel import (
 
 from partial_embedding import InputError
 from partial_embedding.errors import FrozenRowsMoved
-from partial_embedding.torch import FrozenRowAudit, PartialEmbedding, PartialLinear, rowwise
+from partial_embedding.torch import (
+    FrozenRowAudit,
+    PartialEmbedding,
+    PartialLinear,
+    rowwise,
+    shards,
+)
 from partial_embedding.torch.optimizer import prepared
 from partial_embedding.torch.shards import shard_of
 
@@ -472,6 +478,7 @@ def checkpoints() -> Iterator[tuple[str, str, bool]]:
 
 def save(folder: Path) -> Any:
     """Saved in the midst of a run: what was remembered there, and how the run ended."""
+    shards.CHUNK_BYTES = 200  # so that rows come one by one, or two
     found = {}
     for kind, optimizer, only_tables in checkpoints():
         model, made = begun(optimizer, only_tables)
