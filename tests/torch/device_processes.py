@@ -36,13 +36,13 @@ from device_nets import (
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding import InputError
 from partial_embedding.torch import (
     PartialEmbedding,
     PartialEmbeddingBag,
     average_gradients,
-    distributed_data_parallel,
     keep_whole,
     rowwise,
     shards,
@@ -261,7 +261,7 @@ def split_beside_ddp() -> dict[str, Any]:
     """One table is split, and DDP averages the rest, of which a table is averaged by row."""
     net = Net("untied")
     split_rows(net.table, mesh())
-    ddp = distributed_data_parallel(net)
+    ddp = DistributedDataParallel(net)
     net.alive = [ddp]
     seen = train(net, "AdamW", some_empty=True, model=ddp)
     return {"rows": seen["rows"], "ignored": sorted(ddp.parameters_to_ignore)}

@@ -52,13 +52,19 @@ SCHEDULE = {
 
 
 class LikeTables(TorchDispatchMode):
-    """Finds tensors with memory of their own that have the shape of a table."""
+    """Finds tensors that have the shape of a table, and memory of their own, while steps are made."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
+        self.model = model
         self.shape = model.get_input_embeddings().weight.shape
-        self.own = {parameter.data_ptr() for parameter in model.parameters()}
+        self.own: set[int] = set()
         self.found: list[str] = []
+
+    def begin(self) -> None:
+        """Begin, now that the model is where it trains."""
+        self.own = {parameter.data_ptr() for parameter in self.model.parameters()}
+        self.found.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -69,6 +75,16 @@ class LikeTables(TorchDispatchMode):
             if is_dense and one.data_ptr() not in self.own:
                 self.found.append(str(func))
         return result
+
+
+class BeforeSteps(transformers.TrainerCallback):
+    """Calls something when training begins."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+
+    def on_train_begin(self, *args: Any, **given: Any) -> None:
+        self.call()
 
 
 def run(folder: Path, optimizer: str, order: str, tied: bool, processes: int) -> Any:
@@ -93,8 +109,10 @@ def run(folder: Path, optimizer: str, order: str, tied: bool, processes: int) ->
         bf16=False,
         **({"ddp_backend": "gloo"} if processes > 1 else {}),
     )
-    trainer = transformers.Trainer(model, arguments, train_dataset=examples)
-    with LikeTables(model) as like_tables:
+    like_tables = LikeTables(model)
+    begin = BeforeSteps(like_tables.begin)
+    trainer = transformers.Trainer(model, arguments, train_dataset=examples, callbacks=[begin])
+    with like_tables:
         trainer.train()
     after = {name: value.detach().clone() for name, value in model.named_parameters()}
     ignored = sorted(getattr(trainer.model_wrapped, "parameters_to_ignore", ()))
