@@ -52,7 +52,7 @@ SCHEDULE = {
 
 
 class LikeTables(TorchDispatchMode):
-    """Finds tensors that have the shape of a table, and memory of their own, while steps are made."""
+    """Finds tensors of the shape of a table with memory of their own, while steps are made."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
