@@ -182,18 +182,15 @@ class Rowwise:
 
     def _make_stand_in(self, places: list[list[int]]) -> Optimizer:
         """The same optimizer, but for groups of its own where there are tables."""
-        groups, lists = [], {}
-        for group, has_tables in zip(self.optimizer.param_groups, places, strict=True):
-            if has_tables:
-                own = group["params"]
-                group = {**group, "params": list(own)}
-                lists[id(own)] = group["params"]
-            groups.append(group)
+        groups = [
+            {**group, "params": list(group["params"])} if has_tables else group
+            for group, has_tables in zip(self.optimizer.param_groups, places, strict=True)
+        ]
         stand_in: Optimizer = object.__new__(type(self.optimizer))
-        # LBFGS keeps the list of its parameters as an attribute too.
-        attributes = {k: lists.get(id(v), v) for k, v in vars(self.optimizer).items()}
-        vars(stand_in).update(attributes, param_groups=groups)
-        self._attributes = dict(vars(stand_in))
+        self._attributes = {**vars(self.optimizer), "param_groups": groups}
+        if isinstance(self.optimizer, LBFGS):
+            self._attributes["_params"] = groups[0]["params"]  # the list of its one group
+        vars(stand_in).update(self._attributes)
         return stand_in
 
     def _take_over(self) -> None:
@@ -236,10 +233,9 @@ class Rowwise:
     def _blocks_of(
         self, state: TableState, group: Group, groups: list[Group]
     ) -> list[nn.Parameter]:
-        counted, known = state.layout.in_group, state.options.items()
-        if any(group.get(key) is not value for key, value in known if key not in counted):
-            options = {key: value for key, value in group.items() if key not in counted}
-            # What a step itself changes is no option, and is for a dry run what it was at first.
+        if not state.has_options_of(group):
+            # What a step itself changes is for a dry run what it was at first.
+            options = {k: v for k, v in group.items() if k not in state.layout.in_group}
             options = {**options, **copy.deepcopy(state.layout.begun)}
             layout, state.unscaled = self._layout_of(state.parameter, options)
             state.change_layout(layout, options_of(options))

@@ -52,7 +52,7 @@ class RowSet:
             self.mask[self.order] = True
 
     def __len__(self) -> int:
-        return sum(map(len, self.cohorts.values()))
+        return self.order.shape[0]
 
     def _joined(self, ids: list[Tensor]) -> Tensor:
         if len(ids) == 1:

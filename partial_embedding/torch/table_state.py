@@ -6,6 +6,8 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,6 @@ from partial_embedding.torch.rowcopy import (
     distinct,
     read_rows,
     run_of,
-    share_memory,
     sum_rows,
     write_rows,
 )
@@ -72,7 +73,7 @@ class Cohort:
             weight: The table, shape (V, D).
         """
         values = read_rows(weight, self.ids, self.run, self._values)
-        self._values = None if share_memory(values, weight) else values
+        self._values = values if self.run is None else None  # what may be the table's own memory
         return values
 
 
@@ -126,10 +127,9 @@ class TableState:
         self.table = table
         self.parameter = parameter
         self.row_shape = parameter.shape[1:]
-        self.layout = layout
         self.lazy = lazy
         self.unscaled = unscaled
-        self.options = options or {}
+        self._set_layout(layout, options or {})
         self.cohorts: dict[int, Cohort] = {}
         self._rows: RowSet | None = None
         self._own_rows: RowSet | None = None  # those of them that this process has
@@ -160,12 +160,21 @@ class TableState:
             layout: How the optimizer keeps its state from now on.
             options: The options that it follows from.
         """
-        self.layout = replace(
-            layout,
-            keys=layout.keys | self.layout.keys,
-            per_row=layout.per_row | self.layout.per_row,
-        )
-        self.options = options
+        keys, per_row = layout.keys | self.layout.keys, layout.per_row | self.layout.per_row
+        self._set_layout(replace(layout, keys=keys, per_row=per_row), options)
+
+    def _set_layout(self, layout: StateLayout, options: Group) -> None:
+        self.layout = layout
+        # What a step itself changes is no option.
+        self._options = {k: v for k, v in options.items() if k not in layout.in_group}
+
+    def has_options_of(self, group: Group) -> bool:
+        """Whether the layout follows from the options of a group, as far as can be seen at once.
+
+        Args:
+            group: A parameter group.
+        """
+        return all(map(is_, map(group.get, self._options), self._options.values()))
 
     def sync(self) -> bool:
         """Take over the table's row set: new cohorts begin, rows that left lose their state.
@@ -231,7 +240,7 @@ class TableState:
             return  # without a gradient the optimizer neither moves a parameter nor counts the step
         # In a dense gradient nothing tells an untouched row from one whose gradient is zero.
         entries = None if grad is None else entries_of(grad)
-        if entries is not None and (self.lazy or self._rests_where_untouched(len(entries[0]))):
+        if entries is not None and (self.lazy or self._rests_where_untouched(entries[0].shape[0])):
             made = self._lazy_blocks(*entries)
         else:
             made = self._whole_blocks(grad, entries)
@@ -253,13 +262,13 @@ class TableState:
     def _whole_blocks(
         self, grad: Tensor | None, entries: tuple[Tensor, Tensor] | None
     ) -> Iterator[Block]:
-        rows, sizes = self.rows, [len(cohort.ids) for cohort in self.cohorts.values()]
+        rows, sizes = self.rows, [cohort.ids.shape[0] for cohort in self.cohorts.values()]
         weight = self.values
         compact: Iterable[Tensor | None] = [None] * len(sizes)
         if grad is not None and self.layout.sparse:
             compact = _split_sparse(rows.slots, entries, sizes)
         elif entries is not None:
-            compact = self._compact(rows, *entries).split(sizes)
+            compact = torch.split_with_sizes(self._compact(rows, *entries), sizes)
         elif grad is not None:
             dense = as_tensor(grad)
             cohorts = self.cohorts.values()
@@ -277,7 +286,7 @@ class TableState:
         places: Tensor | None = None,
     ) -> Block:
         assert self._rows is not None, "sync comes first"
-        num_rows = len(self._rows.cohorts[number])
+        num_rows = self._rows.cohorts[number].shape[0]
         parameter = nn.Parameter(self._shared(values, num_rows))
         parameter.grad = None if grad is None else self._shared(grad, num_rows)
         return Block(self.cohorts[number], parameter, ids, num_rows, places)
@@ -293,13 +302,12 @@ class TableState:
         return self._summed[: len(rows)]
 
     def _lazy_blocks(self, ids_given: Tensor, values_given: Tensor) -> Iterator[Block]:
-        rows, sizes = self.rows, [len(cohort.ids) for cohort in self.cohorts.values()]
+        rows, sizes = self.rows, [cohort.ids.shape[0] for cohort in self.cohorts.values()]
         slots = rows.slots.index_select(0, ids_given).long()
         stepped, position = distinct(slots, len(rows) + 1)
         summed = sum_rows(position, values_given, len(stepped))
-        ends = torch.tensor([0, *sizes], device=stepped.device).cumsum(0)
-        bounds = torch.searchsorted(stepped, ends).tolist()
-        starts = ends.tolist()
+        starts = list(accumulate(sizes, initial=0))
+        bounds = torch.searchsorted(stepped, stepped.new_tensor(starts)).tolist()
         for i, (number, cohort) in enumerate(self.cohorts.items()):
             places = stepped[bounds[i] : bounds[i + 1]] - starts[i]
             ids = cohort.ids.index_select(0, places)
@@ -460,4 +468,6 @@ def _sparse(ids: Tensor, values: Tensor, height: int) -> Tensor:
 
 def _keeps(state: State, tensor: Tensor) -> bool:
     """Whether an optimizer remembers a tensor itself, and not a copy of it."""
-    return any(isinstance(v, Tensor) and share_memory(v, tensor) for v in state.values())
+    memory = tensor.untyped_storage().data_ptr()
+    tensors = (value for value in state.values() if isinstance(value, Tensor))
+    return any(value.untyped_storage().data_ptr() == memory for value in tensors)

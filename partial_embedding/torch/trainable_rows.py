@@ -161,7 +161,8 @@ class TrainableRows(TableFiles):
         """Whether some row other than padding does not train."""
         if self._row_set is None:
             return False
-        return len(self.row_set) < self._most_trainable(self.leaf_weight.shape[0])
+        rows = self.row_set
+        return len(rows) < self._most_trainable(rows.num_rows)
 
     @property
     def new_rows(self) -> Ids | None:
@@ -293,9 +294,11 @@ class TrainableRows(TableFiles):
         return self._find_leaf_weight() is not None
 
     def _find_leaf_weight(self) -> nn.Parameter | None:
-        for weight in (self._shards.get("weight"), self._parameters.get("weight")):
-            if weight is not None:
-                return weight
+        weight = self._shards.get("weight") if self._shards else None
+        if weight is None:
+            weight = self._parameters.get("weight")
+        if weight is not None:
+            return weight
         if (computed := self._modules.get("parametrizations")) is not None:
             return computed._modules["weight"]._parameters.get("original")  # type: ignore[union-attr]
         return self._parameters.get("weight_orig")
