@@ -258,12 +258,9 @@ class RowUnfreezing(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the gradients of the tables over all processes, where DDP averages the others."""
         # DDP's own flag, which is down while gradients are accumulated; other strategies reduce
-        # them in each backward pass. An optimizer averages those of all tables, so that one of
-        # several callbacks does it.
-        first = next(one for one in _callbacks_of(trainer) if isinstance(one, RowUnfreezing))
-        if first is self and getattr(
-            trainer.model, "require_backward_grad_sync", trainer.world_size > 1
-        ):
+        # them in each backward pass. What is averaged already stays as it is, be it by another
+        # callback, or beside DDP where backward is not called within `training_step`.
+        if getattr(trainer.model, "require_backward_grad_sync", trainer.world_size > 1):
             for optimizer in trainer.optimizers:
                 average_gradients(optimizer)
 

@@ -129,6 +129,7 @@ def _name_of(model: nn.Module, table: PartialTable) -> str:
     return next(n for n, parameter in model.named_parameters() if parameter is weight)
 
 
+@_disable_dynamo
 def _begin(ddp: DistributedDataParallel, _: Any) -> None:
     if ddp._join_config.enable:
         raise InputError(
