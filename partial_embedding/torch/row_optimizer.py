@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.blocks import Block
 from partial_embedding.torch.engines import refuse_flat
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.inspection import (
@@ -36,7 +37,7 @@ from partial_embedding.torch.saving import (
 )
 from partial_embedding.torch.shards import check_sharding, is_sharded, local
 from partial_embedding.torch.table import PartialTable
-from partial_embedding.torch.table_state import Block, TableState, clear_history
+from partial_embedding.torch.table_state import TableState, clear_history
 from partial_embedding.torch.unheld import no_longer_await
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
