@@ -1,4 +1,4 @@
-"""What two processes send each other for a table in one step: under DDP, and averaged by row."""
+"""What two processes under DDP send each other for a table in one step."""
 
 from __future__ import annotations
 
@@ -21,18 +21,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from partial_embedding.torch import (
-    PartialEmbedding,
-    average_gradients,
-    distributed_data_parallel,
-    rowwise,
-)
+from partial_embedding.torch import PartialEmbedding, rowwise
 
 PROCESSES, STEPS, SKIPPED = 2, 7, 2
 WAYS = {
     "plain": "DDP, dense nn.Embedding",
-    "dense": "ours, dense gradient, left to DDP",
-    "sparse": "ours, sparse gradient, left to DDP",
     "dense_by_row": "ours, dense gradient",
     "sparse_by_row": "ours",
 }
@@ -61,8 +54,8 @@ class Net(nn.Module):
 
 def step_of(way: str, work: Work) -> Callable[[Tensor, Tensor], None]:
     """A training step on ids and the gradient of what they give."""
-    net, by_row = Net(way, work), way.endswith("by_row")
-    ddp = distributed_data_parallel(net) if by_row else DistributedDataParallel(net)
+    net = Net(way, work)
+    ddp = DistributedDataParallel(net)
     optimizer = work.optimizer_of(net.parameters())
     if way != "plain":
         rowwise(optimizer, net)
@@ -70,8 +63,6 @@ def step_of(way: str, work: Work) -> Callable[[Tensor, Tensor], None]:
     def step(ids: Tensor, gradient: Tensor) -> None:
         optimizer.zero_grad()
         ddp(ids).backward(gradient)
-        if by_row:
-            average_gradients(optimizer)
         optimizer.step()
 
     return step

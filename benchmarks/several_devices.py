@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from ddp import sent
+from peft import TrainableTokensConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -29,6 +30,7 @@ SIZES = (10**5, 10**6)
 WIDTH, TRAINABLE, IDS = 16, 1000, 2000
 WAYS = {
     "plain": "nn.Embedding in FSDP2",
+    "peft": "PEFT's trainable tokens in FSDP2",
     "inside": "PartialEmbedding in FSDP2",
     "whole": "keep_whole, beside FSDP2",
     "split": "split_rows, beside FSDP2",
@@ -41,10 +43,14 @@ class Net(nn.Module):
     def __init__(self, way: str, rows: int) -> None:
         super().__init__()
         self.table: nn.Embedding = nn.Embedding(rows, WIDTH)
-        if way != "plain":
-            last = range(rows - TRAINABLE, rows)
+        last = range(rows - TRAINABLE, rows)
+        if way not in ("plain", "peft"):
             self.table = PartialEmbedding(rows, WIDTH, trainable_rows=last, sparse=way != "inside")
         self.hidden = nn.Linear(WIDTH, WIDTH)
+        if way == "peft":
+            tokens = TrainableTokensConfig(target_modules=["table"], token_indices=list(last))
+            inject_adapter_in_model(tokens, self)
+            self.hidden.requires_grad_(True)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look rows up."""
@@ -97,12 +103,14 @@ def measure_one(rank: int, folder: Path, way: str, rows: int) -> dict[str, Any]:
     dcp.save(
         {"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=folder / "saved"
     )
-    weight: Any = net.table.weight
-    held = weight.to_local() if hasattr(weight, "to_local") else weight
+    held = sum(
+        one.to_local().nbytes if hasattr(one, "to_local") else one.nbytes
+        for one in net.table.parameters()
+    )
     return {
         "way": way,
         "rows": rows,
-        "weights": held.nbytes,
+        "weights": held,
         "largest": max(event.cpu_memory_usage for event in seen.events()),
         "sent": statistics.median(sizes[SKIPPED:]),
         "saved": bytes_in(folder / "saved"),

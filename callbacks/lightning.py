@@ -16,7 +16,6 @@ from partial_embedding.schedule import AnySchedule, schedules_by_table
 from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
-from partial_embedding.torch.ddp import wrap
 from partial_embedding.torch.optimizer import average_gradients
 from partial_embedding.torch.row_state import check_checkpoint, remember_origins, rows_saved_alone
 from partial_embedding.torch.table import PartialTable, tables_in
@@ -112,7 +111,7 @@ class RowUnfreezing(Callback):
     # Before the first step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be kept exact, and tell DDP to leave the tables to `rowwise`."""
+        """Refuse what cannot be kept exact."""
         if stage != "fit":
             return
         if _REFUSED_STRATEGIES & _kinds(trainer.strategy):
@@ -129,8 +128,6 @@ class RowUnfreezing(Callback):
                     "out."
                 )
             restore_rows_first(trainer.strategy, self.state_key, self._go_on)
-        if hasattr(trainer.strategy, "configure_ddp"):
-            self._leave_out_tables(trainer.strategy)
         # What a search or an earlier `fit` left.
         self._runner = self._restored = self._validation_due = None
         # Lightning puts finders first, and they train the module within `on_fit_start`, without
@@ -138,24 +135,6 @@ class RowUnfreezing(Callback):
         others = [one for one in _callbacks_of(trainer) if one is not self]
         if any(_FINDERS & _kinds(one) for one in others):
             vars(trainer)["callbacks"] = [self, *others]
-
-    def _leave_out_tables(self, strategy: Any) -> None:
-        """Stand in for the method with which Lightning wraps the module, for its next call.
-
-        It comes after the hooks in which users build the module and freeze parts of it.
-        """
-        before = strategy.configure_ddp
-
-        def make() -> Any:
-            before()
-            return strategy.model
-
-        def configure_ddp() -> None:
-            vars(strategy).pop("configure_ddp", None)
-            model = strategy.model
-            wrap(model, self._followed_in(model), make)
-
-        strategy.configure_ddp = configure_ddp
 
     def _followed_in(self, model: nn.Module) -> list[PartialTable]:
         names = self.schedules
@@ -169,7 +148,6 @@ class RowUnfreezing(Callback):
         )
         runner = Runner(tables, self.schedules, vocabulary, self.audit, say=pl_module.print)
         self._check_others(trainer, runner)
-        tables.check_backend(runner.schedules)
         if self._restored is not None:
             self._restore(runner, self._restored)
         # Before the optimizers load their state, which belongs to the rows of that position.
@@ -280,12 +258,9 @@ class RowUnfreezing(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the gradients of the tables over all processes, where DDP averages the others."""
         # DDP's own flag, which is down while gradients are accumulated; other strategies reduce
-        # them in each backward pass. An optimizer averages those of all tables, so that one of
-        # several callbacks does it.
-        first = next(one for one in _callbacks_of(trainer) if isinstance(one, RowUnfreezing))
-        if first is self and getattr(
-            trainer.model, "require_backward_grad_sync", trainer.world_size > 1
-        ):
+        # them in each backward pass. What is averaged already stays as it is, be it by another
+        # callback, or beside DDP where backward is not called within `training_step`.
+        if getattr(trainer.model, "require_backward_grad_sync", trainer.world_size > 1):
             for optimizer in trainer.optimizers:
                 average_gradients(optimizer)
 

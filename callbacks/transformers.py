@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from partial_embedding.errors import InputError
@@ -26,6 +29,9 @@ class RowUnfreezing(TrainerCallback, ExportableState):
     schedule stands is in the `trainer_state.json` of each checkpoint, and a resumed run goes on
     there. With the argument `restore_callback_states_from_checkpoint` the Trainer takes the
     schedule itself from there, too, but a vocabulary cannot be kept in that file.
+
+    With FSDP2 (`fsdp=True`) tables are sharded with the model, and learn what they learn whole. A
+    run that goes on from a checkpoint then needs a call, `resume`.
 
     Evaluate by steps where a stage waits for a metric and checkpoints are written by steps: from a
     checkpoint that lies between the last step of an epoch and the evaluation at its end, the
@@ -72,9 +78,8 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         """Check every stage against the tables, and set the first rows."""
         tables = TorchTables(kwargs["model"])
         runner = Runner(tables, self.schedules, self.vocabulary, self.audit, say=print)
-        _check_arguments(args)
+        _check_engine(args, tables, self.checkpoint)
         _check_metrics(args, state, runner)
-        tables.check_backend(runner.schedules)
         self._go_on(runner, state)
         if self.checkpoint == "rows":
             followed = {name: tables.tables[name] for name in runner.schedules}
@@ -82,6 +87,25 @@ class RowUnfreezing(TrainerCallback, ExportableState):
             self._saved_alone = ExitStack()
             self._saved_alone.enter_context(rows_saved_alone(followed.values()))
         self._runner, self._tables = runner, tables
+
+    def resume(self, model: nn.Module, checkpoint: str | Path) -> None:
+        """Set the rows of a checkpoint, to which the state of its optimizer belongs.
+
+        For FSDP2: there the Trainer loads an optimizer into what the rows of the model are, before
+        it calls any callback. So call it before `trainer.train(resume_from_checkpoint=checkpoint)`
+        where the schedule has moved on since the first stage.
+
+        Args:
+            model: The model, which is not sharded yet.
+            checkpoint: A folder that the Trainer has written.
+
+        Raises:
+            InputError: As when training begins.
+        """
+        tables = TorchTables(model)
+        runner = Runner(tables, self.schedules, self.vocabulary, say=lambda line: None)
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        self._go_on(runner, state)
 
     def _go_on(self, runner: Runner, state: TrainerState) -> None:
         """Set the rows to which the optimizer's state belongs."""
@@ -179,12 +203,18 @@ def _check_others(schedules: list[Any]) -> None:
         taken |= names
 
 
-def _check_arguments(args: TrainingArguments) -> None:
-    if args.fsdp or args.deepspeed:
+def _check_engine(args: TrainingArguments, tables: TorchTables, checkpoint: str) -> None:
+    fsdp = (args.fsdp_plugin_args or {}).get("fsdp_version", 2)
+    if args.deepspeed or fsdp != 2:
         raise InputError(
-            "RowUnfreezing needs whole weights on each device. Received "
-            f"{'fsdp' if args.fsdp else 'deepspeed'} in the training arguments. Use one device or "
-            "DDP."
+            "RowUnfreezing needs weights that are whole, or split by rows. Received "
+            f"{'deepspeed' if args.deepspeed else 'fsdp of version 1'} in the training arguments, "
+            "which flattens them. Take DDP, or fsdp=True with fsdp_config={'version': 2}."
+        )
+    if checkpoint == "rows" and any(table.is_sharded for table in tables.tables.values()):
+        raise InputError(
+            "a checkpoint of rows alone is loaded before a model is sharded. Received "
+            "checkpoint='rows' with fsdp. Leave checkpoint out."
         )
 
 

@@ -2,8 +2,8 @@
 
 from partial_embedding.errors import FrozenRowsMoved
 from partial_embedding.torch import averaging as averaging
+from partial_embedding.torch import ddp as ddp
 from partial_embedding.torch.audit import FrozenRowAudit
-from partial_embedding.torch.ddp import distributed_data_parallel
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
 from partial_embedding.torch.grow import grow_table
 from partial_embedding.torch.head import PartialLinear
@@ -28,7 +28,6 @@ __all__ = [
     "add_tokens",
     "average_gradients",
     "detach_rowwise",
-    "distributed_data_parallel",
     "grow_table",
     "keep_whole",
     "masked_gradient_only",

@@ -14,7 +14,6 @@ from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.torch.audit import FrozenRowAudit
-from partial_embedding.torch.ddp import check_backend
 from partial_embedding.torch.optimizer import is_left_alone, prepared, rowwise
 from partial_embedding.torch.table import tables_in
 
@@ -82,17 +81,6 @@ class TorchTables:
                 f"each scheduled table belongs to an optimizer. Received none with {name!r}. "
                 "Build the optimizer from the model's parameters()."
             )
-
-    def check_backend(self, names: Iterable[str]) -> None:
-        """Refuse a process group that cannot reduce the tables' gradients.
-
-        Args:
-            names: The tables that follow schedules.
-
-        Raises:
-            InputError: As for `ddp.check_backend`.
-        """
-        check_backend({name: self.tables[name] for name in names})
 
     # What the runner asks for
 

@@ -1,4 +1,4 @@
-"""Which parameters of a table are left to `average_gradients`, and among which processes."""
+"""Which parameters of a table are averaged by row, and among which processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Group = Any  # `ProcessGroup` exists only where torch was built with torch.distr
 def average_over(
     table: PartialTable, names: Iterable[str], group_of: Callable[[], Group | None]
 ) -> None:
-    """Leave parameters of a table to `average_gradients` from now on; a copy knows nothing of it.
+    """Have parameters of a table averaged by row from now on; a copy knows nothing of it.
 
     Args:
         table: The table.
@@ -26,6 +26,24 @@ def average_over(
     vars(table)["_averaged"] = dict.fromkeys(names, group_of)
 
 
+def leave_to_ddp(table: PartialTable) -> None:
+    """Know that `DistributedDataParallel` reduces a table itself.
+
+    Args:
+        table: The table.
+    """
+    vars(table)["_averaged"] = None
+
+
+def is_left_to_ddp(table: PartialTable) -> bool:
+    """Whether `DistributedDataParallel` reduces a table itself.
+
+    Args:
+        table: The table.
+    """
+    return vars(table).get("_averaged", {}) is None
+
+
 def averaging_group(table: PartialTable, parameter: nn.Parameter) -> Group | None:
     """The processes over which a parameter is averaged by row, or None.
 
@@ -33,7 +51,7 @@ def averaging_group(table: PartialTable, parameter: nn.Parameter) -> Group | Non
         table: The table.
         parameter: One of its parameters with an entry for each row.
     """
-    for name, group_of in vars(table).get("_averaged", {}).items():
+    for name, group_of in (vars(table).get("_averaged") or {}).items():
         if table.row_parameter(name) is parameter:
             return group_of()
     return None

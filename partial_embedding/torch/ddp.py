@@ -1,410 +1,160 @@
-"""Tables among several processes: their gradients are averaged at the cost of their rows.
+"""Tables in a model that `DistributedDataParallel` wraps: it is not given them, and needs no call.
 
-`DistributedDataParallel` reduces a dense gradient as one block of V×D, and a sparse one only where
-the backend can, which NCCL cannot. So it is told to ignore the tables, which are averaged here.
+It reduces a dense gradient as one block of V×D, and a sparse one only of an embedding, and where
+the backend can, which NCCL cannot. So tables are averaged by row, when a backward pass ends in
+which it reduces the rest.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._compile import _disable_dynamo
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _find_tensors
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.averaged import Group, average_over, averaging_group
-from partial_embedding.torch.head import PartialLinear
-from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
-from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
-from partial_embedding.torch.shards import is_sharded, local
+from partial_embedding.torch.averaged import Group, average_over, leave_to_ddp
+from partial_embedding.torch.hooks import after_backward, tables_of
+from partial_embedding.torch.row_average import average, begin_alike, check_max_norm
+from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.table import PartialTable, tables_in
 
-_NAMES = "_ddp_params_and_buffers_to_ignore"  # where `DistributedDataParallel` looks
-_NONE, _SPARSE, _DENSE = 0, 1, 2
+# By what wraps them, of which a copy finds its own tables.
+_wrapped: weakref.WeakKeyDictionary[nn.Module, _Tables] = weakref.WeakKeyDictionary()
 
 
-# Wrapping
-
-
-def distributed_data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
-    """Wrap a model in `DistributedDataParallel`, which leaves its tables to `average_gradients`.
-
-    All processes begin with the rows of the first one. After each backward pass that a step
-    follows, call `average_gradients`. Where nothing but tables trains they stay with
-    `DistributedDataParallel`, which refuses a module with nothing of its own; so do biases of
-    heads. The Lightning callback does all of it by itself.
+class _Tables:
+    """The tables that are averaged beside one `DistributedDataParallel`.
 
     Args:
-        model: The model, on its device.
-        options: As for `DistributedDataParallel`. Uneven inputs (`join`) are not for tables.
+        ddp: What wraps the model.
+        model: The model.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel, model: nn.Module) -> None:
+        alive = weakref.ref(ddp)
+        # Rows that are split are those of all processes already.
+        self.tables = {
+            name: table
+            for name, table in tables_in(model)
+            if _name_of(model, table) in ddp.parameters_to_ignore
+            and not is_sharded(table.leaf_weight)
+        }
+
+        def group() -> Group | None:
+            return None if (one := alive()) is None else one.process_group
+
+        for table in self.tables.values():
+            for tied in tables_of(table.leaf_weight):
+                average_over(tied, ["weight"], group)
+        # Whether the backward pass that runs will average.
+        self.is_queued = False
+
+    def follow(self, _: Tensor) -> None:
+        """Average when the backward pass has ended that gave this gradient."""
+        if not self.is_queued:
+            self.is_queued = True
+            after_backward(self._average)
+
+    def _average(self) -> None:
+        self.is_queued = False
+        weights = {name: table.leaf_weight for name, table in self.tables.items()}
+        names = {id(weight): name for name, weight in weights.items()}
+        average(zip(weights.values(), self.tables.values(), strict=True), names)
+
+
+def _take_tables_out(ddp: nn.Module, part: str, model: nn.Module | None) -> None:
+    """Keep tables out of what is about to wrap a model; called whenever a module gets a part.
+
+    All processes begin with the rows of the first one. Biases of heads stay, and where nothing but
+    tables trains one table does, since `DistributedDataParallel` refuses to have nothing to do.
 
     Raises:
         InputError: A table has `max_norm`, or another shape or dtype in another process.
-
-    Example:
-        >>> from partial_embedding.torch import PartialEmbedding
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> model = nn.Sequential(PartialEmbedding(10, 4, trainable_rows=[2]), nn.Linear(4, 2))
-        >>> sorted(distributed_data_parallel(model).parameters_to_ignore)
-        ['0.weight']
-        >>> dist.destroy_process_group()
     """
+    if model is None or part != "module" or not isinstance(ddp, DistributedDataParallel):
+        return
     tables = dict(tables_in(model))
-    check_max_norm(tables)
-    return wrap(model, tables.values(), lambda: DistributedDataParallel(model, **options))
-
-
-def wrap(
-    model: nn.Module,
-    tables: Iterable[PartialTable],
-    make: Callable[[], DistributedDataParallel],
-) -> DistributedDataParallel:
-    """Let something wrap a model, and keep tables out of it.
-
-    Args:
-        model: The model.
-        tables: Those of its tables that will be averaged here.
-        make: Wraps the model.
-
-    Raises:
-        InputError: As for `distributed_data_parallel`.
-    """
-    weights = {id(table.weight) for table in tables}
-    # A tied weight has a name in each module.
-    named = dict(model.named_parameters(remove_duplicate=False))
-    names = [name for name, parameter in named.items() if id(parameter) in weights]
-    before = vars(model).get(_NAMES)
-    others = set(getattr(model, _NAMES, ()))
-    if all(n in others or n in names or not p.requires_grad for n, p in named.items()):
-        return make()
-    # For a parameter of the model itself it has a name of its own.
-    setattr(model, _NAMES, [*others, *names, *(f".{n}" for n in names if "." not in n)])
-    try:
-        wrapper = make()
-    finally:
-        # It looks once, and a copy of the model is one like any other.
-        delattr(model, _NAMES)
-        if before is not None:
-            setattr(model, _NAMES, before)
-    # Rows that are split are those of all processes already.
-    ours = {
-        name: table
-        for name, table in tables_in(model)
-        if id(table.weight) in weights and not is_sharded(table.weight)
-    }
-    begin_alike({n: m.weight for n, m in ours.items()}, wrapper.process_group)
-    alive = weakref.ref(wrapper)
-
-    def group() -> Group | None:
-        return None if (living := alive()) is None else living.process_group
-
-    for module in model.modules():
-        if isinstance(module, PartialTable) and any(
-            one.weight is module.weight for one in ours.values()
-        ):
-            average_over(module, ["weight"], group)
-    return wrapper
-
-
-def check_backend(tables: Mapping[str, PartialTable]) -> None:
-    """Refuse a process group in which tables cannot stay the same in each process.
-
-    Args:
-        tables: Tables by name; of those that are tied, one.
-
-    Raises:
-        InputError: A table has `max_norm`; or one that is left to DDP is sparse and the group is
-            NCCL's, or it is a head that is tied to no embedding.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not tables:
         return
     check_max_norm(tables)
-    for name, table in tables.items():
-        is_dense = table.is_sharded or not getattr(table, "sparse", False)
-        if is_dense or averaging_group(table, table.leaf_weight):
-            continue
-        if dist.get_backend() == "nccl":
+    weights = {id(table.leaf_weight) for table in tables.values()}
+    # A tied weight has a name in each module.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    others = (p for n, p in named.items() if n not in ddp.parameters_to_ignore)
+    if not any(p.requires_grad and id(p) not in weights for p in others):
+        weights -= _what_stays(tables, ddp.process_group)
+    names = [n for n, parameter in named.items() if id(parameter) in weights]
+    # For a parameter of the model itself it has a name of its own.
+    ddp.parameters_to_ignore.update(names, (f".{n}" for n in names if "." not in n))
+    taken = _wrapped[ddp] = _Tables(ddp, model)
+    ours = {n: table.leaf_weight for n, table in taken.tables.items()}
+    begin_alike(ours, ddp.process_group)
+    ddp.register_forward_pre_hook(_begin)
+    ddp.register_forward_hook(_follow)
+
+
+def _what_stays(tables: Mapping[str, PartialTable], group: Group) -> set[int]:
+    """The weight that is left to `DistributedDataParallel`, by its id.
+
+    Raises:
+        InputError: Its gradient is sparse and the group is NCCL's.
+    """
+    trained = {n: table for n, table in tables.items() if table.leaf_weight.requires_grad}
+    # Of embeddings alone it takes sparse gradients.
+    lookups = [n for n, table in trained.items() if not isinstance(table, nn.Linear)]
+    for name in [*lookups, *trained][:1]:
+        table = trained[name]
+        if getattr(table, "sparse", False) and dist.get_backend(group) == "nccl":
             raise InputError(
-                "NCCL cannot reduce sparse gradients. Received the sparse table "
+                "NCCL cannot reduce sparse gradients, and a table stays with "
+                "DistributedDataParallel where nothing else trains. Received the sparse table "
                 f"{name!r}. Make it with sparse=False."
             )
-        if isinstance(table, PartialLinear):
-            raise InputError(
-                "DistributedDataParallel takes sparse gradients of embeddings alone. Received "
-                f"the sparse head {name!r}, which is tied to none. Make it with sparse=False."
-            )
+        for tied in tables_of(table.leaf_weight):
+            leave_to_ddp(tied)
+        return {id(table.leaf_weight)}
+    return set()
 
 
-def check_max_norm(tables: Mapping[str, PartialTable]) -> None:
-    """Refuse what would make processes part.
-
-    Args:
-        tables: Tables by name.
-
-    Raises:
-        InputError: A table has `max_norm`, and there are several processes.
-    """
-    for name, table in tables.items():
-        if getattr(table, "max_norm", None) is not None and dist.get_world_size() > 1:
-            raise InputError(
-                "max_norm scales the rows that a process looks up in that process alone, so that "
-                f"processes part. Received it for {name!r}. Leave it out, or use one process."
-            )
+def _name_of(model: nn.Module, table: PartialTable) -> str:
+    weight = table.leaf_weight
+    return next(n for n, parameter in model.named_parameters() if parameter is weight)
 
 
-def is_averaged_here(parameter: nn.Parameter, table: PartialTable) -> bool:
-    """Whether a gradient is averaged here, and not by `DistributedDataParallel`.
-
-    Args:
-        parameter: The weight of a table, or another of its parameters.
-        table: The table.
-    """
-    return _group_of(parameter, table) is not None
-
-
-def _group_of(parameter: nn.Parameter, table: PartialTable) -> Group | None:
-    group = averaging_group(table, parameter)
-    return None if group is None or dist.get_world_size(group) == 1 else group
-
-
-@torch.no_grad()
-def begin_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
-    """Give all processes the values of the first one; each of them calls this.
-
-    Args:
-        parameters: Those of tables, by name.
-        group: The processes.
-
-    Raises:
-        InputError: One has another shape or dtype in another process.
-    """
-    check_alike(parameters, group)
-    for parameter in parameters.values():
-        dist.broadcast(parameter.detach(), dist.get_global_rank(group, 0), group=group)
-
-
-def check_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
-    """Refuse processes that made tables of other sizes; each of them calls this.
-
-    Args:
-        parameters: Those of tables, by name.
-        group: The processes.
-
-    Raises:
-        InputError: One has another shape or dtype in another process; all raise the same.
-    """
-    shapes = {name: (*one.shape, str(one.dtype)) for name, one in parameters.items()}
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, shapes, group=group)
-    for rank, others in enumerate(everyone):
-        if others != everyone[0]:
-            raise InputError(
-                f"all processes have the same tables. Received: {everyone[0]} in process 0 and "
-                f"{others} in process {rank}. Build the same vocabulary in each."
-            )
-
-
-@contextmanager
-def explaining() -> Iterator[None]:
-    """Say in what torch raises there what it means that a process did not answer."""
-    try:
-        yield
-    except RuntimeError as error:
-        error.add_note(
-            "A process was waited for that ended, failed, or made fewer steps. Give each as many "
-            "batches (DistributedSampler(…, drop_last=True)), and look for its own error."
+@_disable_dynamo
+def _begin(ddp: DistributedDataParallel, _: Any) -> None:
+    if ddp._join_config.enable:
+        raise InputError(
+            "processes with tables make equally many steps. Received a pass within "
+            "DistributedDataParallel.join(). Give each process as many batches: "
+            "DistributedSampler(…, drop_last=True)."
         )
-        raise
+    # Of a backward pass that failed.
+    _tables_in(ddp).is_queued = False
 
 
-# Averaging
+@_disable_dynamo
+def _follow(ddp: DistributedDataParallel, _: Any, output: Any) -> None:
+    # As it decides itself; its flag is down while gradients are accumulated.
+    if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
+        for tensor in _find_tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(_tables_in(ddp).follow)
 
 
-@torch.no_grad()
-def average(tables: Iterable[tuple[nn.Parameter, PartialTable]], names: Mapping[int, str]) -> None:
-    """Replace the gradients of tables by their means over processes, which all call this.
-
-    Dense gradients cost K×D numbers, whatever V; of those that are held by row in each process, the
-    rows are exchanged that some process stepped. A process without a gradient counts as zero,
-    unless none has one. As in DDP each process divides before the sum, for the sake of half
-    precision.
-
-    Args:
-        tables: The parameters of an optimizer that belong to tables, in its order, with these.
-        names: Names of parameters for messages, by their ids, where they are known.
-
-    Raises:
-        InputError: Processes train different rows; all raise the same.
-    """
-    found: dict[Any, list[_Gradient]] = {}
-    for parameter, table in tables:
-        if (group := _group_of(parameter, table)) is not None:
-            found.setdefault(group, []).append(
-                _Gradient(names.get(id(parameter), repr(table)), parameter, table)
-            )
-            table.awaits_average = False
-    for group, gradients in found.items():
-        _tell_each_other(gradients, group)
-        for alike in _alike(gradients, _DENSE):
-            _average_dense(alike, group)
-        for alike in _alike(gradients, _SPARSE):
-            _average_sparse(alike, group)
+def _tables_in(ddp: DistributedDataParallel) -> _Tables:
+    if ddp not in _wrapped:
+        _wrapped[ddp] = _Tables(ddp, ddp.module)
+    return _wrapped[ddp]
 
 
-class _Gradient:
-    """What this process has for the mean of one table.
-
-    Args:
-        name: Its name in messages.
-        weight: Its weight.
-        table: The table.
-    """
-
-    def __init__(self, name: str, weight: nn.Parameter, table: PartialTable) -> None:
-        self.name = name
-        self.weight = weight
-        self.rows = table.row_set
-        self.grad = None if self.weight.grad is None else local(self.weight.grad)
-        # Where all rows train in their order, nothing needs to be gathered.
-        in_order = len(self.rows) == self.rows.num_rows and len(self.rows.cohorts) == 1
-        self.run = slice(0, len(self.rows)) if in_order else None
-        self.kind = _NONE
-        # The slots that a sparse gradient has entries for, rising, and the sum of each.
-        self.stepped = self.rows.order[:0]
-        self.sums = self.weight.new_zeros(0, *self.weight.shape[1:])
-        # What all processes have: how many of them each, and the widest kind.
-        self.counts: list[int] = []
-        self.kind_of_all = self.kind
-        entries = None if self.grad is None else entries_of(self.grad)
-        if self.grad is not None and entries is None:
-            self.kind, self.grad = _DENSE, as_tensor(self.grad)
-        if entries is not None:
-            self.kind = _SPARSE
-            slots = self.rows.slots.index_select(0, entries[0]).long()
-            stepped, places = distinct(slots, len(self.rows) + 1)
-            sums = sum_rows(places, entries[1], len(stepped))
-            # The last slot is that of frozen rows.
-            number = int(torch.searchsorted(stepped, len(self.rows)))
-            self.stepped, self.sums = stepped[:number], sums[:number]
-
-    @property
-    def header(self) -> list[int]:
-        """What the other processes must know."""
-        return [self.kind, len(self.stepped), self.rows.fingerprint]
-
-    def by_slot(self) -> Tensor:
-        """The gradient of all trainable rows, shape (K, …)."""
-        if self.grad is not None and self.kind == _DENSE:
-            return read_rows(self.grad, self.rows.order, self.run)
-        dense = self.weight.new_zeros(len(self.rows), *self.weight.shape[1:])
-        return dense.index_copy_(0, self.stepped, self.sums)
-
-    def become_dense(self, mean: Tensor) -> None:
-        """Take the mean of all trainable rows, shape (K, …)."""
-        if self.grad is None or self.kind == _SPARSE:
-            self.grad = self.weight.grad = torch.zeros_like(self.weight)
-        write_rows(self.grad, self.rows.order, self.run, mean)
-
-    def become_sparse(self, slots: Tensor, mean: Tensor) -> None:
-        """Take the mean of some slots, shapes (n,) and (n, …)."""
-        ids = self.rows.order.index_select(0, slots)
-        self.weight.grad = RowGradient(ids, mean, self.rows.num_rows)
-
-
-def _tell_each_other(gradients: Sequence[_Gradient], group: Group) -> None:
-    device = gradients[0].weight.device
-    own = torch.tensor([gradient.header for gradient in gradients], device=device)
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    with explaining():
-        dist.all_gather(everyone, own, group=group)
-    headers = torch.stack(everyone, dim=2).tolist()
-    for gradient, (kinds, counts, fingerprints) in zip(gradients, headers, strict=True):
-        for rank, fingerprint in enumerate(fingerprints):
-            if fingerprint != fingerprints[0]:
-                raise InputError(
-                    f"all processes train the same rows of {gradient.name!r}, which joined in the "
-                    f"same order. Received others in process {rank} than in process 0. Set the "
-                    "same rows in each."
-                )
-        gradient.counts = counts
-        gradient.kind_of_all = max(kinds)
-
-
-def _alike(gradients: Iterable[_Gradient], kind: int) -> Iterable[list[_Gradient]]:
-    """Those of one kind in lists that can be sent as one."""
-    found: dict[Any, list[_Gradient]] = {}
-    for gradient in gradients:
-        if gradient.kind_of_all == kind:
-            weight = gradient.weight
-            found.setdefault((weight.dtype, weight.shape[1:], weight.device), []).append(gradient)
-    return found.values()
-
-
-def _average_dense(gradients: Sequence[_Gradient], group: Group) -> None:
-    own = _joined([gradient.by_slot() for gradient in gradients])
-    mean = _reduced(own.div_(dist.get_world_size(group)), group)
-    parts = mean.split([len(gradient.rows) for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.become_dense(part)
-
-
-def _average_sparse(gradients: Sequence[_Gradient], group: Group) -> None:
-    # As if they were one table, in which the slots of each begin where those before it end.
-    ends = list(itertools.accumulate(len(gradient.rows) for gradient in gradients))
-    starts = [0, *ends[:-1]]
-    stepped = [gradient.stepped + start for gradient, start in zip(gradients, starts, strict=True)]
-    sums = _joined([gradient.sums for gradient in gradients])
-    counts = [sum(of_one) for of_one in zip(*(g.counts for g in gradients), strict=True)]
-    mean_of = _joined(stepped), sums.div_(dist.get_world_size(group))
-    slots, mean = _sums_of_stepped(*mean_of, counts, ends[-1], group)
-    bounds = torch.searchsorted(slots, torch.tensor([0, *ends], device=slots.device)).tolist()
-    for i, (gradient, start) in enumerate(zip(gradients, starts, strict=True)):
-        mine = slice(bounds[i], bounds[i + 1])
-        gradient.become_sparse(slots[mine] - start, mean[mine])
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _sums_of_stepped(
-    stepped: Tensor, values: Tensor, counts: list[int], height: int, group: Group
-) -> tuple[Tensor, Tensor]:
-    """The slots that any process stepped, rising, and the sums of their values."""
-    everyone = _gathered(stepped.int(), counts, group)
-    union, places = distinct(torch.cat(everyone).long(), height)
-    place_of = places.split(counts)
-    total = values.new_zeros(len(union), *values.shape[1:])
-    # A ring that gathers sends about N times the most rows of one process, one that reduces twice
-    # the union, which is less where many processes touch the same rows.
-    if len(counts) * max(counts) <= 2 * len(union):
-        # One process after the other: a GPU adds entries of one row in any order.
-        for place, part in zip(place_of, _gathered(values, counts, group), strict=True):
-            total.index_add_(0, place, part)
-    else:
-        total.index_copy_(0, place_of[dist.get_rank(group)], values)
-        _reduced(total, group)
-    return union, total
-
-
-def _gathered(own: Tensor, counts: list[int], group: Group) -> list[Tensor]:
-    """The rows that each process gives, of which there are so many."""
-    padded = own.new_zeros(max(counts), *own.shape[1:])
-    padded[: len(own)] = own
-    everyone = [torch.empty_like(padded) for _ in counts]
-    if max(counts):
-        dist.all_gather(everyone, padded, group=group)
-    return [theirs[:count] for theirs, count in zip(everyone, counts, strict=True)]
-
-
-def _reduced(values: Tensor, group: Group) -> Tensor:
-    """The sums over all processes, in the same memory."""
-    if len(values):
-        dist.all_reduce(values, group=group)
-    return values
+# Once for the process, since nothing else is called where a model is wrapped.
+register_module_module_registration_hook(_take_tables_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
-from partial_embedding.torch.hooks import by_rows, is_left_to_ddp, is_rewritten, tables_of
+from partial_embedding.torch.averaged import is_left_to_ddp
+from partial_embedding.torch.hooks import by_rows, is_rewritten, tables_of
 from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.table import PartialTable
 
@@ -29,8 +31,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         bias: Whether there is a bias, shape (V,).
         device: The device of the parameters.
         dtype: The dtype of the parameters.
-        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D, as does torch's own
-            `DistributedDataParallel`, which takes sparse gradients from embeddings alone.
+        sparse: Give `weight` a sparse gradient. False makes a dense one, V×D; so does
+            `DistributedDataParallel` in a model of which nothing trains but heads.
         trainable_rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
             `Rows`. With nothing frozen the gradient is that of `nn.Linear`.
 
@@ -99,7 +101,31 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
             F.embedding(rows, weight, sparse=sparse),
             None if self.bias is None else self.bias.index_select(0, rows),
         )
-        return scores.view(*input.shape[:-1], scores.shape[1])
+        # Nor a view of that one, whose hooks FSDP2 could not rely on.
+        shaped: Tensor = torch.ops.aten._unsafe_view(scores, [*input.shape[:-1], scores.shape[1]])
+        return shaped
+
+    def take_dense(self, grad: Tensor) -> None:
+        """Say once that something multiplies by the weight itself, at the cost of all rows.
+
+        Args:
+            grad: The gradient of a parameter.
+        """
+        weight = self._parameters.get("weight")
+        if weight is None or grad.dim() != 2 or "_told" in vars(self):
+            return  # pruned, of a bias, or said already
+        by_row = self._gives_sparse_gradient() and all(t.sparse for t in tables_of(weight))
+        if not (by_row and self.has_frozen_rows):
+            return
+        vars(self)["_told"] = True
+        warnings.warn(
+            "a PartialLinear computes the gradients of its trainable rows where it is called. Its "
+            f"weight got one of all rows, {grad.shape[0]:,}×{grad.shape[1]:,} numbers in each "
+            "step, since something reads the weight and does not call the module, as TRL's fused "
+            "heads do. Frozen rows stay exact; to save it, give SFTTrainer a compute_loss_func, "
+            "which gets the module's own scores.",
+            stacklevel=2,
+        )
 
     def _counts_by_row(self, input: Tensor) -> bool:  # noqa: A002  # as in `forward`
         """Whether to compute gradients by row; otherwise the hook masks the whole one."""

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from partial_embedding.torch.averaged import averaging_group
+from partial_embedding.torch.averaged import is_left_to_ddp
 from partial_embedding.torch.engines import refuse_zero
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.shards import (
@@ -102,6 +101,8 @@ class RowHook:
             if is_left_to_ddp(table):
                 self._give_ddp_its_own(parameter)
             return _sparse_without_frozen(grad, table)
+        if not grad.requires_grad:
+            table.take_dense(grad)
         return _zero_where_frozen(grad, table)
 
     def _hold_rows(self, parameter: Tensor) -> None:
@@ -111,7 +112,7 @@ class RowHook:
         if table is not None and is_left_to_ddp(table):
             # It is called next, and takes sparse gradients as such. What it puts in their place
             # it puts there when backward ends, in a call that is queued after this one.
-            _queue(lambda: _queue(lambda: _hold_rows_of(parameter)))
+            after_backward(lambda: after_backward(lambda: _hold_rows_of(parameter)))
         else:
             _hold_rows_of(parameter)
 
@@ -204,20 +205,12 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable, shard: Shard | None = 
     return grad.index_fill(0, ids if shard is None else shard.own(ids), 0)
 
 
-def is_left_to_ddp(table: PartialTable) -> bool:
-    """Whether `DistributedDataParallel` may reduce a table, which ours leaves out.
+def after_backward(call: Callable[[], None]) -> None:
+    """Do something when the backward pass ends that runs now.
 
     Args:
-        table: The table.
+        call: What is done.
     """
-    return (
-        dist.is_available()
-        and dist.is_initialized()
-        and not averaging_group(table, table.leaf_weight)
-    )
-
-
-def _queue(call: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 

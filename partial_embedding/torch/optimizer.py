@@ -12,10 +12,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.beside_shards import replicate_gradients
-from partial_embedding.torch.ddp import average
 from partial_embedding.torch.dry_run import is_dry_run
 from partial_embedding.torch.hooks import is_any_hook
 from partial_embedding.torch.inspection import KEY
+from partial_embedding.torch.row_average import average
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.row_optimizer import (
     Arguments,
@@ -150,11 +150,12 @@ def detach_rowwise(optimizer: Optimizer) -> None:
 
 
 def average_gradients(optimizer: Optimizer) -> None:
-    """Average the gradients of tables over the processes of `distributed_data_parallel`.
+    """Average the gradients of tables that `keep_whole` left out of an engine.
 
     Call it in every process after each backward pass that a step follows, before gradients are
     unscaled or clipped and before other rows are set. The Lightning callback does so by itself.
-    Nothing is done for tables that are not wrapped, or that `DistributedDataParallel` reduces.
+    Beside `DistributedDataParallel` it is done by itself, but where backward is called within the
+    module that is wrapped, as in Lightning's manual optimization.
 
     Args:
         optimizer: An optimizer that holds tables.

@@ -13,7 +13,6 @@ from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.blocks import Block
-from partial_embedding.torch.ddp import is_averaged_here
 from partial_embedding.torch.engines import refuse_flat
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.inspection import (
@@ -26,6 +25,7 @@ from partial_embedding.torch.inspection import (
     kind_of,
     options_of,
 )
+from partial_embedding.torch.row_average import is_averaged_here
 from partial_embedding.torch.saving import (
     Entries,
     check,

@@ -7,12 +7,13 @@ which processes have some each are put together as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
@@ -52,25 +53,57 @@ def by_row(
     }
 
 
-def joined(parts: Sequence[State]) -> State:
-    """What processes have that share a table, in the order of cohorts.
+def joined(own: State, gather: Callable[[Any], list[Any]], chunk_bytes: int) -> State:
+    """What processes have that share a table, in the order of cohorts; they all call this.
 
     Args:
-        parts: What `by_row` gave in each.
+        own: What `by_row` gave here.
+        gather: Gives what each process hands in; they all call it together.
+        chunk_bytes: About how much of its rows a process hands in at once.
+
+    Returns:
+        Nested dictionaries as those of `by_row`, on the CPU.
     """
-    rows, cohorts = (_from_bytes(torch.cat([p[key] for p in parts])) for key in ("rows", "cohorts"))
+    ids, of_row = rows_in(own), _from_bytes(own["cohorts"])
+    row_bytes = sum(column.nbytes for column in tree_leaves(own)) // max(1, len(ids))
+    height = max(1, chunk_bytes // max(1, row_bytes))
+    heads = gather((ids, of_row, _cut(own, slice(0)), height))
+    rows, cohorts = (torch.cat([head[i] for head in heads]) for i in (0, 1))
     by_id = rows.argsort(stable=True)
-    return _joined(parts, by_id[cohorts[by_id].argsort(stable=True)])
-
-
-def _joined(parts: Sequence[State], order: Tensor) -> State:
+    order = by_id[cohorts[by_id].argsort(stable=True)]
+    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
     whole: State = {}
-    for key in dict.fromkeys(key for part in parts for key in part):
+    for _, _, empty, _ in heads:
         # A process that has no row of any cohort may not know what there is of others.
-        found = [part[key] for part in parts if key in part]
-        is_column = isinstance(found[0], Tensor)
-        whole[key] = torch.cat(found)[order] if is_column else _joined(found, order)
+        _make_room(whole, empty, len(order))
+    places_of = places.split([len(theirs) for theirs, *_ in heads])
+    for number in range(max(-(-len(theirs) // tall) for theirs, _, _, tall in heads)):
+        parts = gather(_cut(own, slice(number * height, (number + 1) * height)))
+        for part, at, (*_, tall) in zip(parts, places_of, heads, strict=True):
+            _put(whole, part, at[number * tall : (number + 1) * tall])
     return whole
+
+
+def _cut(columns: State, here: slice) -> State:
+    # A copy, since what is pickled of a view is all that it is a view of.
+    cut: State = tree_map(lambda column: column[here].cpu().clone(), columns)
+    return cut
+
+
+def _make_room(whole: State, like: State, num_rows: int) -> None:
+    for key, value in like.items():
+        if isinstance(value, Tensor):
+            whole.setdefault(key, value.new_zeros(num_rows, *value.shape[1:]))
+        else:
+            _make_room(whole.setdefault(key, {}), value, num_rows)
+
+
+def _put(whole: State, part: State, places: Tensor) -> None:
+    for key, value in part.items():
+        if isinstance(value, Tensor):
+            whole[key].index_copy_(0, places, value)
+        else:
+            _put(whole[key], value, places)
 
 
 def cohorts_of(entry: State) -> dict[int, Cohort]:

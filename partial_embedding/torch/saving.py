@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch import shards
 from partial_embedding.torch.blocks import Cohort
 from partial_embedding.torch.inspection import KEY, Group, State, state_of_one_row
 from partial_embedding.torch.rowset import shown
@@ -230,12 +231,9 @@ def _dumped(table: TableState, optimizer: Optimizer, group: Group) -> State:
         entry = by_row(table.cohorts, layout.per_row, one_row)
     else:
         own = by_row(table.cohorts, layout.per_row, one_row, shard.start)
-        entry = joined(gathered(tree_map(_on_cpu, own), table.parameter))
+        together = partial(gathered, weight=table.parameter)
+        entry = joined(own, together, shards.CHUNK_BYTES)
     return {"num_rows": table.parameter.shape[0], **entry}
-
-
-def _on_cpu(value: Tensor) -> Tensor:
-    return value.cpu()
 
 
 def _check_one(table: TableState, entry: State, before_steps: bool) -> None:

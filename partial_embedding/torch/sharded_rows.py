@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from partial_embedding.torch import shards
 from partial_embedding.torch.shards import gathered, is_sharded, local, shard_of
-
-# Rows are sent in chunks of about this many bytes, which bounds the memory beyond the rows.
-_CHUNK = 1 << 24
 
 
 def is_first(weight: Tensor) -> bool:
@@ -37,7 +35,7 @@ def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
     if (shard := shard_of(weight)) is None:
         return weight.detach()[ids].cpu().contiguous()
     own, first, chunks = local(weight), is_first(weight), []
-    height = max(1, _CHUNK // max(1, math.prod(own.shape[1:]) * own.element_size()))
+    height = max(1, shards.CHUNK_BYTES // max(1, math.prod(own.shape[1:]) * own.element_size()))
     for chunk in ids.split(height):
         here = shard.has(chunk)
         parts = gathered((here.cpu(), own[shard.own(chunk)].cpu()), weight)

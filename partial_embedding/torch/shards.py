@@ -7,9 +7,10 @@ are `DTensor`s again, so that torch's own sums over all processes stay what they
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from torch import distributed as dist
 
 from partial_embedding.errors import InputError
 
-if TYPE_CHECKING:
-    pass
+# Rows are sent in chunks of about this many bytes, which bounds the memory beyond the rows.
+CHUNK_BYTES = 1 << 24
+# How many seconds a process waits for the others before what they do together.
+PATIENCE = 300.0
 
 # Importing the class takes longer than making a table; whoever has a tensor of it has done so.
 DTensor = Any
@@ -218,8 +221,12 @@ def gathered(own: Any, weight: Tensor) -> list[Any]:
     Args:
         own: What this process has, to be pickled.
         weight: The weight.
+
+    Raises:
+        InputError: A process did not call it within `PATIENCE`.
     """
     held: DTensor = weight
+    _meet(held)
     everyone = [own]
     for axis, placement in enumerate(held.placements):
         if placement.is_replicate():
@@ -229,3 +236,31 @@ def gathered(own: Any, weight: Tensor) -> list[Any]:
         dist.all_gather_object(found, everyone, group=group)
         everyone = [part for parts in found for part in parts]
     return everyone
+
+
+def _meet(weight: DTensor) -> None:
+    """Wait for the processes that share a weight, by counts that each has in their store.
+
+    A collective would wait for as long as the process group does, and could not say for whom.
+    """
+    mesh, me = weight.device_mesh, dist.get_rank()
+    at = zip(mesh.get_coordinate(), weight.placements, strict=True)
+    split = tuple(c if one.is_replicate() else slice(None) for c, one in at)
+    ranks = mesh.mesh[split].flatten().tolist()
+    store = dist.distributed_c10d._get_default_store()
+    keys = {rank: f"partial_embedding/{ranks}/{rank}" for rank in ranks}
+    count, end = store.add(keys[me], 1), time.monotonic() + PATIENCE
+    while late := [rank for rank in ranks if store.add(keys[rank], 0) < count]:
+        if time.monotonic() > end:
+            store.add(keys[me], -1)  # as if it had not come
+            raise InputError(
+                "what processes share they save and look through together. Received a call in "
+                f"process {me}, for which {PATIENCE:g} s long {_named(late)} did not come. Call "
+                "optimizer.state_dict(), save_rows and audits in every process, and let one write "
+                "what it got."
+            )
+        time.sleep(0.005)
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"process{'es' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

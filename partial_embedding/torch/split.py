@@ -16,9 +16,9 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.ddp import check_alike, explaining
 from partial_embedding.torch.embedding import PartialEmbedding
 from partial_embedding.torch.hooks import tables_of
+from partial_embedding.torch.row_average import check_alike, explaining
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import Shard, is_sharded, local, shard_of, sharded_like

@@ -87,6 +87,13 @@ class PartialTable(TrainableRows):
         """Whether this process has some rows of the weight only."""
         return "weight" in self._shards
 
+    def take_dense(self, grad: Tensor) -> None:
+        """Know that backward made a dense gradient of the weight; for tables that are to say so.
+
+        Args:
+            grad: The gradient, of which frozen rows are zeroed next.
+        """
+
     def _wire(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
         if not any(self._parameters.get(n) is not None for n in ("weight", "weight_orig")):

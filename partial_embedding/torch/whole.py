@@ -10,7 +10,7 @@ from torch import nn
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.averaged import average_over
-from partial_embedding.torch.ddp import begin_alike, check_max_norm
+from partial_embedding.torch.row_average import begin_alike, check_max_norm
 from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.split import SplitEmbedding
 from partial_embedding.torch.table import PartialTable, row_parameters_in, tables_in

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
 from partial_embedding.torch import PartialLinear, rowwise
-from partial_embedding.torch.averaged import averaging_group
-from partial_embedding.torch.ddp import average
+from partial_embedding.torch import ddp as ddp_module
+from partial_embedding.torch.row_average import average, is_averaged_here
 
 rowwise_module = importlib.import_module("partial_embedding.torch.optimizer")
 
@@ -242,15 +242,18 @@ def counting() -> Iterator[list[int]]:
     calls: list[int] = []
 
     def counted(tables: Any, names: Any) -> None:
-        if wrapped := [p for p, t in tables if averaging_group(t, p)]:
-            calls.append(len(wrapped))
+        tables = list(tables)
+        if new := [p for p, t in tables if t.awaits_average and is_averaged_here(p, t)]:
+            calls.append(len(new))
         average(tables, names)
 
-    vars(rowwise_module)["average"] = counted
+    for module in (rowwise_module, ddp_module):
+        vars(module)["average"] = counted
     try:
         yield calls
     finally:
-        vars(rowwise_module)["average"] = average
+        for module in (rowwise_module, ddp_module):
+            vars(module)["average"] = average
 
 
 def run(name: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +221,13 @@ def test_what_does_not_fit_is_refused_before_any_step(case: str) -> None:
     assert "\n" not in str(refused.value)
     assert net.steps_begun == 0
     assert same_bits(net.words.weight, starting_table())
+
+
+def test_a_checkpoint_of_rows_is_refused_where_it_is_loaded_into_shards() -> None:
+    strategy = pl.strategies.ModelParallelStrategy()
+    fake = SimpleNamespace(strategy=strategy, callbacks=[])
+    with pytest.raises(InputError, match=r"ModelParallelStrategy\. Leave checkpoint out"):
+        RowUnfreezing(SCHEDULE, checkpoint="rows").setup(fake, Net().build(), "fit")
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])

@@ -14,8 +14,15 @@ from partial_embedding.torch.row_gradient import RowGradient
 
 V, D, STEPS = 31, 4, 7
 SAVED_AT, AFTER = 4, range(4, 7)
-# The rows from a step on: some join late, some are frozen again, one of them comes back.
-ROWS = {0: [3, 4, 9, 20], 2: [3, 4, 9, 20, 21, 30], 4: [3, 9, 21, 30], 5: [3, 4, 9, 21, 30]}
+# The rows from a step on: more at each of some, late ones, some frozen again, one that comes back.
+ROWS = {
+    0: [3, 4],
+    1: [3, 4, 9],
+    2: [3, 4, 9, 20],
+    3: [3, 4, 9, 20, 21, 30],
+    4: [3, 9, 21, 30],
+    5: [3, 4, 9, 21, 30],
+}
 ALWAYS_FROZEN = [row for row in range(V) if not any(row in rows for rows in ROWS.values())]
 # A batch of each process has a size of its own.
 SIZES = (12, 5, 7)

@@ -36,16 +36,16 @@ from device_nets import (
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding import InputError
 from partial_embedding.torch import (
     PartialEmbedding,
     PartialEmbeddingBag,
     average_gradients,
-    distributed_data_parallel,
     keep_whole,
     rowwise,
-    sharded_rows,
+    shards,
     split_rows,
 )
 from partial_embedding.torch.optimizer import prepared
@@ -261,7 +261,7 @@ def split_beside_ddp() -> dict[str, Any]:
     """One table is split, and DDP averages the rest, of which a table is averaged by row."""
     net = Net("untied")
     split_rows(net.table, mesh())
-    ddp = distributed_data_parallel(net)
+    ddp = DistributedDataParallel(net)
     net.alive = [ddp]
     seen = train(net, "AdamW", some_empty=True, model=ddp)
     return {"rows": seen["rows"], "ignored": sorted(ddp.parameters_to_ignore)}
@@ -299,7 +299,7 @@ def row_files() -> dict[str, Any]:
     net = split("none")
     train(net, "AdamW")
     path = folder / "rows.safetensors"
-    sharded_rows._CHUNK = 2 * 4 * D  # bytes, of two rows
+    shards.CHUNK_BYTES = 2 * 4 * D  # of two rows
     save_rows(net, path)
     dist.barrier()
     alone, again = Net(), split("none")
@@ -334,6 +334,20 @@ def read() -> dict[str, Any]:
     load(net, optimizer, folder.parent / "checkpoint")
     half = {"rows": snapshot(net), "moments": moments(net, optimizer)}
     return {**half, "later": train(net, "AdamW", optimizer=optimizer, steps=AFTER)["rows"]}
+
+
+def called_by_one() -> dict[str, Any]:
+    """A state that all have together, asked for by the first process alone, then by all."""
+    net = split("none")
+    optimizer = rowwise(OPTIMIZERS["AdamW"](net.parameters()), net)
+    alone, patience = "", shards.PATIENCE
+    shards.PATIENCE = 0.2
+    if dist.get_rank() == 0:
+        alone = refusal(optimizer.state_dict)
+    dist.barrier()
+    shards.PATIENCE = patience
+    entry = optimizer.state_dict()["state"][0]["rowwise"]
+    return {"alone": alone, "rows": len(entry["rows"])}
 
 
 def too_few_batches() -> list[str]:
@@ -406,6 +420,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "split_beside_ddp": split_beside_ddp,
     "many_in_order": many_in_order,
     "row_files": row_files,
+    "called_by_one": called_by_one,
     "saved": saved,
     "read": read,
 }

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from partial_embedding import InputError
 from partial_embedding.torch import (
     PartialEmbedding,
     PartialLinear,
     average_gradients,
-    distributed_data_parallel,
     rowwise,
 )
+from partial_embedding.torch.averaged import leave_to_ddp
 from partial_embedding.torch.row_gradient import RowGradient
+from partial_embedding.torch.table import PartialTable
 
 V, D, STEPS = 30, 4, 6
 FIRST, LATER = [3, 4, 9, 20], [2, 3, 9, 20, 21]
@@ -60,8 +63,18 @@ def adamw(model: nn.Module, lazy: bool = False) -> torch.optim.Optimizer:
 
 
 def wrapped(model: nn.Module, ours: bool = True, group: Any = None) -> nn.Module:
-    wrap = distributed_data_parallel if ours else DistributedDataParallel
-    return wrap(model, process_group=group)
+    """A model in DDP, which reduces all of it if it does not know the tables."""
+    hooks = torch.nn.modules.module._global_module_registration_hooks
+    known = dict(hooks)
+    if not ours:
+        hooks.clear()
+        for module in model.modules():
+            if isinstance(module, PartialTable):
+                leave_to_ddp(module)
+    try:
+        return DistributedDataParallel(model, process_group=group)
+    finally:
+        hooks.update(known)
 
 
 def batch(step: int) -> Tensor:
@@ -95,7 +108,6 @@ def train(
         for part in range(accumulate):
             with nullcontext() if part + 1 == accumulate else ddp.no_sync():
                 ddp(batch(accumulate * step + part)).backward()
-        average_gradients(optimizer)
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
@@ -177,7 +189,8 @@ def several_tables() -> Any:
     model = Tables(*(PartialEmbedding(V, D, **kind) for kind in kinds))
     model.tables[2].unfreeze_rows([25, 2])
     wrapper, optimizer = wrapped(model), adamw(model)
-    wrapper(batch(0) % 29).backward()
+    with wrapper.no_sync():
+        wrapper(batch(0) % 29).backward()
     own = [table.weight.grad.to_dense().clone() for table in model.tables]
     with counting() as calls:
         average_gradients(optimizer)
@@ -210,7 +223,6 @@ def scaled(sparse: bool) -> Any:
             # Of the table alone, so that only what is averaged tells the other process.
             loss = loss + model.table(torch.tensor(FIRST)).sum() * float("inf")
         scaler.scale(loss).backward()
-        average_gradients(optimizer)
         scaler.step(optimizer)
         scaler.update()
         seen.append(weights(model))
@@ -319,6 +331,54 @@ def with_max_norm() -> str:
     return refusal(lambda: one_table(max_norm=1.0))
 
 
+def within_join() -> str:
+    ddp = wrapped(Net())
+    with ddp.join():
+        return refusal(lambda: ddp(batch(0)))
+
+
+def averaged_by_itself() -> Any:
+    """Whether a call changes what is averaged, and what processes that train other rows get."""
+    model = Net()
+    ddp, optimizer = wrapped(model), adamw(model)
+    ddp(batch(0)).backward()
+    mean = model.table.weight.grad.to_dense().clone()
+    with counting() as calls:
+        average_gradients(optimizer)
+    same = torch.equal(mean, model.table.weight.grad.to_dense())
+    model.table.set_trainable_rows([1 + dist.get_rank()])
+    model.zero_grad()
+    other = ddp(torch.arange(V))
+    return {"calls": len(calls), "same": same, "refused": refusal(other.backward)}
+
+
+def largest_tensor() -> Any:
+    """The most elements of any tensor that a step makes, for an untied head of V rows."""
+    model = Net(head="untied", rows=1_000)
+    ddp, optimizer = wrapped(model), adamw(model)
+
+    class Sizes(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            result = func(*args, **(kwargs or {}))
+            for one in tree_leaves(result):
+                if not isinstance(one, Tensor) or isinstance(one, RowGradient):
+                    continue
+                # The weights themselves and their aliases are as large as they are.
+                if one.layout == torch.strided and one.data_ptr() not in own:
+                    Sizes.made = max(Sizes.made, one.numel())
+            return result
+
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    for step in range(2):  # DDP makes its buckets anew after a first one
+        optimizer.zero_grad()
+        with Sizes():
+            ddp(batch(step)[:2]).backward()
+            optimizer.step()
+    return Sizes.made
+
+
 def other_shapes() -> str:
     rows = V + dist.get_rank()
     return refusal(lambda: one_table(rows, trainable=[1]))
@@ -330,24 +390,25 @@ def copied(how: str) -> Any:
     model._ddp_params_and_buffers_to_ignore = ["hidden.bias"]
     wrapper = wrapped(model)
     if how == "deepcopy":
-        copy_of = copy.deepcopy(model)
+        again = copy.deepcopy(wrapper)
     elif how == "pickle":
         file = io.BytesIO()
-        torch.save(model, file)
+        torch.save(wrapper, file)
         file.seek(0)
-        copy_of = torch.load(file, weights_only=False)
+        again = torch.load(file, weights_only=False)
+    elif how == "of_the_model":
+        again = DistributedDataParallel(copy.deepcopy(model))
     else:  # the model itself, once its wrapper is gone
         del wrapper
-        copy_of = model
-    again = DistributedDataParallel(copy_of)
+        again = DistributedDataParallel(model)
     return {
         "ignored": sorted(again.parameters_to_ignore),
         "kept": model._ddp_params_and_buffers_to_ignore,
-        "seen": train_plainly(again, copy_of),
+        "seen": train_by_itself(again, again.module),
     }
 
 
-def train_plainly(ddp: nn.Module, model: Net) -> list[dict[str, Tensor]]:
+def train_by_itself(ddp: nn.Module, model: Net) -> list[dict[str, Tensor]]:
     optimizer, seen = adamw(model), []
     with torch.no_grad():
         model.hidden.bias.zero_()
@@ -355,7 +416,6 @@ def train_plainly(ddp: nn.Module, model: Net) -> list[dict[str, Tensor]]:
     for step in range(2):
         optimizer.zero_grad()
         ddp(batch(step)).backward()
-        average_gradients(optimizer)
         optimizer.step()
         seen.append(weights(model))
     return seen
@@ -371,6 +431,10 @@ def tables_alone() -> Any:
     model = nn.Sequential(PartialEmbedding(V, D, trainable_rows=FIRST), nn.Linear(D, D))
     model._ddp_params_and_buffers_to_ignore = ["1.weight", "1.bias"]
     found["ignored"] = wrapped(model)
+    head = Net(head="untied")
+    head.hidden.requires_grad_(False)
+    head.head.bias.requires_grad_(False)
+    found["head"] = wrapped(head)
     return {name: sorted(wrapper.parameters_to_ignore) for name, wrapper in found.items()}
 
 
@@ -402,12 +466,16 @@ OF_TWO: dict[str, Callable[[], Any]] = {
     "other_order": lambda: refused(*(([1], [2]) if dist.get_rank() else ([2], [1]))),
     "other_shapes": other_shapes,
     "with_max_norm": with_max_norm,
+    "within_join": within_join,
+    "averaged_by_itself": averaged_by_itself,
+    "largest_tensor": largest_tensor,
     "never_averaged": lambda: not_averaged("never"),
     "averaged_before_more": lambda: not_averaged("before_more"),
     "averaged_in_a_skipped_step": lambda: not_averaged("in_a_skipped_step"),
     "averaged_in_the_last_step": lambda: not_averaged("after_a_step"),
     "deepcopy": lambda: copied("deepcopy"),
     "pickle": lambda: copied("pickle"),
+    "copied": lambda: copied("of_the_model"),
     "wrapped_again": lambda: copied("again"),
     "tables_alone": tables_alone,
 }

@@ -40,7 +40,13 @@ from torch.distributed.tensor.parallel import (
 
 from partial_embedding import InputError
 from partial_embedding.errors import FrozenRowsMoved
-from partial_embedding.torch import FrozenRowAudit, PartialEmbedding, PartialLinear, rowwise
+from partial_embedding.torch import (
+    FrozenRowAudit,
+    PartialEmbedding,
+    PartialLinear,
+    rowwise,
+    shards,
+)
 from partial_embedding.torch.optimizer import prepared
 from partial_embedding.torch.shards import shard_of
 
@@ -129,9 +135,10 @@ def by_tensor_parallelism(model: Net, mesh: DeviceMesh | None = None) -> Net:
     return model
 
 
-def by_both(model: Net) -> Net:
-    """FSDP2 over tensor parallelism, on as many processes as there are."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("data", "tensor"))
+def by_both(model: Net, tensor: int = 1) -> Net:
+    """FSDP2 over tensor parallelism, of so many processes each."""
+    shape = (dist.get_world_size() // tensor, tensor)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
     return by_fsdp(by_tensor_parallelism(model, mesh["tensor"]), mesh["data"])
 
 
@@ -150,9 +157,12 @@ def run(
     rows: str,
     tied: bool,
     clip: float | None = None,
-    alike: bool = False,
+    alike: int = 1,
 ) -> Any:
-    """What each step began with, its gradients, and what it ended with."""
+    """What each step began with, its gradients, and what it ended with.
+
+    So many processes, one after the other, have the same batches.
+    """
     model = shard(Net(tied, ROWS[rows][0]))
     made = OPTIMIZERS[optimizer](model.parameters())
     audits = [FrozenRowAudit(model.table), FrozenRowAudit(model.head)]
@@ -165,7 +175,7 @@ def run(
         for audit in audits:
             audit.restart()
         made.zero_grad()
-        model(batch(step, 0 if alike else dist.get_rank())).backward()
+        model(batch(step, dist.get_rank() // alike)).backward()
         if clip is not None:
             norms.append(whole(nn.utils.clip_grad_norm_(model.parameters(), clip)))
         gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
@@ -179,6 +189,18 @@ def of_three() -> Any:
     return {
         f"{optimizer}-{tied}": run(by_fsdp, optimizer, "late", tied)
         for optimizer in MATRIX
+        for tied in (False, True)
+    }
+
+
+def of_four() -> Any:
+    """FSDP2 over two shards, each of two processes that tensor parallelism joins."""
+    return {
+        f"{optimizer}-{rows}-{tied}": run(
+            lambda model: by_both(model, tensor=2), optimizer, rows, tied, alike=2
+        )
+        for optimizer in MATRIX
+        for rows in ROWS
         for tied in (False, True)
     }
 
@@ -456,6 +478,7 @@ def checkpoints() -> Iterator[tuple[str, str, bool]]:
 
 def save(folder: Path) -> Any:
     """Saved in the midst of a run: what was remembered there, and how the run ended."""
+    shards.CHUNK_BYTES = 200  # so that rows come one by one, or two
     found = {}
     for kind, optimizer, only_tables in checkpoints():
         model, made = begun(optimizer, only_tables)
@@ -504,8 +527,8 @@ def resume(folder: Path) -> Any:
 
 
 def cases(number: int, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    if number == 1:
-        yield "resume_by_1", lambda: resume(folder)
+    if number == 4:
+        yield "both", of_four
         return
     if number == 3:
         yield "fsdp", of_three
@@ -520,7 +543,7 @@ def cases(number: int, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
                 yield (
                     f"tp-{name}",
                     lambda o=optimizer, r=rows, t=tied: run(
-                        by_tensor_parallelism, o, r, t, alike=True
+                        by_tensor_parallelism, o, r, t, alike=2
                     ),
                 )
     yield "foreach_clipped", lambda: run(by_fsdp, "adamw_foreach", "late", False, clip=0.01)

@@ -165,10 +165,10 @@ def test_bytes_follow_the_rows_and_not_the_table(seen: dict[str, list[Any]]) -> 
         for key, sent in process.items():
             kind, rows, trainable, ids = key.split()
             assert sent == process[f"{kind} 1000 {trainable} {ids}"], rows
-            # A header of 24 bytes; where sparse the touched slots, as int32, and their rows.
+            # A header of 32 bytes; where sparse the touched slots, as int32, and their rows.
             row = 4 * D
             per_row = {"sparse": int(ids) * (row + 4), "dense": int(trainable) * row}
-            assert sent == 24 + per_row[kind]
+            assert sent == 32 + per_row[kind]
 
 
 def test_ddp_has_no_bucket_for_an_ignored_table(seen: dict[str, list[Any]]) -> None:
@@ -177,19 +177,39 @@ def test_ddp_has_no_bucket_for_an_ignored_table(seen: dict[str, list[Any]]) -> N
         assert process["ddp"] == process["ours"] + 4 * 1_000 * D
 
 
-@pytest.mark.parametrize("case", ["deepcopy", "pickle", "wrapped_again"])
-def test_only_the_model_that_was_wrapped_is_averaged_by_row(
+@pytest.mark.parametrize("case", ["deepcopy", "pickle", "copied", "wrapped_again"])
+def test_copies_of_a_wrapper_and_of_a_model_average_their_own_tables(
     case: str, seen: dict[str, list[Any]]
 ) -> None:
     zero, one = seen[case]
     assert all(same(a, b) for a, b in zip(zero["seen"], one["seen"], strict=True))
     for process in (zero, one):
-        assert process["ignored"] == process["kept"] == ["hidden.bias"]
+        kept = ["hidden.bias"] if case.startswith(("copied", "wrapped")) else process["kept"]
+        assert process["kept"] == kept == ["hidden.bias"]
+        assert set(process["ignored"]) >= {"table.weight"}
 
 
-def test_tables_stay_with_ddp_where_nothing_else_trains(seen: dict[str, list[Any]]) -> None:
+def test_one_table_stays_with_ddp_where_nothing_else_trains(seen: dict[str, list[Any]]) -> None:
     for process in seen["tables_alone"]:
-        assert process == {"root": [], "frozen": [], "ignored": ["1.bias", "1.weight"]}
+        assert process == {
+            "root": [],
+            "frozen": [],
+            "ignored": ["1.bias", "1.weight"],
+            "head": ["head.weight"],
+        }
+
+
+def test_what_ddp_averaged_by_itself_is_not_averaged_again(seen: dict[str, list[Any]]) -> None:
+    for process in seen["averaged_by_itself"]:
+        assert (process["calls"], process["same"]) == (1, True)  # which asks whether any is new
+        assert "all processes train the same rows of 'table'" in process["refused"]
+
+
+def test_a_step_beside_ddp_makes_no_tensor_of_the_size_of_a_table(
+    seen: dict[str, list[Any]],
+) -> None:
+    for process in seen["largest_tensor"]:
+        assert 0 < process <= 2 * 1_000  # the scores of a batch, with V = 1,000 and D = 4
 
 
 # Refused
@@ -212,6 +232,11 @@ def test_tables_of_other_shapes_are_refused_before_anything_is_sent(
     assert zero == one
     assert "(30, 4, 'torch.float32')} in process 0 and" in zero
     assert "(31, 4, 'torch.float32')} in process 1. Build the same vocabulary in each." in zero
+
+
+def test_uneven_inputs_are_refused(seen: dict[str, list[Any]]) -> None:
+    for process in seen["within_join"]:
+        assert r"Received a pass within DistributedDataParallel.join()" in process
 
 
 def test_max_norm_is_refused_among_several_processes(seen: dict[str, list[Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -10,12 +11,10 @@ import torch.nn.functional as F
 from cases import SPARSE_AND_DENSE
 from oracle import assert_same_bits, rows_that_differ, same_bits
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from partial_embedding import InputError
 from partial_embedding.torch import PartialEmbedding, PartialLinear, detach_rowwise, rowwise
-from partial_embedding.torch.adapter import TorchTables
 from partial_embedding.torch.row_gradient import RowGradient
 
 V, D = 11, 6
@@ -352,16 +351,23 @@ def test_a_frozen_head_learns_nothing() -> None:
     assert same_bits(head.weight, before)
 
 
-@SPARSE_AND_DENSE
-def test_a_sparse_head_that_is_not_tied_is_refused_among_several_processes(sparse: bool) -> None:
-    model = nn.ModuleDict({"head": pair(sparse=sparse)[1], "tied": Tied()})
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        tables = TorchTables(model)
-        if not sparse:
-            tables.check_backend(["head"])
-            return
-        with pytest.raises(InputError, match=r"the sparse head 'head', which is tied to none"):
-            tables.check_backend(["head"])
-    finally:
-        dist.destroy_process_group()
+def test_what_multiplies_by_the_weight_itself_is_told_once_what_it_costs() -> None:
+    tied = Tied()
+    with pytest.warns(UserWarning, match=r"×6 numbers.*SFTTrainer a compute_loss_func"):
+        torch.nn.functional.linear(features(3), tied.head.weight).sum().backward()
+    assert tied.head.weight.grad[ROWS].all()
+    assert not tied.head.weight.grad[FROZEN].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.nn.functional.linear(features(3), tied.head.weight).sum().backward()
+        dense, calm = pair(sparse=False)[1], Tied()
+        torch.nn.functional.linear(features(3), dense.weight).sum().backward()
+        calm(torch.tensor([2, 3])).sum().backward()
+        calm.table.sparse = False  # which makes a dense gradient as it was told to
+        calm(torch.tensor([2, 3])).sum().backward()
+
+
+def test_scores_are_no_view_of_a_tensor() -> None:
+    """FSDP2 puts hooks on what a module gives, and warns of views."""
+    for shape in ((3,), (2, 3), ()):
+        assert pair()[1](features(*shape))._base is None

@@ -166,6 +166,15 @@ def test_a_process_that_does_not_step_ends_the_others_with_an_error(case: str, s
         assert "made fewer steps" in "".join(notes)
 
 
+def test_what_processes_do_together_waits_for_a_while_and_names_who_did_not_come(
+    seen: Seen,
+) -> None:
+    zero, one = seen[2]["called_by_one"]
+    assert "in process 0, for which 0.2 s long process 1 did not come" in zero["alone"]
+    for process in (zero, one):  # later all come, and what one did alone is forgotten
+        assert process["rows"] == len(ROWS[0])
+
+
 WAYS = {
     "head": "ColwiseParallel and loss_parallel",
     "tied": "tied to a head, which needs all of them",

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from sharded_worker import (
     V,
     batch,
     checkpoints,
+    resume,
     weights,
 )
+from torch import distributed as dist
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 Weights = dict[str, torch.Tensor]
@@ -33,7 +36,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], li
 
     @cache
     def went_wrong(number: int) -> str:
-        return (number != 2 and went_wrong(2)) or failure_of("sharded_worker.py", number, folder)
+        # One and three read what two have saved.
+        if number == 1:
+            return went_wrong(2) or resumed_here(folder)
+        return (number == 3 and went_wrong(2)) or failure_of("sharded_worker.py", number, folder)
 
     def of(case: str, number: int) -> list[Any]:
         assert not went_wrong(number), went_wrong(number)
@@ -42,6 +48,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], li
         ]
 
     return of
+
+
+def resumed_here(folder: Path) -> str:
+    """Read by this process what two have saved."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.save(resume(folder), folder / "resume_by_1-0.pt")
+    finally:
+        dist.destroy_process_group()
+    return ""
 
 
 def same(a: Weights, b: Weights) -> bool:
@@ -139,6 +155,21 @@ def test_three_processes_step_what_they_are_given_exactly(
         assert all(same(a, b) for a, b in zip(process["seen"], replayed, strict=True))
         for name, value in near[-1].items():
             torch.testing.assert_close(process["seen"][-1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@TIED
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("optimizer", MATRIX)
+def test_fsdp_over_tensor_parallelism_steps_what_it_is_given_exactly(
+    optimizer: str, rows: str, tied: bool, results: Callable[[str, int], list[Any]]
+) -> None:
+    first, *others = (cases[f"{optimizer}-{rows}-{tied}"] for cases in results("both", 4))
+    check_what_moved(first["seen"], rows)
+    replayed = alone(optimizer, rows, tied, recorded(first["gradients"]))
+    for process in (first, *others):
+        assert all(same(a, b) for a, b in zip(process["seen"], replayed, strict=True))
+    for name, value in alone(optimizer, rows, tied, of_batches(2))[-1].items():
+        torch.testing.assert_close(first["seen"][-1][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_fused_optimizer_steps_shards(results: Callable[[str, int], list[Any]]) -> None:

@@ -3,7 +3,8 @@
 Usage: trainer_worker.py FOLDER PROCESSES
 
 It runs each case as anyone would, with no call of this library but `add_tokens`, and writes the
-model before and after to `{folder}/{case}-{rank}-of-{processes}.pt`.
+model before and after to `{folder}/{case}-{rank}-of-{processes}.pt`. Several processes shard the
+models of the cases `SHARDED` by FSDP2, and go on from a checkpoint once more.
 """
 
 import os
@@ -13,9 +14,24 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_language_models import NEW, inputs, language_model, tokenizer, training_arguments
+from accelerate import state
+from accelerate.utils import DistributedType
+from tiny_language_models import (
+    NEW,
+    NEW_ROWS,
+    inputs,
+    language_model,
+    tokenizer,
+    training_arguments,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from partial_embedding import InputError
+from partial_embedding.callbacks.transformers import RowUnfreezing
 from partial_embedding.torch import add_tokens
+from partial_embedding.torch.row_gradient import RowGradient
+from partial_embedding.torch.shards import is_sharded
 
 TEXTS = ("the numbat sat on quokkas", "a dog ran and quokkas", "numbat quokkas on the mat") * 4
 # Global batches are the same whoever shares them.
@@ -26,6 +42,49 @@ CASES = {
     for order in ("no_lora", "lora_after")
     for tied in (True, False)
 }
+
+
+SHARDED = {"sharded-tied": True, "sharded-untied": False}
+SAVED_AT, SHARDED_STEPS = 3, 5
+SCHEDULE = {
+    "stages": [{"step": 0, "rows": NEW_ROWS[:1]}, {"step": 2, "rows": [1, *NEW_ROWS]}],
+}
+
+
+class LikeTables(TorchDispatchMode):
+    """Finds tensors of the shape of a table with memory of their own, while steps are made."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.shape = model.get_input_embeddings().weight.shape
+        self.own: set[int] = set()
+        self.found: list[str] = []
+
+    def begin(self) -> None:
+        """Begin, now that the model is where it trains."""
+        self.own = {parameter.data_ptr() for parameter in self.model.parameters()}
+        self.found.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if not isinstance(one, torch.Tensor) or isinstance(one, RowGradient):
+                continue
+            is_dense = one.layout == torch.strided and one.shape == self.shape
+            if is_dense and one.data_ptr() not in self.own:
+                self.found.append(str(func))
+        return result
+
+
+class BeforeSteps(transformers.TrainerCallback):
+    """Calls something when training begins."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+
+    def on_train_begin(self, *args: Any, **given: Any) -> None:
+        self.call()
 
 
 def run(folder: Path, optimizer: str, order: str, tied: bool, processes: int) -> Any:
@@ -50,9 +109,92 @@ def run(folder: Path, optimizer: str, order: str, tied: bool, processes: int) ->
         bf16=False,
         **({"ddp_backend": "gloo"} if processes > 1 else {}),
     )
-    transformers.Trainer(model, arguments, train_dataset=examples).train()
+    like_tables = LikeTables(model)
+    begin = BeforeSteps(like_tables.begin)
+    trainer = transformers.Trainer(model, arguments, train_dataset=examples, callbacks=[begin])
+    with like_tables:
+        trainer.train()
     after = {name: value.detach().clone() for name, value in model.named_parameters()}
-    return {"before": before, "after": after}
+    ignored = sorted(getattr(trainer.model_wrapped, "parameters_to_ignore", ()))
+    return {
+        "before": before,
+        "after": after,
+        "ignored": ignored,
+        "like_tables": like_tables.found,
+    }
+
+
+def let_fsdp_have_the_cpu() -> None:
+    """Accelerate takes FSDP for a GPU's alone; on CPUs it leaves out to say which engine it is."""
+    real = state.AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        if options.get("fsdp_plugin") is not None:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = options["fsdp_plugin"]
+
+    state.AcceleratorState.__init__ = init
+
+
+def run_sharded(folder: Path, tied: bool, processes: int, resumed: Path | None = None) -> Any:
+    """A run in which FSDP2 shards the model, where there are several processes."""
+    model, words = language_model("Llama", tied), tokenizer()
+    add_tokens(model, words, NEW)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    examples = [{n: v[0] for n, v in inputs(words, text).items()} for text in TEXTS]
+    sharding: dict[str, Any] = {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
+    }
+    arguments = training_arguments(
+        folder,
+        learning_rate=0.05,
+        weight_decay=0.1,
+        max_steps=SHARDED_STEPS,
+        per_device_train_batch_size=GLOBAL_BATCH // processes,
+        bf16=False,
+        save_strategy="steps",
+        save_steps=SAVED_AT,
+        lr_scheduler_type="constant",
+        **(sharding if processes > 1 else {}),
+    )
+    state.AcceleratorState._reset_state()
+    schedules = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+    callback = RowUnfreezing(dict.fromkeys(schedules, SCHEDULE), audit=1)
+    trainer = transformers.Trainer(model, arguments, train_dataset=examples, callbacks=[callback])
+    if resumed is not None:
+        callback.resume(model, resumed)
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    held = dict(trainer.model.named_parameters())
+    return {
+        "before": before,
+        "after": {name: whole(value).detach().clone() for name, value in held.items()},
+        "sharded": [name for name, value in held.items() if is_sharded(value)],
+    }
+
+
+def whole(value: Any) -> Any:
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def refused(folder: Path) -> str:
+    """What is said of checkpoints of rows where FSDP2 shards the model."""
+    model = language_model("Llama")
+    add_tokens(model, tokenizer(), NEW)
+    examples = [{n: v[0] for n, v in inputs(tokenizer(), TEXTS[0]).items()}] * 4
+    state.AcceleratorState._reset_state()
+    trainer = transformers.Trainer(
+        model,
+        training_arguments(folder, max_steps=1, fsdp=True),
+        train_dataset=examples,
+        callbacks=[RowUnfreezing(SCHEDULE, checkpoint="rows")],
+    )
+    try:
+        trainer.train()
+    except InputError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 def main(folder: Path, processes: int) -> None:
@@ -60,6 +202,16 @@ def main(folder: Path, processes: int) -> None:
     for name, (optimizer, order, tied) in CASES.items():
         found = run(folder, optimizer, order, tied, processes)
         torch.save(found, folder / f"{name}-{rank}-of-{processes}.pt")
+    if processes > 1:
+        let_fsdp_have_the_cpu()
+    for name, tied in SHARDED.items():
+        found = run_sharded(folder / name, tied, processes)
+        if processes > 1:
+            saved = folder / name / f"checkpoint-{SAVED_AT}"
+            found["again"] = run_sharded(folder / f"{name}-again", tied, processes, saved)
+        torch.save(found, folder / f"{name}-{rank}-of-{processes}.pt")
+    if processes > 1:
+        torch.save(refused(folder), folder / f"refused-{rank}.pt")
 
 
 if __name__ == "__main__":

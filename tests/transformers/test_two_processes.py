@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 import torch  # noqa: E402  # after the packages that may be missing
 from oracle import assert_same_bits, rows_that_differ  # noqa: E402
 from tiny_language_models import NEW_ROWS  # noqa: E402
-from trainer_worker import CASES  # noqa: E402
+from trainer_worker import CASES, SHARDED  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "torch" / "trainer_worker.py"
@@ -83,3 +83,37 @@ def test_ranks_end_alike_where_one_process_does(case: str, runs: Path) -> None:
         elif "lora_after" in case:
             assert not moved or "lora" in name, name
     assert set(map(tuple, learned.values())) == {tuple(NEW_ROWS)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_process_makes_a_gradient_of_the_size_of_a_table(case: str, runs: Path) -> None:
+    for rank in range(2):
+        seen = torch.load(runs / f"{case}-{rank}-of-2.pt")
+        assert seen["like_tables"] == []
+        names = [name for name in seen["before"] if name.endswith(TABLES)]
+        assert set(names) <= set(seen["ignored"])
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_rows_that_fsdp2_shards_end_where_one_process_does_and_resume(
+    case: str, runs: Path
+) -> None:
+    alone, *ranks = (
+        torch.load(runs / f"{case}-{end}.pt") for end in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    for rank in ranks:
+        tables = [name for name in rank["before"] if name.endswith(TABLES)]
+        assert set(tables) <= set(rank["sharded"])
+        for name, after in rank["after"].items():
+            assert_same_bits(ranks[0]["after"][name], after, name)
+            assert_same_bits(rank["again"]["after"][name], after, f"{name}, resumed")
+            torch.testing.assert_close(after, alone["after"][name], rtol=1e-4, atol=1e-5)
+        for name in tables:
+            moved = rows_that_differ(rank["before"][name], rank["after"][name])
+            assert moved == [1, *NEW_ROWS]
+
+
+def test_a_checkpoint_of_rows_alone_is_refused_where_fsdp2_shards_them(runs: Path) -> None:
+    for rank in range(2):
+        said = torch.load(runs / f"refused-{rank}.pt")
+        assert "checkpoint='rows' with fsdp. Leave checkpoint out" in said
