@@ -44,33 +44,30 @@ def _are_void(values: Any) -> Any:
     return tf.reduce_all(tf.bitcast(values, integer) == integer.min, axis=1)
 
 
-def gather_rows(variable: Any, places: Any, trains: Any, sparse: bool) -> Any:
-    """Gather rows of a variable.
+def gather_rows(variable: Any, slots: Any, sparse: bool) -> Any:
+    """Gather rows of a variable; rows with a negative slot are unspecified and get no gradient.
 
     Args:
         variable: A `tf.Variable` of shape (R, D).
-        places: Its rows, int64, any shape.
-        trains: Whether a row gets a gradient there, boolean, of the same shape. Where it gets none,
-            what is done to the row must stop it, as `tf.where` does.
+        slots: Its rows, or -1, int64, shape (N,).
         sparse: Make the gradient of the variable `tf.IndexedSlices`, for `summed`, rather than a
-            dense one.
+            dense one. What is done to rows with a negative slot must stop their gradients then, as
+            `tf.where` does.
 
     Returns:
-        A tensor of shape (*places.shape, D).
+        A tensor of shape (N, D).
     """
     # Where there are replicas and none of them asks, nothing steps: Keras looks for shapes.
     if not sparse or tf.distribute.in_cross_replica_context():
         # Keras never sums the duplicates of IndexedSlices, which makes most of its optimizers wrong
-        # for an id that occurs twice. The gradient of a reshape is dense, and so sums them.
-        return tf.gather(tf.reshape(variable, variable.shape), places)
-    width = variable.shape[1]
-    slots = tf.reshape(tf.where(trains, places, -1), [-1])
+        # for an id that occurs twice. The gradient of a reshape is dense, and so sums them, without
+        # those of negative slots.
+        rows, slots = tf.reshape(variable, variable.shape), slots[:, tf.newaxis]
+        return tf.gather_nd(rows, slots, bad_indices_policy="IGNORE")
     if tf.executing_eagerly():
-        rows = _gather_eagerly(tf.convert_to_tensor(variable), slots)
-    else:
-        rows = tf.stop_gradient(tf.gather(variable, tf.reshape(places, [-1])))
-        rows = _carrier(variable)(rows, variable.handle, slots)
-    return tf.reshape(rows, tf.concat([tf.shape(places), [width]], 0))
+        return _gather_eagerly(tf.convert_to_tensor(variable), slots)
+    rows = tf.stop_gradient(tf.gather(variable, tf.maximum(slots, 0)))
+    return _carrier(variable)(rows, variable.handle, slots)
 
 
 def _carrier(variable: Any) -> Any:

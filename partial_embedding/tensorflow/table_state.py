@@ -102,13 +102,15 @@ class TableState:
     def look_up(self, ids: Any) -> Any:
         """The rows of a dense tensor of ids, of shape (*ids.shape, D)."""
         self._free_with_the_layer()
+        flat = tf.reshape(ids, [-1])
         # `tf.gather` of a variable reads the rows only; reading the variable first would copy all
         # of it at every step once a row of it has been assigned.
-        frozen = tf.gather(self.table.value, ids)
-        places, trains = self._places_of(ids)
+        frozen = tf.gather(self.table.value, flat)
+        slots = self._slots_of(flat)
         sparse = self.optimizer is not None and self.optimizer.lazy
-        unfrozen = gather_rows(self.rows.value, places, trains, sparse)
-        return tf.where(trains[..., tf.newaxis], unfrozen, frozen)
+        unfrozen = gather_rows(self.rows.value, slots, sparse)
+        rows = tf.where((slots >= 0)[:, tf.newaxis], unfrozen, frozen)
+        return tf.reshape(rows, tf.concat([tf.shape(ids), self.table.shape[1:]], 0))
 
     def _free_with_the_layer(self) -> None:
         """Free the memory of the variables when nothing refers to them any more.
@@ -125,16 +127,16 @@ class TableState:
             for part in getattr(value, "values", (value,)):
                 weakref.finalize(part, _empty, part.handle, part.dtype).atexit = False
 
-    def _places_of(self, ids: Any) -> tuple[Any, Any]:
-        """The place of each id in `rows`, any one where it has none, and whether it trains."""
+    def _slots_of(self, ids: Any) -> Any:
+        """The place of each id in `rows`, or -1 for one that does not train; both of shape (N,)."""
         ids = tf.cast(ids, tf.int64)
         # `tf.searchsorted` without its work on shapes.
         places = tf.raw_ops.LowerBound(
-            sorted_inputs=self._all_but_last, values=tf.reshape(ids, [1, -1]), out_type=tf.int64
-        )
-        places = tf.reshape(places, tf.shape(ids))
+            sorted_inputs=self._all_but_last, values=ids[tf.newaxis], out_type=tf.int64
+        )[0]
         is_reserved = tf.gather(self._reserved, places) == ids
-        return places, is_reserved & (tf.gather(self.unfrozen.value, places) > 0)
+        trains = is_reserved & (tf.gather(self.unfrozen.value, places) > 0)
+        return tf.where(trains, places, -1)
 
     def merged(self) -> Any:
         """The whole table as one tensor of shape (V, D), through which unfrozen rows train."""
