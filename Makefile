@@ -13,8 +13,8 @@ TESTED := --editable '.[lightning,text,transformers]' --group dev --group dev-to
 SELECT ?= -m "not full"
 WORKERS ?= 2
 
-.PHONY: quickstart quickstart-keras test test-full test-lightning test-keras test-floors test-wheel \
-  lint types docs pictures coverage clean bench bench-full bench-torch bench-keras bench-readme
+.PHONY: quickstart quickstart-keras test test-full test-lightning test-keras test-floors test-gpu test-wheel \
+  lint types docs pictures coverage clean bench bench-full bench-gpu bench-torch bench-keras bench-readme
 
 # One thread: the tensors are small, and threads would wait for each other.
 quickstart: $(LIGHTNING)/.installed
@@ -46,6 +46,14 @@ test-keras: $(KERAS)/.ready-for-tests
 # which older releases do not have. Keras has one version, on which test-keras runs.
 test-floors: $(FLOORS)/.ready-for-tests
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python $(PYTEST) --ignore=tests/torch/test_nn_suite.py $(OF_TORCH)
+
+# On a machine with a GPU; without one, every test says that it was left out.
+test-gpu: $(LIGHTNING)/.ready-for-tests
+	$(LIGHTNING)/bin/python -m pytest -rs tests/torch/test_gpu.py
+
+bench-gpu: $(LIGHTNING)/.ready-for-bench
+	$(LIGHTNING)/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available() and "A GPU is needed. Received none.")'
+	$(LIGHTNING)/bin/python benchmarks/run.py $(FULL) --out $(BENCH)-gpu
 
 # As users install it: from the wheel, with each extra, outside of the sources.
 test-wheel: $(LIGHTNING)/.ready-for-tests

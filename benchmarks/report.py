@@ -114,7 +114,15 @@ def targets(results: Results) -> Iterator[Target]:
             yield Target(what, entry["peak"] / bound, 1.0)
     if fit := results.get("fit"):
         added = 100 * (fit["callback"] - fit["fit"]) / fit["fit"]
-        yield Target("what the callback adds to a step of `fit`, %", added, 5.0)
+        yield Target("what `RowUnfreezing` adds to a step of `fit`, %", added, 2.0)
+    if callbacks := results.get("callbacks"):
+        added = 100 * (callbacks["ratio"] - 1)
+        yield Target("what both callbacks add to a step of `fit`, %", added, 3.0)
+    if parts := results.get("parts"):
+        yield from _part_targets(parts)
+    if heads := results.get("heads"):
+        what = "new tokens, V = 256,000, D = 2,048: step over the frozen model's passes"
+        yield Target(what, heads["ours"] / heads["plain"], 1.1)
     yield from _traffic_targets(results.get("ddp", []))
 
 
@@ -141,6 +149,18 @@ def _step_targets(results: Results, optimizer: str, trainable: int) -> Iterator[
         one(results, race, "ours", together=False)["ms"] / by_hand,
         1.0,
     )
+
+
+def _part_targets(parts: Measured) -> Iterator[Target]:
+    """What a step, a preparation and a stage change cost by themselves."""
+    around, gradient, change = parts["around a step"], parts["gradient"], parts["stage change"]
+    what = "µs that a step of 64 ids takes longer than the floor, K = 100"
+    yield Target(what, around["ours"] - around["floor"], 60)
+    what = "step over one with a sparse gradient as torch made it, K = 1,000"
+    yield Target(what, gradient["ours"] / gradient["sparse"], 1.03)
+    yield Target("ms to prepare an optimizer, at most", max(parts["preparing"].values()), 50)
+    what = "stage change by 100,000 rows over one pass over them"
+    yield Target(what, change["change"] / change["pass"], 3.0)
 
 
 def _traffic_targets(entries: list[Measured]) -> Iterator[Target]:

@@ -28,6 +28,9 @@ import torch
 from contenders import CONTENDERS, Contender, Step, Work, batches_of
 from ddp import COUNTS, measure_all
 from fit import measure_fits
+from heads import measure_heads
+from overhead import measure_callbacks
+from parts import measure_parts
 from report import write_report
 
 from partial_embedding.torch.row_gradient import RowGradient
@@ -305,6 +308,15 @@ def main() -> None:
     if wanted("fit"):
         print("fit", flush=True)
         results["fit"] = measure_fits(Work(device=DEVICE, ids=IDS), rounds=6)
+    if wanted("callbacks"):
+        print("callbacks", flush=True)
+        results["callbacks"] = measure_callbacks(pairs=80 if args.full else 40)
+    if wanted("parts") and DEVICE == "cpu":
+        print("parts", flush=True)
+        results["parts"] = measure_parts()
+    if wanted("heads") and DEVICE == "cpu":
+        print("heads", flush=True)
+        results["heads"] = measure_heads(256_000, 2048, rounds=7 if args.full else 3)
     if wanted("ddp") and COUNTS.exists():
         print("ddp", flush=True)
         results["ddp"] = measure_all(Work())

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from partial_embedding.torch.table import PartialTable
 
 _living: weakref.WeakSet[RowHook] = weakref.WeakSet()
+# What `by_rows` gave for a weight. Not among a table's attributes, which are copied and scripted.
+_passages: weakref.WeakKeyDictionary[PartialTable, tuple[Tensor, Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class RowHook:
@@ -153,14 +157,17 @@ def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
 
 
 def _without_frozen(ids: Tensor, values: Tensor, table: PartialTable) -> tuple[Tensor, Tensor]:
-    if table.has_frozen_rows:
-        keep = table.row_set.to(ids.device).mask.index_select(0, ids)
+    if table._row_set is not None:
+        rows = table.row_set.to(ids.device)
+        if len(rows) == rows.num_rows:
+            return ids, values
+        keep = rows.mask.index_select(0, ids)
     elif table.padding_row is not None:
         keep = ids != table.padding_row
     else:
         return ids, values
     kept = keep.nonzero().flatten()
-    if len(kept) == len(ids):
+    if kept.shape == ids.shape:
         return ids, values
     return ids.index_select(0, kept), values.index_select(0, kept)
 
@@ -237,8 +244,23 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
         return weight
     if not (weight.requires_grad and torch.is_grad_enabled()) or is_left_to_ddp(table):
         return weight
-    passed: Tensor = _ByRows.apply(weight, table)  # type: ignore[no-untyped-call]  # torch's own
-    return passed
+    # Kept, since to apply a function takes half as long as a small lookup.
+    passed, through = _passages.get(table, (None, weight))
+    if passed is not weight or not through.is_set_to(weight):
+        del through
+        close_passage(table)  # before: what is left of it would hold on to the weight's old shape
+        through = _ByRows.apply(weight, weakref.ref(table))  # type: ignore[no-untyped-call]
+        _passages[table] = weight, through
+    return through
+
+
+def close_passage(table: PartialTable) -> None:
+    """Forget the way to a weight that a table may no longer have.
+
+    Args:
+        table: The table.
+    """
+    _passages.pop(table, None)
 
 
 def is_rewritten(*tensors: Tensor) -> bool:
@@ -260,9 +282,9 @@ class _ByRows(torch.autograd.Function):
     """The weight as it is; on the way back, rows in the place of a sparse tensor."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, table: PartialTable) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, table: weakref.ref[PartialTable]) -> Tensor:
         ctx.table = table
-        return weight.view_as(weight)
+        return weight.detach()  # no view, which could not be used again once the weight has moved
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -272,5 +294,7 @@ class _ByRows(torch.autograd.Function):
         if grad.requires_grad:
             return grad.to_dense(), None  # rows cannot be read without losing a second derivative
         # Not coalesced: that would sort all ids, and change the order of the sums.
-        ids, values = _without_frozen(grad._indices()[0], grad._values(), ctx.table)
-        return RowGradient(ids, values, len(grad), grad.is_coalesced()), None
+        ids, values = grad._indices()[0], grad._values()
+        if (table := ctx.table()) is not None:
+            ids, values = _without_frozen(ids, values, table)
+        return RowGradient(ids, values, grad.shape[0], grad.is_coalesced()), None

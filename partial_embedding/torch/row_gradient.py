@@ -38,6 +38,17 @@ class _Rows:
     summed: bool
 
 
+def _in_its_memory(name: str) -> Any:
+    """A method of the dense gradient, which is held from then on."""
+
+    def method(grad: RowGradient, *args: Any, **options: Any) -> Any:
+        dense = grad.become_dense()
+        result = getattr(dense, name)(*args, **options)
+        return grad if result is dense else result
+
+    return method
+
+
 class RowGradient(Tensor):
     """A gradient of shape (V, D) whose rows are zero but for those that it holds.
 
@@ -74,11 +85,6 @@ class RowGradient(Tensor):
         )
         made._held = _Rows(ids, values, summed)
         return made
-
-    def __init__(
-        self, ids: Tensor | None, values: Tensor, num_rows: int, summed: bool = False
-    ) -> None:
-        super().__init__()
 
     # What it holds
 
@@ -186,17 +192,24 @@ class RowGradient(Tensor):
         held = self._summed()
         return RowGradient, (held.ids, held.values, len(self), True)
 
-    def numpy(self, *, force: bool = False) -> Any:
-        """As for a dense gradient.
-
-        Args:
-            force: As for `torch.Tensor.numpy`.
-        """
-        return self.to_dense().numpy(force=force)
-
     def tolist(self) -> Any:
         """As for a dense gradient."""
         return self.to_dense().tolist()
+
+    def share_memory_(self) -> RowGradient:
+        """Move what is held to memory that processes share."""
+        held = self._held
+        for one in (held.values,) if held.ids is None else (held.ids, held.values):
+            one.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether processes share what is held."""
+        return bool(self._held.values.is_shared())
+
+    # These go to memory past all of torch's functions. Here there is none, which ends the process.
+    # `untyped_storage` and `data_ptr` do not: compilers ask for them, and read nothing there.
+    numpy, apply_, __dlpack__ = map(_in_its_memory, ("numpy", "apply_", "__dlpack__"))
 
     @property
     def data(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.blocks import Block
 from partial_embedding.torch.ddp import is_averaged_here
 from partial_embedding.torch.engines import refuse_flat
 from partial_embedding.torch.hooks import tables_of
@@ -36,7 +37,7 @@ from partial_embedding.torch.saving import (
 )
 from partial_embedding.torch.shards import check_sharding, is_sharded, local
 from partial_embedding.torch.table import PartialTable
-from partial_embedding.torch.table_state import Block, TableState, clear_history
+from partial_embedding.torch.table_state import TableState, clear_history
 from partial_embedding.torch.unheld import no_longer_await
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -182,18 +183,15 @@ class Rowwise:
 
     def _make_stand_in(self, places: list[list[int]]) -> Optimizer:
         """The same optimizer, but for groups of its own where there are tables."""
-        groups, lists = [], {}
-        for group, has_tables in zip(self.optimizer.param_groups, places, strict=True):
-            if has_tables:
-                own = group["params"]
-                group = {**group, "params": list(own)}
-                lists[id(own)] = group["params"]
-            groups.append(group)
+        groups = [
+            {**group, "params": list(group["params"])} if has_tables else group
+            for group, has_tables in zip(self.optimizer.param_groups, places, strict=True)
+        ]
         stand_in: Optimizer = object.__new__(type(self.optimizer))
-        # LBFGS keeps the list of its parameters as an attribute too.
-        attributes = {k: lists.get(id(v), v) for k, v in vars(self.optimizer).items()}
-        vars(stand_in).update(attributes, param_groups=groups)
-        self._attributes = dict(vars(stand_in))
+        self._attributes = {**vars(self.optimizer), "param_groups": groups}
+        if isinstance(self.optimizer, LBFGS):
+            self._attributes["_params"] = groups[0]["params"]  # the list of its one group
+        vars(stand_in).update(self._attributes)
         return stand_in
 
     def _take_over(self) -> None:
@@ -236,10 +234,9 @@ class Rowwise:
     def _blocks_of(
         self, state: TableState, group: Group, groups: list[Group]
     ) -> list[nn.Parameter]:
-        counted, known = state.layout.in_group, state.options.items()
-        if any(group.get(key) is not value for key, value in known if key not in counted):
-            options = {key: value for key, value in group.items() if key not in counted}
-            # What a step itself changes is no option, and is for a dry run what it was at first.
+        if not state.has_options_of(group):
+            # What a step itself changes is for a dry run what it was at first.
+            options = {k: v for k, v in group.items() if k not in state.layout.in_group}
             options = {**options, **copy.deepcopy(state.layout.begun)}
             layout, state.unscaled = self._layout_of(state.parameter, options)
             state.change_layout(layout, options_of(options))

@@ -49,7 +49,7 @@ def read_rows(source: Tensor, ids: Tensor, run: slice | None, into: Tensor | Non
     """
     if run is not None and source.is_contiguous():
         return source[run]
-    if _fits(into, source, len(ids)):
+    if _fits(into, source, ids.shape[0]):
         return torch.index_select(source, 0, ids, out=into)
     return source.index_select(0, ids)
 
@@ -112,11 +112,6 @@ def distinct(slots: Tensor, height: int) -> tuple[Tensor, Tensor]:
     found = marks.nonzero().flatten()
     marks.index_copy_(0, found, torch.arange(len(found), device=slots.device))
     return found, marks.index_select(0, slots)
-
-
-def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors lie in one block of memory."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _fits(into: Tensor | None, like: Tensor, height: int) -> TypeGuard[Tensor]:

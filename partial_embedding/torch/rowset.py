@@ -52,7 +52,7 @@ class RowSet:
             self.mask[self.order] = True
 
     def __len__(self) -> int:
-        return sum(map(len, self.cohorts.values()))
+        return self.order.shape[0]
 
     def _joined(self, ids: list[Tensor]) -> Tensor:
         if len(ids) == 1:
@@ -62,7 +62,7 @@ class RowSet:
     @cached_property
     def ids(self) -> Tensor:
         """The trainable rows in rising order, int64, shape (K,)."""
-        return self.order.sort().values
+        return self.order if len(self.cohorts) < 2 else self.order.sort().values
 
     @cached_property
     def slots(self) -> Tensor:
@@ -104,9 +104,7 @@ class RowSet:
         kept = {
             n: old if wanted[old].all() else old[wanted[old]] for n, old in self.cohorts.items()
         }
-        for old in kept.values():
-            wanted[old] = False
-        joining = wanted.nonzero().flatten()
+        joining = ids[~self.is_trainable(ids)]
         if not len(joining) and len(self) == len(ids):
             return self
         scaled = {} if rate_scale is None or rate_scale.is_plain else {self.next_number: rate_scale}

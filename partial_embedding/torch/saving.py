@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from partial_embedding.errors import InputError
+from partial_embedding.torch.blocks import Cohort
 from partial_embedding.torch.inspection import KEY, Group, State, state_of_one_row
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.saved_state import (
@@ -35,7 +36,7 @@ from partial_embedding.torch.saved_state import (
     rows_in,
 )
 from partial_embedding.torch.shards import gathered, shard_of
-from partial_embedding.torch.table_state import Cohort, TableState
+from partial_embedding.torch.table_state import TableState
 
 Tables = Mapping[int, TableState]
 # What was saved of tables, by the place of the group and of the parameter in it.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.hooks import RowHook, hooks_on, tables_of
+from partial_embedding.torch.hooks import RowHook, close_passage, hooks_on, tables_of
 from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
@@ -62,6 +62,9 @@ class PartialTable(TrainableRows):
         "saves_rows",
     )
 
+    # A dict of tensors it would make an attribute, which stays behind when the module moves.
+    __jit_ignored_attributes__ = ("_hooked",)
+
     # The hooks, and all that can make a hook disappear
 
     def owns(self, parameter: nn.Parameter | None) -> bool:
@@ -90,6 +93,7 @@ class PartialTable(TrainableRows):
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
         if not any(self._parameters.get(n) is not None for n in ("weight", "weight_orig")):
             return
+        close_passage(self)
         self._find_shards()
         weight = self.leaf_weight
         rows = self.__dict__.setdefault("_shared", SharedRows())
@@ -120,6 +124,7 @@ class PartialTable(TrainableRows):
             self._unhook(name)
         for name in ("_shared", "is_copy", *_WIRING):
             self.__dict__.pop(name, None)
+        close_passage(self)
         no_longer_await(self)
 
     def _share_rows_with(self, other: PartialTable) -> None:

@@ -1,11 +1,10 @@
-"""The optimizer state of one table's cohorts, and the compact parameters that stand in for them."""
+"""The optimizer state of one table's cohorts, and what becomes of it when rows change."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -13,89 +12,18 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
+from partial_embedding.torch.blocks import Blocks, Cohort
 from partial_embedding.torch.inspection import (
     Group,
     State,
     StateLayout,
-    first_state,
-    untouched_row_state,
-)
-from partial_embedding.torch.row_gradient import as_tensor, entries_of
-from partial_embedding.torch.rowcopy import (
-    distinct,
-    read_rows,
-    run_of,
-    share_memory,
-    sum_rows,
-    write_rows,
 )
 from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.shards import as_block, is_sharded, local, shard_of
+from partial_embedding.torch.shards import is_sharded, local, shard_of
 from partial_embedding.torch.table import PartialTable
 
-_FEW = 1000
 
-
-@dataclass(eq=False)
-class Cohort:
-    """Rows that began to train together, and what the optimizer remembers of them.
-
-    Args:
-        ids: The rows, sorted, int64, shape (k,).
-        state: The optimizer's state; tensors that are per row have k rows.
-        group_state: What the optimizer keeps in its parameter group, if anything.
-        rate_scale: How fast the rows learn.
-        steps: The steps that they made; counted only where the rate_scale is not plain.
-    """
-
-    ids: Tensor
-    state: State = field(default_factory=dict)
-    group_state: State = field(default_factory=dict)
-    rate_scale: RateScale = field(default_factory=RateScale)
-    steps: int = 0
-    _values: Tensor | None = field(default=None, init=False)
-
-    @property
-    def is_new(self) -> bool:
-        """Whether the cohort has not been stepped yet."""
-        return not self.state and not self.group_state
-
-    @cached_property
-    def run(self) -> slice | None:
-        """The rows as a slice, if they lie side by side: their block is then a view."""
-        return run_of(self.ids)
-
-    def values_of(self, weight: Tensor) -> Tensor:
-        """The rows' values, shape (k, D), in memory that is kept for the next step.
-
-        Args:
-            weight: The table, shape (V, D).
-        """
-        values = read_rows(weight, self.ids, self.run, self._values)
-        self._values = None if share_memory(values, weight) else values
-        return values
-
-
-@dataclass(eq=False)
-class Block:
-    """A compact parameter that stands in for rows of the table during one step.
-
-    Args:
-        cohort: The cohort that the rows belong to.
-        parameter: The rows' values and gradient, shape (k, D).
-        ids: Their rows in the table, or in what this process has of it, shape (k,).
-        num_rows: How many rows of the cohort all processes have that share the table.
-        places: Their positions within the cohort, shape (k,), or None for all of it in order.
-    """
-
-    cohort: Cohort
-    parameter: nn.Parameter
-    ids: Tensor
-    num_rows: int
-    places: Tensor | None = None
-
-
-class TableState:
+class TableState(Blocks):
     """What one optimizer remembers of one table: nothing but the state of its trainable rows.
 
     Args:
@@ -122,18 +50,11 @@ class TableState:
         unscaled: str | None = None,
         options: Group | None = None,
     ) -> None:
+        super().__init__(parameter, layout, lazy)
         self.name = name
         self.table = table
-        self.parameter = parameter
-        self.row_shape = parameter.shape[1:]
-        self.layout = layout
-        self.lazy = lazy
         self.unscaled = unscaled
-        self.options = options or {}
-        self.cohorts: dict[int, Cohort] = {}
-        self._rows: RowSet | None = None
-        self._own_rows: RowSet | None = None  # those of them that this process has
-        self._summed: Tensor | None = None  # the last compact gradient, for its memory
+        self._set_layout(layout, options or {})
         for rate_scale in table.row_set.rate_scales.values():
             self.check_rate_scale(rate_scale)
 
@@ -160,12 +81,21 @@ class TableState:
             layout: How the optimizer keeps its state from now on.
             options: The options that it follows from.
         """
-        self.layout = replace(
-            layout,
-            keys=layout.keys | self.layout.keys,
-            per_row=layout.per_row | self.layout.per_row,
-        )
-        self.options = options
+        keys, per_row = layout.keys | self.layout.keys, layout.per_row | self.layout.per_row
+        self._set_layout(replace(layout, keys=keys, per_row=per_row), options)
+
+    def _set_layout(self, layout: StateLayout, options: Group) -> None:
+        self.layout = layout
+        # What a step itself changes is no option.
+        self._options = {k: v for k, v in options.items() if k not in layout.in_group}
+
+    def has_options_of(self, group: Group) -> bool:
+        """Whether the layout follows from the options of a group, as far as can be seen at once.
+
+        Args:
+            group: A parameter group.
+        """
+        return all(map(is_, map(group.get, self._options), self._options.values()))
 
     def sync(self) -> bool:
         """Take over the table's row set: new cohorts begin, rows that left lose their state.
@@ -189,17 +119,6 @@ class TableState:
         self._rows, self._own_rows = rows, own
         return changed
 
-    @property
-    def values(self) -> Tensor:
-        """What this process has of the parameter."""
-        return local(self.parameter)
-
-    @property
-    def rows(self) -> RowSet:
-        """The trainable rows that this process has, numbered from its first one."""
-        assert self._own_rows is not None, "sync comes first"
-        return self._own_rows
-
     def _restricted(self, old: Cohort | None, ids: Tensor, rate_scale: RateScale) -> Cohort:
         if old is None:
             return Cohort(ids, rate_scale=rate_scale)
@@ -213,153 +132,6 @@ class TableState:
 
     def _moved(self, state: State, like: Tensor) -> State:
         return {k: v.to(like.device) if k in self.layout.per_row else v for k, v in state.items()}
-
-    def _per_row(self, state: State) -> list[str]:
-        return [key for key in state if key in self.layout.per_row]
-
-    # Blocks: what the optimizer's own maths sees instead of the table
-
-    def blocks(self, optimizer: Optimizer, group: Group) -> Iterator[Block]:
-        """Make the compact parameters of this step, with their gradients and state.
-
-        Args:
-            optimizer: The optimizer.
-            group: Its parameter group that holds the table.
-        """
-        grad = None if self.parameter.grad is None else local(self.parameter.grad)
-        if grad is None and not self.layout.flat and not self.layout.in_group:
-            return  # without a gradient the optimizer neither moves a parameter nor counts the step
-        # In a dense gradient nothing tells an untouched row from one whose gradient is zero.
-        entries = None if grad is None else entries_of(grad)
-        if entries is not None and (self.lazy or self._rests_where_untouched(len(entries[0]))):
-            made = self._lazy_blocks(*entries)
-        else:
-            made = self._whole_blocks(grad, entries)
-        for block in made:
-            if self.layout.eager and not block.cohort.state:
-                whole = self.values.new_empty(len(block.cohort.ids), *self.row_shape)
-                block.cohort.state = first_state(optimizer, group, nn.Parameter(whole))
-            yield block
-
-    def _rests_where_untouched(self, entries: int) -> bool:
-        """Whether stepping touched rows alone gives the same bits, at a lower cost."""
-        if not self.layout.rests:
-            return False
-        # Half precision rounds in another way at the end of a vector register, so by a row's place.
-        exact = self.parameter.dtype in (torch.float32, torch.float64)
-        # To sort out which rows were touched takes as long as to step some more.
-        return exact and entries + _FEW < len(self.rows)
-
-    def _whole_blocks(
-        self, grad: Tensor | None, entries: tuple[Tensor, Tensor] | None
-    ) -> Iterator[Block]:
-        rows, sizes = self.rows, [len(cohort.ids) for cohort in self.cohorts.values()]
-        weight = self.values
-        compact: Iterable[Tensor | None] = [None] * len(sizes)
-        if grad is not None and self.layout.sparse:
-            compact = _split_sparse(rows.slots, entries, sizes)
-        elif entries is not None:
-            compact = self._compact(rows, *entries).split(sizes)
-        elif grad is not None:
-            dense = as_tensor(grad)
-            cohorts = self.cohorts.values()
-            compact = [read_rows(dense, cohort.ids, cohort.run) for cohort in cohorts]
-        for number, part_grad in zip(self.cohorts, compact, strict=True):
-            cohort = self.cohorts[number]
-            yield self._block(number, cohort.values_of(weight), part_grad, cohort.ids)
-
-    def _block(
-        self,
-        number: int,
-        values: Tensor,
-        grad: Tensor | None,
-        ids: Tensor,
-        places: Tensor | None = None,
-    ) -> Block:
-        assert self._rows is not None, "sync comes first"
-        num_rows = len(self._rows.cohorts[number])
-        parameter = nn.Parameter(self._shared(values, num_rows))
-        parameter.grad = None if grad is None else self._shared(grad, num_rows)
-        return Block(self.cohorts[number], parameter, ids, num_rows, places)
-
-    def _shared(self, own: Tensor, num_rows: int) -> Tensor:
-        """Rows of this process, as a part of those of all that share the table."""
-        return as_block(own, self.parameter, num_rows) if is_sharded(self.parameter) else own
-
-    def _compact(self, rows: RowSet, ids: Tensor, values: Tensor) -> Tensor:
-        """The gradient of the trainable rows by slot, shape (K, D)."""
-        slots = rows.slots.index_select(0, ids)
-        self._summed = sum_rows(slots, values, len(rows) + 1, self._summed)
-        return self._summed[: len(rows)]
-
-    def _lazy_blocks(self, ids_given: Tensor, values_given: Tensor) -> Iterator[Block]:
-        rows, sizes = self.rows, [len(cohort.ids) for cohort in self.cohorts.values()]
-        slots = rows.slots.index_select(0, ids_given).long()
-        stepped, position = distinct(slots, len(rows) + 1)
-        summed = sum_rows(position, values_given, len(stepped))
-        ends = torch.tensor([0, *sizes], device=stepped.device).cumsum(0)
-        bounds = torch.searchsorted(stepped, ends).tolist()
-        starts = ends.tolist()
-        for i, (number, cohort) in enumerate(self.cohorts.items()):
-            places = stepped[bounds[i] : bounds[i + 1]] - starts[i]
-            ids = cohort.ids.index_select(0, places)
-            part_grad = summed[bounds[i] : bounds[i + 1]]
-            if self.layout.sparse:
-                part_grad = _sparse(torch.arange(len(ids), device=ids.device), part_grad, len(ids))
-            values = self.values.index_select(0, ids)
-            yield self._block(number, values, part_grad, ids, places)
-
-    def gather_state(self, block: Block) -> State:
-        """The state to give the optimizer for a block."""
-        state = dict(block.cohort.state)
-        for key in self._per_row(state):
-            rows = state[key]
-            if block.places is not None:
-                rows = rows.index_select(0, block.places)
-            state[key] = self._shared(rows, block.num_rows)
-        return state
-
-    def check_state(self, state: State, optimizer: Optimizer) -> None:
-        """Refuse state that the optimizer did not keep when it was tried.
-
-        Args:
-            state: What it keeps of a block.
-            optimizer: The optimizer.
-
-        Raises:
-            InputError: There is a key of which nothing is known.
-        """
-        if not self.layout.flat and (unknown := state.keys() - self.layout.keys):
-            raise InputError(
-                "an optimizer keeps the state that it was tried with. Received "
-                f"{sorted(unknown)} from {type(optimizer).__name__}. Where its options changed, "
-                "call detach_rowwise and rowwise again."
-            )
-
-    def scatter(self, block: Block, state: State, optimizer: Optimizer, group: Group) -> None:
-        """Put the values and the state of a block back where they belong.
-
-        Args:
-            block: A block that `blocks` made.
-            state: The optimizer's state of it.
-            optimizer: The optimizer.
-            group: Its parameter group that holds the table, with the block's learning rate.
-        """
-        state = {k: local(v) if is_sharded(v) else v for k, v in state.items()}
-        if self._summed is not None and _keeps(state, self._summed):
-            self._summed = None
-        run = block.cohort.run if block.places is None else None
-        write_rows(self.values, block.ids, run, local(block.parameter))
-        if block.places is not None and state:
-            whole = block.cohort.state
-            if not whole:
-                row = untouched_row_state(optimizer, self.layout, group, self.values)
-                rows = len(block.cohort.ids)
-                whole = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in row.items()}
-            for key in self._per_row(state):
-                write_rows(whole[key], block.places, None, state[key])
-                state[key] = whole[key]
-        block.cohort.state = state
 
     # Saving and restoring
 
@@ -434,30 +206,3 @@ def clear_history(optimizer: Optimizer) -> None:
     """Make LBFGS forget its one history of all parameters, and how long it was."""
     optimizer.state.clear()
     vars(optimizer)["_numel_cache"] = None
-
-
-def _split_sparse(
-    slots: Tensor, entries: tuple[Tensor, Tensor] | None, sizes: list[int]
-) -> Iterator[Tensor]:
-    """A sparse gradient for each cohort, as `SparseAdam` wants."""
-    if entries is None:
-        raise InputError(
-            "SparseAdam takes sparse gradients. Received a dense one. Make the table with "
-            "sparse=True, and do not tie its weight to a head."
-        )
-    of_id, values, start = slots[entries[0]].long(), entries[1], 0
-    for size in sizes:
-        mine = (of_id >= start) & (of_id < start + size)
-        yield _sparse(of_id[mine] - start, values[mine], size)
-        start += size
-
-
-def _sparse(ids: Tensor, values: Tensor, height: int) -> Tensor:
-    return torch.sparse_coo_tensor(
-        ids.unsqueeze(0), values, (height, *values.shape[1:]), check_invariants=False
-    )
-
-
-def _keeps(state: State, tensor: Tensor) -> bool:
-    """Whether an optimizer remembers a tensor itself, and not a copy of it."""
-    return any(isinstance(v, Tensor) and share_memory(v, tensor) for v in state.values())

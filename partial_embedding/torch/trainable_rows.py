@@ -95,7 +95,10 @@ class TrainableRows(TableFiles):
         Raises:
             InputError: As for `set_trainable_rows`.
         """
-        ids = np.union1d(self.row_set.ids.cpu().numpy(), self._resolve(rows))
+        more, mask = self._resolve(rows), self.row_set.mask.cpu().numpy()
+        # Of two rising runs, which a stable sort merges.
+        ids = np.concatenate([self.row_set.ids.cpu().numpy(), more[~mask[more]]])
+        ids.sort(kind="stable")
         self.set_trainable_ids(ids, RateScale(lr_scale, warmup_steps))
 
     def freeze_rows(self, rows: RowsLike) -> None:
@@ -107,7 +110,10 @@ class TrainableRows(TableFiles):
         Raises:
             InputError: The rows do not fit the table.
         """
-        self.set_trainable_ids(np.setdiff1d(self.row_set.ids.cpu().numpy(), self._resolve(rows)))
+        frozen = np.zeros(self.row_set.num_rows, dtype=bool)
+        frozen[self._resolve(rows)] = True
+        now = self.row_set.ids.cpu().numpy()
+        self.set_trainable_ids(now[~frozen[now]])
 
     @property
     def _row_set(self) -> RowSet | None:
@@ -161,7 +167,8 @@ class TrainableRows(TableFiles):
         """Whether some row other than padding does not train."""
         if self._row_set is None:
             return False
-        return len(self.row_set) < self._most_trainable(self.leaf_weight.shape[0])
+        rows = self.row_set
+        return len(rows) < self._most_trainable(rows.num_rows)
 
     @property
     def new_rows(self) -> Ids | None:
@@ -220,7 +227,8 @@ class TrainableRows(TableFiles):
         """
         self.check_rate_scale(rate_scale)
         self.__dict__.pop("is_copy", None)
-        ids = ids[ids != self.padding_row]
+        if self.padding_row is not None:
+            ids = ids[ids != self.padding_row]
         for parameter in self._shards.values():
             check_sharding(parameter, self)
         if self._row_set is None and len(ids) == self._most_trainable(self.leaf_weight.shape[0]):
@@ -293,9 +301,11 @@ class TrainableRows(TableFiles):
         return self._find_leaf_weight() is not None
 
     def _find_leaf_weight(self) -> nn.Parameter | None:
-        for weight in (self._shards.get("weight"), self._parameters.get("weight")):
-            if weight is not None:
-                return weight
+        weight = self._shards.get("weight") if self._shards else None
+        if weight is None:
+            weight = self._parameters.get("weight")
+        if weight is not None:
+            return weight
         if (computed := self._modules.get("parametrizations")) is not None:
             return computed._modules["weight"]._parameters.get("original")  # type: ignore[union-attr]
         return self._parameters.get("weight_orig")

@@ -77,8 +77,8 @@ def refuse_unheld(optimizer: Optimizer) -> None:
     # What FSDP1 has flattened is refused where it is used, and not by other optimizers.
     standing = [t for t in _waiting if t.has_leaf_weight and not is_flattened(t)]
     for table in standing:
-        if id(table.leaf_weight) in own:
-            no_longer_await(table)
+        if id(table.leaf_weight) in own or vars(table).get("_steppers"):
+            no_longer_await(table)  # by this optimizer, or by one that has prepared itself
     suspects = [t for t in standing if t in _waiting and _is_to_train(t) and t not in _warned]
     unheld = [t for t in suspects if judged.get(t) is not t._row_set]
     if not unheld:

@@ -14,7 +14,8 @@ from oracle import assert_same_bits
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from partial_embedding.torch import PartialEmbedding, rowwise
+from partial_embedding.torch import PartialEmbedding, averaging, row_gradient, rowwise
+from partial_embedding.torch.row_gradient import RowGradient
 
 V, D, STEPS = 12, 4, 8
 FIRST, LATE = [1, 4, 7], [0, 9]
@@ -123,9 +124,9 @@ def scaled(run: Run, ids: Tensor, up: Tensor, step: int) -> None:
 
 
 def scaled_with_an_infinity(run: Run, ids: Tensor, up: Tensor, step: int) -> None:
-    if step == 2:
-        up = up.clone()
-        up[0, 0] = float("inf")
+    up = up.clone()
+    if step in (2, 5):  # in a frozen row, which is none of the scaler's business, and in another
+        up[0 if step == 2 else FIRST[0], 0] = float("inf")
     scaled(run, ids, up, step)
 
 
@@ -217,15 +218,8 @@ def cases() -> Iterator[Any]:
 CASES = list(cases())
 
 
-@pytest.mark.parametrize(("door", "life", "optimizer"), CASES)
-@pytest.mark.parametrize("calls", [False, True], ids=["no_call", "rowwise"])
-def test_rows_go_through_a_door_as_small_tables_do(
-    door: str,
-    life: str,
-    optimizer: str,
-    calls: bool,
-    record_property: Callable[[str, object], None],
-) -> None:
+def go_through(door: str, life: str, optimizer: str, calls: bool) -> None:
+    """Train through a door, and compare after each step."""
     stages = LIVES[life]
     torch.manual_seed(7)
     start = torch.randn(V, D)
@@ -277,7 +271,102 @@ def test_rows_go_through_a_door_as_small_tables_do(
                 stay = [row for row in its if row not in frozen]
                 places = [its.index(row) for row in stay]
                 assert_same_bits(mean[stay], small.weight[places], f"the average at {step}")
+
+
+@pytest.mark.parametrize(("door", "life", "optimizer"), CASES)
+@pytest.mark.parametrize("calls", [False, True], ids=["no_call", "rowwise"])
+def test_rows_go_through_a_door_as_small_tables_do(
+    door: str,
+    life: str,
+    optimizer: str,
+    calls: bool,
+    record_property: Callable[[str, object], None],
+) -> None:
+    go_through(door, life, optimizer, calls)
     record_property("configuration: door", f"{door}-{life}-{optimizer}-{calls}")
+
+
+# What a door needs beside an optimizer that prepares itself, and how to take it away.
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+def never_prepared(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("partial_embedding.torch.optimizer._prepare", lambda *step: None)
+
+
+def with_old_gradients(patch: pytest.MonkeyPatch) -> None:
+    def too_early(args: Any, kwargs: Any, then: Callable[[], None], *before: Any) -> Any:
+        then()
+        return args, kwargs
+
+    patch.setattr("partial_embedding.torch.row_optimizer.with_gradients", too_early)
+
+
+def without_restoring(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("partial_embedding.torch.row_optimizer.restore", lambda *state: None)
+
+
+def without_averaging(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(AveragedModel, "update_parameters", averaging._update_parameters)
+
+
+def without_sums(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RowGradient, "_add", lambda *added: None)
+
+
+def does_nothing(func: Any, target: Any, *others: Any) -> Any:
+    return None if isinstance(target, list) else target
+
+
+def without(*functions: Any, instead: Callable[..., Any] = does_nothing) -> Break:
+    def forget(patch: pytest.MonkeyPatch) -> None:
+        for function in functions:
+            patch.setitem(row_gradient._BY_ROW, function, instead)
+
+    return forget
+
+
+def finds_nothing(func: Any, grads: Any, found: Tensor, scale: Tensor) -> None:
+    row_gradient._changed(func, grads, torch.zeros_like(found), scale)
+
+
+aten = torch.ops.aten
+BREAKS: dict[str, Break] = {
+    "closure": with_old_gradients,
+    "accumulated": without_sums,
+    "clip_by_norm": without(
+        aten.linalg_vector_norm.default, instead=lambda *norm, **options: torch.zeros(())
+    ),
+    "clip_by_infinity_norm": without(
+        aten._foreach_norm.Scalar, instead=lambda *norm, **options: [torch.zeros(())]
+    ),
+    "clip_by_value": without(aten.clamp_.default),
+    "clip_by_value_foreach": without(
+        aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar
+    ),
+    "scaled": without(aten._amp_foreach_non_finite_check_and_unscale_.default),
+    "scaled_with_an_infinity": without(
+        aten._amp_foreach_non_finite_check_and_unscale_.default, instead=finds_nothing
+    ),
+    "saved_and_loaded": without_restoring,
+    "ema": without_averaging,
+    "ema_with_buffers": without_averaging,
+    "edited_gradient": without(aten.mul_.Tensor),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_door_is_seen_to_fail_without_its_mechanism(
+    door: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BREAKS.get(door, never_prepared)(monkeypatch)
+
+    def go_through_all() -> None:
+        for life in LIVES:
+            go_through(door, life, "SGD", calls=False)
+
+    with pytest.raises(AssertionError):
+        go_through_all()
 
 
 def test_the_doors_do_not_shrink_unseen() -> None:

@@ -57,6 +57,7 @@ BY_ROW: dict[str, Callable[[Tensor], object]] = {
     "foreach_zero_": lambda grad: torch._foreach_zero_([grad]),
     "through_a_detached": lambda grad: grad.detach().mul_(0.3),
     "through_data": lambda grad: grad.data.mul_(0.3),
+    "share_memory_": lambda grad: grad.share_memory_(),
     "values": lambda grad: (grad.values() if isinstance(grad, RowGradient) else grad).mul_(0.3),
 }
 # What needs all rows, and what only the dense tensor can say.
@@ -70,6 +71,10 @@ ON_DENSE: dict[str, Callable[[Tensor], object]] = {
     "copy_": lambda grad: grad.copy_(torch.ones(V, D)),
     "mul_by_a_matrix": lambda grad: grad.mul_(torch.full((V, D), 0.5)),
     "sign_": lambda grad: grad.sign_(),
+    # Past torch's functions, to memory that a gradient of rows does not have.
+    "apply_": lambda grad: grad.apply_(lambda x: x + 1),
+    "through_numpy": lambda grad: grad.numpy().__setitem__(5, 7.0),
+    "through_dlpack": lambda grad: torch.from_dlpack(grad).fill_(2.0),
 }
 
 
@@ -118,6 +123,15 @@ def test_what_reads_it_reads_the_dense_one(name: str) -> None:
     ours, theirs = (answer.to_dense() for answer in answers)
     assert ours.dtype == theirs.dtype
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_model_with_gradients_moves_to_memory_that_processes_share() -> None:
+    table, plain = pair(passes=2)
+    table.share_memory()
+    assert table.weight.is_shared()
+    assert table.weight.grad.is_shared()
+    assert rows_of(table.weight.grad)
+    assert_same_bits(table.weight.grad.to_dense(), plain.weight.grad, "the gradient")
 
 
 def test_copies_are_gradients_of_rows_and_share_nothing() -> None:

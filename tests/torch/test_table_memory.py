@@ -1,6 +1,7 @@
 """What a table and its training hold in memory."""
 
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -114,3 +115,21 @@ def test_a_step_of_training_leaves_no_tensor_behind() -> None:
             step()
             counts.append(len(living_tensors()))
     assert len(set(counts[1:])) == 1, counts
+
+
+def test_a_table_that_was_trained_goes_with_its_last_reference() -> None:
+    table = PartialEmbedding(V, D, trainable_rows=ROWS)
+    gradient(table, IDS)
+    held = weakref.ref(table), weakref.ref(table.weight)
+    with without_collection():
+        del table
+        assert [one() for one in held] == [None, None]
+
+
+def test_memory_of_before_goes_when_a_table_moves() -> None:
+    table = PartialEmbedding(V, D, trainable_rows=ROWS)
+    gradient(table, IDS)
+    before = weakref.ref(table.weight.untyped_storage())
+    table.to(torch.float64)
+    table.weight.grad = None
+    assert before() is None
