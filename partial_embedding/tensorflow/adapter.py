@@ -25,22 +25,6 @@ class KerasTables:
 
     Raises:
         InputError: It has no table, or two of one name.
-
-    Example:
-        >>> import keras
-        >>> from partial_embedding import Schedule
-        >>> from partial_embedding.schedule.runner import Runner
-        >>> from partial_embedding.tensorflow import PartialEmbedding
-        >>> model = keras.Sequential([PartialEmbedding(10, 4, reserve_rows="all", name="words")])
-        >>> schedule = Schedule([{"epoch": 0, "rows": [2]}, {"epoch": 3, "rows": "all"}])
-        >>> runner = Runner(KerasTables(model), {None: schedule}, say=print)
-        >>> begun = runner.advance(epoch=0, step=0)
-        words: 1 of 10 rows train (4 of 40 parameters), 0 parameters elsewhere
-        words: stage 0 from epoch 0: 1 rows train, 10.0 % of the table
-        >>> runner.advance(epoch=1, step=5)
-        False
-        >>> model.layers[0].trainable_rows
-        array([2])
     """
 
     # Replicas of a strategy are in one process.
@@ -99,24 +83,11 @@ class KerasTables:
         return {name: (table.input_dim, table.output_dim) for name, table in self.tables.items()}
 
     def gather(self, view: RankView) -> Sequence[RankView]:
-        """What all processes hand in: there is this one.
-
-        Args:
-            view: What it hands in.
-        """
+        """What all processes hand in: there is this one."""
         return [view]
 
     def check_rows(self, name: str, ids: Ids) -> None:
-        """Refuse rows that the layer cannot train, before it trains any.
-
-        Args:
-            name: The layer's name.
-            ids: Sorted ids, int64, shape (K,).
-
-        Raises:
-            InputError: A row is not reserved, or the layer is a plain one, and an optimizer was
-                built for it already; or nothing of the layer trains.
-        """
+        """Refuse rows that the layer cannot train, and keep them for `reserve` where it will."""
         table = self.tables[name]
         optimizer = innermost(getattr(self.model, "optimizer", None))
         is_known = optimizer_of(self.model, table.rows_variable) is not None
@@ -137,15 +108,7 @@ class KerasTables:
             self._stages.setdefault(name, []).append(ids)
 
     def check_rate_scale(self, name: str, rate_scale: RateScale) -> None:
-        """Refuse a rate that the optimizer cannot keep, and build the one that can.
-
-        Args:
-            name: The layer's name.
-            rate_scale: How fast rows would learn.
-
-        Raises:
-            InputError: The optimizer keeps no rates, or cannot be built yet.
-        """
+        """Refuse a rate that the optimizer cannot keep, and build the one that can."""
         if rate_scale.is_plain:
             return
         if not self.model.built:
@@ -165,61 +128,34 @@ class KerasTables:
             )
 
     def trainable_rows(self, name: str) -> Ids:
-        """The rows that train now, rising, int64, shape (K,).
-
-        Args:
-            name: The layer's name.
-        """
+        """The rows that train now, rising, int64, shape (K,)."""
         return self.tables[name].trainable_rows
 
     def new_rows(self, name: str) -> Ids | None:
-        """The rows by which the table grew last, rising, int64, or None.
-
-        Args:
-            name: The layer's name.
-        """
+        """The rows by which the table grew last, rising, int64, or None."""
         return self.tables[name].new_rows
 
     def set_rows(
         self, name: str, ids: Ids, rate_scale: RateScale, *, all_join: bool = False
     ) -> None:
-        """Train these rows and no others.
-
-        Args:
-            name: The layer's name.
-            ids: Sorted ids, int64, shape (K,).
-            rate_scale: How fast those of them learn that join.
-            all_join: Whether rows that train already join, too; until they make a step, rows do.
-        """
+        """Train these rows and no others; until they make a step, all of them join."""
         self.tables[name].set_trainable_rows(
             ids, lr_scale=rate_scale.lr_scale, warmup_steps=rate_scale.warmup_steps
         )
 
     def watch(self, name: str) -> FrozenRowAudit:
-        """Keep what the frozen rows hold now.
-
-        Args:
-            name: The layer's name.
-        """
+        """Keep what the frozen rows hold now."""
         return FrozenRowAudit(self.tables[name], name)
 
     def parameters_elsewhere(self, names: Iterable[str]) -> int:
-        """How many parameters train outside of these tables.
-
-        Args:
-            names: The layers' names.
-        """
+        """How many parameters train outside of these tables."""
         own = {id(v) for name in names for v in self.tables[name].trainable_variables}
         others = (v for v in self.model.trainable_variables if id(v) not in own)
         return sum(int(np.prod(v.shape)) for v in others)
 
 
 def innermost(optimizer: Any) -> Any:
-    """The optimizer that steps, inside of those that scale the loss.
-
-    Args:
-        optimizer: A Keras optimizer, or None.
-    """
+    """The optimizer that steps, inside of those that scale the loss."""
     while (inner := getattr(optimizer, "inner_optimizer", None)) is not None:
         optimizer = inner
     return optimizer

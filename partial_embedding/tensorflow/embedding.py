@@ -78,7 +78,8 @@ class PartialEmbedding(OneTable):
         self.times_set = 0
         # What a layer is built with. Once it is, its variables know which rows train.
         self._first_rows: Ids = self._resolve(trainable_rows)
-        self._reserves = reserve_rows is not None
+        # Whether it was said which rows may train at any time.
+        self.reserves_rows = reserve_rows is not None
         self._reserved: Ids = (
             self._first_rows if reserve_rows is None else self._resolve(reserve_rows)
         )
@@ -301,7 +302,7 @@ class PartialEmbedding(OneTable):
         reserved = self._resolve(rows)
         self._first_rows = np.intersect1d(self.trainable_rows, reserved)
         is_other = not np.array_equal(reserved, self._reserved)
-        self._reserved, self._reserves = reserved, True
+        self._reserved, self.reserves_rows = reserved, True
         if self.built and (is_other or self.table_state is None):
             self._tracker.unlock()
             self._split(reserved, self._first_rows)
@@ -343,18 +344,13 @@ class PartialEmbedding(OneTable):
         """The variable that optimizers step: of the reserved rows, or of a plain table."""
         return self._embeddings if self.table_state is None else self.table_state.rows
 
-    @property
-    def reserves_rows(self) -> bool:
-        """Whether it was said which rows may train at any time."""
-        return self._reserves
-
     def build(self, input_shape: Any = None) -> None:
         """Make the variables: one for a plain table, three for a split one.
 
         Raises:
             InputError: Variables are to be laid out over devices, which Keras does not do here.
         """
-        is_plain = self._first_rows.size == self.input_dim and not self._reserves
+        is_plain = self._first_rows.size == self.input_dim and not self.reserves_rows
         if self.built or self.quantization_mode or is_plain:
             super().build(input_shape)
             return
@@ -403,7 +399,7 @@ class PartialEmbedding(OneTable):
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, with the rows that train now."""
         rows = self.trainable_rows
-        is_default = not self._reserves and np.array_equal(self._reserved, rows)
+        is_default = not self.reserves_rows and np.array_equal(self._reserved, rows)
         return {
             **super().get_config(),
             "trainable_rows": compact(rows, self.input_dim),
@@ -430,7 +426,7 @@ class PartialEmbedding(OneTable):
             self._merge()
         super().quantize(mode, type_check=False, config=config)
         self._first_rows = self._reserved = np.zeros(0, np.int64)
-        self._reserves = False
+        self.reserves_rows = False
 
     def _resolve(self, rows: RowsLike) -> Ids:
         ids = Rows.parse(rows).resolve(self.input_dim, new=self.new_rows)
@@ -445,7 +441,7 @@ class PartialEmbedding(OneTable):
             )
 
     def _check_lora(self, wanted: bool) -> None:
-        frozen = self._reserves or self._first_rows.size != self.input_dim
+        frozen = self.reserves_rows or self._first_rows.size != self.input_dim
         if wanted and frozen and not self.quantization_mode:
             raise InputError(
                 "LoRA adds a change of low rank to every row of a table, frozen ones too. Received "

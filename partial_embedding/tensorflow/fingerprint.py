@@ -22,13 +22,6 @@ def fingerprints(layer: Any, ids: Ids) -> Ids:
     The row's words of 32 bits, or fewer where it is no whole number of them, are summed with fixed
     odd factors modulo 2⁶⁴, so that a change of one word is always seen, and one of several words
     but for a rare chance.
-
-    Args:
-        layer: A built `PartialEmbedding`.
-        ids: Rows, int64, shape (n,).
-
-    Returns:
-        int64, shape (n,).
     """
     width = layer.output_dim * tf.as_dtype(layer.variable_dtype).size
     word = next(word for word in _WORDS if width % np.dtype(word).itemsize == 0)
@@ -45,16 +38,7 @@ def fingerprints(layer: Any, ids: Ids) -> Ids:
 
 
 def fingerprint_without(layer: Any, ids: Ids, num_rows: int) -> int:
-    """A number for a table but for some rows, which differs when any bit of the others does.
-
-    Args:
-        layer: A built `PartialEmbedding`.
-        ids: The rows that do not count, sorted.
-        num_rows: The rows that count, from the top.
-
-    Returns:
-        A signed integer of 64 bits.
-    """
+    """A number of 64 bits that differs when any bit of the first rows does, but for these rows."""
     total = 0
     for start in range(0, num_rows, _CHUNK):
         part = np.arange(start, min(start + _CHUNK, num_rows))

@@ -22,7 +22,6 @@ import tensorflow as tf
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows, RowsLike
-from partial_embedding.rows.vocabulary import Ids
 
 
 def cap_values(gradient: Any, limit: float) -> Any:
@@ -136,15 +135,7 @@ def set_rows(variable: Any, rows: RowsLike, values: Any) -> None:
 
 
 def add_to_rows(variable: Any, rows: RowsLike, values: Any) -> None:
-    """Add to rows of a table in place.
-
-    Args:
-        variable: As for `set_rows`.
-        rows: As for `set_rows`.
-        values: As for `set_rows`.
-
-    Raises:
-        InputError: The rows do not lie in the table.
+    """Add to rows of a table in place; arguments and errors are those of `set_rows`.
 
     Example:
         >>> table = keras.Variable(np.ones((3, 1), "float32"))
@@ -155,40 +146,17 @@ def add_to_rows(variable: Any, rows: RowsLike, values: Any) -> None:
     _write(variable, rows, values, "scatter_add")
 
 
-def subtract_from_rows(variable: Any, rows: RowsLike, values: Any) -> None:
-    """Subtract from rows of a table in place.
-
-    Args:
-        variable: As for `set_rows`.
-        rows: As for `set_rows`.
-        values: As for `set_rows`.
-
-    Raises:
-        InputError: The rows do not lie in the table.
-
-    Example:
-        >>> table = keras.Variable(np.ones((3, 1), "float32"))
-        >>> subtract_from_rows(table, [0], 0.25)
-        >>> table.numpy().ravel()
-        array([0.75, 1.  , 1.  ], dtype=float32)
-    """
-    _write(variable, rows, values, "scatter_sub")
-
-
 def _write(variable: Any, rows: RowsLike, values: Any, method: str) -> None:
     native = variable.value if isinstance(variable, keras.Variable) else variable
     num_rows, width = native.shape
-    ids = _ids(rows, num_rows)
+    ids = Rows.parse(rows).resolve(num_rows)
     values = tf.broadcast_to(tf.cast(values, native.dtype), (ids.size, width))
     getattr(native, method)(tf.IndexedSlices(values, tf.constant(ids)))
 
 
 def _mask(rows: RowsLike, num_rows: int) -> Any:
-    return tf.constant(np.isin(np.arange(num_rows), _ids(rows, num_rows), assume_unique=True))
-
-
-def _ids(rows: RowsLike, num_rows: int) -> Ids:
-    return Rows.parse(rows).resolve(num_rows)
+    ids = Rows.parse(rows).resolve(num_rows)
+    return tf.constant(np.isin(np.arange(num_rows), ids, assume_unique=True))
 
 
 def _rows_of(gradient: Any) -> int:

@@ -31,12 +31,7 @@ class RowScales:
         return bool((self.lr_scale.numpy() == 1).all() and (self.warmup_steps.numpy() == 1).all())
 
     def begin(self, slots: Ids, rate_scale: RateScale) -> None:
-        """Set the rate scale of those of these rows whose first step is still to come.
-
-        Args:
-            slots: Places of rows among the reserved ones, shape (n,).
-            rate_scale: Their rate scale.
-        """
+        """Set the rate scale of those at these places whose first step is still to come."""
         begins = np.isin(np.arange(self.lr_scale.shape[0]), slots) & (self.joined_at.numpy() < 0)
         for variable, value in (
             (self.lr_scale, rate_scale.lr_scale),
@@ -45,15 +40,12 @@ class RowScales:
             variable.assign(np.where(begins, value, variable.numpy()))
 
     def rates(self, learning_rate: Any, ages: Any, slots: Any = None) -> Any:
-        """The learning rate of each row, as `RateScale.factor` gives it.
+        """The learning rate of each row, as `RateScale.factor` gives it; float32, shape (N, 1).
 
         Args:
             learning_rate: That of the optimizer.
             ages: The steps that each row has made, int64, shape (N, 1).
             slots: Places of these rows among the reserved ones, shape (N,); by default all.
-
-        Returns:
-            float32, shape (N, 1).
         """
         scale, warmup = (
             tf.convert_to_tensor(v) if slots is None else tf.gather(v.value, slots)

@@ -14,16 +14,8 @@ from partial_embedding.tensorflow.embedding import PartialEmbedding
 def tables_in(model: Any) -> dict[str, PartialEmbedding]:
     """The partial tables of a model by the names of their layers, built.
 
-    Args:
-        model: A `keras.Model` of any kind and nesting.
-
     Raises:
         InputError: Two of them have the same name.
-
-    Example:
-        >>> import keras
-        >>> list(tables_in(keras.Sequential([PartialEmbedding(3, 2, name="words")])))
-        ['words']
     """
     tables: dict[str, PartialEmbedding] = {}
     for layer in model._flatten_layers():

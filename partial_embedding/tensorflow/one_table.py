@@ -86,12 +86,7 @@ class OneTable(keras.layers.Embedding):
         return int(self.input_dim * self.output_dim if split else super().count_params())
 
     def write_rows(self, ids: Ids, rows: Any) -> None:
-        """Write some rows, whichever variable they are in.
-
-        Args:
-            ids: Their ids, sorted, int64, shape (n,).
-            rows: What they will be, shape (n, D).
-        """
+        """Write the rows of some sorted ids, shape (n, D), whichever variable they are in."""
         if self.table_state is not None:
             self.table_state.write_rows(ids, rows)
             return

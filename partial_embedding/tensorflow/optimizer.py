@@ -63,8 +63,7 @@ class TableOptimizers:
     """Chooses the optimizer of a variable for a `MultiOptimizer`, wrapped where it is of a table.
 
     Args:
-        choose: What gives the optimizer of a variable: a `keras.optimizers.OptimizerMap`, or a
-            function.
+        choose: A `keras.optimizers.OptimizerMap`, or a function of the variable.
         lazy: As for `rowwise`.
     """
 
@@ -96,24 +95,11 @@ class TableOptimizers:
 
 
 def optimizer_of(model: Any, variable: Any) -> Any:
-    """The optimizer of a model that was built to step a variable.
+    """The optimizer that was built to step a variable, and so counts its steps; None if none was.
 
     Args:
         model: A `keras.Model`, whose optimizers are its attributes.
         variable: A Keras variable.
-
-    Returns:
-        The one, whose `iterations` count the steps of the variable; None where none
-        of them was built for it.
-
-    Example:
-        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
-        >>> model.compile("sgd", "mse")
-        >>> optimizer_of(model, model.trainable_variables[0]) is None
-        True
-        >>> model.optimizer.build(model.trainable_variables)
-        >>> optimizer_of(model, model.trainable_variables[0]) is model.optimizer
-        True
     """
     for optimizer in optimizers_in(model):
         if any(v is variable for v in optimizer._trainable_variables):
@@ -122,17 +108,7 @@ def optimizer_of(model: Any, variable: Any) -> Any:
 
 
 def optimizers_in(model: Any) -> Iterator[Any]:
-    """The optimizers of a model that step variables, not those that hold other ones.
-
-    Args:
-        model: A `keras.Model`, whose optimizers are its attributes.
-
-    Example:
-        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
-        >>> model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "mse")
-        >>> [type(optimizer).__name__ for optimizer in optimizers_in(model)]
-        ['SGD']
-    """
+    """The optimizers of a model that step variables, not those that hold other ones."""
     waiting = [v for v in vars(model).values() if isinstance(v, keras.optimizers.Optimizer)]
     while waiting:
         optimizer = waiting.pop(0)

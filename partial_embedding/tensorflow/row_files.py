@@ -53,12 +53,7 @@ def rows_saved_alone(layers: Iterable[Any]) -> Iterator[None]:
 
 
 def save_rows(layer: Any, store: Any) -> None:
-    """Write the reserved rows of a layer, their ids, and a fingerprint of all others.
-
-    Args:
-        layer: A split `PartialEmbedding`.
-        store: What Keras gives to `save_own_variables`.
-    """
+    """Write the reserved rows of a split layer, their ids, and a fingerprint of all others."""
     ids = layer.reserved_rows
     store["ids"] = ids
     store["rows"] = layer.rows(tf.constant(ids)).numpy()
@@ -66,11 +61,7 @@ def save_rows(layer: Any, store: Any) -> None:
 
 
 def load_rows(layer: Any, store: Any) -> None:
-    """Write the rows of a file into a layer.
-
-    Args:
-        layer: A `PartialEmbedding`, split or plain.
-        store: What Keras gives to `load_own_variables`.
+    """Write the rows of a file into a layer, split or plain.
 
     Raises:
         InputError: The rows are those of another table. The layer is then as it was.

@@ -27,9 +27,6 @@ from partial_embedding.tensorflow.sparse_update import (
 )
 from partial_embedding.tensorflow.table_state import TableState, state_in
 
-# The most float32 that a processor's vectors hold, AVX-512's.
-_LANES = 16
-
 
 @dataclass
 class _Table:
@@ -117,7 +114,8 @@ class Rowwise(keras.optimizers.Optimizer):
             )
         states = [state_in(variable) for variable in variables]
         for state in states:
-            if self.lazy and state is not None and state.constrained:
+            constrained = state is not None and state.layer.embeddings_constraint is not None
+            if self.lazy and constrained:
                 raise InputError(
                     "lazy=True steps touched rows only, a constraint looks at all. Received a "
                     "PartialEmbedding with embeddings_constraint. Use one of the two."
@@ -157,11 +155,7 @@ class Rowwise(keras.optimizers.Optimizer):
         return self._step.is_made
 
     def row_scales(self, rows: Any) -> RowScales:
-        """What factors the learning rates of a table's rows have.
-
-        Args:
-            rows: The variable of its reserved rows, of those that this was built with.
-        """
+        """What factors the learning rates of the rows of a table that this was built with have."""
         table = self._table_of(rows)
         assert table is not None, "asked for variables of tables alone"
         return table.scales
@@ -177,7 +171,7 @@ class Rowwise(keras.optimizers.Optimizer):
         )
         # With one entry for each row, the norm of the entries is that of the gradient.
         grads = [
-            summed(g, v.shape[0]) if self._is_lazy(v) and isinstance(g, tf.IndexedSlices) else g
+            summed(g, v.shape[0]) if isinstance(g, tf.IndexedSlices) and self._table_of(v) else g
             for g, v in zip(grads, variables, strict=True)
         ]
         with self._stepping():
@@ -236,15 +230,16 @@ class Rowwise(keras.optimizers.Optimizer):
         if table is None:
             helper = worker(self._optimizers.rest, self.iterations)
             helper.update_step(gradient, variable, learning_rate)
-        elif isinstance(gradient, tf.IndexedSlices):
-            # Again, as replicas have put theirs side by side.
-            gradient = summed(gradient, variable.shape[0])
-            self._step_some(table, gradient, variable, learning_rate)
-        elif self.lazy:
-            # Of a head tied to the table, or of a step that was traced before this was built.
+        elif self.lazy or isinstance(gradient, tf.IndexedSlices):
             number = variable.shape[0]
-            rows = tf.where(tf.reduce_any(gradient != 0, axis=1), tf.range(number), number)
-            self._step_some(table, tf.IndexedSlices(gradient, rows), variable, learning_rate)
+            if not isinstance(gradient, tf.IndexedSlices):
+                # Of a head tied to the table, or of a step that was traced before this was built.
+                rows = tf.where(tf.reduce_any(gradient != 0, axis=1), tf.range(number), number)
+                gradient = summed(tf.IndexedSlices(gradient, rows), number)
+            elif self._distribution_strategy.num_replicas_in_sync > 1:
+                # Again, as replicas have put theirs side by side.
+                gradient = summed(gradient, number)
+            self._step_some(table, gradient, variable, learning_rate)
         else:
             ages = self._ages(table.joined_at)[:, tf.newaxis]
             rates = table.scales.rates(learning_rate, ages)
@@ -268,9 +263,6 @@ class Rowwise(keras.optimizers.Optimizer):
 
         What keeps them is part of a step that is traced after the first call; later calls trace
         nothing again.
-
-        Args:
-            measure: Whether to keep them.
         """
         if self._step.is_measured is None:
             self._step.is_measured = tf.Variable(measure, trainable=False)
@@ -317,9 +309,6 @@ class Rowwise(keras.optimizers.Optimizer):
         tf.cond(self._step.is_measured, note, lambda: None)
 
     # Rows
-
-    def _is_lazy(self, variable: Any) -> bool:
-        return self.lazy and self._table_of(variable) is not None
 
     def _table_of(self, variable: Any) -> _Table | None:
         index: int = self._get_variable_index(variable)
@@ -383,14 +372,10 @@ class Rowwise(keras.optimizers.Optimizer):
         Void entries repeat the first one, so that writing them all writes each row's one value. If
         the first is void too, no entry is for row 0, which is written as it was.
         """
-        states, is_void = state_of(table.optimizer), gradient.indices == variable.shape[0]
-        entries = tf.where(is_void, 0, tf.range(tf.size(is_void)))
-        # TensorFlow's float32 `pow` rounds otherwise behind the last full vector of the processor.
-        entries = tf.pad(entries, [[0, -tf.size(entries) % _LANES]])
-        is_void, indices, values = (
-            tf.gather(x, entries) for x in (is_void, gradient.indices, gradient.values)
-        )
-        slots = tf.where(is_void, tf.zeros_like(indices), indices)
+        states, number = state_of(table.optimizer), variable.shape[0]
+        is_void = gradient.indices == number
+        slots = tf.where(is_void, gradient.indices[:1] % number, gradient.indices)
+        values = tf.where(is_void[:, tf.newaxis], gradient.values[:1], gradient.values)
         before = [tf.gather(v, slots) for v in (variable, *(s.value for s in states))]
         ages = self._ages(tf.gather(table.joined_at.value, slots))[:, tf.newaxis]
         rate = table.scales.rates(rate, ages, slots)
@@ -403,7 +388,7 @@ class Rowwise(keras.optimizers.Optimizer):
         worker(table.optimizer, ages, pairs).update_step(values, weights, rate)
         targets = (variable, *(s.value for s in states))
         for target, old, new in zip(targets, before, (weights, *held), strict=True):
-            rows = tf.where(is_void[:, tf.newaxis], old, new.value)
+            rows = tf.where(is_void[:1, tf.newaxis], old, new.value)
             target.scatter_update(tf.IndexedSlices(rows, slots))
 
     def get_config(self) -> dict[str, Any]:

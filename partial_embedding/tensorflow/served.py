@@ -41,20 +41,13 @@ def settings_of(optimizer: Any) -> dict[str, Any]:
     """The constructor's arguments of a Keras optimizer, without its learning rate.
 
     Keras writes them in `get_config`, which fails for rates that are functions or unknown to it.
-
-    Args:
-        optimizer: The Keras optimizer.
     """
     known = set(signature(type(optimizer).__init__).parameters) & set(vars(optimizer))
     return {name: getattr(optimizer, name) for name in known | set(PIPELINE)}
 
 
 def check_served(optimizer: Any, lazy: bool) -> None:
-    """Refuse an optimizer that cannot begin afresh for some rows.
-
-    Args:
-        optimizer: The Keras optimizer.
-        lazy: Whether it is to step touched rows only.
+    """Refuse an optimizer that cannot begin afresh for some rows, or step touched ones only.
 
     Raises:
         InputError: It looks across rows, keeps other state, or is built; or an option of it needs

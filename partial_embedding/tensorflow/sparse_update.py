@@ -7,6 +7,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+# The most float32 that a processor's vectors hold, AVX-512's.
+_LANES = 16
+
 
 @tf.RegisterGradient("PartialEmbeddingRows")
 def _gradient_of_rows(operation: Any, upstream: Any, *others: Any) -> tuple[Any, ...]:
@@ -25,15 +28,14 @@ def _marked(upstream: Any, slots: Any, shape: Any) -> Any:
     -0.0, which no other entry is: that adds nothing to a sum or a norm, and stays what it is when a
     gradient is scaled.
     """
-    is_void = (slots < 0)[:, tf.newaxis]
     # Keras asks of one entry of each row whether it is finite, which a void one must not hide.
     first = tf.where((slots == 0)[:, tf.newaxis], upstream, tf.zeros_like(upstream))
-    is_finite = tf.reduce_all(tf.math.is_finite(first))
+    total = tf.reduce_sum(first, axis=0)
     # No constant: eager TensorFlow keeps the scalars that it made, and gives 0.0 for -0.0 then.
-    negative = -tf.zeros((), upstream.dtype)
-    void = tf.where(is_finite, negative, tf.reduce_sum(first))
+    void = tf.where(tf.math.is_finite(total), -tf.zeros((), upstream.dtype), total)
     unsigned = tf.where(upstream == 0, tf.zeros_like(upstream), upstream)
-    return tf.IndexedSlices(tf.where(is_void, void, unsigned), tf.maximum(slots, 0), shape)
+    values = tf.where((slots < 0)[:, tf.newaxis], void, unsigned)
+    return tf.IndexedSlices(values, tf.maximum(slots, 0), shape)
 
 
 def _are_void(values: Any) -> Any:
@@ -47,28 +49,25 @@ def gather_rows(variable: Any, slots: Any, sparse: bool) -> Any:
 
     Args:
         variable: A `tf.Variable` of shape (R, D).
-        slots: Its rows, or -1, int64, any shape.
+        slots: Its rows, or -1, int64, shape (N,).
         sparse: Make the gradient of the variable `tf.IndexedSlices`, for `summed`, rather than a
-            dense one.
+            dense one. What is done to rows with a negative slot must stop their gradients then, as
+            `tf.where` does.
 
     Returns:
-        A tensor of shape (*slots.shape, D). What is done to rows with a negative slot must stop
-        their gradients, as `tf.where` does.
+        A tensor of shape (N, D).
     """
-    places = tf.maximum(slots, 0)
     # Where there are replicas and none of them asks, nothing steps: Keras looks for shapes.
     if not sparse or tf.distribute.in_cross_replica_context():
         # Keras never sums the duplicates of IndexedSlices, which makes most of its optimizers wrong
-        # for an id that occurs twice. The gradient of a reshape is dense, and so sums them.
-        return tf.gather(tf.reshape(variable, variable.shape), places)
-    width = variable.shape[1]
-    flat = tf.reshape(slots, [-1])
+        # for an id that occurs twice. The gradient of a reshape is dense, and so sums them, without
+        # those of negative slots.
+        rows, slots = tf.reshape(variable, variable.shape), slots[:, tf.newaxis]
+        return tf.gather_nd(rows, slots, bad_indices_policy="IGNORE")
     if tf.executing_eagerly():
-        rows = _gather_eagerly(tf.convert_to_tensor(variable), flat)
-    else:
-        rows = tf.stop_gradient(tf.gather(variable, tf.reshape(places, [-1])))
-        rows = _carrier(variable)(rows, variable.handle, flat)
-    return tf.reshape(rows, tf.concat([tf.shape(slots), [width]], 0))
+        return _gather_eagerly(tf.convert_to_tensor(variable), slots)
+    rows = tf.stop_gradient(tf.gather(variable, tf.maximum(slots, 0)))
+    return _carrier(variable)(rows, variable.handle, slots)
 
 
 def _carrier(variable: Any) -> Any:
@@ -103,8 +102,10 @@ def _gather_eagerly(weights: Any, slots: Any) -> tuple[Any, Any]:
 def summed(slices: Any, num_rows: int) -> Any:
     """`tf.IndexedSlices` with one entry for each row, and void entries behind them.
 
-    XLA needs static shapes, so the number of entries stays. Void entries come in as -0.0 for any
-    row, and go out as zeros for the row `num_rows`, which there is not.
+    XLA needs static shapes, so the number of entries stays, but that it becomes a whole number of a
+    processor's vectors: behind the last full one TensorFlow's float32 `pow` rounds otherwise. Void
+    entries come in as -0.0 for any row, and go out as zeros for the row `num_rows`, which there is
+    not.
 
     Args:
         slices: Entries of shape (N, D) for rows that may occur several times, and void ones.
@@ -112,27 +113,20 @@ def summed(slices: Any, num_rows: int) -> Any:
     """
     beyond = tf.cast(num_rows, slices.indices.dtype)
     indices = tf.where(_are_void(slices.values), beyond, slices.indices)
-    order = tf.argsort(indices, stable=True)
-    indices = tf.gather(indices, order)
-    is_first = tf.concat([tf.ones_like(indices[:1]), indices[1:] - indices[:-1]], 0) > 0
-    segments = tf.cumsum(tf.cast(is_first, tf.int32)) - 1
-    number = tf.size(indices)
+    size = tf.size(indices)
+    # Of equal ones the earlier comes first.
+    falling, order = tf.math.top_k(-indices, size)
+    is_last = falling != tf.roll(falling, -1, axis=0)
+    segments = tf.cumsum(tf.cast(is_last, tf.int32), exclusive=True)
+    number = -(-size // _LANES) * _LANES
     values = tf.math.unsorted_segment_sum(tf.gather(slices.values, order), segments, number)
-    rows = tf.math.unsorted_segment_max(indices, segments, number)
     # The largest of no entries is the least number that there is.
-    return tf.IndexedSlices(values, tf.where(rows < 0, beyond, rows), slices.dense_shape)
+    rows = -tf.maximum(tf.math.unsorted_segment_max(falling, segments, number), -beyond)
+    return tf.IndexedSlices(values, rows, slices.dense_shape)
 
 
 def row_squares(gradient: Any, num_rows: int) -> Any:
-    """The sum of squares of each row of a gradient.
-
-    Args:
-        gradient: Dense, shape (R, D), or `tf.IndexedSlices` as `summed` makes them.
-        num_rows: The number of rows R.
-
-    Returns:
-        float32, shape (R,).
-    """
+    """The sum of squares of each row of a gradient, dense or as `summed` makes it; shape (R,)."""
     is_sparse = isinstance(gradient, tf.IndexedSlices)
     values = tf.cast(gradient.values if is_sparse else gradient, tf.float32)
     squares = tf.reduce_sum(tf.square(values), axis=1)
@@ -207,23 +201,13 @@ def worker(optimizer: Any, steps: Any, states: list[tuple[Any, Any]] | None = No
 
 
 def state_of(optimizer: Any) -> list[Any]:
-    """The variables that a Keras optimizer keeps for the variables it was built with.
-
-    Args:
-        optimizer: A built Keras optimizer.
-    """
+    """The variables that a Keras optimizer keeps for the variables it was built with."""
     shared = {id(optimizer._iterations), id(optimizer._learning_rate)}
     return [variable for variable in optimizer.variables if id(variable) not in shared]
 
 
 def first_value(optimizer: Any, state: Any, weights: Any) -> Any:
-    """What a state variable holds before the first step.
-
-    Args:
-        optimizer: The Keras optimizer.
-        state: One of `state_of(optimizer)`.
-        weights: The variable that it belongs to.
-    """
+    """What one of `state_of(optimizer)` holds before the first step of the weights."""
     if state.name.endswith("_accumulator") and hasattr(optimizer, "initial_accumulator_value"):
         return tf.constant(optimizer.initial_accumulator_value, state.dtype)
     if isinstance(optimizer, keras.optimizers.ScheduleFreeAdamW) and state.name.endswith(

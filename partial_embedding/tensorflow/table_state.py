@@ -23,14 +23,7 @@ from partial_embedding.tensorflow.sparse_update import gather_rows, summed
 
 
 def split_table(layer: Any, table: Any, reserved: Ids, unfrozen: Ids) -> TableState:
-    """Give the reserved rows of a table a variable of their own.
-
-    Args:
-        layer: The layer, an Embedding, which gets two more weights.
-        table: Its frozen table, a Keras variable of shape (V, D).
-        reserved: Ids of the reserved rows, sorted, shape (R,).
-        unfrozen: Ids of those that train, sorted.
-    """
+    """Give the reserved rows of a layer's table, and which are unfrozen, weights of their own."""
     state = TableState(layer, table, reserved)
     shape = (reserved.size, layer.output_dim)
     # What each replica computes is the same, and a mean of more than two could round.
@@ -59,11 +52,7 @@ def split_table(layer: Any, table: Any, reserved: Ids, unfrozen: Ids) -> TableSt
 
 
 def state_in(variable: Any) -> TableState | None:
-    """The table that a variable is the reserved rows of.
-
-    Args:
-        variable: A Keras variable.
-    """
+    """The table that a variable is the reserved rows of."""
     return getattr(variable, "table_state", None)
 
 
@@ -96,11 +85,8 @@ class TableState:
         with tf.init_scope():
             # int64, as TensorFlow keeps int32 tensors off the GPU.
             self._reserved = tf.constant(reserved, tf.int64)
-
-    @property
-    def constrained(self) -> bool:
-        """Whether rows are constrained beyond being pinned."""
-        return self.layer.embeddings_constraint is not None
+            # Ids are searched for among all but the last, so that none is found beyond the last.
+            self._all_but_last = self._reserved[:-1][tf.newaxis]
 
     @property
     def trainable_rows(self) -> Ids:
@@ -116,13 +102,15 @@ class TableState:
     def look_up(self, ids: Any) -> Any:
         """The rows of a dense tensor of ids, of shape (*ids.shape, D)."""
         self._free_with_the_layer()
+        flat = tf.reshape(ids, [-1])
         # `tf.gather` of a variable reads the rows only; reading the variable first would copy all
         # of it at every step once a row of it has been assigned.
-        frozen = tf.gather(self.table.value, ids)
-        slots = self._slots_of(ids)
+        frozen = tf.gather(self.table.value, flat)
+        slots = self._slots_of(flat)
         sparse = self.optimizer is not None and self.optimizer.lazy
         unfrozen = gather_rows(self.rows.value, slots, sparse)
-        return tf.where((slots >= 0)[..., tf.newaxis], unfrozen, frozen)
+        rows = tf.where((slots >= 0)[:, tf.newaxis], unfrozen, frozen)
+        return tf.reshape(rows, tf.concat([tf.shape(ids), self.table.shape[1:]], 0))
 
     def _free_with_the_layer(self) -> None:
         """Free the memory of the variables when nothing refers to them any more.
@@ -140,12 +128,15 @@ class TableState:
                 weakref.finalize(part, _empty, part.handle, part.dtype).atexit = False
 
     def _slots_of(self, ids: Any) -> Any:
-        """The place of each id in `rows`, or -1 for one that does not train, or that is none."""
+        """The place of each id in `rows`, or -1 for one that does not train; both of shape (N,)."""
         ids = tf.cast(ids, tf.int64)
-        places = tf.reshape(tf.searchsorted(self._reserved, tf.reshape(ids, [-1])), tf.shape(ids))
-        slots = tf.minimum(tf.cast(places, tf.int64), self.reserved.size - 1)
-        trains = tf.gather(self.unfrozen.value, slots) > 0
-        return tf.where((tf.gather(self._reserved, slots) == ids) & trains, slots, -1)
+        # `tf.searchsorted` without its work on shapes.
+        places = tf.raw_ops.LowerBound(
+            sorted_inputs=self._all_but_last, values=ids[tf.newaxis], out_type=tf.int64
+        )[0]
+        is_reserved = tf.gather(self._reserved, places) == ids
+        trains = is_reserved & (tf.gather(self.unfrozen.value, places) > 0)
+        return tf.where(trains, places, -1)
 
     def merged(self) -> Any:
         """The whole table as one tensor of shape (V, D), through which unfrozen rows train."""
@@ -179,7 +170,7 @@ class TableState:
         """The reserved rows after a step of an optimizer, constrained and pinned."""
         # Every optimizer comes by here while its first step is traced, but for lazy ones.
         self._check_optimizer()
-        if self.constrained:
+        if self.layer.embeddings_constraint is not None:
             rows = self.layer.embeddings_constraint(rows)
         return self.pin(rows)
 

@@ -22,13 +22,6 @@ class TableVariable(Variable, tf.__internal__.types.Tensor):
     Args:
         state: What rows are where.
         path: The variable's path in the model.
-
-    Example:
-        >>> from partial_embedding.tensorflow import PartialEmbedding
-        >>> layer = PartialEmbedding(3, 2, trainable_rows=[1])
-        >>> layer.build()
-        >>> layer.embeddings.assign_add([[0, 0], [1, 1], [0, 0]]).shape
-        TensorShape([3, 2])
     """
 
     # For tapes, which take it for a variable then.
@@ -94,10 +87,6 @@ class WeightList(list[Any]):
 
     The sum of both, in which Keras's older `.h5` files hold a layer, is that of the plain layer:
     one table. This way either loads the other's.
-
-    Args:
-        weights: The variables.
-        layer: The `PartialEmbedding`.
     """
 
     def __init__(self, weights: list[Any], layer: Any) -> None:

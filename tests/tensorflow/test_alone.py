@@ -29,31 +29,36 @@ def last_line(start: Callable[..., Any]) -> Callable[..., str]:
 # Keras's own optimizers leave some 5 MB of each step that was traced, of any model without a sparse
 # gradient.
 @pytest.mark.parametrize(
-    ("kind", "limit"),
-    [("split", 170), ("rowwise", 60), pytest.param("lazy", 60, marks=pytest.mark.full)],
+    ("kind", "models", "limit"),
+    [
+        ("split", 9, 90),
+        ("rowwise", 9, 60),
+        pytest.param("split", 20, 170, marks=pytest.mark.full),
+        pytest.param("rowwise", 20, 60, marks=pytest.mark.full),
+        pytest.param("lazy", 20, 60, marks=pytest.mark.full),
+    ],
 )
 def test_models_that_were_dropped_leave_no_table(
-    kind: str, limit: int, last_line: Callable[..., str]
+    kind: str, models: int, limit: int, last_line: Callable[..., str]
 ) -> None:
-    # Seventeen tables would be 680 MB.
-    assert int(last_line("leak", kind)) < limit
+    # From the third model on. Six tables would be 240 MB, seventeen 680.
+    assert int(last_line("leak", kind, models)) < limit
 
 
-@pytest.mark.parametrize("kind", ["rowwise", "lazy"])
-def test_numbers_may_be_checked_while_it_trains(kind: str, last_line: Callable[..., str]) -> None:
-    assert last_line("numerics", kind) == "no complaint"
+def test_numbers_may_be_checked_while_it_trains(last_line: Callable[..., str]) -> None:
+    assert last_line("numerics") == "no complaint from rowwise, lazy"
 
 
-@pytest.mark.parametrize("name", ["model.keras", "model.h5"])
 def test_a_file_that_is_opened_without_the_import_names_it(
-    name: str, last_line: Callable[..., str], tmp_path: Path
+    last_line: Callable[..., str], tmp_path: Path
 ) -> None:
     layer = PartialEmbedding(5, 2, trainable_rows=[1])
     model = keras.Sequential([keras.Input((3,), dtype="int64"), layer, keras.layers.Flatten()])
     model.compile(rowwise("adam"), "mse")
-    model.save(tmp_path / name)
-    told = last_line("load", tmp_path / name)
-    assert "'partial_embedding.tensorflow" in told
+    paths = [tmp_path / "model.keras", tmp_path / "model.h5"]
+    for path in paths:
+        model.save(path)
+    assert last_line("load", *paths).count("'partial_embedding.tensorflow") == 2
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,11 @@ def test_another_backend_is_refused_in_one_line_when_it_is_imported(
 
 def test_the_backend_of_a_configuration_file_is_refused_too() -> None:
     # Without the packages of another backend, Keras itself cannot be imported.
-    told = "import keras; keras.config.backend = lambda: 'jax'; import partial_embedding.tensorflow"
+    told = (
+        "import sys, types; config = types.SimpleNamespace(backend=lambda: 'jax')\n"
+        "sys.modules['keras'] = types.SimpleNamespace(config=config)\n"
+        "import partial_embedding.tensorflow"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(
         [sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=False

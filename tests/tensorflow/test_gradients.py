@@ -70,7 +70,7 @@ def test_rows_are_written_in_place_also_in_a_graph(kind: Any) -> None:
     def write() -> None:
         gradients.set_rows(table, [3], [[7.0, 8.0]])
         gradients.add_to_rows(table, [0, 1], 1.0)
-        gradients.subtract_from_rows(table, range(4, 6), [[1.0, 2.0]])
+        gradients.add_to_rows(table, range(4, 6), [[-1.0, -2.0]])
 
     write()
     expected = MATRIX.copy()
