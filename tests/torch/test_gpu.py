@@ -13,8 +13,9 @@ import torch
 from oracle import assert_same_bits
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from partial_embedding.torch import PartialEmbedding, PartialLinear, distributed_data_parallel
+from partial_embedding.torch import PartialEmbedding, PartialLinear
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a GPU")
@@ -204,7 +205,7 @@ def test_one_process_under_nccl_trains_as_it_does_alone(tmp_path: Any) -> None:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        model = distributed_data_parallel(nn.Sequential(shared, nn.Linear(D, D).to(DEVICE)))
+        model = DistributedDataParallel(nn.Sequential(shared, nn.Linear(D, D).to(DEVICE)))
         assert model(batch(0)[0]).shape == (V // 2, D)
         assert_same_bits(trained(shared, shared), trained(alone, alone), "the table")
     finally:
