@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-# The widest elements first.
-_WORDS = (torch.complex128, torch.float64)
 # With more slots than this for each id, going through all slots takes longer than sorting the ids.
 _SPARSE = 6
+# With fewer numbers than this, torch has written them before NumPy begins.
+_MANY = 4096
+_OF_NUMPY = (torch.float32, torch.float64, torch.float16)
 
 
 def run_of(ids: Tensor) -> slice | None:
@@ -66,10 +70,14 @@ def write_rows(target: Tensor, ids: Tensor, run: slice | None, values: Tensor) -
     if run is not None:
         target[run].copy_(values)  # does nothing where both are the same memory
         return
-    # torch copies element by element, so that the same bytes in fewer elements take half the time.
-    if word := _word(target, values):
-        target, values = target.view(word), values.view(word)
-    target.index_copy_(0, ids, values)
+    are_alike = target.dtype == values.dtype and target.is_cpu and values.is_cpu
+    if not (are_alike and values.numel() > _MANY and _has_whole_rows(target, values)):
+        target.index_copy_(0, ids, values)
+        return
+    # torch copies element by element, and NumPy what it is told is one element: twice as fast.
+    _as_elements(target)[ids.numpy()] = _as_elements(values)
+    if not target.is_inference():
+        increment_version(target)  # which NumPy does not know of
 
 
 def sum_rows(slots: Tensor, values: Tensor, height: int, into: Tensor | None = None) -> Tensor:
@@ -122,17 +130,12 @@ def _fits(into: Tensor | None, like: Tensor, height: int) -> TypeGuard[Tensor]:
     )
 
 
-def _word(*tensors: Tensor) -> torch.dtype | None:
-    """The widest dtype of which each row of all tensors is a whole number, if any."""
-    alike = len({tensor.dtype for tensor in tensors}) == 1
-    return next((word for word in _WORDS if alike and all(_holds(t, word) for t in tensors)), None)
+def _has_whole_rows(*tensors: Tensor) -> bool:
+    return all(tensor.dim() > 1 and tensor.is_contiguous() for tensor in tensors)
 
 
-def _holds(tensor: Tensor, word: torch.dtype) -> bool:
-    if tensor.dim() < 2 or not tensor.is_contiguous() or tensor.element_size() >= word.itemsize:
-        return False
-    offset, width = tensor.storage_offset(), tensor.shape[-1]
-    sizes = offset * tensor.element_size(), width * tensor.element_size()
-    # A weight that was loaded from a file may begin anywhere, and processors fault on a wide
-    # element that does not begin at a multiple of its size.
-    return all(size % word.itemsize == 0 for size in (tensor.data_ptr(), *sizes))
+def _as_elements(rows: Tensor) -> NDArray[np.void]:
+    """The same memory, in which each row is one element."""
+    numbers = (rows if rows.dtype in _OF_NUMPY else rows.view(torch.uint8)).numpy()
+    numbers = numbers.reshape(len(numbers), -1)
+    return numbers.view(np.dtype((np.void, numbers.shape[1] * numbers.itemsize)))[:, 0]

@@ -8,7 +8,7 @@ from cases import SPARSE_AND_DENSE
 from oracle import assert_same_bits, same_bits
 from torch import Tensor, nn
 
-from partial_embedding.torch import PartialEmbedding, rowwise
+from partial_embedding.torch import PartialEmbedding, rowcopy, rowwise
 from partial_embedding.torch.rowcopy import distinct, read_rows, run_of, sum_rows, write_rows
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
@@ -22,6 +22,12 @@ def any_bits(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(rows)
     size = (rows, width * dtype.itemsize)
     return torch.randint(256, size, generator=generator, dtype=torch.uint8).view(dtype)
+
+
+@pytest.fixture(autouse=True, params=[0, rowcopy._MANY], ids=["many", "few"])
+def as_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are written in one way where there are few numbers, and in another where many."""
+    monkeypatch.setattr(rowcopy, "_MANY", request.param)
 
 
 @pytest.mark.parametrize("ids", [SCATTERED, TOGETHER], ids=["scattered", "together"])
@@ -74,6 +80,18 @@ def test_rows_of_one_number_are_written_one_by_one() -> None:
     assert target.tolist() == [0, 1, 0, 0, 2, 3, 0, 0]
     with pytest.raises(RuntimeError, match="dtype"):
         write_rows(torch.zeros(8, 4), SCATTERED[:3], None, torch.zeros(3, 4, dtype=torch.int32))
+
+
+def test_autograd_knows_that_rows_were_written() -> None:
+    table = nn.Parameter(torch.ones(6, 4))
+    loss = table.square().sum()
+    write_rows(table.detach(), torch.tensor([1, 4]), None, torch.zeros(2, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        made = torch.ones(6, 4)
+        write_rows(made, torch.tensor([1, 4]), None, torch.zeros(2, 4))
+        assert made.sum() == 16
 
 
 @pytest.mark.parametrize("lazy", [False, True])
