@@ -74,7 +74,7 @@ def load(*paths: str) -> None:
             keras.models.load_model(path)
         except (TypeError, ValueError) as error:
             told.append(str(error).replace("\n", " "))
-    print(*told)
+    print(*told, sep=" | ")
 
 
 {"leak": leak, "numerics": numerics, "load": load}[sys.argv[1]](*sys.argv[2:])

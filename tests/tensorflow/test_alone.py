@@ -58,7 +58,8 @@ def test_a_file_that_is_opened_without_the_import_names_it(
     paths = [tmp_path / "model.keras", tmp_path / "model.h5"]
     for path in paths:
         model.save(path)
-    assert last_line("load", *paths).count("'partial_embedding.tensorflow") == 2
+    told = last_line("load", *paths).split(" | ")
+    assert ["'partial_embedding.tensorflow" in one for one in told] == [True, True]
 
 
 @pytest.mark.parametrize(
