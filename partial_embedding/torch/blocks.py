@@ -104,6 +104,7 @@ class Blocks:
     def __init__(self, parameter: nn.Parameter, layout: StateLayout, lazy: bool) -> None:
         self.parameter = parameter
         self.row_shape = parameter.shape[1:]
+        self.row_size = max(1, math.prod(self.row_shape))
         self.layout = layout
         self.lazy = lazy
         self.cohorts: dict[int, Cohort] = {}
@@ -160,11 +161,13 @@ class Blocks:
 
     def _height(self, group: Group) -> int:
         """How many rows make a block: all, or as many as a CPU steps without waiting for memory."""
+        every = self.parameter.shape[0]
+        if len(self.rows) * self.row_size < 2 * _IN_CACHE or is_sharded(self.parameter):
+            return every
         at_once = group.get("fused") or group.get("foreach") or self.layout.in_group
-        kept = self.parameter.is_cpu and not (at_once or self.layout.sparse)
-        if not (kept and self._is_exact_by_row) or is_sharded(self.parameter):
-            return self.parameter.shape[0]
-        return max(1, _IN_CACHE * torch.get_num_threads() // max(1, math.prod(self.row_shape)))
+        if at_once or self.layout.sparse or not (self.parameter.is_cpu and self._is_exact_by_row):
+            return every
+        return max(1, _IN_CACHE * torch.get_num_threads() // self.row_size)
 
     def _whole_blocks(
         self, grad: Tensor | None, entries: tuple[Tensor, Tensor] | None, height: int

@@ -172,7 +172,7 @@ def _without_frozen(ids: Tensor, values: Tensor, table: PartialTable) -> tuple[T
         keep = ids != table.padding_row
     else:
         return ids, values
-    kept = keep.nonzero().flatten()
+    kept = keep.nonzero().view(-1)
     if kept.shape == ids.shape:
         return ids, values
     return ids.index_select(0, kept), values.index_select(0, kept)

@@ -9,7 +9,7 @@ it does not know, it does to the dense tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from partial_embedding.torch.rowcopy import distinct, sum_rows
 aten = torch.ops.aten
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Rows:
     """What a gradient holds; all that are detached from one another share it.
 
@@ -79,11 +79,14 @@ class RowGradient(Tensor):
     def __new__(  # noqa: D102  # the class describes its arguments
         cls, ids: Tensor | None, values: Tensor, num_rows: int, summed: bool = False
     ) -> RowGradient:
-        shape = (num_rows, *values.shape[1:])
+        return cls._around(_Rows(ids, values, summed), (num_rows, *values.shape[1:]))
+
+    @classmethod
+    def _around(cls, held: _Rows, shape: Sequence[int]) -> RowGradient:
         made: RowGradient = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=values.dtype, device=values.device
+            cls, shape, dtype=held.values.dtype, device=held.values.device
         )
-        made._held = _Rows(ids, values, summed)
+        made._held = held
         return made
 
     # What it holds
@@ -392,9 +395,7 @@ def _norm(func: Any, grads: Any, order: Any = 2, *others: Any, **options: Any) -
 
 def _shared(func: Any, grad: RowGradient) -> RowGradient:
     """Another tensor over what this one holds."""
-    made = RowGradient(grad._held.ids, grad._held.values, len(grad))
-    made._held = grad._held
-    return made
+    return RowGradient._around(grad._held, grad.shape)
 
 
 def _sum(func: Any, one: Any, other: Any, alpha: float = 1) -> Any:

@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 # With more slots than this for each id, going through all slots takes longer than sorting the ids.
 _SPARSE = 6
 # With fewer numbers than this, torch has written them before NumPy begins.
-_MANY = 4096
+_MANY = 2**13
 _OF_NUMPY = (torch.float32, torch.float64, torch.float16)
 
 
