@@ -115,7 +115,10 @@ def test_no_block_of_a_page_is_overlooked(path: Path) -> None:
 
 def test_what_is_not_run_says_why() -> None:
     reasons = {s.not_run for snippets in SNIPPETS.values() for s in snippets if s.not_run}
-    assert reasons == {"TensorFlow Addons has ended, and does not install beside TensorFlow 2.21"}
+    assert reasons == {
+        "TensorFlow Addons has ended, and does not install beside TensorFlow 2.21",
+        "it is started by accelerate launch, on as many processes as there are devices",
+    }
 
 
 @pytest.mark.parametrize(("path", "snippet"), of("python", "diff"))

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding import InputError
-from partial_embedding.torch import PartialEmbedding
+from partial_embedding.torch import PartialEmbedding, PartialLinear
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,10 @@ def test_a_sparse_table_by_itself_is_refused_where_nccl_would_reduce_it(
         with pytest.raises(InputError, match=r"the sparse table ''\. Make it with sparse=False"):
             DistributedDataParallel(PartialEmbedding(10, 4, trainable_rows=[2]))
         DistributedDataParallel(PartialEmbedding(10, 4, sparse=False, trainable_rows=[2]))
+        # A head by itself gets a dense gradient there.
+        head = PartialLinear(4, 10, bias=False, trainable_rows=[2])
+        DistributedDataParallel(head)(torch.ones(1, 4)).sum().backward()
+        assert head.weight.grad.any(dim=1).nonzero().flatten().tolist() == [2]
     finally:
         dist.destroy_process_group()
 
