@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -191,7 +192,7 @@ def _refuse_by_sight(name: str, optimizer: Optimizer) -> None:
 
 def _inspected(name: str, optimizer: Optimizer, group: Group, weight: Tensor) -> StateLayout:
     sparse = isinstance(optimizer, SparseAdam)
-    eager = _is_eager(optimizer, group, weight, sparse)
+    eager = is_eager(optimizer, group, weight)
     dry_run_of = partial(_dry_run_of, optimizer, group, sparse, eager)
     states = []
     for height in _HEIGHTS:
@@ -230,7 +231,15 @@ def _dry_run_of(
     return DryRun(optimizer, group, block, sparse, state)
 
 
-def _is_eager(optimizer: Optimizer, group: Group, weight: Tensor, sparse: bool) -> bool:
+def is_eager(optimizer: Optimizer, group: Group, weight: Tensor) -> bool:
+    """Whether an optimizer's constructor makes state, which its step looks for.
+
+    Args:
+        optimizer: The optimizer.
+        group: The parameter group whose options count.
+        weight: A parameter of it, for its axes and device.
+    """
+    sparse = isinstance(optimizer, SparseAdam)
     try:
         _dry_run_of(optimizer, group, sparse, False, _scratch(2, weight)).step()
     except KeyError:  # the step looks for state that the constructor should have made
@@ -240,7 +249,12 @@ def _is_eager(optimizer: Optimizer, group: Group, weight: Tensor, sparse: bool) 
 
 def _constructed(optimizer: Optimizer, group: Group, block: nn.Parameter) -> Optimizer:
     options = {key: value for key, value in group.items() if key in optimizer.defaults}
-    return type(optimizer)([{"params": [block], **options}], **optimizer.defaults)
+    taken = inspect.signature(type(optimizer)).parameters
+    # Where one has loaded something, torch adds to its defaults what its constructor may not take.
+    defaults = {key: value for key, value in optimizer.defaults.items() if key in taken}
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
+        defaults = optimizer.defaults
+    return type(optimizer)([{"params": [block], **options}], **defaults)
 
 
 def _begun(optimizer: Optimizer, block: nn.Parameter, counted: frozenset[str]) -> State:

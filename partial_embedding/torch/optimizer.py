@@ -14,7 +14,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.torch.beside_shards import replicate_gradients
 from partial_embedding.torch.dry_run import is_dry_run
 from partial_embedding.torch.hooks import is_any_hook
-from partial_embedding.torch.inspection import KEY
+from partial_embedding.torch.inspection import KEY, first_state, is_eager
 from partial_embedding.torch.row_average import average
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.row_optimizer import (
@@ -244,11 +244,22 @@ def _prepare(
         Rowwise(optimizer, False, {}).stand_closest()
         return None
     if loaded:
-        take_from(optimizer)  # rows' state says nothing of a plain table, which begins afresh
+        _begin_afresh(optimizer)
     if not tables:
         return None
     parameters = [parameter for parameter, _ in tables]
     return with_gradients(args, kwargs, lambda: _settle_gradients(optimizer, parameters))
+
+
+def _begin_afresh(optimizer: Optimizer) -> None:
+    """Forget the state of rows, which says nothing of the plain tables that there are."""
+    loaded = set(optimizer.state)
+    take_from(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            of_rows = parameter in loaded and parameter not in optimizer.state
+            if of_rows and is_eager(optimizer, group, parameter):
+                optimizer.state[parameter] = first_state(optimizer, group, parameter)
 
 
 def _settle_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -122,3 +122,36 @@ def test_a_copy_of_a_model_and_its_optimizer_goes_on_alike(way: str) -> None:
     train(again, its_optimizer, 3)
     for name, value in again.state_dict().items():
         assert_same_bits(value, model.state_dict()[name], name)
+
+
+class MadeAtOnce(torch.optim.Optimizer):
+    """Its constructor makes the state that its steps look for, as older releases of Adagrad do."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["sum"] = torch.ones_like(param)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    total = self.state[param]["sum"].addcmul_(param.grad, param.grad)
+                    param.addcdiv_(param.grad, total.sqrt(), value=-group["lr"])
+
+
+def test_a_plain_table_begins_afresh_where_the_constructor_makes_the_state() -> None:
+    partial = PartialEmbedding.from_pretrained(starting_table(), trainable_rows=[1, 2])
+    optimizer = MadeAtOnce(partial.parameters())
+    steps(partial, optimizer, 2)
+    plain, fresh = (nn.Embedding.from_pretrained(starting_table(), freeze=False) for _ in range(2))
+    stock = MadeAtOnce(plain.parameters())
+    stock.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(plain, stock, 2)
+    steps(fresh, MadeAtOnce(fresh.parameters()), 2)
+    assert_same_bits(plain.weight, fresh.weight, "the table")

@@ -186,7 +186,7 @@ def refused(folder: Path) -> str:
     state.AcceleratorState._reset_state()
     trainer = transformers.Trainer(
         model,
-        training_arguments(folder, max_steps=1, fsdp=True),
+        training_arguments(folder, max_steps=1, fsdp=True, fsdp_config={"version": 2}),
         train_dataset=examples,
         callbacks=[RowUnfreezing(SCHEDULE, checkpoint="rows")],
     )
