@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from partial_embedding.torch.table import PartialTable
 
 _living: weakref.WeakSet[RowHook] = weakref.WeakSet()
-# What `by_rows` gave for a weight. Not among a table's attributes, which are copied and scripted.
-_passages: weakref.WeakKeyDictionary[PartialTable, tuple[Tensor, Tensor]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class RowHook:
@@ -243,12 +239,13 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
     if not (weight.requires_grad and torch.is_grad_enabled()) or is_left_to_ddp(table):
         return weight
     # Kept, since to apply a function takes half as long as a small lookup.
-    passed, through = _passages.get(table, (None, weight))
+    through: Tensor
+    passed, through = vars(table).get("_passage", (None, weight))
     if passed is not weight or not through.is_set_to(weight):
         del through
         close_passage(table)  # before: what is left of it would hold on to the weight's old shape
         through = _ByRows.apply(weight, weakref.ref(table))  # type: ignore[no-untyped-call]
-        _passages[table] = weight, through
+        vars(table)["_passage"] = weight, through
     return through
 
 
@@ -258,7 +255,7 @@ def close_passage(table: PartialTable) -> None:
     Args:
         table: The table.
     """
-    _passages.pop(table, None)
+    vars(table).pop("_passage", None)
 
 
 def is_rewritten(*tensors: Tensor) -> bool:
@@ -267,9 +264,11 @@ def is_rewritten(*tensors: Tensor) -> bool:
     Args:
         tensors: What goes into the function.
     """
+    for tensor in tensors:
+        if isinstance(tensor, torch.fx.Proxy):
+            return True
     return (
-        any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors)
-        or is_tracing()
+        is_tracing()
         or torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0

@@ -21,7 +21,15 @@ from partial_embedding.torch.trainable_rows import TrainableRows
 from partial_embedding.torch.unheld import await_a_step, no_longer_await, used_frozen
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
-_WIRING = ("_averaged", "_hooked", "_own_rows", "_shards", "_steppers", "awaits_average")
+_WIRING = (
+    "_averaged",
+    "_hooked",
+    "_own_rows",
+    "_passage",
+    "_shards",
+    "_steppers",
+    "awaits_average",
+)
 
 
 class PartialTable(TrainableRows):
@@ -63,8 +71,8 @@ class PartialTable(TrainableRows):
         "saves_rows",
     )
 
-    # A dict of tensors it would make an attribute, which stays behind when the module moves.
-    __jit_ignored_attributes__ = ("_hooked",)
+    # Tensors in these it would make attributes, which stay behind when the module moves.
+    __jit_ignored_attributes__ = ("_hooked", "_passage")
 
     # The hooks, and all that can make a hook disappear
 
@@ -129,7 +137,6 @@ class PartialTable(TrainableRows):
             self._unhook(name)
         for name in ("_shared", "is_copy", *_WIRING):
             self.__dict__.pop(name, None)
-        close_passage(self)
         no_longer_await(self)
 
     def _share_rows_with(self, other: PartialTable) -> None:
