@@ -20,7 +20,8 @@ def _gradient_of_rows(operation: Any, upstream: Any, *others: Any) -> tuple[Any,
         # to take this one there.
         return None, None, None, None
     _, _, slots, shape = operation.inputs
-    return None, _entries(upstream, slots, shape), None, None
+    # Copies, for a gradient of this gradient: what a graph gives back is its own.
+    return None, _entries(upstream, tf.identity(slots), tf.identity(shape)), None, None
 
 
 def _is_compiled() -> bool:
