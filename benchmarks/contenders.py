@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ class Work:
         law: How often rows occur: `uniform`, or `zipf` for a frequency of one over the rank.
         dtype: Of the table.
         together: The rows that train lie side by side at the end, as added tokens do.
+        mapped: The table lies in a file, of which what is read and written enters the memory.
         device: `cpu` or `cuda`.
     """
 
@@ -42,6 +45,7 @@ class Work:
     law: str = "uniform"
     dtype: str = "float32"
     together: bool = False
+    mapped: bool = False
     device: str = "cpu"
 
     @property
@@ -62,6 +66,12 @@ class Work:
     def table(self, rows: int | None = None) -> Tensor:
         """Values for a table; written, so that the system really hands out the memory."""
         size = (self.rows if rows is None else rows, self.width)
+        if self.mapped and rows is None:
+            # Of zeros that take no room on the disk; the file goes with the table.
+            with tempfile.TemporaryFile() as file:
+                file.truncate(self.table_bytes)
+                values = np.memmap(file, f"f{self.torch_dtype.itemsize}", mode="c", shape=size)
+            return torch.from_numpy(values)
         return torch.full(size, 0.01, dtype=self.torch_dtype, device=self.device)
 
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
