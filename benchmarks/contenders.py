@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partial_embedding import open_vectors
 from partial_embedding.torch import PartialEmbedding, rowwise
 
 BATCHES = 16
@@ -68,10 +69,12 @@ class Work:
         size = (self.rows if rows is None else rows, self.width)
         if self.mapped and rows is None:
             # Of zeros that take no room on the disk; the file goes with the table.
-            with tempfile.TemporaryFile() as file:
-                file.truncate(self.table_bytes)
-                values = np.memmap(file, f"f{self.torch_dtype.itemsize}", mode="c", shape=size)
-            return torch.from_numpy(values)
+            with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": size}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(file.tell() + self.table_bytes)
+                file.flush()
+                return torch.from_numpy(open_vectors(file.name))
         return torch.full(size, 0.01, dtype=self.torch_dtype, device=self.device)
 
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
