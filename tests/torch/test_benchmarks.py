@@ -135,6 +135,18 @@ def test_all_sizes_are_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert (tmp_path / "scale.png").exists()
 
 
+def test_ways_to_sum_gradients_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = of_benchmarks("ways", monkeypatch)
+    monkeypatch.setattr(ways, "TURNS", 7)
+    for section in ways.summing():
+        found = {name: way() for name, way in section.ways.items() if "int32" not in name}
+        first = next(iter(found.values())).clone()
+        for name, summed in found.items():
+            dense = summed.to_dense() if summed.is_sparse else summed
+            torch.testing.assert_close(dense, first, msg=name)
+        assert all(us > 0 for us in ways.measured(section).values())
+
+
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="only Linux counts bytes there")
 def test_two_processes_send_the_rows_and_not_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     ddp = of_benchmarks("ddp", monkeypatch)
