@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import mmap
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ class Work:
                 np.lib.format.write_array_header_1_0(file, header)
                 file.truncate(file.tell() + self.table_bytes)
                 file.flush()
-                return torch.from_numpy(open_vectors(file.name))
+                vectors = open_vectors(file.name)
+                vectors.base.madvise(mmap.MADV_RANDOM)  # as the documentation says of such a table
+                return torch.from_numpy(vectors)
         return torch.full(size, 0.01, dtype=self.torch_dtype, device=self.device)
 
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

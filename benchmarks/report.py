@@ -117,11 +117,10 @@ def targets(results: Results) -> Iterator[Target]:
             same = [e for e in results["memory"] if e["work"] == entry["work"]]
             floor = next(e for e in same if e["contender"] == "floor")
             bound = 1.2 * floor["peak"] + 9 * entry["work"]["rows"]
-            trainable = entry["work"]["trainable"]
-            what = (
-                f"peak memory over 1.2 × floor + 9 B a row: {entry['contender']}, K = {trainable:,}"
+            named = ", ".join([entry["contender"], *_task(entry["work"])])
+            yield Target(
+                f"peak memory over 1.2 × floor + 9 B a row: {named}", entry["peak"] / bound, 1.0
             )
-            yield Target(what, entry["peak"] / bound, 1.0)
     if fit := results.get("fit"):
         added = 100 * (fit["callback"] - fit["fit"]) / fit["fit"]
         yield Target("what `RowUnfreezing` adds to a step of `fit`, %", added, 2.0)

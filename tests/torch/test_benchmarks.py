@@ -100,8 +100,8 @@ def test_a_race_is_reported_with_its_targets(
     ]
     text = report.write_report(json.loads(json.dumps(results)), tmp_path)
     assert (
-        "| peak memory over 1.2 × floor + 9 B a row: ours, K = 7 | 1.21 | ≤ 1 | **missed** |"
-        in text
+        "| peak memory over 1.2 × floor + 9 B a row: ours, V = 50, K = 7, AdamW, 20 ids, D = 4 "
+        "| 1.21 | ≤ 1 | **missed** |" in text
     )
     assert "| bytes sent over those of the K rows: ours, dense gradient, K = 100 | 1.02 |" in text
     assert "| bytes sent over those of the rows touched: ours, K = 100 | 1.27 |" in text
