@@ -27,7 +27,7 @@ from torch import Tensor
 from partial_embedding.torch import blocks
 from partial_embedding.torch.hooks import close_passage
 from partial_embedding.torch.row_gradient import RowGradient
-from partial_embedding.torch.rowcopy import read_rows, sum_rows, write_rows
+from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
 from partial_embedding.torch.rowset import RowSet
 
 Way = Callable[[], object]
@@ -197,6 +197,31 @@ def updating() -> Iterator[Section]:
         yield Section(f"A step of AdamW, K = {trainable:,}", ways)
 
 
+def resting() -> Iterator[Section]:
+    """A step of what leaves a row alone whose gradient is zero."""
+    work = Work(optimizer="SGD")
+    every = ours(work)
+
+    def all_rows(step: Step = every) -> None:
+        with patch.object(blocks.Blocks, "_rests_where_untouched", lambda *_: False):
+            step()
+
+    slots = batches_of(work, "trainable")[0][0]
+    ways: dict[str, Way] = {
+        "the touched rows": ours(work),
+        "all rows that train": all_rows,
+        "`lazy`": CONTENDERS["lazy"].build(work),
+        "two tables by hand": CONTENDERS["two_tables"].build(work),
+        "the K rows alone": CONTENDERS["floor"].build(work),
+    }
+    yield Section("A step of SGD, K = 10,000", ways)
+    ways = {
+        "by marks": partial(distinct, slots, 10_000),
+        "by sorting": partial(torch.unique, slots, return_inverse=True),
+    }
+    yield Section("Tell 2,048 slots apart, of 10,000", ways)
+
+
 def around() -> Iterator[Section]:
     """Python and torch's calls, where nothing else counts."""
     work = Work(rows=10_000, trainable=100, ids=64)
@@ -278,6 +303,7 @@ SECTIONS = {
     "gather": gathering,
     "scatter": scattering,
     "update": updating,
+    "rest": resting,
     "around": around,
     "grow": growing,
 }
