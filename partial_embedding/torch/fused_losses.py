@@ -21,6 +21,7 @@ from partial_embedding.torch.averaged import is_left_to_ddp
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.unheld import used_frozen
 
 if TYPE_CHECKING:
     from partial_embedding.torch.head import PartialLinear
@@ -74,8 +75,10 @@ def _by_row(backward: Backward, names: tuple[str, ...]) -> Backward:
     def of_rows(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         features, weight, bias = ctx.needs_input_grad[:3]
         saved = ctx.saved_tensors
-        head = _head_of(saved[1]) if weight else None
-        if head is None or torch.is_grad_enabled():
+        head = _head_of(saved[1])
+        if head is not None and not weight:
+            used_frozen(head)
+        if head is None or not weight or torch.is_grad_enabled():
             return backward(ctx, *grads)
 
         def asked_for(saved: tuple[Any, ...], *needs: bool) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
+from partial_embedding import InputError
 from partial_embedding.torch import PartialEmbedding, PartialLinear, fused_losses
 from partial_embedding.torch.row_gradient import RowGradient
 
@@ -132,6 +133,16 @@ def test_a_head_gets_a_whole_gradient_where_that_is_asked_for() -> None:
     log_probs(hidden, head.weight, head.bias).backward()
     assert head.weight.grad is None
     assert head.bias.grad.count_nonzero() == len(ROWS)
+
+
+def test_a_frozen_head_whose_rows_are_to_train_is_refused() -> None:
+    _, head = heads(bias=False)
+    model = nn.Sequential(nn.Linear(D, D), head)
+    head.requires_grad_(False)
+    optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
+    log_probs(model[0](drawn(TOKENS, D)), head.weight, None).backward()
+    with pytest.raises(InputError, match=r"'1' with 3 such rows, which none holds"):
+        optimizer.step()
 
 
 def test_a_function_that_saves_something_else_is_left_alone(
