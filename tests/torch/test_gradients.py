@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEFAULTS, FEW, MANY, SPARSE_AND_DENSE, Case, by_id, case_of
+from cases import DEFAULTS, FEW, GRADIENTS, MANY, SPARSE_AND_DENSE, Case, by_id, case_of, crossed
 from models import (
     FROZEN,
     ROWS,
@@ -114,10 +114,9 @@ def test_half_precision_weights(case: Case, sparse: bool) -> None:
     check_close(case, table, steps, gradient_tolerance=2e-2, tolerance=6e-2)
 
 
-@pytest.mark.parametrize("case", MANY, ids=by_id)
+# Without SparseAdam, for which the model's other tables would need float64 too.
+@pytest.mark.parametrize("case", crossed([case for case in MANY if not case.sparse_only]))
 def test_double_precision_is_exact(case: Case) -> None:
-    if case.sparse_only:
-        pytest.skip("the model's other tables would need float64 too; element types are no concern")
     model = model_of(case, partial_table(start=starting_table(dtype=torch.float64))).double()
     optimizer = rowwise(case.make(model.parameters()), model)
     oracle = oracle_of(case, model, ROWS)
@@ -198,11 +197,8 @@ def loss_with(table: PartialEmbedding, batch: Batch, rows: Iterable[int], bad: T
     return torch.where(where, torch.zeros(D), gap).square().sum() / 2
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize("case", MANY, ids=by_id)
+@pytest.mark.parametrize(("case", "sparse"), crossed(MANY, GRADIENTS))
 def test_what_is_not_finite_stays_with_the_frozen_rows(case: Case, sparse: bool) -> None:
-    if case.sparse_only and not sparse:
-        pytest.skip("SparseAdam itself raises on dense gradients")
     tables = [partial_table(sparse=sparse), partial_table(sparse=sparse)]
     optimizers = [rowwise(case.make(table.parameters()), table) for table in tables]
     start = starting_table()
@@ -249,11 +245,10 @@ def test_the_gradient_scaler_sees_no_overflow_of_frozen_rows(case: Case, sparse:
     assert scaler.get_scale() == 2.0**8
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize("case", [c for c in MANY if not c.one_history], ids=by_id)
+@pytest.mark.parametrize(
+    ("case", "sparse"), crossed([c for c in MANY if not c.one_history], GRADIENTS)
+)
 def test_trainable_rows_that_blow_up_do_not_reach_the_frozen_ones(case: Case, sparse: bool) -> None:
-    if case.sparse_only and not sparse:
-        pytest.skip("SparseAdam itself raises on dense gradients")
     table, start = partial_table(sparse=sparse), starting_table()
     optimizer = rowwise(case.make(table.parameters()), table)
     for batch in batches(4):
@@ -264,19 +259,12 @@ def test_trainable_rows_that_blow_up_do_not_reach_the_frozen_ones(case: Case, sp
         assert not table.weight[list(ROWS)].isfinite().all()
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize(
-    "case",
-    [
-        *FEW,
-        *(case_of(f"{name}-fused") for name in ("Adam", "AdamW", "Adagrad", "SGD-momentum=0.9")),
-        *(case for case in DEFAULTS if not case.one_history),
-    ],
-    ids=by_id,
-)
+FUSED = [case_of(f"{name}-fused") for name in ("Adam", "AdamW", "Adagrad", "SGD-momentum=0.9")]
+SCALED = [*FEW, *FUSED, *(case for case in DEFAULTS if not case.one_history)]
+
+
+@pytest.mark.parametrize(("case", "sparse"), crossed(SCALED, GRADIENTS))
 def test_a_step_that_the_gradient_scaler_skips(case: Case, sparse: bool) -> None:
-    if case.sparse_only and not sparse:
-        pytest.skip("SparseAdam itself raises on dense gradients")
     model, optimizer, oracle = prepared(case, partial_table(sparse=sparse))
     # torch's fused SGD keeps a buffer that was never written when its very first step is skipped.
     overflows = (2, 3, 6) if case.name == "SGD" and case.fused else (0, 3, 4)

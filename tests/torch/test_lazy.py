@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from cases import DEFAULTS, ELEMENT_WISE, Case, case_of
+from cases import DEFAULTS, ELEMENT_WISE, Case, case_of, crossed
 from models import D, V, starting_table
 from numpy.typing import NDArray
 from oracle import assert_same_bits, same_bits
@@ -266,7 +266,7 @@ class PutBack:
 LAZY = [case for case in ELEMENT_WISE if not case.sparse_only]
 
 
-@pytest.mark.parametrize("case", LAZY, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", crossed(LAZY))
 def test_lazy_steps_equal_full_ones_with_untouched_rows_put_back(
     case: Case, record_property: Callable[[str, object], None]
 ) -> None:
