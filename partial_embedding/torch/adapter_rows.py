@@ -68,7 +68,8 @@ def stand_beside_adapters(model: Any) -> None:
         if isinstance(part, AdapterRows):
             part.configs = configs if part.configs is None else part.configs
             if isinstance(table, nn.Embedding) and id(table.weight) in tied:
-                part.no_place = "beside a copy of the head that is tied to it"
+                part.no_place = ", beside a copy of the head that is tied to it"
+                part.remedy = "Name both in modules_to_save, or neither."
     for module in list(model.modules()):
         for table in list(module._modules.values()):
             if isinstance(table, PartialTable):
@@ -88,7 +89,7 @@ def know_wrapper(table: PartialTable, wrapper: nn.Module) -> None:
     if not isinstance(wrapper, BaseTunerLayer) or isinstance(wrapper, TrainableTokensLayer):
         return
     if isinstance(part := table._modules.get(ADAPTER), AdapterRows):
-        part.no_place = "in a layer that it adapts"
+        part.no_place = ", in a layer that it adapts"
     if isinstance(table, nn.Embedding) and table.sparse:
         table.sparse = False
         warnings.warn(
@@ -182,8 +183,9 @@ class AdapterRows(ModulesToSaveWrapper):
     # It saves rows, and no modules.
     modules_to_save = nn.ModuleDict()
 
-    # Where peft's configurations have no place for the ids of rows.
-    no_place: str | None = None
+    # Where peft's configurations have no place for the ids of rows, and what helps.
+    no_place = ""
+    remedy = "Use save_rows too."
 
     # The configurations of the adapters, by name.
     configs: dict[str, Any] | None = None
@@ -324,11 +326,10 @@ class AdapterRows(ModulesToSaveWrapper):
         """Write into an adapter's configuration which rows it has, for `peft` to read them."""
         config: Any = (self.configs or {}).get(adapter_name)
         if self.no_place or not hasattr(config, "trainable_token_indices"):
-            told = f", {self.no_place}" if self.no_place else ""
             warnings.warn(
                 f"the adapter {adapter_name!r} is saved with the rows of {self._name!r}, but "
-                f"{type(config).__name__} has no place for their ids{told}: peft alone will not "
-                "read them. Use save_rows too.",
+                f"{type(config).__name__} has no place for their ids{self.no_place}: peft alone "
+                f"will not read them. {self.remedy}",
                 stacklevel=2,
             )
             return

@@ -24,6 +24,7 @@ from torch import Tensor  # noqa: E402
 
 from partial_embedding import InputError  # noqa: E402
 from partial_embedding.torch import add_tokens  # noqa: E402
+from partial_embedding.torch.row_files import load_rows, save_rows  # noqa: E402
 from partial_embedding.torch.table import PartialTable  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -132,6 +133,37 @@ def test_rows_learn_and_are_saved_with_what_wraps_their_table(
     plain.resize_token_embeddings(V + 2, mean_resizing=False)
     plain = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
     assert same_bits(logits_of(plain), now) is not is_unread
+
+
+def test_rows_of_a_layer_that_lora_adapts_are_saved_beside_it(tmp_path: Path) -> None:
+    """As the warning says."""
+    model, words = language_model("Llama", tied=False), tokenizer()
+    add_tokens(model, words, NEW)
+    model = peft.get_peft_model(model, lora(target_modules=["lm_head"]))
+    with pytest.warns(UserWarning, match="alone will not read them. Use save_rows too"):
+        model.save_pretrained(tmp_path / "adapter")
+    save_rows(model, tmp_path / "rows")
+    plain = language_model("Llama", tied=False)
+    plain.resize_token_embeddings(V + 2, mean_resizing=False)
+    load_rows(plain, tmp_path / "rows")
+    plain = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert_same_bits(logits_of(plain), logits_of(model), "logits")
+
+
+def test_rows_of_copies_are_saved_by_peft_or_merged_first(tmp_path: Path) -> None:
+    model, words = language_model("Llama", tied=False), tokenizer()
+    add_tokens(model, words, NEW)
+    model = peft.get_peft_model(model, lora(modules_to_save=["lm_head"]))
+    with pytest.raises(InputError, match=r"a copy for each adapter.*merge_and_unload first"):
+        save_rows(model, tmp_path / "rows")
+    merged = model.merge_and_unload()
+    save_rows(merged, tmp_path / "rows")
+    plain = language_model("Llama", tied=False)
+    plain.resize_token_embeddings(V + 2, mean_resizing=False)
+    assert load_rows(plain, tmp_path / "rows") == {
+        "lm_head.weight": NEW_ROWS,
+        "model.embed_tokens.weight": NEW_ROWS,
+    }
 
 
 def test_lora_on_the_embedding_itself_makes_its_gradient_dense_and_says_so() -> None:
