@@ -264,7 +264,10 @@ class RecipeCLI(LightningCLI):
         try:
             return super().instantiate_trainer(plugins=[*plugins, WholeCheckpoints()], **kwargs)
         except (TypeError, ValueError) as error:
-            raise InputError(f"Lightning's trainer refuses its options: {error}") from error
+            raise InputError(
+                f"Lightning's trainer takes its own options. Received: {error}. "
+                f"See partial-embedding {self.command} --help."
+            ) from error
 
     def run(self) -> None:
         """Do what the command says."""
