@@ -13,7 +13,6 @@ from models import (
     ROWS,
     Batch,
     D,
-    V,
     assert_same_model,
     batches,
     model_of,
@@ -25,9 +24,7 @@ from models import (
 from oracle import Oracle, assert_same_bits, same_bits
 from torch import Tensor, nn
 
-from partial_embedding import InputError
-from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, rowwise
-from partial_embedding.torch.row_gradient import RowGradient
+from partial_embedding.torch import PartialEmbedding, rowwise
 
 # Gradients of another kind: equal to rounding
 
@@ -138,43 +135,6 @@ def test_double_precision_is_exact(case: Case) -> None:
         assert_same_model(model, oracle, f"after step {step}")
 
 
-MODES = [("sum", True), ("mean", True), ("sum", False), ("mean", False), ("max", False)]
-
-
-@pytest.mark.parametrize(("mode", "sparse"), MODES)
-@pytest.mark.parametrize("case", FEW, ids=by_id)
-def test_bags_train_their_rows(case: Case, mode: str, sparse: bool) -> None:
-    start = starting_table()
-    bag = PartialEmbeddingBag(V, D, mode=mode, sparse=sparse, trainable_rows=ROWS)
-    with torch.no_grad():
-        bag.weight.copy_(start)
-    optimizer = rowwise(case.make(bag.parameters()), bag)
-    oracle = Oracle(case.make, start, ROWS)
-    for batch in batches():
-        if batch.ids is None:
-            continue
-        plain = nn.EmbeddingBag.from_pretrained(
-            bag.weight.detach().clone(), freeze=False, mode=mode
-        )
-        for table in (bag, plain):
-            table.zero_grad()
-            table(batch.ids.flatten(), torch.tensor([0, 2, 3])).square().sum().backward()
-        torch.testing.assert_close(
-            bag.weight.grad.to_dense()[list(ROWS)], plain.weight.grad[list(ROWS)]
-        )
-        optimizer.step()
-        oracle.step_with_gradient(plain.weight.grad)
-        assert_same_bits(bag.weight[FROZEN], start[FROZEN], "frozen rows of a bag")
-        torch.testing.assert_close(bag.weight, oracle.table, rtol=1e-5, atol=1e-6, equal_nan=True)
-    for row in ROWS:
-        assert not same_bits(bag.weight[row], start[row])
-
-
-def test_a_bag_of_maxima_with_sparse_gradients_is_refused() -> None:
-    with pytest.raises(InputError, match="sparse=False"):
-        PartialEmbeddingBag(V, D, mode="max")
-
-
 # Values that poison
 
 
@@ -210,22 +170,6 @@ def test_what_is_not_finite_stays_with_the_frozen_rows(case: Case, sparse: bool)
         assert_same_bits(tables[0].weight[FROZEN], start[FROZEN], "frozen rows")
     assert not same_bits(tables[0].weight[1], start[1])
     assert tables[0].weight[list(ROWS)].isfinite().all()
-
-
-@SPARSE_AND_DENSE
-def test_the_gradient_itself_holds_nothing_of_frozen_rows(sparse: bool) -> None:
-    gradients = []
-    for bad in (NOT_FINITE, torch.zeros(D)):
-        table = partial_table(sparse=sparse)
-        loss_with(table, batches()[0], FROZEN, bad)
-        gradients.append(table.weight.grad)
-    assert isinstance(gradients[0], RowGradient) is sparse
-    if sparse:  # dropped, not zeroed
-        assert set(gradients[0]._indices()[0].tolist()) == set(ROWS)
-    poisoned, plain = (gradient.to_dense() for gradient in gradients)
-    assert_same_bits(poisoned, plain, "the gradient")
-    assert (poisoned[FROZEN] == 0).all()
-    assert (poisoned[list(ROWS)] != 0).all()
 
 
 @SPARSE_AND_DENSE

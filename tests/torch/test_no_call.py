@@ -265,18 +265,6 @@ def test_rows_whose_weight_requires_no_gradient_are_refused(calls: bool) -> None
     rowwise(torch.optim.AdamW(model.parameters()))
 
 
-def test_a_copy_that_is_never_stepped_needs_nothing() -> None:
-    model, optimizer = made(OPTIMIZERS["AdamW"])
-    teacher = copy.deepcopy(model).requires_grad_(False)
-    before = copy.deepcopy(teacher.state_dict())
-    for _ in range(2):
-        with torch.no_grad():
-            teacher(torch.arange(V))
-        step(model, optimizer, closure=False)
-    for key, value in teacher.state_dict().items():
-        assert_same_bits(value, before[key], key)
-
-
 COMPUTED: dict[str, Callable[[nn.Module], object]] = {
     "pruned": lambda table: prune.l1_unstructured(table, "weight", 0.2),
     "spectral_norm": lambda table: parametrizations.spectral_norm(table),
