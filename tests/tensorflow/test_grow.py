@@ -58,13 +58,15 @@ def table_of(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["alone", "tied"])
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_old_rows_go_on_and_new_ones_begin_bit_for_bit(make: Any, tied: bool) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_old_rows_go_on_and_new_ones_begin_bit_for_bit(name: str, tied: bool) -> None:
+    # Tracing takes longer than a run does, so these two stand for what was traced before.
+    traced = (name, tied) in (("rowwise-lazy", False), ("Adam", True))
     # The same run over a table that had all rows from the start, of which the last joined late.
     grown = model_of(tied=tied)
     whole = model_of(V + NEW, tied=tied, reserve_rows=[1, 5, *range(V, V + NEW)])
     for model in (grown, whole):
-        model.compile(make(), "mse")
+        model.compile(OPTIMIZERS[name](), "mse", run_eagerly=not traced)
         fit(model, V)
     assert grow_table(grown, "items", NEW, init=np.zeros((NEW, D))) == [10, 11, 12]
     whole.layers[0].unfreeze_rows(range(V, V + NEW))
@@ -152,7 +154,7 @@ def test_new_names_the_rows_by_which_a_table_grew_last() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"name": "words"}, r"the tables are \['items'\]"),
+        ({"name": "words"}, r"Name one of \['items'\]"),
         ({"rows": 0}, "from 1 up"),
         ({"init": np.ones((NEW, D + 1))}, "a vector for each new row"),
         ({"init": "zeros"}, "init is 'mean'"),
