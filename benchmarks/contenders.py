@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import mmap
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partial_embedding import open_vectors
 from partial_embedding.torch import PartialEmbedding, rowwise
 
 BATCHES = 16
@@ -30,6 +34,7 @@ class Work:
         law: How often rows occur: `uniform`, or `zipf` for a frequency of one over the rank.
         dtype: Of the table.
         together: The rows that train lie side by side at the end, as added tokens do.
+        mapped: The table lies in a file, of which what is read and written enters the memory.
         device: `cpu` or `cuda`.
     """
 
@@ -42,6 +47,7 @@ class Work:
     law: str = "uniform"
     dtype: str = "float32"
     together: bool = False
+    mapped: bool = False
     device: str = "cpu"
 
     @property
@@ -62,6 +68,16 @@ class Work:
     def table(self, rows: int | None = None) -> Tensor:
         """Values for a table; written, so that the system really hands out the memory."""
         size = (self.rows if rows is None else rows, self.width)
+        if self.mapped and rows is None:
+            # Of zeros that take no room on the disk; the file goes with the table.
+            with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": size}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(file.tell() + self.table_bytes)
+                file.flush()
+                vectors = open_vectors(file.name)
+                vectors.base.madvise(mmap.MADV_RANDOM)  # as the documentation says of such a table
+                return torch.from_numpy(vectors)
         return torch.full(size, 0.01, dtype=self.torch_dtype, device=self.device)
 
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

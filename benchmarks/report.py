@@ -6,6 +6,7 @@ python benchmarks/report.py benchmarks/results.json --readme README.md
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +26,15 @@ COUNTED = (1000, 10_000, 100_000)
 OPTIMIZERS = ("AdamW", "SGD", "Adagrad")
 # Under these a gradient of zero moves nothing, and the rows that are stepped are those touched.
 RESTING = ("SGD", "Adagrad")
+# What grows in the pictures of all sizes, and in which contenders.
+SCALES = {
+    "rows": "rows of the table, V",
+    "trainable": "rows that train, K",
+    "ids": "ids of a step",
+}
+SHORT = {"rows": "V", "trainable": "K", "ids": "ids"}
+SCALED = ("ours", "lazy", "floor")
+UNITS = {"ms": 1, "peak": 2**20}
 _INK, _FAINT = "#22313f", "#8a97a3"
 
 
@@ -107,11 +117,10 @@ def targets(results: Results) -> Iterator[Target]:
             same = [e for e in results["memory"] if e["work"] == entry["work"]]
             floor = next(e for e in same if e["contender"] == "floor")
             bound = 1.2 * floor["peak"] + 9 * entry["work"]["rows"]
-            trainable = entry["work"]["trainable"]
-            what = (
-                f"peak memory over 1.2 × floor + 9 B a row: {entry['contender']}, K = {trainable:,}"
+            named = ", ".join([entry["contender"], *_task(entry["work"])])
+            yield Target(
+                f"peak memory over 1.2 × floor + 9 B a row: {named}", entry["peak"] / bound, 1.0
             )
-            yield Target(what, entry["peak"] / bound, 1.0)
     if fit := results.get("fit"):
         added = 100 * (fit["callback"] - fit["fit"]) / fit["fit"]
         yield Target("what `RowUnfreezing` adds to a step of `fit`, %", added, 2.0)
@@ -191,7 +200,7 @@ def _task(work: Measured) -> list[str]:
     parts = [f"V = {work['rows']:,}", f"K = {work['trainable']:,}", work["optimizer"]]
     default = asdict(Work())
     spelled = {"ids": "{:,} ids", "width": "D = {}", "share": "{:.0%} of the ids trainable"}
-    spelled |= {"law": "{}", "dtype": "{}", "together": "rows side by side"}
+    spelled |= {"law": "{}", "dtype": "{}", "together": "rows side by side", "mapped": "mapped"}
     parts += [text.format(work[key]) for key, text in spelled.items() if work[key] != default[key]]
     return parts
 
@@ -306,64 +315,89 @@ def _report(results: Results) -> list[str]:
 # Pictures
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.4), dpi=160, layout="constrained", facecolor="white")
-    axes = figure.subplots()
+def _figure(columns: int = 1, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
+    size = (7, 4.4) if columns == 1 else (4.4 * columns, 3.4 * rows)
+    figure = Figure(figsize=size, dpi=160, layout="constrained", facecolor="white")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey="row").tolist()
+    for axes in itertools.chain.from_iterable(grid):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_FAINT)
+        axes.tick_params(colors=_INK, labelsize=9)
+    return figure, grid
+
+
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", color=_INK, fontsize=11)
     axes.set_xlabel(x, color=_INK)
     axes.set_ylabel(y, color=_INK)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(colors=_INK, labelsize=9)
-    return figure, axes
 
 
-def _curves(axes: Axes, entries: list[Measured], key: str) -> None:
+def _curves(axes: Axes, entries: list[Measured], key: str, value: str = "ms") -> None:
+    axes.set(xscale="log", yscale="log")
     for name in dict.fromkeys(entry["contender"] for entry in entries):
         mine = [e for e in entries if e["contender"] == name]
         mine.sort(key=lambda entry: entry["work"][key])
         places = [e["work"][key] for e in mine]
-        line, *_ = axes.plot(
-            places, [e["ms"] for e in mine], marker="o", label=CONTENDERS[name].name
-        )
-        low, high = ([e[side] for e in mine] for side in ("low", "high"))
-        axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        figures = [e[value] / UNITS[value] for e in mine]
+        line, *_ = axes.plot(places, figures, marker="o", label=CONTENDERS[name].name)
+        if value == "ms":
+            low, high = ([e[side] for e in mine] for side in ("low", "high"))
+            axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _legend(axes: Axes) -> None:
     axes.legend(fontsize=9, labelcolor=_INK, frameon=False)
 
 
+def _scale(results: Results) -> Figure:
+    """Time in the first row and memory in the second, over V, K and the ids."""
+    figure, grid = _figure(columns=len(SCALES), rows=2)
+    for column, (key, title) in enumerate(SCALES.items()):
+        entries = results["races"][f"scale-{key}"]
+        tasks = [entry["work"] for entry in entries]
+        held = [entry for entry in results["memory"] if entry["work"] in tasks]
+        held = [entry for entry in held if entry["contender"] in SCALED]
+        fixed = (f"{short} = {tasks[0][name]:,}" for name, short in SHORT.items() if name != key)
+        _label(grid[0][column], ", ".join(fixed), "", "" if column else "ms a step")
+        _label(grid[1][column], "", title, "" if column else "MiB beyond the table, at the peak")
+        _curves(grid[0][column], entries, key)
+        _curves(grid[1][column], held, key, "peak")
+    _legend(grid[0][0])
+    return figure
+
+
+def _memory(entries: list[Measured]) -> Figure:
+    """The peak of each contender of the first task."""
+    first = [entry for entry in entries if entry["work"] == entries[0]["work"]]
+    rows, trainable = (first[0]["work"][key] for key in ("rows", "trainable"))
+    figure, [[axes]] = _figure()
+    _label(axes, "", "MiB at the peak of the process", "")
+    axes.set_xscale("log")
+    peaks = [entry["peak"] / UNITS["peak"] for entry in first]
+    names = [CONTENDERS[entry["contender"]].name for entry in first]
+    bars = axes.barh(names, peaks, color="#4c78a8")
+    axes.bar_label(bars, fmt="%.0f", padding=3, color=_INK, fontsize=9)
+    axes.set_xlim(1, 4 * max(peaks))
+    title = f"Memory beyond the table, V = {rows:,}, K = {trainable:,}"
+    axes.set_title(title, loc="right", color=_INK, fontsize=11)
+    axes.invert_yaxis()
+    return figure
+
+
 def pictures(results: Results) -> Iterator[tuple[str, Figure]]:
-    """Time against V, time against K, and memory."""
-    if entries := results["races"].get("vocabulary"):
+    """Time against V beside a dense table, all sizes of ours, and memory."""
+    races = results["races"]
+    if entries := races.get("vocabulary"):
+        figure, [[axes]] = _figure()
         title = f"A step against the size of the table, K = {entries[0]['work']['trainable']:,}"
-        figure, axes = _axes(title, "rows of the table, V", "ms a step")
+        _label(axes, title, "rows of the table, V", "ms a step")
         _curves(axes, entries, "rows")
+        _legend(axes)
         yield "time-v.png", figure
-    entries = [
-        entry
-        for trainable in COUNTED
-        for entry in results["races"].get(f"floor-AdamW-{trainable}", [])
-        if not entry["work"]["together"] and not entry["contender"].startswith("copying")
-    ]
-    if entries:
-        title = f"A step against the rows that train, AdamW, V = {entries[0]['work']['rows']:,}"
-        figure, axes = _axes(title, "rows that train, K", "ms a step")
-        _curves(axes, entries, "trainable")
-        yield "time-k.png", figure
+    if "memory" in results and all(f"scale-{key}" in races for key in SCALES):
+        yield "scale.png", _scale(results)
     if memory := results.get("memory"):
-        first = [entry for entry in memory if entry["work"] == memory[0]["work"]]
-        rows, trainable = (first[0]["work"][key] for key in ("rows", "trainable"))
-        title = f"Memory beyond the table, V = {rows:,}, K = {trainable:,}"
-        figure, axes = _axes("", "MiB at the peak of the process", "")
-        axes.set_yscale("linear")
-        names = [CONTENDERS[entry["contender"]].name for entry in first]
-        bars = axes.barh(names, [entry["peak"] / 2**20 for entry in first], color="#4c78a8")
-        axes.bar_label(bars, fmt="%.0f", padding=3, color=_INK, fontsize=9)
-        axes.set_xlim(1, 4 * max(entry["peak"] / 2**20 for entry in first))
-        axes.set_title(title, loc="right", color=_INK, fontsize=11)
-        axes.invert_yaxis()
-        yield "memory.png", figure
+        yield "memory.png", _memory(memory)
 
 
 def write_report(results: Results, folder: Path) -> str:

@@ -51,6 +51,7 @@ PEERS = (
     "copying",
 )
 COUNTED_WITH = ("ours", "lazy", "floor", "lookup", "copying", "copying_lazy", "two_tables")
+SCALED = ("ours", "lazy", "floor")
 PARTS = ("forward", "backward", "update")
 TURN = 0.03  # seconds of one turn, in which a fast step is timed several times
 MOST_ROUNDS = 25
@@ -93,6 +94,9 @@ def races() -> Iterator[Race]:
     entries = [(name, work) for work in sizes for name in ("ours", "lookup")]
     entries += [("dense", work) for work in sizes if work.rows <= base.rows]
     yield Race("vocabulary", entries)
+    for name, works in scale(base).items():
+        entries = [(contender, work) for work in works for contender in SCALED]
+        yield Race(f"scale-{name}", entries, full=True)
     work = replace(base, trainable=base.rows)
     yield Race("all-rows", [(n, work) for n in ("dense", "ours", "stages", "lazy", "copying")])
 
@@ -101,25 +105,36 @@ def races() -> Iterator[Race]:
         "alone": replace(base, share=1.0),
         "alone-1000": replace(base, share=1.0, trainable=1000),
         "zipf": replace(base, law="zipf"),
-        "ids-512": replace(base, ids=512),
-        "ids-65536": replace(base, ids=65_536),
         "wide": replace(base, rows=100_000, width=768),
         "bfloat16": replace(base, dtype="bfloat16"),
-        "million": replace(base, rows=5_000_000, trainable=1_000_000),
-        "hundred": replace(base, trainable=100),
     }
     for name, work in others.items():
         yield Race(name, [(contender, work) for contender in few], full=not name.startswith("al"))
+
+
+def scale(base: Work) -> dict[str, list[Work]]:
+    """Tasks of all sizes, by what grows."""
+    few = replace(base, trainable=1000)
+    rows = [replace(few, rows=10**power) for power in (4, 5, 6, 7)]
+    if base.device == "cpu":
+        rows.append(replace(few, rows=10**8, mapped=True))
+    large = replace(base, rows=2_000_000)
+    return {
+        "rows": rows,
+        "trainable": [replace(large, trainable=10**power) for power in (2, 3, 4, 5, 6)],
+        "ids": [replace(base, ids=ids) for ids in (512, 4096, 65_536)],
+    }
 
 
 def memory_entries(full: bool) -> list[Entry]:
     """What is measured in a process of its own."""
     base = Work(device=DEVICE, ids=IDS)
     entries = [(name, base) for name in PEERS if name != "copying"]
-    for trainable in (100_000, *((1000, 1_000_000) if full else ())):
-        work = replace(base, trainable=trainable)
-        entries += [(name, work) for name in ("ours", "lazy", "floor")]
-    return entries
+    works = [replace(base, trainable=100_000)]
+    if full:
+        works += itertools.chain.from_iterable(scale(base).values())
+    entries += [(name, work) for work in works for name in SCALED]
+    return list(dict.fromkeys(entries))
 
 
 # Time
@@ -230,12 +245,13 @@ def measure_memory(name: str, work: Work) -> dict[str, Any]:
         step()
     gc.collect()
     table = 0 if name == "floor" else work.table_bytes
+    in_memory = 0 if work.mapped else table
     del kept
     return {
         "contender": name,
         "work": asdict(work),
         "alive": tensor_bytes() - alive - table,
-        "peak": held_bytes(most=True) - held - table,
+        "peak": held_bytes(most=True) - held - in_memory,
     }
 
 
@@ -279,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="more tasks and more rounds")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names of races")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -2,12 +2,13 @@
 
 MkDocs calls the functions `on_…` of this module. `<!-- generated: torch_optimizers -->` in a page
 stands for what `GENERATED` makes of the tests' own data, so that no page says more than is tested.
-`REPOSITORY` is the address in `mkdocs.yml`.
+The addresses of the repository, `REPOSITORY` in a page, and of the site are in pyproject.toml.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -33,6 +34,13 @@ GENERATED: dict[str, Callable[[], str]] = {
 }
 _MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Take the addresses from where they are written once."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    config.site_url, config.repo_url = urls["Documentation"], urls["Source"]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -16,8 +16,8 @@ usage: partial-embedding COMMAND [options]
 
   fit        train from a configuration: --config configs/quickstart.yaml
   validate   measure a checkpoint on the validation side
-  test       measure a checkpoint on other texts: --ckpt_path best --data.test_path FILE
-  predict    write what a checkpoint says of texts: --ckpt_path best --data.test_path FILE
+  test       measure it on other texts: --ckpt_path best --data.test_path FILE
+  predict    write what it says of texts: --ckpt_path best --data.test_path FILE
   compare    train frozen, missing, all rows and by schedule, and say which was best
   schedule   show which rows a schedule trains when, before any training
   report     make one page of what a run did to its rows
@@ -96,8 +96,8 @@ def _command(args: Sequence[str]) -> Callable[[Sequence[str]], object]:
         return command
     known = [*_RUNS, *_OTHERS]
     raise InputError(
-        f"a command is one of {', '.join(known)}. Received: {given or 'none'}."
-        f"{did_you_mean(given, known)} See partial-embedding --help."
+        f"a command is one of {', '.join(known)}. Received: {given or 'none'}. "
+        f"See partial-embedding --help.{did_you_mean(given, known)}"
     )
 
 

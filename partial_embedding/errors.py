@@ -39,22 +39,23 @@ _OTHER_NAMES = {
 }
 
 
-def did_you_mean(received: object, known: Iterable[str]) -> str:
+def did_you_mean(received: object, known: Iterable[str], otherwise: str = "") -> str:
     """The end of a message about an unknown word: the known one that was meant, if one is near.
 
     Args:
         received: A word, or a mapping, whose first unknown key is the word.
         known: What would have been understood.
+        otherwise: The remedy where no known word is near.
 
     Example:
         >>> did_you_mean("warmup", ["lr_scale", "warmup_steps"])
         " Did you mean 'warmup_steps'?"
-        >>> did_you_mean({"lr_scale": 1, "colour": 2}, ["lr_scale", "warmup_steps"])
-        ''
+        >>> did_you_mean({"lr_scale": 1, "colour": 2}, ["lr_scale", "warmup_steps"], " Remove it.")
+        ' Remove it.'
     """
     known = list(known)
     words = [str(word) for word in (received if isinstance(received, Mapping) else [received])]
     word = next((word for word in words if word not in known), "")
     other = _OTHER_NAMES.get(word)
     near = [other] if other in known else get_close_matches(word, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    return f" Did you mean {near[0]!r}?" if near else otherwise

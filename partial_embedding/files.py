@@ -122,7 +122,7 @@ def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
     try:
         if Path(path).exists() and not Path(path).is_file():
             kind = "folder" if Path(path).is_dir() else "device"
-            raise InputError(f"{path}: a {what} is a file. Received a {kind}.")
+            raise InputError(f"{path}: a {what} is a file. Received a {kind}. Name a file.")
         return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(
@@ -132,7 +132,9 @@ def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no path
         reason = " ".join(str(error).split())
-        raise InputError(f"{path}: a {what} is YAML in UTF-8. Received: {reason}.") from None
+        raise InputError(
+            f"{path}: a {what} is YAML in UTF-8. Received: {reason}. Correct it there."
+        ) from None
 
 
 def parse_yaml(text: str) -> Any:

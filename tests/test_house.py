@@ -297,6 +297,23 @@ def test_the_sdist_holds_what_a_build_needs_and_no_part_of_the_tests(
 # Habits
 
 
+def written(node: ast.expr) -> str:
+    """A text of the sources, with an ellipsis for what is put in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    return "".join(map(written, node.values)) if isinstance(node, ast.JoinedStr) else "…"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_an_error_that_says_what_was_received_says_what_to_do(path: Path) -> None:
+    calls = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)]
+    said = [written(n.args[0]) for n in calls if getattr(n.func, "id", "") == "InputError"]
+    received = [text.rpartition("Received") for text in said if "Received" in text]
+    # A sentence follows, or what was put together elsewhere.
+    lacking = [text for *_, text in received if not re.search(r"[.?]( \S|…$)|: …$", text)]
+    assert lacking == []
+
+
 def test_no_file_needs_a_table_of_contents() -> None:
     lengths = {
         path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())

@@ -71,7 +71,7 @@ def test_a_release_publishes_what_another_job_built_and_tried_and_holds_no_secre
     assert "secrets." not in text
 
 
-# One address for the repository and one for the site, in as few files as can be.
+# One address for the repository and one for the site, written once and in what people read first.
 
 
 def test_the_address_of_the_project_is_written_where_it_must_be_and_nowhere_else() -> None:
@@ -90,7 +90,7 @@ def test_the_address_of_the_project_is_written_where_it_must_be_and_nowhere_else
     }
     ours = {f"github.com/{owner}/{name}", site.removeprefix("https://").removesuffix(f"{name}/")}
     assert set().union(*found.values()) == ours
-    assert set(found) == {"CITATION.cff", "README.md", "mkdocs.yml", "pyproject.toml"}
+    assert set(found) == {"README.md", "pyproject.toml"}
 
 
 def test_the_citation_names_this_version() -> None:

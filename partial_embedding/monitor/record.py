@@ -271,7 +271,8 @@ def read_record(run: str | os.PathLike[str]) -> RowRecord:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{path}: a record is what RowMonitor wrote. Received something else: {reason}."
+            f"{path}: a record is what RowMonitor wrote. Received something else: {reason}. "
+            "Name the folder of another run."
         ) from None
 
 

@@ -47,7 +47,9 @@ class CausalModel(LightningModule):
         # Loggers would open their files before the data are accepted.
         self.save_hyperparameters(logger=False)
         if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is at least 1. Received: {max_new_tokens}.")
+            raise InputError(
+                f"max_new_tokens is at least 1. Received: {max_new_tokens}. 20 is the default."
+            )
         self.model = None  # until it is loaded, trained or read from a checkpoint
         self.lr = lr
         self.weight_decay = weight_decay
@@ -201,7 +203,7 @@ class CausalModel(LightningModule):
         if _KEY not in checkpoint:
             raise InputError(
                 "a checkpoint belongs to the model that it was trained with. Received one of "
-                "another kind for a language model."
+                "another kind for a language model. Name one that this configuration made."
             )
         if self.model is None:
             self._build(checkpoint[_KEY])
@@ -238,7 +240,7 @@ def pretrained(name: str) -> tuple[Any, Any]:
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"a model is a name on the Hugging Face hub or a local folder. Received {name!r}: "
-            f"{reason}"
+            f"{reason.rstrip('.')}. Check the spelling."
         ) from None
 
 

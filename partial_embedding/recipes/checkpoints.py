@@ -24,7 +24,10 @@ def find_checkpoint(named: str, root: Path) -> Path:
     """
     if named not in ("last", "best"):
         if not Path(named).is_file():
-            raise InputError(f"a checkpoint is a file. Received: {named}, which is missing.")
+            raise InputError(
+                f"a checkpoint is a file. Received: {named}, which is missing. "
+                "Pass last, best, or the path of one."
+            )
         return Path(named)
     found = list(root.glob(f"**/checkpoints/{named}.ckpt"))
     if not found:
@@ -47,12 +50,15 @@ def read_checkpoint(path: Path, to_go_on: bool) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         others = sorted(p for p in path.parent.glob("*.ckpt") if p != path and p.stat().st_size)
-        advice = f" Try {shown(others[0])}." if others else ""
+        advice = f"Try {shown(others[0])}." if others else "Name another one, or train again."
         raise InputError(
-            f"a checkpoint is a file that `fit` wrote. Received: {path}: {reason}.{advice}"
+            f"a checkpoint is a file that `fit` wrote. Received: {path}: {reason}. {advice}"
         ) from error
     if not isinstance(checkpoint, dict) or _WRITTEN_BY not in checkpoint:
-        raise InputError(f"a checkpoint is a file that `fit` wrote. Received: {path}.")
+        raise InputError(
+            f"a checkpoint is a file that `fit` wrote. Received: {path}. "
+            "Pass last, best, or the path of one."
+        )
     if to_go_on and "optimizer_states" not in checkpoint:
         raise InputError(
             "training goes on from a checkpoint with the state of its optimizer. Received: "

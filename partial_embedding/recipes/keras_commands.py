@@ -98,7 +98,7 @@ class SavedModel:
         except (OSError, ValueError) as error:
             raise InputError(
                 "a checkpoint is the model.keras of a run, with its meaning.json beside. "
-                f"Received: {path}: {error}"
+                f"Received: {path}: {error}. Pass last, or the path of one."
             ) from error
         self.vocabulary = Vocabulary(meaning["tokens"])
         self.names = tuple(meaning["names"])

@@ -214,9 +214,11 @@ def text_classifier(
         InputError: A setting is out of its range, or the schedule does not fit the vocabulary.
     """
     if channels < 1:
-        raise InputError(f"channels is at least 1. Received: {channels}.")
+        raise InputError(f"channels is at least 1. Received: {channels}. 64 is the default.")
     if not 0 <= dropout < 1:
-        raise InputError(f"dropout is a share from 0 up, below 1. Received: {dropout}.")
+        raise InputError(
+            f"dropout is a share from 0 up, below 1. Received: {dropout}. 0.5 is the default."
+        )
     table = PartialEmbedding.from_matrix(
         data.table,
         trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
@@ -314,7 +316,7 @@ def read_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if unknown := [part for part in config if part not in {*made, "model", *_LEFT_OUT}]:
         raise InputError(
             f"in Keras, a configuration has the parts {sorted([*made, 'model'])}. Received: "
-            f"{unknown[0]!r}.{did_you_mean(unknown[0], made)} Remove it."
+            f"{unknown[0]!r}.{did_you_mean(unknown[0], made, ' Remove it.')}"
         )
     settings = {part: of(**checked(of, config.get(part, {}), part)) for part, of in made.items()}
     return {**settings, "model": checked(text_classifier, config.get("model", {}), "model")}
@@ -379,7 +381,8 @@ def _of_the_table(schedules: Any) -> Schedule:
     by_table = schedules_by_table(schedules)
     if unknown := [name for name in by_table if name not in (None, _TABLE)]:
         raise InputError(
-            f"schedules are named after the model's tables, [{_TABLE!r}]. Received: {unknown[0]!r}."
+            f"schedules are named after the model's tables, [{_TABLE!r}]. Received: "
+            f"{unknown[0]!r}. Take that name, or write one schedule for all."
         )
     (schedule,) = by_table.values()
     return schedule

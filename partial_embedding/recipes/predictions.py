@@ -41,7 +41,7 @@ def write_predictions(
         a joy,pos,0.7500,neg,0.2500
     """
     if top_k < 1:
-        raise InputError(f"top_k is at least 1. Received: {top_k}.")
+        raise InputError(f"top_k is at least 1. Received: {top_k}. 1 is the default.")
     ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
     header = ["text", "label", "probability"]
     for place in range(2, ranked.shape[1] + 1):

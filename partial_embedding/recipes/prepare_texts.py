@@ -81,9 +81,13 @@ class TextSettings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length", "min_count", "dimension"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{name} is at least 1. Received: {value}.")
+                raise InputError(
+                    f"{name} is at least 1. Received: {value}. Leave it out for the default."
+                )
         if self.seed < 0:
-            raise InputError(f"a seed is a whole number from 0 up. Received: {self.seed}.")
+            raise InputError(
+                f"a seed is a whole number from 0 up. Received: {self.seed}. 0 is the default."
+            )
 
     @property
     def cache_folder(self) -> Path | None:

@@ -39,7 +39,7 @@ def schedule_command(args: Sequence[str]) -> None:
     if not isinstance(config, Mapping):
         raise InputError(
             f"{given.file}: a schedule is a mapping with the key 'stages' or 'preset'. "
-            f"Received: {config!r}."
+            f"Received: {config!r}. Put stages under 'stages:'."
         )
     schedule = _chosen(given.file, config, given.table)
     parts = read_config(given.file) if "rows" in config else {}
@@ -67,7 +67,7 @@ def schedule_command(args: Sequence[str]) -> None:
     if given.new is not None and given.new > num_rows:
         raise InputError(
             f"--new is how many of the table's rows are new, at most {num_rows:,}. Received: "
-            f"{given.new:,}."
+            f"{given.new:,}. Pass fewer, or more --rows."
         )
     new = None if given.new is None else np.arange(num_rows - given.new, num_rows)
     padding = given.padding if given.padding is not None else found.get("padding")
@@ -144,7 +144,7 @@ def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedul
     if table not in schedules:
         named = sorted(str(name) for name in schedules if name is not None)
         raise InputError(
-            f"{path}: --table is one of {named}. Received: {table!r}."
+            f"{path}: --table is one of {named}. Received: {table!r}. Pass one of these."
             if named
             else f"{path}: there is one schedule for all tables. Received --table {table!r}. "
             "Leave it out."

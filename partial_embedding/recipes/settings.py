@@ -23,7 +23,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     if not isinstance(given, Mapping):
         raise InputError(
             f"{path}: a configuration is a mapping with parts such as data and model. Received: "
-            f"{given!r}."
+            f"{given!r}. Begin with one of them, such as 'data:'."
         )
     config = {}
     for part, keys in given.items():
@@ -50,7 +50,8 @@ def checked(made: Callable[..., Any], given: Mapping[str, Any], part: str) -> di
     for name in given:
         if name not in known:
             raise InputError(
-                f"{part} has the keys {known}. Received: {name!r}.{did_you_mean(name, known)}"
+                f"{part} has the keys {known}. Received: {name!r}."
+                f"{did_you_mean(name, known, ' Remove it.')}"
             )
     return {name: _checked(f"{part}.{name}", value, hints[name]) for name, value in given.items()}
 
@@ -73,4 +74,4 @@ def _checked(place: str, value: Any, hint: Any) -> Any:
         f"one of {typing.get_args(kind)}" if typing.get_origin(kind) is Literal else kind.__name__
         for kind in kinds
     )
-    raise InputError(f"{place} is {wanted}. Received: {value!r}.")
+    raise InputError(f"{place} is {wanted}. Received: {value!r}. Leave it out for the default.")

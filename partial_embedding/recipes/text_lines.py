@@ -53,7 +53,9 @@ class TextLines(LightningDataModule, ABC):
         self.save_hyperparameters(logger=False)
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
-                raise InputError(f"{name} is at least 1. Received: {value}.")
+                raise InputError(
+                    f"{name} is at least 1. Received: {value}. Leave it out for the default."
+                )
         are_held_out([], validation_share, seed)  # refuses a share that is none
         self.path = path
         self.test_path = test_path

@@ -74,20 +74,27 @@ class Growth:
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, str) or self.shape not in _SHAPES:
-            raise InputError(f"rows grow by one of {list(_SHAPES)}. Received: {self.shape!r}.")
+            raise InputError(
+                f"rows grow by one of {list(_SHAPES)}. Received: {self.shape!r}."
+                f"{did_you_mean(self.shape, _SHAPES, ' Take one of these.')}"
+            )
         if not isinstance(self.order, str):
             object.__setattr__(self, "order", _given_order(self.order))
         elif self.order not in _ORDERS:
             raise InputError(
                 f"rows are unfrozen in one of the orders {list(_ORDERS)}, or in that of a list of "
                 f"ids or tokens. Received: {self.order!r}."
+                f"{did_you_mean(self.order, _ORDERS, ' Take one of these.')}"
             )
         if self.increments is not None and not (is_whole(self.increments) and self.increments >= 1):
             raise InputError(
-                f"increments are a whole number from 1 up. Received: {self.increments!r}."
+                f"increments are a whole number from 1 up. Received: {self.increments!r}. "
+                "Leave it out for one each epoch."
             )
         if not is_whole(self.seed) or self.seed < 0:
-            raise InputError(f"a seed is a whole number from 0 up. Received: {self.seed!r}.")
+            raise InputError(
+                f"a seed is a whole number from 0 up. Received: {self.seed!r}. 0 is the default."
+            )
 
     @staticmethod
     def parse(value: object) -> Growth:
@@ -110,7 +117,7 @@ class Growth:
         if not isinstance(given, Mapping) or not set(given) <= set(keys):
             raise InputError(
                 f"growth is one of {list(_SHAPES)}, or a mapping with the keys {keys}. "
-                f"Received: {value!r}.{did_you_mean(given, keys)}"
+                f"Received: {value!r}.{did_you_mean(given, keys, ' Take one of these.')}"
             )
         return Growth(**given)
 
@@ -210,7 +217,8 @@ class GrownRows(Rows):
         increment, increments = self.increment, self.increments
         if not (is_whole(increment) and is_whole(increments) and 0 <= increment <= increments >= 1):
             raise InputError(
-                f"an increment is one of 0 to all. Received: {increment!r} of {increments!r}."
+                f"an increment is one of 0 to all. Received: {increment!r} of {increments!r}. "
+                "Count from 0, which is before the first."
             )
 
     def resolve(
@@ -248,8 +256,10 @@ def _given_order(order: Any) -> tuple[int, ...] | tuple[str, ...]:
     if not listed or not (whole or all(isinstance(entry, str) for entry in listed)):
         raise InputError(
             f"an order is one of {list(_ORDERS)}, or a list of ids or tokens. "
-            f"Received: {shown(order)}."
+            f"Received: {shown(order)}. Take one of these."
         )
     if len(set(listed)) < len(listed):
-        raise InputError(f"an order names each row once. Received: {shown(order)}.")
+        raise InputError(
+            f"an order names each row once. Received: {shown(order)}. Leave out the second."
+        )
     return listed

@@ -47,7 +47,9 @@ def check_ids(argument: Any) -> Ids:
     """
     array = flat_array(argument)
     if array.dtype.kind not in "iu":
-        raise InputError(f"row ids are integers. Received: {shown(argument)}.")
+        raise InputError(
+            f"row ids are integers. Received: {shown(argument)}. Convert them to int64."
+        )
     # Sorting is skipped for ids that come in order, as those of a large table usually do.
     ids = array.astype(np.int64)
     if ids.size > 1 and not (ids[1:] > ids[:-1]).all():
@@ -66,7 +68,9 @@ def check_ids(argument: Any) -> Ids:
 def _check_mask(argument: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
     array = flat_array(argument)
     if array.dtype != np.bool_:
-        raise InputError(f"a mask is made of true and false. Received: {shown(argument)}.")
+        raise InputError(
+            f"a mask is made of true and false. Received: {shown(argument)}. For ids write a list."
+        )
     mask = array.astype(np.bool_)  # a copy: the caller may go on writing to theirs
     mask.setflags(write=False)
     return mask
@@ -78,7 +82,7 @@ def _check_range(argument: Any) -> tuple[int | None, ...]:
     if not (2 <= len(parts) <= 3 and integers) or 0 in parts[2:]:
         raise InputError(
             "a range is [start, stop] or [start, stop, step], integers or null, with a step other "
-            f"than 0. Received: {argument!r}."
+            f"than 0. Received: {argument!r}. [10, 20] is rows 10 to 19."
         )
     return (*parts, None)[:3]
 
@@ -96,7 +100,9 @@ def check_amount(argument: Any) -> int | float:
 
 def _check_share(argument: Any, rule: str = "") -> float:
     if not isinstance(argument, float) or not 0 < argument <= 1:
-        raise InputError(f"{rule}a share in (0, 1] with a decimal point. Received: {argument!r}.")
+        raise InputError(
+            f"{rule}a share in (0, 1] with a decimal point. Received: {argument!r}. 0.2 is a fifth."
+        )
     return float(argument)  # numpy's are floats too, but not to YAML
 
 
@@ -107,7 +113,8 @@ def _check_covered(argument: Any) -> float:
 def _check_count(argument: Any) -> int:
     if not is_whole(argument) or argument < 1:
         raise InputError(
-            f"min_count is a whole number of occurrences from 1 up. Received: {argument!r}."
+            f"min_count is a whole number of occurrences from 1 up. Received: {argument!r}. "
+            "5 leaves out what is rarer."
         )
     return int(argument)
 
@@ -142,7 +149,7 @@ def _check_pattern(argument: Any) -> str:
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(
             "tokens are matched by a regular expression of Python's. Received: "
-            f"{shown(argument)}: {error}."
+            f"{shown(argument)}: {error}. Write a backslash before what is meant as it stands."
         ) from None
     return str(argument)
 
@@ -153,14 +160,16 @@ def _check_random(argument: Any) -> tuple[int | float, int]:
     if given or not is_whole(seed) or seed < 0:
         raise InputError(
             "a random choice is an amount, or {amount: …, seed: …} with a seed from 0 up. "
-            f"Received: {argument!r}."
+            f"Received: {argument!r}. 0.1 is a tenth of the rows."
         )
     return check_amount(amount), seed
 
 
 def _check_nearest(argument: Any) -> tuple[tuple[str, ...], int | float]:
     if not isinstance(argument, Mapping) or argument.keys() != {"tokens", "amount"}:
-        raise InputError(f"nearest rows are {{tokens: […], amount: …}}. Received: {argument!r}.")
+        raise InputError(
+            f"nearest rows are {{tokens: […], amount: …}}. Received: {argument!r}. Write both keys."
+        )
     return _check_tokens(argument["tokens"]), check_amount(argument["amount"])
 
 
@@ -365,7 +374,7 @@ def read_ids(path: str | Path) -> Any:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
             f"{path}: row ids are a .npy file, or text with one whole number a line. "
-            f"Received: {reason}."
+            f"Received: {reason}. Check the path, or write one id a line."
         ) from None
 
 
@@ -380,7 +389,8 @@ def read_tokens(path: str | Path) -> list[str]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
-            f"{path}: tokens are text in UTF-8, one a line. Received: {reason}."
+            f"{path}: tokens are text in UTF-8, one a line. Received: {reason}. "
+            "Check the path, or convert the file."
         ) from None
     return [token for line in lines if (token := line.strip())]
 
@@ -408,13 +418,18 @@ def flat_array(values: Any) -> np.ndarray[Any, Any]:
         InputError: It is none of these, or empty.
     """
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise InputError(f"rows are listed as [3, 7, …]. Received: {values!r}.")
+        raise InputError(f"rows are listed as [3, 7, …]. Received: {values!r}. Write [3] for one.")
     try:
         array = np.asarray(values if hasattr(values, "__array__") else list(values))
     except ValueError:  # numpy's word for a ragged list
-        raise InputError(f"rows are a flat list. Received: {shown(values)}.") from None
+        raise InputError(
+            f"rows are a flat list. Received: {shown(values)}. Write all ids in one list."
+        ) from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "biuf"):
-        raise InputError(f"rows are a flat list of integers. Received: {shown(values)}.")
+        raise InputError(
+            f"rows are a flat list of integers. Received: {shown(values)}. "
+            "Write all ids in one list."
+        )
     if array.size == 0:
         raise InputError("a list of rows is not empty. Received: []. For no row write 'none'.")
     return array

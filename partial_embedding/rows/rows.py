@@ -10,7 +10,7 @@ from typing import Any, Literal, SupportsIndex, Union
 
 import numpy as np
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.rows.kinds import CHOICES, Choice, flat_array, read_ids, read_tokens
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
@@ -105,7 +105,7 @@ class Rows:
             return _make("mask" if array.dtype == np.bool_ else "ids", array)
         raise InputError(
             "rows are 'all', 'none', ids, a boolean mask, a range, a slice, a mapping or Rows. "
-            f"Received: {value!r}."
+            f"Received: {value!r}. For one row write [3]."
         )
 
     @staticmethod
@@ -233,13 +233,19 @@ def _make(kind: str, argument: Any) -> Rows:
         return _from_file(argument, *read)
     if kind not in _CHOICES:
         named = sorted([*_CHOICES, *_READ])
-        raise InputError(f"rows are chosen by one of {named}. Received: {kind!r}.")
+        raise InputError(
+            f"rows are chosen by one of {named}. Received: {kind!r}."
+            f"{did_you_mean(kind, named, ' Take one of these.')}"
+        )
     return Rows(kind, _CHOICES[kind].check(argument))
 
 
 def _from_file(path: Any, read: Callable[[str], Any], kind: str | None) -> Rows:
     if not isinstance(path, str | PathLike):
-        raise InputError(f"rows in a file are named by its path. Received: {path!r}.")
+        raise InputError(
+            f"rows in a file are named by its path. Received: {path!r}. "
+            "Write ids without a file as [3, 7]."
+        )
     values = read(fspath(path))
     try:
         return Rows.parse(values if kind is None else {kind: values})
@@ -267,7 +273,7 @@ def _check_choices(argument: Any) -> tuple[Rows, ...]:
     if not isinstance(argument, list | tuple) or not argument:
         raise InputError(
             "'union', 'intersection' and 'difference' take a list of choices. "
-            f"Received: {argument!r}."
+            f"Received: {argument!r}. Write [missing, {{most_frequent: 0.2}}]."
         )
     return tuple(Rows.parse(choice) for choice in argument)
 

@@ -65,7 +65,10 @@ class Vocabulary:
                 "tokens. Count over the same vocabulary."
             )
         if self.counts is not None and self.counts.size and self.counts.min() < 0:
-            raise InputError(f"counts are not negative. Received: {self.counts.min()}.")
+            raise InputError(
+                f"counts are not negative. Received: {self.counts.min()}. "
+                "0 is for tokens that do not occur."
+            )
         if self.missing is not None:
             self.missing.setflags(write=False)
             outside = self.missing[(self.missing < 0) | (self.missing >= len(self))]
@@ -111,7 +114,8 @@ class Vocabulary:
         if isinstance(source, str) or not isinstance(source, Iterable):
             raise InputError(
                 "a vocabulary is a mapping from token to row, KeyedVectors, a tokenizer, a Keras "
-                f"lookup layer or a list of tokens. Received: {type(source).__name__}."
+                f"lookup layer or a list of tokens. Received: {type(source).__name__}. "
+                "Pass the tokens, one for each row."
             )
         return _widened(Vocabulary(source), num_rows)
 
@@ -141,12 +145,16 @@ def _integers(name: str, values: Iterable[int]) -> Ids:
     try:
         array: NDArray[Any] = np.asarray(values if isinstance(values, np.ndarray) else list(values))
     except ValueError:  # numpy's word for a ragged list
-        raise InputError(f"{name} is a flat list of integers. Received a ragged one.") from None
+        raise InputError(
+            f"{name} is a flat list of integers. Received a ragged one. "
+            "Pass a number for each token."
+        ) from None
     if array.size == 0:
         return np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InputError(
-            f"{name} is a list of integers. Received: {array.dtype} of shape {array.shape}."
+            f"{name} is a list of integers. Received: {array.dtype} of shape {array.shape}. "
+            "Pass whole numbers."
         )
     integers = array.astype(np.int64)  # a copy: the caller may go on writing to theirs
     integers.setflags(write=False)
@@ -158,7 +166,7 @@ def _matrix(values: Any, rows: int) -> NDArray[np.floating]:
     try:
         array: NDArray[Any] = np.asarray(values)
     except ValueError:
-        raise InputError(f"{rule} Received rows of different lengths.") from None
+        raise InputError(f"{rule} Received rows of different lengths. Cut them to one.") from None
     if array.ndim != 2 or len(array) != rows or array.dtype.kind != "f":
         raise InputError(
             f"{rule} Received {array.dtype} of the shape {array.shape}. "

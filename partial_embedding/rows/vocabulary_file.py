@@ -30,7 +30,7 @@ def write_vocabulary(path: str | os.PathLike[str], vocabulary: Vocabulary) -> No
         if token.splitlines() != [token] or "\t" in token:
             raise InputError(
                 f"a token in a file has no tab or line break, and is not empty. Received {token!r} "
-                f"in row {row}."
+                f"in row {row}. Rename it."
             )
     columns = [[escaped(token) for token in vocabulary.tokens]]
     names = [_HEADER[0]]
@@ -68,14 +68,15 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     """
     if Path(path).exists() and not Path(path).is_file():
         kind = "folder" if Path(path).is_dir() else "device"
-        raise InputError(f"{path}: a vocabulary is a file. Received a {kind}.")
+        raise InputError(f"{path}: a vocabulary is a file. Received a {kind}. Name a file.")
     try:
         # Not `splitlines`, which also breaks at characters that tokens may have.
         lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
-            f"{path}: a vocabulary is text in UTF-8, a token a line. Received: {reason}."
+            f"{path}: a vocabulary is text in UTF-8, a token a line. Received: {reason}. "
+            "Check the path, or convert the file."
         ) from None
     header = lines[0].split("\t")
     if header[0] != "token" or not set(header) <= set(_HEADER) or len(header) == 1:
@@ -83,7 +84,9 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     else:
         lines = lines[1:]
     if not any(lines):
-        raise InputError(f"{path}: a vocabulary has at least one token. Received none.")
+        raise InputError(
+            f"{path}: a vocabulary has at least one token. Received none. Write one a line."
+        )
     rows = [line.split("\t") for line in lines]
     for number, row in enumerate(rows, start=1 + (len(header) > 1)):
         if len(row) != len(header):
@@ -112,6 +115,7 @@ def _whole_numbers(
     for number, value in enumerate(values, start=2):
         if not value.isascii() or not value.isdigit():
             raise InputError(
-                f"{path}: line {number}: {name} is a whole number from 0 up. Received: {value!r}."
+                f"{path}: line {number}: {name} is a whole number from 0 up. Received: {value!r}. "
+                "Correct the line."
             )
     return [int(value) for value in values]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.rows.kinds import is_number, is_whole
 
 Stages = list[dict[str, Any]]
@@ -100,7 +100,7 @@ def from_preset(value: object) -> Stages:
     if not isinstance(given, Mapping) or len(given) != 1 or not set(given) <= _PRESETS.keys():
         raise InputError(
             f"preset: a preset is one of {sorted(_PRESETS)}, or {{name: {{argument: value}}}}. "
-            f"Received: {value!r}."
+            f"Received: {value!r}.{did_you_mean(value, _PRESETS, ' Take one of these.')}"
         )
     ((name, arguments),) = given.items()
     known = signature(_PRESETS[name]).parameters
@@ -108,14 +108,18 @@ def from_preset(value: object) -> Stages:
     if not isinstance(arguments, Mapping) or not set(arguments) <= set(known):
         raise InputError(
             f"preset: {name} has the arguments {list(known)}. Received: {arguments!r}."
+            f"{did_you_mean(arguments, known, ' Write {argument: value}.')}"
         )
     for key, number in arguments.items():
         if key == "lr_decay":
             if not is_number(number) or not 1 <= number < 1e6:
-                raise InputError(f"preset: {key} is a number from 1 up. Received: {number!r}.")
+                raise InputError(
+                    f"preset: {key} is a number from 1 up. Received: {number!r}. 1 keeps the rate."
+                )
         # Each is a stage, or its length; a million of them would fill the memory.
         elif not is_whole(number) or not 1 <= number <= 10_000:
             raise InputError(
-                f"preset: {key} is a whole number from 1 to 10,000. Received: {number!r}."
+                f"preset: {key} is a whole number from 1 to 10,000. Received: {number!r}. "
+                f"Leave it out for {known[key].default}."
             )
     return _PRESETS[name](**arguments)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.rows.rows import Rows
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 from partial_embedding.schedule.adapter import Adapter, Audit
@@ -66,6 +66,7 @@ class Runner:
             raise InputError(
                 f"schedules are named after the model's tables, {sorted(shapes)}. "
                 f"Received: {unknown[0]!r}."
+                f"{did_you_mean(unknown[0], shapes, ' Take one of these.')}"
             )
         self.adapter = adapter
         self.schedules = {

@@ -378,5 +378,7 @@ def _position(value: Position | int) -> Position:
     position = value if isinstance(value, Position) else Position(epoch=value)
     for unit, number in (("an epoch", position.epoch), ("a step", position.step)):
         if not isinstance(number, int | np.integer) or number < 0:
-            raise InputError(f"{unit} is a whole number from 0 up. Received: {number!r}.")
+            raise InputError(
+                f"{unit} is a whole number from 0 up. Received: {number!r}. The first is 0."
+            )
     return position

@@ -50,7 +50,7 @@ class RateScale:
         if not is_whole(self.warmup_steps) or self.warmup_steps < 0:
             raise InputError(
                 "warmup_steps is a whole number of steps from 0 up. "
-                f"Received: {self.warmup_steps!r}."
+                f"Received: {self.warmup_steps!r}. 0 is none."
             )
         object.__setattr__(self, "lr_scale", float(self.lr_scale))
 
@@ -131,7 +131,7 @@ def parsed(stages: object, cycle: object) -> tuple[Stage, ...]:
     if isinstance(stages, str | Mapping) or not isinstance(stages, Sequence) or not stages:
         raise InputError(
             "stages are a list of {epoch: …, rows: …} with at least one entry. "
-            f"Received: {stages!r}."
+            f"Received: {stages!r}. Begin with {{epoch: 0, rows: missing}}."
         )
     made = tuple(_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
     _check_first(made[0])
@@ -146,11 +146,14 @@ def _stage(value: Stage | Mapping[str, Any], place: str) -> Stage:
     if isinstance(value, Stage):
         return value
     if not isinstance(value, Mapping):
-        raise InputError(f"{place}: a stage is {{epoch: …, rows: …}}. Received: {value!r}.")
+        raise InputError(
+            f"{place}: a stage is {{epoch: …, rows: …}}. Received: {value!r}. Write both keys."
+        )
     starts = [key for key in (*UNITS, "plateau") if key in value]
     if len(starts) > 1:
         raise InputError(
-            f"{place}: a stage has one start, epoch, step, share or plateau. Received: {starts}."
+            f"{place}: a stage has one start, epoch, step, share or plateau. Received: {starts}. "
+            "Keep one."
         )
     needed = [*(starts or ["epoch"]), "rows"]
     only_keys(value, needed, [key for key in _KEYS if key not in needed], place)
@@ -237,14 +240,14 @@ def _check_cycle(cycle: Any, stages: Sequence[Stage]) -> None:
     if len(placed) < len(starts) or len({start.unit for start in placed}) > 1:
         raise InputError(
             "cycle: the stages of a cycle start in one unit, epoch, step or share. Received: "
-            f"{[str(start) for start in starts]}."
+            f"{[str(start) for start in starts]}. Write all in one of these."
         )
     unit, last = placed[-1].unit, placed[-1].at
     whole = is_whole(cycle) or (unit == "share" and isinstance(cycle, float))
     if not whole or not last < cycle or (unit == "share" and cycle > 1):
         raise InputError(
             f"cycle: a cycle is a number of {unit}s beyond the last stage's start, {last}. "
-            f"Received: {cycle!r}."
+            f"Received: {cycle!r}. Take a larger one."
         )
 
 
@@ -259,7 +262,10 @@ def only_keys(
     known = sorted([*needed, *optional])
     if unknown := [key for key in value if key not in known]:
         raise InputError(
-            f"{place}: the keys are {known}. Received: {unknown[0]!r}.{did_you_mean(value, known)}"
+            f"{place}: the keys are {known}. Received: {unknown[0]!r}."
+            f"{did_you_mean(value, known, ' Remove it.')}"
         )
     if lacking := [key for key in needed if key not in value]:
-        raise InputError(f"{place}: the keys are {known}. Received none named {lacking[0]!r}.")
+        raise InputError(
+            f"{place}: the keys are {known}. Received none named {lacking[0]!r}. Add it."
+        )

@@ -35,17 +35,22 @@ class Start:
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
-            raise InputError(f"a stage starts at one of {list(UNITS)}. Received: {self.unit!r}.")
+            raise InputError(
+                f"a stage starts at one of {list(UNITS)}. Received: {self.unit!r}. "
+                "Take one of these."
+            )
         if self.unit == "share":
             if not is_number(self.at) or not 0 <= self.at < 1:
                 raise InputError(
-                    f"a share of the run is a number in [0, 1). Received: {self.at!r}."
+                    f"a share of the run is a number in [0, 1). Received: {self.at!r}. "
+                    "0.5 is half of it."
                 )
             object.__setattr__(self, "at", float(self.at))
         elif not is_whole(self.at) or self.at < 0:
             article = "an" if self.unit == "epoch" else "a"
             raise InputError(
-                f"{article} {self.unit} is a whole number from 0 up. Received: {self.at!r}."
+                f"{article} {self.unit} is a whole number from 0 up. Received: {self.at!r}. "
+                "The first is 0."
             )
 
     def to_config(self) -> dict[str, Any]:
@@ -105,10 +110,12 @@ class Plateau:
     def __post_init__(self) -> None:
         if not isinstance(self.monitor, str) or not self.monitor:
             raise InputError(
-                f"a plateau is of a metric, such as val_loss. Received: {self.monitor!r}."
+                f"a plateau is of a metric, such as val_loss. Received: {self.monitor!r}. Name it."
             )
         if self.mode not in ("min", "max"):
-            raise InputError(f"mode is 'min' or 'max'. Received: {self.mode!r}.")
+            raise InputError(
+                f"mode is 'min' or 'max'. Received: {self.mode!r}. A loss has min, an accuracy max."
+            )
         waits = {
             "patience": self.patience,
             "max_wait": 1 if self.max_wait is None else self.max_wait,
@@ -116,10 +123,13 @@ class Plateau:
         for name, value in waits.items():
             if not is_whole(value) or value < 1:
                 raise InputError(
-                    f"{name} is a whole number of validations from 1 up. Received: {value!r}."
+                    f"{name} is a whole number of validations from 1 up. Received: {value!r}. "
+                    "Leave it out for the default."
                 )
         if not is_number(self.min_delta) or not 0 <= self.min_delta < math.inf:
-            raise InputError(f"min_delta is a number from 0 up. Received: {self.min_delta!r}.")
+            raise InputError(
+                f"min_delta is a number from 0 up. Received: {self.min_delta!r}. 0 is the default."
+            )
         object.__setattr__(self, "min_delta", float(self.min_delta))
 
     @staticmethod
@@ -136,7 +146,7 @@ class Plateau:
         if not isinstance(given, Mapping) or not set(given) <= set(keys) or "monitor" not in given:
             raise InputError(
                 f"a plateau is the name of a metric, or a mapping with monitor and any of {keys}."
-                f" Received: {value!r}.{did_you_mean(given, keys)}"
+                f" Received: {value!r}.{did_you_mean(given, keys, ' Take one of these.')}"
             )
         return Plateau(**given)
 

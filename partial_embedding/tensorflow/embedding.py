@@ -115,7 +115,9 @@ class PartialEmbedding(OneTable):
         """
         shape = np.shape(matrix)
         if len(shape) != 2:
-            raise InputError(f"a table is a matrix of shape (V, D). Received the shape {shape}.")
+            raise InputError(
+                f"a table is a matrix of shape (V, D). Received the shape {shape}. Reshape it."
+            )
         num_rows, width = shape
         return cls(
             num_rows,

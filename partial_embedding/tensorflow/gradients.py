@@ -46,7 +46,7 @@ def cap_values(gradient: Any, limit: float) -> Any:
     """
     _check_sparse(gradient)
     if not limit >= 0:
-        raise InputError(f"a limit is not negative. Received: {limit}.")
+        raise InputError(f"a limit is not negative. Received: {limit}. 0 lets no row move.")
     values = tf.clip_by_value(gradient.values, -limit, limit)
     return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 

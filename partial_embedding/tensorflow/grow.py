@@ -56,10 +56,13 @@ def grow_table(
     tables = tables_in(model)
     if name not in tables:
         raise InputError(
-            f"a table is named as its layer. Received {name!r}; the tables are {sorted(tables)}."
+            f"a table is named as its layer. Received: {name!r}. Name one of {sorted(tables)}."
         )
     if type(rows) is not int or rows < 1:
-        raise InputError(f"a table grows by a whole number of rows from 1 up. Received: {rows!r}.")
+        raise InputError(
+            f"a table grows by a whole number of rows from 1 up. Received: {rows!r}. "
+            "Pass at least 1."
+        )
     layer = tables[name]
     begun = _begun(layer, rows, init)
     size = layer.input_dim
@@ -84,7 +87,7 @@ def _begun(layer: PartialEmbedding, rows: int, init: Any) -> Any:
         received = repr(init) if isinstance(init, str) else np.shape(init)
         raise InputError(
             f"init is 'mean', an initializer, or a vector for each new row, {shape}. Received: "
-            f"{received}."
+            f"{received}. 'mean' is the default."
         )
     return np.asarray(init)
 

@@ -356,7 +356,7 @@ class AdapterRows(ModulesToSaveWrapper):
             if len(ids) != len(values) or (len(ids) and ids.max() >= count):
                 raise InputError(
                     f"an adapter's rows fit the table. Received {len(values)} rows of "
-                    f"{self._name!r} for {len(ids)} ids of {count}."
+                    f"{self._name!r} for {len(ids)} ids of {count}. Export it again."
                 )
         if not loaded:
             return

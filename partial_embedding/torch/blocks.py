@@ -27,8 +27,9 @@ from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import as_block, is_sharded, local
 
 _FEW = 1000
-# As many numbers of a tensor as an optimizer can go over several times within a core's cache.
-_IN_CACHE = 2**17
+# As many numbers of a tensor as an optimizer can go over several times within the cache of a CPU;
+# fewer at once cost more calls than they save memory's time.
+_IN_CACHE = 2**19
 
 
 @dataclass(eq=False)

@@ -347,7 +347,7 @@ def _matrix_shape(embeddings: Tensor, freeze: bool) -> tuple[int, int]:
     if embeddings.dim() != 2:
         raise InputError(
             "vectors are a matrix of rows by columns. "
-            f"Received the shape {tuple(embeddings.shape)}."
+            f"Received the shape {tuple(embeddings.shape)}. Reshape them."
         )
     return embeddings.shape[0], embeddings.shape[1]
 

@@ -141,7 +141,10 @@ def _tables(model: nn.Module, name: Name | Sequence[Name] | None) -> list[Partia
 
 def _check_rows(rows: object) -> None:
     if type(rows) is not int or rows < 1:
-        raise InputError(f"a table grows by a whole number of rows from 1 up. Received: {rows!r}.")
+        raise InputError(
+            f"a table grows by a whole number of rows from 1 up. Received: {rows!r}. "
+            "Pass at least 1."
+        )
 
 
 def _made(
@@ -166,7 +169,8 @@ def _begun(before: Tensor, rows: int, init: Init) -> Tensor:
     if isinstance(init, Tensor):
         if tuple(init.shape) != shape:
             raise InputError(
-                f"init has a vector for each new row, {shape}. Received: {tuple(init.shape)}."
+                f"init has a vector for each new row, {shape}. Received: {tuple(init.shape)}. "
+                "Give it that shape."
             )
         return init.detach().to(before)
     if callable(init):
@@ -177,6 +181,6 @@ def _begun(before: Tensor, rows: int, init: Init) -> Tensor:
     if init != "mean":
         raise InputError(
             "init is 'mean', vectors, or a function that fills them, such as "
-            f"torch.nn.init.normal_. Received: {init!r}."
+            f"torch.nn.init.normal_. Received: {init!r}. Take one of these."
         )
     return before.float().mean(0, keepdim=True).to(before).expand(shape)

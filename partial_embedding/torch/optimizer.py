@@ -144,7 +144,7 @@ def detach_rowwise(optimizer: Optimizer) -> None:
     if handle is None:
         raise InputError(
             f"only an optimizer that was prepared can be detached. Received a plain "
-            f"{type(optimizer).__name__}."
+            f"{type(optimizer).__name__}. Leave out the call."
         )
     handle.detach()
 

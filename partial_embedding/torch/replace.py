@@ -216,7 +216,7 @@ def _check_weight(name: str, module: Any) -> None:
     if weight.dim() != 2:
         raise InputError(
             f"a table is a matrix of rows by columns. Received {name!r} of the shape "
-            f"{tuple(weight.shape)}."
+            f"{tuple(weight.shape)}. Name a module with one."
         )
 
 

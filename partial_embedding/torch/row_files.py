@@ -117,10 +117,15 @@ def load_rows(
     """
     tensors, about = _read(path)
     if about.get("format") != _FORMAT:
-        raise InputError(f"{path}: rows come from a file that save_rows wrote. Received another.")
+        raise InputError(
+            f"{path}: rows come from a file that save_rows wrote. Received another. Name one."
+        )
     sizes = _json_of(path, about, "num_rows")
     if lacking := [k for k in sizes if not {k, f"{k}:rows"} <= tensors.keys()]:
-        raise InputError(f"{path}: a file has rows and ids of each table. Received {lacking[0]!r}.")
+        raise InputError(
+            f"{path}: a file has rows and ids of each table. Received {lacking[0]!r}. "
+            "Save it again."
+        )
     parts = {key: (tensors[f"{key}:rows"], tensors[key]) for key in sizes}
     missing: list[Any] = []
     if tokenizer is not None:
@@ -230,7 +235,9 @@ def import_peft(
     try:
         config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise InputError(f"{place}: adapter_config.json is JSON. Received: {error}.") from None
+        raise InputError(
+            f"{place}: adapter_config.json is JSON. Received: {error}. Get it again."
+        ) from None
     indices = config.get("token_indices") or config.get("trainable_token_indices")
     tensors, _ = _read(place / "adapter_model.safetensors")
     parts: Parts = {}
@@ -243,12 +250,14 @@ def import_peft(
         if isinstance(indices, dict):
             own = next((i for end, i in indices.items() if f".{name}".endswith(f".{end}")), None)
             if own is None:
-                raise InputError(f"{place}: each table has its ids. Received none for {name!r}.")
+                raise InputError(
+                    f"{place}: each table has its ids. Received none for {name!r}. Get it again."
+                )
         parts[f"{name}.weight"] = torch.tensor(own), values
     if not parts:
         raise InputError(
             f"{place}: an adapter with trainable tokens is meant. Received a "
-            f"{config.get('peft_type')} adapter without."
+            f"{config.get('peft_type')} adapter without. For others use peft."
         )
     _check_parts(model, place, parts, {}, may_grow=False)
     _check_overlap(model, place, parts, overwrite)
@@ -354,7 +363,10 @@ def _read(path: Path_) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise InputError(f"{path}: a safetensors file is meant. Received: {error}.") from None
+        raise InputError(
+            f"{path}: a safetensors file is meant. Received: {error}. "
+            "Check the path, or get it again."
+        ) from None
 
 
 def _json_of(path: Path_, about: Mapping[str, str], name: str) -> dict[str, Any]:
@@ -380,18 +392,19 @@ def _check_parts(
         if key not in known:
             raise InputError(
                 f"{path}: rows belong to one model. Received a {type(model).__name__} without "
-                f"{key!r}."
+                f"{key!r}. Pass the one that they were saved of."
             )
         here = known[key]
         if here.shape[1:] != values.shape[1:]:
             raise InputError(
                 f"{path}: {key!r} has rows of shape {tuple(values.shape[1:])}. Received a model "
-                f"where they are {tuple(here.shape[1:])}."
+                f"where they are {tuple(here.shape[1:])}. Pass the one that they were saved of."
             )
         if ids.dtype != torch.int64 or ids.shape != values.shape[:1] or _has_twice(ids):
             raise InputError(
                 f"{path}: each row of {key!r} has one id, an int64. Received {len(values)} rows "
-                f"and {ids.dtype} ids of shape {tuple(ids.shape)}: {shown(ids.flatten())}."
+                f"and {ids.dtype} ids of shape {tuple(ids.shape)}: {shown(ids.flatten())}. "
+                "Save them again."
             )
         size = sizes.get(key, len(here))
         lacking.add(size - len(here))

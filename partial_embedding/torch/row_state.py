@@ -23,7 +23,8 @@ def check_checkpoint(checkpoint: object) -> str:
     """
     if checkpoint not in CHECKPOINTS:
         raise InputError(
-            f"checkpoint is what of a table it holds, 'table' or 'rows'. Received: {checkpoint!r}."
+            f"checkpoint is what of a table it holds, 'table' or 'rows'. Received: {checkpoint!r}. "
+            "Take one of these."
         )
     return str(checkpoint)
 

@@ -117,7 +117,7 @@ def tokenizer_of(tokenizer: Any) -> Any:
             return found
     raise InputError(
         "tokens are added to a tokenizer of transformers, or a processor that has one. Received a "
-        f"{type(tokenizer).__name__}."
+        f"{type(tokenizer).__name__}. Pass one of these."
     )
 
 
@@ -140,11 +140,11 @@ def put_into(tokenizer: Any, tokens: Iterable[Any]) -> None:
 
 def _names(tokens: object) -> list[str]:
     if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not tokens:
-        raise InputError(f"tokens are a list of words. Received: {tokens!r}.")
+        raise InputError(f"tokens are a list of words. Received: {tokens!r}. For one write [word].")
     names: list[Any] = [getattr(token, "content", token) for token in tokens]
     for i, name in enumerate(names):
         if not isinstance(name, str) or not name:
-            raise InputError(f"a token is a word. Received: {tokens[i]!r}.")
+            raise InputError(f"a token is a word. Received: {tokens[i]!r}. Leave it out.")
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise InputError(f"each token is added once. Received {twice!r} twice. Drop one.")
@@ -167,7 +167,7 @@ def _rows_to_be(
     if lost := [name for name in names if name not in vocabulary]:
         raise InputError(
             f"a tokenizer takes a token as it is. Received {lost[0]!r}, which the "
-            f"{type(tokenizer).__name__} changes or leaves out."
+            f"{type(tokenizer).__name__} changes or leaves out. Write it as that gives it back."
         )
     without = sorted(
         (row, name) for name, row in vocabulary.items() if row >= num_rows and name not in names
@@ -184,7 +184,9 @@ def _rows_to_be(
 def _growth(tables: VocabularyTables, num_rows: int, multiple: int | None) -> int:
     """How many rows the tables lack; their sizes may differ, and go on differing by as much."""
     if multiple is not None and (type(multiple) is not int or multiple < 1):
-        raise InputError(f"pad_to_multiple_of is a whole number from 1 on. Received: {multiple!r}.")
+        raise InputError(
+            f"pad_to_multiple_of is a whole number from 1 on. Received: {multiple!r}. 8 suits GPUs."
+        )
     if num_rows <= tables.num_rows:
         return 0
     return -(-num_rows // (multiple or 1)) * (multiple or 1) - tables.num_rows
@@ -249,7 +251,9 @@ def check_init(init: object, names: tuple[str, ...]) -> None:
     """
     if not isinstance(init, Tensor) and init not in names:
         listed = ", ".join(map(repr, names))
-        raise InputError(f"init is {listed} or vectors, a tensor. Received: {init!r}.")
+        raise InputError(
+            f"init is {listed} or vectors, a tensor. Received: {init!r}. Take one of these."
+        )
 
 
 def check_vectors(vectors: Tensor, count: int, weight: Tensor) -> None:
@@ -266,7 +270,7 @@ def check_vectors(vectors: Tensor, count: int, weight: Tensor) -> None:
     if vectors.shape != (count, weight.shape[1]):
         raise InputError(
             f"init has a vector for each token, {(count, weight.shape[1])}. Received: "
-            f"{tuple(vectors.shape)}."
+            f"{tuple(vectors.shape)}. Give them that shape."
         )
 
 

@@ -82,7 +82,8 @@ def transfer_vocabulary(
         raise InputError(
             "a vocabulary is replaced in tables of one size. Received a "
             f"{type(model).__name__} whose tables have "
-            f"{', '.join(str(len(table.weight)) for table in tables.tables)} rows."
+            f"{', '.join(str(len(table.weight)) for table in tables.tables)} rows. "
+            "Resize them to one first."
         )
     source = _sources(old_tokenizer, new_tokenizer, tables.num_rows)
     fresh = (source < 0).nonzero().flatten()

@@ -73,7 +73,8 @@ def keep_whole(model: nn.Module, processes: Any = None) -> set[nn.Parameter]:
         parameters[name] = parameter
     if not any(isinstance(module, PartialTable) for module in model.modules()):
         raise InputError(
-            f"keep_whole is for a model with tables. Received a {type(model).__name__} without any."
+            f"keep_whole is for a model with tables. Received a {type(model).__name__} without "
+            "any. Replace its embeddings first."
         )
     check_max_norm(dict(tables_in(model)))
     begin_alike(parameters, group)

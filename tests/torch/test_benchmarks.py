@@ -63,6 +63,12 @@ def test_the_other_contenders_run(name: str, contenders: ModuleType) -> None:
     trained(contenders, name, "AdamW", law="zipf")
 
 
+def test_a_mapped_table_trains(contenders: ModuleType) -> None:
+    rows, others = trained(contenders, "ours", "AdamW", mapped=True)
+    assert (rows != 0).any()
+    assert (others == 0).all()
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "Adagrad"])
 def test_fbgemm_trains(optimizer: str, contenders: ModuleType) -> None:
     rows, _ = trained(contenders, "fbgemm", optimizer)
@@ -94,8 +100,8 @@ def test_a_race_is_reported_with_its_targets(
     ]
     text = report.write_report(json.loads(json.dumps(results)), tmp_path)
     assert (
-        "| peak memory over 1.2 × floor + 9 B a row: ours, K = 7 | 1.21 | ≤ 1 | **missed** |"
-        in text
+        "| peak memory over 1.2 × floor + 9 B a row: ours, V = 50, K = 7, AdamW, 20 ids, D = 4 "
+        "| 1.21 | ≤ 1 | **missed** |" in text
     )
     assert "| bytes sent over those of the K rows: ours, dense gradient, K = 100 | 1.02 |" in text
     assert "| bytes sent over those of the rows touched: ours, K = 100 | 1.27 |" in text
@@ -110,6 +116,35 @@ def test_a_race_is_reported_with_its_targets(
     assert section.endswith("\nafter\n")
     assert "old" not in section
     assert section.count("| **`PartialEmbedding`** | yes |") == 1
+
+
+def test_all_sizes_are_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run, report = of_benchmarks("run", monkeypatch), of_benchmarks("report", monkeypatch)
+    measured: dict[str, list[dict[str, Any]]] = {
+        f"scale-{key}": [
+            {"contender": name, "work": run.asdict(work), "peak": 10.0**6, "alive": 10.0**6}
+            | dict.fromkeys(["ms", "low", "high", *run.PARTS], 1.0)
+            for work in works
+            for name in run.SCALED
+        ]
+        for key, works in run.scale(run.Work()).items()
+    }
+    results = {"machine": run.machine(), "missing": [], "races": measured}
+    results["memory"] = [entry for entries in measured.values() for entry in entries]
+    assert "![scale](scale.png)" in report.write_report(results, tmp_path)
+    assert (tmp_path / "scale.png").exists()
+
+
+def test_ways_to_sum_gradients_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = of_benchmarks("ways", monkeypatch)
+    monkeypatch.setattr(ways, "TURNS", 7)
+    for section in ways.summing():
+        found = {name: way() for name, way in section.ways.items() if "int32" not in name}
+        first = next(iter(found.values())).clone()
+        for name, summed in found.items():
+            dense = summed.to_dense() if summed.is_sparse else summed
+            torch.testing.assert_close(dense, first, msg=name)
+        assert all(us > 0 for us in ways.measured(section).values())
 
 
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="only Linux counts bytes there")

@@ -56,7 +56,7 @@ def test_the_state_of_parts_is_that_of_the_whole(
         for step in range(6):
             with monkeypatch.context() as patch:
                 # Beginning in parts, ending in parts, and with the whole between them.
-                patch.setattr(blocks, "_IN_CACHE", 7 * D if parts and step != 3 else 2**17)
+                patch.setattr(blocks, "_IN_CACHE", 7 * D if parts and step != 3 else 2**19)
                 patch.setattr(torch, "get_num_threads", lambda: 1)
                 optimizer.zero_grad()
                 table(torch.randint(60, (40,))).square().sum().backward()

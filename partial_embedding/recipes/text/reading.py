@@ -145,7 +145,8 @@ class _Source:
         """All examples, with no blank and no half characters in them."""
         if str(self.path) != "-" and not self.path.exists():
             raise InputError(
-                f"the texts are in a file or folder. Received: {self.path}, which is missing."
+                f"the texts are in a file or folder. Received: {self.path}, which is missing. "
+                "Check the path."
             )
         examples = []
         for place, text, name in self._examples():
@@ -160,7 +161,8 @@ class _Source:
             examples.append((place, text, name))
         if not examples:
             raise InputError(
-                f"there is at least one example. Received: {self.path}, which has none."
+                f"there is at least one example. Received: {self.path}, which has none. "
+                "Name another."
             )
         for what, count in self.noted.items():
             if self.say is not None:
@@ -348,7 +350,7 @@ def _without_halves(text: str) -> str:
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        raise InputError(f"texts are in files. Received: {path}, which is none.")
+        raise InputError(f"texts are in files. Received: {path}, which is none. Remove it there.")
     try:
         data = path.read_bytes()
     except OSError as error:

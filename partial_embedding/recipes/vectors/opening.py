@@ -55,8 +55,8 @@ def opened(path: Path, what: str) -> Iterator[tuple[BufferedReader, str]]:
             a package.
     """
     if path.exists() and not path.is_file():
-        kind = "Is a directory" if path.is_dir() else "It is a device"
-        raise InputError(f"{what} are in a file. Received: {path}. {kind}.")
+        kind = "folder" if path.is_dir() else "device"
+        raise InputError(f"{what} are in a file. Received: {path}, a {kind}. Name the file.")
     try:
         with ExitStack() as stack:
             raw = stack.enter_context(_with_bar(path))

@@ -179,7 +179,8 @@ def _read_array(path: Path) -> WordVectors:
     if len(values) != len(tokens):
         raise InputError(
             f"{path}: an array has a row of floating-point values for each of the {len(tokens):,} "
-            f"tokens of {found.name}. Received: {values.dtype} of the shape {values.shape}."
+            f"tokens of {found.name}. Received: {values.dtype} of the shape {values.shape}. "
+            "Make both of the same rows."
         )
     return _finite(path, WordVectors(tokens, _as_float32(values)))
 
@@ -233,6 +234,7 @@ def _read_gensim(path: Path) -> WordVectors:
     vectors = getattr(found, "wv", found)
     if not hasattr(vectors, "index_to_key"):
         raise InputError(
-            f"{path}: a .kv or .model holds word vectors. Received: {type(found).__name__}."
+            f"{path}: a .kv or .model holds word vectors. Received: {type(found).__name__}. "
+            "Save those of the model, model.wv."
         )
     return _finite(path, WordVectors(vectors.index_to_key, _as_float32(vectors.vectors)))
