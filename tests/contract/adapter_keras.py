@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from reference import ACCUMULATOR, DELTA, EPSILON, Array, Batch, Optimizer
+from reference import ACCUMULATOR, DELTA, EPSILON, OPTIMIZERS, Array, Batch, Optimizer
 
 from partial_embedding.callbacks.keras import RowUnfreezing
 from partial_embedding.schedule import RateScale
@@ -170,6 +170,9 @@ def fit(
         rowwise(_made(optimizer), lazy=optimizer.lazy),
         loss=_product,
         metrics=[metric],
+        # Tracing takes longer than a run does. Plain SGD is what runs are kept and told of with;
+        # numbers are those of other optimizers, too.
+        run_eagerly=optimizer == OPTIMIZERS["SGD"],
     )
     tables: list[Array] = []
     callbacks = [

@@ -24,7 +24,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     ),
     "repeated": ([2, 5, 2], "each row is named once. Received 2 twice. Remove one."),
     "empty": ([], "a list of rows is not empty. Received: []. For no row write 'none'."),
-    "fractional": ([1.5], "row ids are integers. Received: array([1.5])."),
+    "fractional": ([1.5], "row ids are integers. Received: array([1.5]). Convert them to int64."),
     "short_mask": (
         [True, False],
         "a mask has one entry for each of the 10 rows. Received: 2. Was the vocabulary resized?",
@@ -37,14 +37,14 @@ REFUSED: dict[str, tuple[object, str]] = {
     "number": (
         3,
         "rows are 'all', 'none', ids, a boolean mask, a range, a slice, a mapping or Rows. "
-        "Received: 3.",
+        "Received: 3. For one row write [3].",
     ),
     "unknown_word": (
         "some",
         "rows are chosen by one of ['all', 'covering', 'difference', 'ids', 'ids_file', "
         "'intersection', 'least_frequent', 'mask', 'matching', 'min_count', 'missing', "
         "'most_frequent', 'nearest', 'new', 'none', 'not', 'random', 'range', 'token_file', "
-        "'tokens', 'union']. Received: 'some'.",
+        "'tokens', 'union']. Received: 'some'. Take one of these.",
     ),
     "without_vocabulary": (
         "missing",
