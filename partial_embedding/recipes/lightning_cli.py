@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import (  # type: ignore[attr-defined]
     ActionConfigFile,
     ArgumentError,
-    class_from_function,  # type: ignore[attr-defined]
+    class_from_function,
 )
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
