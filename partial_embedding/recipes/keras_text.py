@@ -31,7 +31,7 @@ from partial_embedding.recipes.prepare_texts import (
     padded,
     prepare_texts,
 )
-from partial_embedding.recipes.settings import checked
+from partial_embedding.recipes.settings import check_range, checked
 from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
@@ -213,12 +213,10 @@ def text_classifier(
     Raises:
         InputError: A setting is out of its range, or the schedule does not fit the vocabulary.
     """
-    if channels < 1:
-        raise InputError(f"channels is at least 1. Received: {channels}. 64 is the default.")
-    if not 0 <= dropout < 1:
-        raise InputError(
-            f"dropout is a share from 0 up, below 1. Received: {dropout}. 0.5 is the default."
-        )
+    check_range("channels", channels, 1)
+    check_range("dropout", dropout, 0, below=1)
+    check_range("lr", lr, 0)
+    check_range("weight_decay", weight_decay, 0)
     table = PartialEmbedding.from_matrix(
         data.table,
         trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
