@@ -2,7 +2,7 @@
 
 MkDocs calls the functions `on_…` of this module. `<!-- generated: torch_optimizers -->` in a page
 stands for what `GENERATED` makes of the tests' own data, so that no page says more than is tested.
-`REPOSITORY` is the address in pyproject.toml.
+The addresses of the repository, `REPOSITORY` in a page, and of the site are in pyproject.toml.
 """
 
 from __future__ import annotations

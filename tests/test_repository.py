@@ -53,7 +53,7 @@ def test_workflows_and_checks_run_targets_that_exist() -> None:
         word.replace("${{ matrix.half }}", half)
         for line in lines
         for half in halves
-        for word in re.sub(r"\w+=\S*", "", line).replace("${{ matrix.half }}", half).split()
+        for word in re.sub(r"[\w-]+=\S*", "", line).replace("${{ matrix.half }}", half).split()
     }
     assert {"lint", "types", "docs", "test", "test-floors", "test-wheel"} <= targets
     for target in targets:

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import os
 import resource
 import subprocess
@@ -279,27 +280,22 @@ def test_training_is_the_same_in_every_process(tmp_path: Path) -> None:
     code = (
         "import hashlib, sys; from partial_embedding.recipes.vectors import train_vectors;"
         "documents = [['a', 'b', str(i % 7), str(i % 5)] for i in range(9000)];"
-        "cache = sys.argv[1] or None;"
-        "v = train_vectors(documents, dimension=8, epochs=3, cache=cache);"
+        "v = train_vectors(documents, dimension=8, epochs=3, cache=sys.argv[1]);"
         "print(v.tokens, hashlib.sha256(v.values.tobytes()).hexdigest())"
     )
     found = {
         subprocess.run(
-            [sys.executable, "-c", code, cache],
+            [sys.executable, "-c", code, str(tmp_path / seed)],
             env={**os.environ, "PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        for seed, cache in (
-            ("1", ""),
-            ("2", ""),
-            ("3", str(tmp_path / "1")),
-            ("4", str(tmp_path / "2")),
-        )
+        for seed in ("1", "2")
     }
-    assert len(found) == 1
-    assert "'a'" in found.pop()
+    documents = [["a", "b", str(i % 7), str(i % 5)] for i in range(9000)]
+    here = train_vectors(documents, dimension=8, epochs=3)
+    assert found == {f"{here.tokens} {hashlib.sha256(here.values.tobytes()).hexdigest()}\n"}
     names = {file.name for file in tmp_path.glob("*/*")}
     assert len(names) == 1
 

@@ -14,7 +14,11 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    ArgumentError,
+    class_from_function,
+)
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
@@ -84,7 +88,8 @@ def row_unfreezing(
 _PARTS: dict[str, Any] = {
     "data": TextData,
     "model": TextClassifier,
-    "rows": row_unfreezing,
+    # Made here once, where Lightning would look through the stack for each command.
+    "rows": class_from_function(row_unfreezing),
     "monitor": RowMonitor,
     "random_state": RandomState,
     "last": ModelCheckpoint,

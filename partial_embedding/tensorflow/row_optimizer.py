@@ -24,6 +24,7 @@ from partial_embedding.tensorflow.sparse_update import (
     state_of,
     summed,
     worker,
+    write_rows,
 )
 from partial_embedding.tensorflow.table_state import TableState, state_in
 
@@ -171,7 +172,7 @@ class Rowwise(keras.optimizers.Optimizer):
         )
         # With one entry for each row, the norm of the entries is that of the gradient.
         grads = [
-            summed(g, v.shape[0]) if isinstance(g, tf.IndexedSlices) and self._table_of(v) else g
+            summed(g) if isinstance(g, tf.IndexedSlices) and self._table_of(v) else g
             for g, v in zip(grads, variables, strict=True)
         ]
         with self._stepping():
@@ -231,14 +232,14 @@ class Rowwise(keras.optimizers.Optimizer):
             helper = worker(self._optimizers.rest, self.iterations)
             helper.update_step(gradient, variable, learning_rate)
         elif self.lazy or isinstance(gradient, tf.IndexedSlices):
-            number = variable.shape[0]
             if not isinstance(gradient, tf.IndexedSlices):
                 # Of a head tied to the table, or of a step that was traced before this was built.
-                rows = tf.where(tf.reduce_any(gradient != 0, axis=1), tf.range(number), number)
-                gradient = summed(tf.IndexedSlices(gradient, rows), number)
+                every = tf.range(variable.shape[0], dtype=tf.int64)
+                rows = tf.where(tf.reduce_any(gradient != 0, axis=1), every, -1)
+                gradient = summed(tf.IndexedSlices(gradient, rows))
             elif self._distribution_strategy.num_replicas_in_sync > 1:
                 # Again, as replicas have put theirs side by side.
-                gradient = summed(gradient, number)
+                gradient = summed(gradient)
             self._step_some(table, gradient, variable, learning_rate)
         else:
             ages = self._ages(table.joined_at)[:, tf.newaxis]
@@ -367,29 +368,21 @@ class Rowwise(keras.optimizers.Optimizer):
         weights.assign_sub(weights * decay * tf.cast(rates, weights.dtype))
 
     def _step_some(self, table: _Table, gradient: Any, variable: Any, rate: Any) -> None:
-        """Step the rows of a table that a gradient has an entry for.
-
-        Void entries repeat the first one, so that writing them all writes each row's one value. If
-        the first is void too, no entry is for row 0, which is written as it was.
-        """
-        states, number = state_of(table.optimizer), variable.shape[0]
-        is_void = gradient.indices == number
-        slots = tf.where(is_void, gradient.indices[:1] % number, gradient.indices)
-        values = tf.where(is_void[:, tf.newaxis], gradient.values[:1], gradient.values)
-        before = [tf.gather(v, slots) for v in (variable, *(s.value for s in states))]
+        """Step the rows of a table that a gradient has an entry for."""
+        states = [state.value for state in state_of(table.optimizer)]
+        # What is computed for void entries is not written.
+        slots = tf.maximum(gradient.indices, 0)
+        key = self._var_key(variable)
+        weights, *held = (HeldRows(tf.gather(v, slots), key) for v in (variable, *states))
         ages = self._ages(tf.gather(table.joined_at.value, slots))[:, tf.newaxis]
         rate = table.scales.rates(rate, ages, slots)
-        key = self._var_key(variable)
-        weights, *held = (HeldRows(rows, key) for rows in before)
         if self.weight_decay is not None and self._use_weight_decay(variable):
             decay = tf.cast(self.weight_decay, weights.dtype)
             weights.assign_sub(weights * decay * tf.cast(rate, weights.dtype))
-        pairs = list(zip(states, held, strict=True))
-        worker(table.optimizer, ages, pairs).update_step(values, weights, rate)
-        targets = (variable, *(s.value for s in states))
-        for target, old, new in zip(targets, before, (weights, *held), strict=True):
-            rows = tf.where(is_void[:1, tf.newaxis], old, new.value)
-            target.scatter_update(tf.IndexedSlices(rows, slots))
+        pairs = list(zip(state_of(table.optimizer), held, strict=True))
+        worker(table.optimizer, ages, pairs).update_step(gradient.values, weights, rate)
+        for target, new in zip((variable, *states), (weights, *held), strict=True):
+            write_rows(target, gradient.indices, new.value)
 
     def get_config(self) -> dict[str, Any]:
         """The wrapped optimizer, at the learning rate of now."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 # The most float32 that a processor's vectors hold, AVX-512's.
 _LANES = 16
@@ -18,55 +20,52 @@ def _gradient_of_rows(operation: Any, upstream: Any, *others: Any) -> tuple[Any,
         # to take this one there.
         return None, None, None, None
     _, _, slots, shape = operation.inputs
-    return None, _marked(upstream, slots, shape), None, None
+    # Copies, for a gradient of this gradient: what a graph gives back is its own.
+    return None, _entries(upstream, tf.identity(slots), tf.identity(shape)), None, None
 
 
-def _marked(upstream: Any, slots: Any, shape: Any) -> Any:
-    """`tf.IndexedSlices` with a void entry for the first row where a slot is negative.
+def _is_compiled() -> bool:
+    """Whether what is traced now is for XLA, which needs to know how many entries there are."""
+    return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
 
-    XLA needs their number and Keras needs rows that there are, so these entries stay. They are
-    -0.0, which no other entry is: that adds nothing to a sum or a norm, and stays what it is when a
-    gradient is scaled.
+
+def _entries(upstream: Any, slots: Any, shape: Any) -> Any:
+    """`tf.IndexedSlices` of what arrives at rows with a slot.
+
+    For XLA the others stay, as zeros for a row -1: its scatters leave that out.
     """
-    # Keras asks of one entry of each row whether it is finite, which a void one must not hide.
-    first = tf.where((slots == 0)[:, tf.newaxis], upstream, tf.zeros_like(upstream))
-    total = tf.reduce_sum(first, axis=0)
-    # No constant: eager TensorFlow keeps the scalars that it made, and gives 0.0 for -0.0 then.
-    void = tf.where(tf.math.is_finite(total), -tf.zeros((), upstream.dtype), total)
-    unsigned = tf.where(upstream == 0, tf.zeros_like(upstream), upstream)
-    values = tf.where((slots < 0)[:, tf.newaxis], void, unsigned)
-    return tf.IndexedSlices(values, tf.maximum(slots, 0), shape)
+    if _is_compiled():
+        values = tf.where((slots >= 0)[:, tf.newaxis], upstream, tf.zeros((), upstream.dtype))
+        return tf.IndexedSlices(values, slots, shape)
+    kept = tf.reshape(tf.where(slots >= 0), [-1])
+    return tf.IndexedSlices(tf.gather(upstream, kept), tf.gather(slots, kept), shape)
 
 
-def _are_void(values: Any) -> Any:
-    # By its bits, as -0.0 == 0.0.
-    integer = {2: tf.int16, 4: tf.int32, 8: tf.int64}[values.dtype.size]
-    return tf.reduce_all(tf.bitcast(values, integer) == integer.min, axis=1)
-
-
-def gather_rows(variable: Any, slots: Any, sparse: bool) -> Any:
-    """Gather rows of a variable; rows with a negative slot are unspecified and get no gradient.
+def choose_rows(variable: Any, slots: Any, others: Any, sparse: bool) -> Any:
+    """Gather rows of a variable, and take others where there is none.
 
     Args:
         variable: A `tf.Variable` of shape (R, D).
         slots: Its rows, or -1, int64, shape (N,).
+        others: What to take at -1, shape (N, D); it gets no gradient.
         sparse: Make the gradient of the variable `tf.IndexedSlices`, for `summed`, rather than a
-            dense one. What is done to rows with a negative slot must stop their gradients then, as
-            `tf.where` does.
+            dense one.
 
     Returns:
         A tensor of shape (N, D).
     """
+    # It takes whole rows, which `tf.where` does one element at a time.
+    choose = partial(tf.raw_ops.Select, condition=slots >= 0, y=others)
     # Where there are replicas and none of them asks, nothing steps: Keras looks for shapes.
     if not sparse or tf.distribute.in_cross_replica_context():
         # Keras never sums the duplicates of IndexedSlices, which makes most of its optimizers wrong
         # for an id that occurs twice. The gradient of a reshape is dense, and so sums them, without
         # those of negative slots.
-        rows, slots = tf.reshape(variable, variable.shape), slots[:, tf.newaxis]
-        return tf.gather_nd(rows, slots, bad_indices_policy="IGNORE")
+        rows, places = tf.reshape(variable, variable.shape), tf.expand_dims(slots, 1)
+        return choose(x=tf.gather_nd(rows, places, bad_indices_policy="IGNORE"))
+    rows = choose(x=tf.stop_gradient(tf.gather(variable, tf.maximum(slots, 0))))
     if tf.executing_eagerly():
-        return _gather_eagerly(tf.convert_to_tensor(variable), slots)
-    rows = tf.stop_gradient(tf.gather(variable, tf.maximum(slots, 0)))
+        return _carry_eagerly(tf.convert_to_tensor(variable), rows, slots)
     return _carrier(variable)(rows, variable.handle, slots)
 
 
@@ -92,37 +91,46 @@ def _carrier(variable: Any) -> Any:
 
 
 @tf.custom_gradient  # registers nothing in eager mode
-def _gather_eagerly(weights: Any, slots: Any) -> tuple[Any, Any]:
-    def gradient(upstream: Any) -> tuple[Any, None]:
-        return _marked(upstream, slots, tf.shape(weights)), None
+def _carry_eagerly(weights: Any, rows: Any, slots: Any) -> tuple[Any, Any]:
+    def gradient(upstream: Any) -> tuple[Any, None, None]:
+        return _entries(upstream, slots, tf.shape(weights)), None, None
 
-    return tf.gather(weights, tf.maximum(slots, 0)), gradient
+    return tf.identity(rows), gradient
 
 
-def summed(slices: Any, num_rows: int) -> Any:
-    """`tf.IndexedSlices` with one entry for each row, and void entries behind them.
+def summed(slices: Any) -> Any:
+    """`tf.IndexedSlices` with one entry for each row; entries of negative rows are void.
 
-    XLA needs static shapes, so the number of entries stays, but that it becomes a whole number of a
-    processor's vectors: behind the last full one TensorFlow's float32 `pow` rounds otherwise. Void
-    entries come in as -0.0 for any row, and go out as zeros for the row `num_rows`, which there is
-    not.
+    There is a whole number of a processor's vectors of entries, so that the last are void: behind
+    the last full one TensorFlow's float32 `pow` rounds otherwise.
 
     Args:
-        slices: Entries of shape (N, D) for rows that may occur several times, and void ones.
-        num_rows: The number of rows.
+        slices: Entries of shape (N, D) for rows that may occur several times, or for row -1.
     """
-    beyond = tf.cast(num_rows, slices.indices.dtype)
-    indices = tf.where(_are_void(slices.values), beyond, slices.indices)
-    size = tf.size(indices)
-    # Of equal ones the earlier comes first.
-    falling, order = tf.math.top_k(-indices, size)
-    is_last = falling != tf.roll(falling, -1, axis=0)
-    segments = tf.cumsum(tf.cast(is_last, tf.int32), exclusive=True)
-    number = -(-size // _LANES) * _LANES
-    values = tf.math.unsorted_segment_sum(tf.gather(slices.values, order), segments, number)
-    # The largest of no entries is the least number that there is.
-    rows = -tf.maximum(tf.math.unsorted_segment_max(falling, segments, number), -beyond)
+    if _is_compiled():
+        # `tf.unique` gives wrong numbers under XLA. Of equal ones the earlier comes first.
+        indices, order = tf.math.top_k(slices.indices, tf.size(slices.indices))
+        is_last = indices != tf.roll(indices, -1, axis=0)
+        segments = tf.cumsum(tf.cast(is_last, tf.int32), exclusive=True)
+        number = -(-tf.size(indices) // _LANES) * _LANES
+        rows = tf.math.unsorted_segment_max(indices, segments, number)
+        values = tf.math.unsorted_segment_sum(tf.gather(slices.values, order), segments, number)
+        return tf.IndexedSlices(values, rows, slices.dense_shape)
+    rows, segments = tf.unique(slices.indices)
+    number = -(-tf.size(rows) // _LANES) * _LANES
+    rows = tf.pad(rows, [[0, number - tf.size(rows)]], constant_values=-1)
+    values = tf.math.unsorted_segment_sum(slices.values, segments, number)
     return tf.IndexedSlices(values, rows, slices.dense_shape)
+
+
+def write_rows(variable: Any, rows: Any, values: Any) -> None:
+    """Write rows of a `tf.Variable`, but those at negative places."""
+    tf.raw_ops.ResourceScatterNdUpdate(
+        ref=variable.handle,
+        indices=tf.expand_dims(rows, 1),
+        updates=values,
+        bad_indices_policy="IGNORE",
+    )
 
 
 def row_squares(gradient: Any, num_rows: int) -> Any:
@@ -132,8 +140,7 @@ def row_squares(gradient: Any, num_rows: int) -> Any:
     squares = tf.reduce_sum(tf.square(values), axis=1)
     if not is_sparse:
         return squares
-    slots = tf.where(gradient.indices < num_rows, gradient.indices, -1)
-    return tf.math.unsorted_segment_sum(squares, slots, num_rows)
+    return tf.math.unsorted_segment_sum(squares, gradient.indices, num_rows)
 
 
 class HeldRows:

@@ -19,7 +19,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.rows import Config
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
-from partial_embedding.tensorflow.sparse_update import gather_rows, summed
+from partial_embedding.tensorflow.sparse_update import choose_rows, summed
 
 
 def split_table(layer: Any, table: Any, reserved: Ids, unfrozen: Ids) -> TableState:
@@ -108,8 +108,7 @@ class TableState:
         frozen = tf.gather(self.table.value, flat)
         slots = self._slots_of(flat)
         sparse = self.optimizer is not None and self.optimizer.lazy
-        unfrozen = gather_rows(self.rows.value, slots, sparse)
-        rows = tf.where((slots >= 0)[:, tf.newaxis], unfrozen, frozen)
+        rows = choose_rows(self.rows.value, slots, frozen, sparse)
         return tf.reshape(rows, tf.concat([tf.shape(ids), self.table.shape[1:]], 0))
 
     def _free_with_the_layer(self) -> None:
@@ -132,8 +131,9 @@ class TableState:
         ids = tf.cast(ids, tf.int64)
         # `tf.searchsorted` without its work on shapes.
         places = tf.raw_ops.LowerBound(
-            sorted_inputs=self._all_but_last, values=ids[tf.newaxis], out_type=tf.int64
-        )[0]
+            sorted_inputs=self._all_but_last, values=tf.expand_dims(ids, 0), out_type=tf.int64
+        )
+        places = tf.reshape(places, [-1])
         is_reserved = tf.gather(self._reserved, places) == ids
         trains = is_reserved & (tf.gather(self.unfrozen.value, places) > 0)
         return tf.where(trains, places, -1)
@@ -148,8 +148,8 @@ class TableState:
         """The gradient of the whole table, `tf.IndexedSlices`, from that of the reserved rows."""
         shape = tf.constant(tuple(self.table.shape), tf.int64)
         if isinstance(gradient, tf.IndexedSlices):
-            gradient = summed(gradient, self.reserved.size)
-            ids = tf.gather(self._reserved, tf.minimum(gradient.indices, self.reserved.size - 1))
+            gradient = summed(gradient)
+            ids = tf.gather(self._reserved, tf.maximum(gradient.indices, 0))
             return tf.IndexedSlices(gradient.values, ids, shape)
         return tf.IndexedSlices(gradient, self._reserved, shape)
 

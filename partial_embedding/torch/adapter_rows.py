@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -44,7 +45,14 @@ def stand_beside_adapters(model: Any) -> None:
     layer = _adapted_layer(model)
     if not any(hook is _follow_layers for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(_follow_layers)
-    tables = [(n, m) for n, m in model.named_modules() if isinstance(m, PartialTable)]
+    # Of a table that peft copies for each adapter it saves, shows and hides the copy itself.
+    copied = {part for wrapper in model.modules() if _copies(wrapper) for part in wrapper.modules()}
+    tables = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, PartialTable) and module not in copied
+    ]
+    tied = {id(part.weight) for part in copied if isinstance(part, PartialTable)}
     # Where a table is tied, peft looks for its rows in the embedding.
     tables.sort(key=lambda found: isinstance(found[1], nn.Linear))
     known: set[int] = {id(None)}
@@ -59,6 +67,39 @@ def stand_beside_adapters(model: Any) -> None:
                 part.set_adapter(layer.active_adapters)
         if isinstance(part, AdapterRows):
             part.configs = configs if part.configs is None else part.configs
+            if isinstance(table, nn.Embedding) and id(table.weight) in tied:
+                part.no_place = ", beside a copy of the head that is tied to it"
+                part.remedy = "Name both in modules_to_save, or neither."
+    for module in list(model.modules()):
+        for table in list(module._modules.values()):
+            if isinstance(table, PartialTable):
+                know_wrapper(table, module)
+
+
+def know_wrapper(table: PartialTable, wrapper: nn.Module) -> None:
+    """Serve a table that `peft` has put into a module of its own.
+
+    Args:
+        table: The table.
+        wrapper: What it is in.
+    """
+    if _copies(wrapper):
+        table._modules.pop(ADAPTER, None)
+        vars(table)["is_copy"] = True  # of the two it is the one that is not to train
+    if not isinstance(wrapper, BaseTunerLayer) or isinstance(wrapper, TrainableTokensLayer):
+        return
+    if isinstance(part := table._modules.get(ADAPTER), AdapterRows):
+        part.no_place = ", in a layer that it adapts"
+    if isinstance(table, nn.Embedding) and table.sparse:
+        table.sparse = False
+        warnings.warn(
+            f"peft adapts an embedding by a matrix that gets no sparse gradient, so that the "
+            f"{type(table).__name__} that it wraps gets a gradient of all its rows too, "
+            f"{table.num_embeddings:,}×{table.embedding_dim:,} numbers in each step. Frozen rows "
+            "stay exact; to save it, leave the embedding out of target_modules: its new rows learn "
+            "without.",
+            stacklevel=2,
+        )
 
 
 def leave_adapters(model: nn.Module) -> None:
@@ -84,6 +125,10 @@ def let_rows_learn(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AdapterRows):
             module.let_learn()
+
+
+def _copies(wrapper: nn.Module) -> bool:
+    return isinstance(wrapper, ModulesToSaveWrapper) and not isinstance(wrapper, AdapterRows)
 
 
 def _adapted_layer(model: nn.Module) -> Any:
@@ -137,6 +182,10 @@ class AdapterRows(ModulesToSaveWrapper):
 
     # It saves rows, and no modules.
     modules_to_save = nn.ModuleDict()
+
+    # Where peft's configurations have no place for the ids of rows, and what helps.
+    no_place = ""
+    remedy = "Use save_rows too."
 
     # The configurations of the adapters, by name.
     configs: dict[str, Any] | None = None
@@ -276,15 +325,17 @@ class AdapterRows(ModulesToSaveWrapper):
     def _name_rows(self, adapter_name: str) -> None:
         """Write into an adapter's configuration which rows it has, for `peft` to read them."""
         config: Any = (self.configs or {}).get(adapter_name)
-        if not hasattr(config, "trainable_token_indices"):
+        if self.no_place or not hasattr(config, "trainable_token_indices"):
             warnings.warn(
                 f"the adapter {adapter_name!r} is saved with the rows of {self._name!r}, but "
-                f"{type(config).__name__} has no place for their ids: peft alone will not read "
-                "them. Use save_rows too.",
+                f"{type(config).__name__} has no place for their ids{self.no_place}: peft alone "
+                f"will not read them. {self.remedy}",
                 stacklevel=2,
             )
             return
         rows = config.trainable_token_indices or {}
+        if not isinstance(rows, dict):  # the short way to name those of the input
+            rows = {} if adapter_name in self._theirs else {"embed_tokens": rows}
         config.trainable_token_indices = {**rows, self._name: self._ids.tolist()}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.averaged import is_left_to_ddp
+from partial_embedding.torch.fused_losses import serve_fused_losses
 from partial_embedding.torch.hooks import by_rows, is_rewritten, tables_of
 from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.table import PartialTable
@@ -88,7 +89,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         if not self._counts_by_row(input):
             return super().forward(input)
         rows = self.row_set.order
-        sparse = self._gives_sparse_gradient()
+        sparse = self.gives_sparse_gradient()
         weight = by_rows(self.weight, self) if sparse else self.weight
         # In two dimensions, where `linear` gives a tensor of its own and no view of one.
         features = input.reshape(-1, input.shape[-1])
@@ -105,6 +106,15 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         shaped: Tensor = torch.ops.aten._unsafe_view(scores, [*input.shape[:-1], scores.shape[1]])
         return shaped
 
+    def train(self, mode: bool = True) -> Self:
+        """As in the parent class; trainers whose losses do not call the module call this first.
+
+        Args:
+            mode: Whether to train.
+        """
+        serve_fused_losses()
+        return super().train(mode)
+
     def take_dense(self, grad: Tensor) -> None:
         """Say once that something multiplies by the weight itself, at the cost of all rows.
 
@@ -114,16 +124,16 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         weight = self._parameters.get("weight")
         if weight is None or grad.dim() != 2 or "_told" in vars(self):
             return  # pruned, of a bias, or said already
-        by_row = self._gives_sparse_gradient() and all(t.sparse for t in tables_of(weight))
+        by_row = self.gives_sparse_gradient() and all(t.sparse for t in tables_of(weight))
         if not (by_row and self.has_frozen_rows):
             return
         vars(self)["_told"] = True
         warnings.warn(
             "a PartialLinear computes the gradients of its trainable rows where it is called. Its "
             f"weight got one of all rows, {grad.shape[0]:,}×{grad.shape[1]:,} numbers in each "
-            "step, since something reads the weight and does not call the module, as TRL's fused "
-            "heads do. Frozen rows stay exact; to save it, give SFTTrainer a compute_loss_func, "
-            "which gets the module's own scores.",
+            "step, since something reads the weight and does not call the module, as losses do "
+            "that are fused with a head. Frozen rows stay exact; to save it, take the loss of what "
+            "the module gives, of some features at a time.",
             stacklevel=2,
         )
 
@@ -136,7 +146,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
             return False
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
-    def _gives_sparse_gradient(self) -> bool:
+    def gives_sparse_gradient(self) -> bool:
+        """Whether its weight gets a gradient of the trainable rows alone."""
         if not self.sparse or self.is_sharded:
             return False
         if not is_left_to_ddp(self):

@@ -407,6 +407,10 @@ def _meet_peft(parent: nn.Module, name: str, part: nn.Module | None) -> nn.Modul
         from partial_embedding.torch.adapter_rows import serve_tokens
 
         return serve_tokens(table, part)
+    elif isinstance(part, PartialTable) and name in ("base_layer", "original_module"):
+        from partial_embedding.torch.adapter_rows import know_wrapper
+
+        know_wrapper(part, parent)
     return None
 
 

@@ -285,6 +285,12 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
         for _, table, parameter in row_parameters_in(model)
         if table.has_frozen_rows
     }
+    if copied := [name for name in rows if ".modules_to_save." in name]:
+        raise InputError(
+            "saved rows are those of a model's own tables. Received one in which peft has a copy "
+            f"for each adapter, {copied[0]!r}. Call save_pretrained, which saves copies whole; or "
+            "merge_and_unload first."
+        )
     if not any(map(len, rows.values())):
         raise InputError(
             "saved rows are those of a partly trainable table. Received a "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -100,8 +100,8 @@ def refuse_unheld(optimizer: Optimizer) -> None:
         told = (
             f"rows that are to train belong to an optimizer. Received {name!r} with "
             f"{len(table.row_set):,} such rows, which none holds, while {type(optimizer).__name__} "
-            "steps the rest of the model. {remedy}; or, while they are not to train, call "
-            'set_trainable_rows("none").'
+            f"steps {'the rest of the model' if own else 'nothing'}. {{remedy}}; or, while they "
+            'are not to train, call set_trainable_rows("none").'
         )
         if table.leaf_weight.requires_grad:
             remedy = "Make the optimizer of the model's parameters()"
@@ -142,9 +142,11 @@ def _living() -> tuple[list[Optimizer], list[nn.Module]]:
 
 
 def _name_beside(
-    table: TrainableRows, parameters: Iterable[int], owners: Mapping[int, list[nn.Module]]
+    table: TrainableRows, parameters: Set[int], owners: Mapping[int, list[nn.Module]]
 ) -> str | None:
     """The name of a table in the model that it has in common with parameters, if there is one.
+
+    Where there are no parameters, everything in the model was frozen.
 
     What is in eval() within a model that is not, such as a copy for reference, is none of it.
     """
@@ -154,7 +156,7 @@ def _name_beside(
     for model in reversed(models[1:]):
         if model.training and not table.training:
             continue
-        if any(id(parameter) in parameters for parameter in model.parameters()):
+        if not parameters or any(id(parameter) in parameters for parameter in model.parameters()):
             # Of those that are tied, the first.
             named = {name: m._parameters.get("weight") for name, m in model.named_modules()}
             return next((n for n, weight in named.items() if weight is table.leaf_weight), "")

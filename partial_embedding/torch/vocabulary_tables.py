@@ -45,6 +45,14 @@ class VocabularyTables:
                 f"{type(model).__name__}. For another model call replace_embedding."
             )
         self.model = model
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            if hasattr(_asked(model, name), "modules_to_save"):
+                raise InputError(
+                    "tokens are added to a model's own tables. Received a "
+                    f"{type(model).__name__} in which peft has a copy of one for each adapter. "
+                    "Leave input and head out of modules_to_save: the rows of new tokens learn and "
+                    "are saved without."
+                )
         # The modules, the input embedding first; of those that share a weight, the first.
         self.tables: list[Any] = [find_table(model, None)]
         self._heads: list[nn.Linear] = []

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from reference import ACCUMULATOR, EPSILON, Array, Batch, Optimizer
+from reference import ACCUMULATOR, DELTA, EPSILON, Array, Batch, Optimizer
 
 from partial_embedding.callbacks.keras import RowUnfreezing
 from partial_embedding.schedule import RateScale
@@ -251,6 +251,11 @@ def _made(optimizer: Optimizer) -> Any:
     options: dict[str, Any] = {
         "SGD": {"momentum": optimizer.momentum, "nesterov": optimizer.nesterov},
         "Adagrad": {"initial_accumulator_value": ACCUMULATOR, "epsilon": EPSILON},
+        "RMSprop": {"epsilon": EPSILON},
+        "Adadelta": {"rho": 0.9, "epsilon": DELTA},
+        "Lion": {},
+        "Ftrl": {"initial_accumulator_value": ACCUMULATOR},
+        "ScheduleFreeAdamW": {"warmup_steps": 0, "epsilon": EPSILON},
         "Adamax": {"epsilon": EPSILON},
         "Adam": {"epsilon": EPSILON},
         "AdamW": {"epsilon": EPSILON, "weight_decay": optimizer.weight_decay},

@@ -9,6 +9,11 @@ The frameworks differ in options, so these are chosen such that both mean the sa
 - Adagrad: the accumulator begins at 0.1, which is Keras's default; torch's is 0.
 - Momentum: torch takes the whole velocity times the rate of now, Keras each gradient times the rate
   of its time. They agree while the rate of a row stands still, so momentum comes without warm-up.
+- RMSprop: torch adds epsilon to the root, Keras under it; Adadelta: both under it. Lion is torch's
+  by pytorch_optimizer. torch has no Ftrl, and no ScheduleFreeAdamW that steps the same formula.
+- Optimizers that look across rows (Adafactor, Lamb, Muon), or whose state is of the whole table
+  (Nadam's in Keras), have no formula of a row, and the halves serve others of them: each half's own
+  tests have those.
 - Weight decay is AdamW's: torch's other optimizers add it to the gradient, Keras's never do.
 
 Each framework keeps within `TOLERANCE` of these numbers, and so within twice that of the other.
@@ -30,6 +35,8 @@ Batch = tuple[Array, Array]
 # Absolute, for values of about 1 after 12 steps of about 0.01 in float32; both came within 4e-7.
 TOLERANCE = 1e-6
 EPSILON = 1e-12
+# Adadelta's first step is as large as the root of this.
+DELTA = 1e-4
 ACCUMULATOR = 0.1
 
 NUM_ROWS, WIDTH, EPOCHS = 10, 3, 4
@@ -37,7 +44,7 @@ NUM_ROWS, WIDTH, EPOCHS = 10, 3, 4
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer that both frameworks have, under its name in both."""
+    """An optimizer, under its name in the frameworks that have it."""
 
     name: str
     learning_rate: float
@@ -52,6 +59,11 @@ OPTIMIZERS = {
     "SGD-momentum": Optimizer("SGD", 0.02, momentum=0.9),
     "SGD-nesterov": Optimizer("SGD", 0.02, momentum=0.9, nesterov=True),
     "Adagrad": Optimizer("Adagrad", 0.02),
+    "RMSprop": Optimizer("RMSprop", 0.01),
+    "Adadelta": Optimizer("Adadelta", 1.0),
+    "Lion": Optimizer("Lion", 0.01),
+    "Ftrl": Optimizer("Ftrl", 0.05),
+    "ScheduleFreeAdamW": Optimizer("ScheduleFreeAdamW", 0.005),
     "Adamax": Optimizer("Adamax", 0.01),
     "Adam": Optimizer("Adam", 0.005),
     "AdamW-weight_decay": Optimizer("AdamW", 0.005, weight_decay=0.5),
@@ -59,7 +71,7 @@ OPTIMIZERS = {
 }
 
 # One of each kind of state: a velocity, squares that begin at a number, two moments with a count of
-# steps and a decay, and rows that a step leaves out. The formulas of all are compared.
+# steps and a decay, and rows that a step leaves out. A model is fitted with these alone.
 KINDS = {n: OPTIMIZERS[n] for n in ("SGD-momentum", "Adagrad", "AdamW-weight_decay", "Adam-lazy")}
 
 # Rows 0, 3, 8 and 9 are frozen in each of them.
@@ -195,8 +207,10 @@ class Reference:
         joins = trains & ~self.trains
         self.steps[joins] = 0
         self.state[:, joins] = 0
-        if self.optimizer.name == "Adagrad":
+        if self.optimizer.name in ("Adagrad", "Ftrl"):
             self.state[0, joins] = ACCUMULATOR
+        if self.optimizer.name == "ScheduleFreeAdamW":
+            self.state[0, joins] = self.table[joins]
         self.rate_scales = [
             (rate_scale or RateScale()) if j else p
             for j, p in zip(joins, self.rate_scales, strict=True)
@@ -261,9 +275,44 @@ def _adamax(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Arr
     return rows - step, mean, largest
 
 
+def _rmsprop(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+    squares = 0.9 * state[0] + 0.1 * g**2
+    return rows - lr * g / (np.sqrt(squares) + EPSILON), squares, state[1]
+
+
+def _adadelta(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+    squares = 0.9 * state[0] + 0.1 * g**2
+    delta = np.sqrt(state[1] + DELTA) / np.sqrt(squares + DELTA) * g
+    return rows - lr * delta, squares, 0.9 * state[1] + 0.1 * delta**2
+
+
+def _lion(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+    direction = np.sign(0.9 * state[0] + 0.1 * g)
+    return rows - lr * direction, 0.99 * state[0] + 0.01 * g, state[1]
+
+
+def _ftrl(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+    squares = state[0] + g**2
+    linear = state[1] + g - (np.sqrt(squares) - np.sqrt(state[0])) / lr * rows
+    return -linear * lr / np.sqrt(squares), squares, linear
+
+
+def _schedule_free(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array) -> Moved:
+    square = 0.999 * state[1] + 0.001 * g**2
+    stepped = state[0] - lr * g / (np.sqrt(square / (1 - 0.999**t)) + EPSILON)
+    average = (rows - 0.1 * state[0]) / 0.9
+    average = (1 - 1 / t) * average + stepped / t
+    return 0.1 * stepped + 0.9 * average, stepped, square
+
+
 _RULES: dict[str, _Rule] = {
     "SGD": _sgd,
     "Adagrad": _adagrad,
+    "RMSprop": _rmsprop,
+    "Adadelta": _adadelta,
+    "Lion": _lion,
+    "Ftrl": _ftrl,
+    "ScheduleFreeAdamW": _schedule_free,
     "Adam": _adam,
     "AdamW": _adam,
     "Adamax": _adamax,

@@ -1,11 +1,9 @@
-"""One rank of runs in which FSDP2 shards a model; a script, started by `test_beside_fsdp.py`.
+"""One rank of runs in which FSDP2 shards a model, for `test_beside_fsdp.py`.
 
-The process needs LOCAL_RANK, MASTER_ADDR and MASTER_PORT. It writes what it saw, batch by batch, to
-`{folder}/{case}-{rank}.pt`.
+What it saw, batch by batch, is written to `{folder}/{case}-{rank}.pt`.
 """
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,10 +188,9 @@ def parallelize(module: Any, mesh: Any) -> Any:
     return module
 
 
-if __name__ == "__main__":
-    assert "LOCAL_RANK" in os.environ
+def main(folder: Path) -> None:
     for case_name in CASES:
-        run(case_name, Path(sys.argv[1]))
+        run(case_name, folder)
     for which, in_a_folder in (("whole", True), ("split", False)):
-        run_and_resume(which, in_a_folder, Path(sys.argv[1]))
-    run_fabric(Path(sys.argv[1]))
+        run_and_resume(which, in_a_folder, folder)
+    run_fabric(folder)

@@ -1,12 +1,10 @@
-"""One rank of a run on two processes; a script, started by `test_ddp.py`.
+"""One rank of runs on two processes, for `test_ddp.py`.
 
-The process needs LOCAL_RANK, MASTER_ADDR and MASTER_PORT. It writes what it saw, batch by batch, to
-`{folder}/{case}-{rank}.pt`.
+What it saw, batch by batch, is written to `{folder}/{case}-{rank}.pt`.
 """
 
 import importlib
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -300,7 +298,6 @@ def run(name: str, folder: Path) -> None:
     torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
 
 
-if __name__ == "__main__":
-    assert "LOCAL_RANK" in os.environ
+def main(folder: Path) -> None:
     for case_name in CASES:
-        run(case_name, Path(sys.argv[1]))
+        run(case_name, folder)

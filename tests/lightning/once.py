@@ -1,7 +1,6 @@
 """What is made once for all tests of a run, however many processes they run in."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -51,42 +50,17 @@ def run_script(name: str, *arguments: object) -> str:
     return "" if done.returncode == 0 else (done.stdout + done.stderr)[-6000:] or "it said nothing"
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
-
-
-def run_both_ranks(worker: str, folder: Path) -> str:
-    """Run all cases in one pair of processes, whose files and logs go to a folder."""
+def run_both_ranks(script: str, folder: Path) -> str:
+    """Run all cases on two ranks, whose files and logs go to a folder."""
     here = Path(__file__).resolve().parent
     path = os.pathsep.join(filter(None, [str(here.parents[1]), os.environ.get("PYTHONPATH")]))
-    common = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "NODE_RANK": "0",
-    }
-    processes = []
-    for rank in range(2):
-        with (folder / f"{rank}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(here / worker), str(folder)],
-                    env={**common, "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=folder,
-                )
-            )
-    try:
-        for process in processes:
-            process.wait(timeout=240)
-    finally:
-        for process in processes:
-            process.kill()
-        codes = [process.wait() for process in processes]
-    said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
-    return "" if codes == [0, 0] else said
+    done = subprocess.run(
+        [sys.executable, str(here / "forked.py"), script, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    said = [log.read_text() for log in sorted(folder.glob("*.log"))]
+    return "" if done.returncode == 0 else "\n".join([done.stderr, *said])

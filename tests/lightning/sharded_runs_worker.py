@@ -1,12 +1,10 @@
-"""One rank of a run that Lightning shards over two; a script, started by `test_sharded_runs.py`.
+"""One rank of runs that Lightning shards over two, for `test_sharded_runs.py`.
 
-The process needs LOCAL_RANK, MASTER_ADDR and MASTER_PORT. It writes what it saw, batch by batch, to
-`{folder}/{case}-{rank}.pt`.
+What it saw, batch by batch, is written to `{folder}/{case}-{rank}.pt`.
 """
 
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,14 +139,13 @@ def fit(folder: Path, in_folder: bool, resume: bool, tensor: bool = False) -> di
     }
 
 
-if __name__ == "__main__":
-    own_folder, own_rank = Path(sys.argv[1]), os.environ["LOCAL_RANK"]
+def main(folder: Path) -> None:
+    rank = os.environ["LOCAL_RANK"]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for in_folder in (True, False):
         for resume in (False, True):
-            kept = fit(own_folder, in_folder, resume)
+            kept = fit(folder, in_folder, resume)
             kind = "folder" if in_folder else "file"
-            torch.save(kept, own_folder / f"{kind}-{resume}-{own_rank}.pt")
-    torch.save(fit(own_folder, True, False, tensor=True), own_folder / f"tensor-{own_rank}.pt")
-    os._exit(0)  # threads of the process group may abort an interpreter that ends with them
+            torch.save(kept, folder / f"{kind}-{resume}-{rank}.pt")
+    torch.save(fit(folder, True, False, tensor=True), folder / f"tensor-{rank}.pt")

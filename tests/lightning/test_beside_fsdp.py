@@ -24,7 +24,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     folder = once(
         tmp_path_factory,
         "beside_fsdp",
-        lambda made: run_both_ranks("beside_fsdp_worker.py", made),
+        lambda made: run_both_ranks("beside_fsdp_worker", made),
     )
     names = [*ALL, *(f"resumed-{kind}-{distributed}" for kind, distributed in SAVED)]
     return {

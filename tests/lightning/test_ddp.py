@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both ranks left what they saw."""
-    return once(tmp_path_factory, "ranks", lambda made: run_both_ranks("ddp_worker.py", made))
+    return once(tmp_path_factory, "ranks", lambda made: run_both_ranks("ddp_worker", made))
 
 
 @pytest.fixture(scope="module")

@@ -322,7 +322,7 @@ def test_no_validation_is_left_out_or_counted_twice_on_resume(
         assert run(ckpt_path=tmp_path / f"step={step}.ckpt") == (seen, rows[step:])
 
 
-# Paces
+# Rates of their own
 
 
 def test_rows_learn_at_their_stages_rate_under_a_scheduler() -> None:

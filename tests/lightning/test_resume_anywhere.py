@@ -31,29 +31,44 @@ def differences(a: Any, b: Any, place: str = "") -> list[str]:
     return [] if type(a) is type(b) and a == b else [f"{place}: {a!r}, {b!r}"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(
-    ("precision", "processes"),
-    [
-        ("32-true", 1),
-        ("32-true", 2),
-        ("bf16-true", 1),
-        pytest.param("bf16-true", 2, marks=pytest.mark.full),
-    ],
-)
+# All places and all kinds of checkpoints together in one process; elsewhere each with one other.
+RUNS = {
+    (precision, processes): {
+        place: KINDS if number == 0 else (KINDS[(i + number) % len(KINDS)],)
+        for i, place in enumerate(PLACES)
+    }
+    for number, (precision, processes) in enumerate(
+        [("32-true", 1), ("32-true", 2), ("bf16-true", 1)]
+    )
+}
+EVERY = dict.fromkeys(PLACES, KINDS)
+FULL = {("32-true", 2): EVERY, ("bf16-true", 1): EVERY, ("bf16-true", 2): EVERY}
+CASES = [
+    pytest.param(
+        precision, processes, places, place, kind, marks=[pytest.mark.full] * full,
+        id=f"{precision}-{processes}-{place}-{kind}{'-full' * full}",
+    )
+    for full, runs in enumerate((RUNS, FULL))
+    for (precision, processes), places in runs.items()
+    for place, kinds in places.items()
+    for kind in kinds
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "processes", "places", "place", "kind"), CASES)
 def test_a_killed_run_resumes_exactly(
     precision: str,
     processes: int,
+    places: dict[str, tuple[str, ...]],
     place: str,
     kind: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    name = f"killed-{precision}-{processes}"
+    wanted = [f"{place}:{','.join(kinds)}" for place, kinds in places.items()]
     folder = once(
         tmp_path_factory,
-        name,
-        lambda made: run_script("kill_and_resume.py", made, precision, processes),
+        f"killed-{precision}-{processes}{'-full' * (places is EVERY)}",
+        lambda made: run_script("kill_and_resume.py", made, precision, processes, *wanted),
     )
     for rank in range(processes):
         whole, resumed = (

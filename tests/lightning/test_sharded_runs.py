@@ -1,10 +1,5 @@
 """Lightning shards a model over two processes: its tables follow their schedule as in one."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +7,9 @@ import pytest
 pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
 
 import torch
-from once import once
+from once import once, run_both_ranks
 from sharded_runs_worker import SAVED_AT, STEPS, Inner, V, loss_of, optimizer_of
 
-WORKER = Path(__file__).with_name("sharded_runs_worker.py")
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = {0: [1, 7, 9], 3: [0, 1, 5, 7, 9], 7: [0, 5, 9, 10]}
 KINDS = pytest.mark.parametrize("kind", ["folder", "file"])
 
@@ -25,41 +18,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run_both_ranks(folder: Path) -> str:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port = bound.getsockname()[1]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    common = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "NODE_RANK": "0",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder)],
-            env={**common, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return "\n".join(said) if any(process.returncode for process in processes) else ""
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each process saw, of runs that went through and of those that went on from a save."""
-    folder = once(tmp_path_factory, "sharded-runs", run_both_ranks)
+    folder = once(
+        tmp_path_factory, "sharded-runs", lambda made: run_both_ranks("sharded_runs_worker", made)
+    )
     names = ["folder-False", "folder-True", "file-False", "file-True", "tensor"]
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]

@@ -46,7 +46,7 @@ def train(strategy: Any, make: Any) -> Any:
                 keras.layers.Dense(1, kernel_initializer="ones"),
             ]
         )
-        model.compile(make(), "mse")
+        model.compile(make(), "mse", run_eagerly=strategy is not mirrored)
         model.optimizer.build(model.trainable_variables)
     for rows in STAGES:
         before = layer.get_weights()[0]
@@ -85,6 +85,8 @@ def check_replicas(variables: list[Any]) -> None:
             assert copy.numpy().tobytes() == copies[0].numpy().tobytes(), variable.name
 
 
+# Less to wait for.
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 cpus = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
 # One for all runs: strategies made one after the other mix up each other's collective operations.

@@ -6,8 +6,9 @@ stated reason, and `test_what_is_left_out_cannot_run` shows that the reason hold
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -84,8 +85,10 @@ class Case:
         return self.optimizer(parameters, **options)
 
     @property
-    def implementation_options(self) -> dict[str, bool]:
-        options = dict(IMPLEMENTATIONS[self.implementation])
+    def implementation_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = dict(IMPLEMENTATIONS[self.implementation])
+        if self.one_history:
+            options["max_iter"] = 5  # each is a pass and a backward pass, and 20 show no more
         if "fused" not in self.optimizer.__init__.__code__.co_varnames:
             options.pop("fused", None)
         return options
@@ -173,7 +176,57 @@ FEW = [
         "Adagrad-initial_accumulator_value=0.1-weight_decay=0.1",
     )
 ]
-SPARSE_AND_DENSE = pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+GRADIENTS = {"sparse": True, "dense": False}
+SPARSE_AND_DENSE = pytest.mark.parametrize("sparse", GRADIENTS.values(), ids=GRADIENTS)
+
+
+def crossed(
+    cases: Iterable[Case], *axes: Mapping[str, Any], each_option_with_all: bool = False
+) -> list[Any]:
+    """Every case with every value of every axis, of which most are run by `make test-full` alone.
+
+    Always run are as few as hold each set of options, each way to carry out a step of each
+    optimizer with each value of an axis, and each two values of two axes; where asked, also each
+    set of options with each value of all of them.
+    """
+    # A stock SparseAdam raises on the gradient of a table with `sparse=False`.
+    every = [
+        (case, *keys)
+        for case, *keys in product(cases, *axes)
+        if not (case.sparse_only and "dense" in keys)
+    ]
+    facets = [set(_facets(*one, each_option_with_all=each_option_with_all)) for one in every]
+    missing, always = set().union(*facets), set()
+    for worth in range(max(map(len, facets)), 0, -1):
+        for number, shown in enumerate(facets):
+            if len(shown & missing) >= worth:
+                always.add(number)
+                missing -= shown
+    return [
+        pytest.param(
+            case,
+            *(axis[key] for axis, key in zip(axes, keys, strict=True)),
+            id="-".join([case.id, *keys]),
+            marks=[] if number in always else [pytest.mark.full],
+        )
+        for number, (case, *keys) in enumerate(every)
+    ]
+
+
+def _facets(case: Case, *keys: str, each_option_with_all: bool) -> Iterator[tuple[object, ...]]:
+    """What one configuration shows."""
+    options, values = Case(case.optimizer, case.options).id, list(enumerate(keys))
+    way = ("way", case.name, case.implementation)
+    yield ("options", options)
+    yield way
+    yield from combinations([way, *values], 2)
+    if each_option_with_all:
+        yield from (("options", options, value) for value in (way, *values))
+
+
+def always_run(configurations: Iterable[Any]) -> list[Any]:
+    """Those that `make test` runs."""
+    return [one for one in configurations if not one.marks]
 
 
 def can_run(case: Case, extra: dict[str, bool]) -> bool:

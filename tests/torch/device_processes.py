@@ -1,15 +1,9 @@
-"""Tables among processes that shard a model; a script, started by `test_several_devices.py`.
-
-Usage: device_processes.py FOLDER RANK PROCESSES
-
-It runs the cases for so many processes and writes what they returned to
-`{folder}/{case}-{rank}.pt`.
-"""
+"""Cases of tables among processes that shard a model, for `test_several_devices.py`."""
 
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +288,7 @@ def split_traffic() -> dict[str, int]:
     return found
 
 
-def row_files() -> dict[str, Any]:
+def row_files(folder: Path) -> dict[str, Any]:
     """Rows of split tables, written by all and read by all."""
     net = split("none")
     train(net, "AdamW")
@@ -317,21 +311,21 @@ def row_files() -> dict[str, Any]:
     }
 
 
-def saved() -> dict[str, Any]:
+def saved(folder: Path) -> dict[str, Any]:
     """A run of which half is saved: a split table, a whole head, and the rest in shards."""
     net = split("untied")
     optimizer = rowwise(OPTIMIZERS["AdamW"](net.parameters()), net)
     train(net, "AdamW", optimizer=optimizer, steps=range(SAVED_AT))
-    save(net, optimizer, folder.parent / "checkpoint")
+    save(net, optimizer, folder / "checkpoint")
     half = {"rows": snapshot(net), "moments": moments(net, optimizer)}
     return {**half, "later": train(net, "AdamW", optimizer=optimizer, steps=AFTER)["rows"]}
 
 
-def read() -> dict[str, Any]:
+def read(folder: Path) -> dict[str, Any]:
     net = split("untied")
     set_rows(net, max(step for step in ROWS if step < SAVED_AT))
     optimizer = rowwise(OPTIMIZERS["AdamW"](net.parameters()), net)
-    load(net, optimizer, folder.parent / "checkpoint")
+    load(net, optimizer, folder / "checkpoint")
     half = {"rows": snapshot(net), "moments": moments(net, optimizer)}
     return {**half, "later": train(net, "AdamW", optimizer=optimizer, steps=AFTER)["rows"]}
 
@@ -419,8 +413,10 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "split_on_meta": split_on_meta,
     "split_beside_ddp": split_beside_ddp,
     "many_in_order": many_in_order,
-    "row_files": row_files,
     "called_by_one": called_by_one,
+}
+IN_A_FOLDER: dict[str, Callable[[Path], Any]] = {
+    "row_files": row_files,
     "saved": saved,
     "read": read,
 }
@@ -436,17 +432,15 @@ CASES = {
         **REFUSED,
         **OTHERS,
     },
-    3: {**all_whole(["AdamW"]), **all_split(["SGD"]), "read": read, **FAULTS},
+    3: {**all_whole(["AdamW"]), **all_split(["SGD"])},
 }
 
 
-if __name__ == "__main__":
-    folder, own_rank, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), number)
-    dist.init_process_group(
-        "gloo", store=store, rank=own_rank, world_size=number, timeout=timedelta(seconds=60)
-    )
-    for name, case in CASES[number].items():
-        torch.save(case(), folder / f"{name}-{own_rank}.pt")
-    os._exit(0)  # threads of the process group may abort an interpreter that ends with them
+def cases(number: int, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield from CASES[number].items()
+    for name in IN_A_FOLDER if number == 2 else ["read"]:
+        yield name, partial(IN_A_FOLDER[name], folder)
+    if number == 3:
+        yield from FAULTS.items()
+    else:
+        dist.barrier()

@@ -1,52 +1,50 @@
-"""Starts scripts that are one process among several, and reads what each of them wrote."""
+"""Runs the cases of a script in several processes, and reads what each of them returned."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from once import once
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+Seen = dict[int, dict[str, list[Any]]]
 
 
-def failure_of(script: str, number: int, folder: Path) -> str:
-    """Run so many processes of a script, and give what they said where one of them failed."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(number)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for rank in range(number)
-    ]
+def run_processes(factory: pytest.TempPathFactory, script: str, *numbers: int) -> tuple[Path, Seen]:
+    """Run the cases with each of these numbers of processes, one number after the other.
+
+    Returns:
+        The folder that all of them shared, and what each returned, by number and by case.
+    """
+    folder = once(factory, script, lambda made: failure_of(script, numbers, made))
+    seen: Seen = {number: defaultdict(list) for number in numbers}
+    for number in numbers:
+        for path in sorted((folder / str(number)).glob("*.pt")):
+            case, _, _ = path.stem.rpartition("-")
+            seen[number][case].append(torch.load(path, weights_only=True))
+    return folder, seen
+
+
+def failure_of(script: str, numbers: tuple[int, ...], folder: Path) -> str:
+    """Run the cases, and give what was said where a process failed."""
+    path = filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")])
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "run_forked.py"), script, str(folder), *map(str, numbers)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        said = [process.communicate(timeout=240)[1].decode() for process in processes]
+        said, _ = process.communicate(timeout=280)
     except subprocess.TimeoutExpired as error:
-        return str(error)
-    finally:
-        for process in processes:
-            process.kill()
-    return "\n".join(said) if any(process.returncode for process in processes) else ""
-
-
-def run_processes(
-    script: str, number: int, cases: Iterable[str], folder: Path
-) -> dict[str, list[Any]]:
-    """What each of so many processes returned, for each case."""
-    said = failure_of(script, number, folder)
-    assert not said, said
-    return {
-        case: [
-            torch.load(path, weights_only=True)
-            for rank in range(number)
-            if (path := folder / f"{case}-{rank}.pt").exists()  # not of one that was to die
-        ]
-        for case in cases
-    }
+        os.killpg(process.pid, signal.SIGKILL)
+        return f"{error}\n{process.communicate()[0]}"
+    return (said or "it said nothing") if process.returncode else ""

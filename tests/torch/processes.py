@@ -1,15 +1,7 @@
-"""Plain loops on two processes or more; a script, started by `test_averages.py`.
-
-Usage: processes.py FOLDER RANK PROCESSES
-
-It runs the cases for so many processes and writes what they returned to
-`{folder}/{case}-{rank}.pt`.
-"""
+"""Cases of plain loops on two processes or more, for `test_averages.py`."""
 
 import copy
 import io
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -438,7 +430,8 @@ def tables_alone() -> Any:
     return {name: sorted(wrapper.parameters_to_ignore) for name, wrapper in found.items()}
 
 
-OF_TWO: dict[str, Callable[[], Any]] = {
+CASES: dict[int, dict[str, Callable[[], Any]]] = {}
+CASES[2] = {
     "dense": beside_ddp(sparse=False),
     "sparse": beside_ddp(),
     "sparse_lazy": beside_ddp(lazy=True),
@@ -479,20 +472,13 @@ OF_TWO: dict[str, Callable[[], Any]] = {
     "wrapped_again": lambda: copied("again"),
     "tables_alone": tables_alone,
 }
-OF_THREE: dict[str, Callable[[], Any]] = {
+CASES[3] = {
     "same_ids": lambda: of_many(lambda rank: [3, 1, 3, 19, 25]),
     "other_ids": lambda: of_many(lambda rank: [3, *range(7 * rank, 5 * rank + 5)]),
     "in_a_group": in_a_group,
 }
-CASES = {2: OF_TWO, 3: OF_THREE}
 
 
-if __name__ == "__main__":
-    folder, own_rank, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), number)
-    dist.init_process_group("gloo", store=store, rank=own_rank, world_size=number)
-    for name, case in CASES[number].items():
-        torch.save(case(), folder / f"{name}-{own_rank}.pt")
+def cases(number: int, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield from CASES[number].items()
     dist.barrier()
-    os._exit(0)  # threads of the process group may abort an interpreter that ends with them

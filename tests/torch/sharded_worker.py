@@ -1,16 +1,13 @@
-"""Tables that processes share by rows; a script, started by `test_sharded.py`.
+"""Cases of tables that processes share by rows, for `test_sharded.py`.
 
-Usage: sharded_worker.py FOLDER RANK PROCESSES
-
-It runs the cases for so many processes and writes what they returned to
-`{folder}/{case}-{rank}.pt`. Three processes read the checkpoints that two have written there.
+One process and three of them read the checkpoints that two have written.
 """
 
 import copy
-import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +58,23 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd_plain": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1),
 }
-MATRIX = ("adamw", "sgd", "adagrad")
+STOCK = ("adamw", "sgd", "adagrad")
 # The rows from each step on; some are in the shard of one process alone.
 ROWS: dict[str, dict[int, list[int]]] = {
     "late": {0: [1, 7, 9], 3: [0, 1, 5, 7, 9]},
     "refrozen": {0: [1, 5, 7, 9], 2: [1, 9], 4: [1, 5, 9]},
     "growing": {0: [0], 1: [0, 1], 2: [0, 1, 2], 4: [0, 1, 2, 3, 10]},
 }
+# Each optimizer with each set of rows, both of them with a tied head and with another one.
+MATRIX = [
+    (optimizer, rows, (i + j) % 2 == 1)
+    for i, optimizer in enumerate(STOCK)
+    for j, rows in enumerate(ROWS)
+]
+
+
+def named(optimizer: str, rows: str, tied: bool) -> str:
+    return f"{optimizer}-{rows}-{'tied' if tied else 'untied'}"
 
 
 class Net(nn.Module):
@@ -183,26 +190,6 @@ def run(
         seen.append(weights(model))
     trainable = model.table.trainable_rows
     return {"seen": seen, "gradients": gradients, "norms": norms, "trainable": trainable}
-
-
-def of_three() -> Any:
-    return {
-        f"{optimizer}-{tied}": run(by_fsdp, optimizer, "late", tied)
-        for optimizer in MATRIX
-        for tied in (False, True)
-    }
-
-
-def of_four() -> Any:
-    """FSDP2 over two shards, each of two processes that tensor parallelism joins."""
-    return {
-        f"{optimizer}-{rows}-{tied}": run(
-            lambda model: by_both(model, tensor=2), optimizer, rows, tied, alike=2
-        )
-        for optimizer in MATRIX
-        for rows in ROWS
-        for tied in (False, True)
-    }
 
 
 def moved_rows(act: Callable[[Net, Optimizer], None], model: Net) -> list[int]:
@@ -527,25 +514,19 @@ def resume(folder: Path) -> Any:
 
 
 def cases(number: int, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    if number == 4:
-        yield "both", of_four
-        return
-    if number == 3:
-        yield "fsdp", of_three
-        yield "fewer_rows", fewer_rows_than_processes
-        yield "resume_by_3", lambda: resume(folder)
-        return
-    for optimizer in MATRIX:
-        for rows in ROWS:
-            for tied in (False, True):
-                name = f"{optimizer}-{rows}-{tied}"
-                yield f"fsdp-{name}", lambda o=optimizer, r=rows, t=tied: run(by_fsdp, o, r, t)
-                yield (
-                    f"tp-{name}",
-                    lambda o=optimizer, r=rows, t=tied: run(
-                        by_tensor_parallelism, o, r, t, alike=2
-                    ),
-                )
+    warnings.filterwarnings("ignore")
+    yield from {1: of_one, 2: of_two, 3: of_three, 4: of_four}[number](folder)
+    dist.barrier()
+
+
+def of_one(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield "resume", lambda: resume(folder)
+
+
+def of_two(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for one in MATRIX:
+        yield f"fsdp-{named(*one)}", partial(run, by_fsdp, *one)
+        yield f"tp-{named(*one)}", partial(run, by_tensor_parallelism, *one, alike=2)
     yield "foreach_clipped", lambda: run(by_fsdp, "adamw_foreach", "late", False, clip=0.01)
     yield "fused", lambda: run(by_fsdp, "adamw_fused", "late", True)
     yield "other_ways", in_other_ways
@@ -554,16 +535,18 @@ def cases(number: int, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "refusals", refusals
     yield "beside_flat_tables", beside_flat_tables
     yield "save", lambda: save(folder)
-    yield "resume_by_2", lambda: resume(folder)
+    yield "resume", lambda: resume(folder)
 
 
-if __name__ == "__main__":
-    own_folder, own_rank, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    store = dist.FileStore(str(own_folder / f"store-{number}"), number)
-    dist.init_process_group("gloo", store=store, rank=own_rank, world_size=number)
-    for name, case in cases(number, own_folder):
-        torch.save(case(), own_folder / f"{name}-{own_rank}.pt")
-    dist.barrier()
-    os._exit(0)  # threads of the process group may abort an interpreter that ends with them
+def of_three(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for optimizer, tied in product(STOCK, (False, True)):
+        name = named(optimizer, "late", tied)
+        yield f"fsdp-{name}", partial(run, by_fsdp, optimizer, "late", tied)
+    yield "fewer_rows", fewer_rows_than_processes
+    yield "resume", lambda: resume(folder)
+
+
+def of_four(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """FSDP2 over two shards, each of two processes that tensor parallelism joins."""
+    for one in MATRIX:
+        yield named(*one), partial(run, partial(by_both, tensor=2), *one, alike=2)

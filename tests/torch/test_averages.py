@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from launch import run_processes
-from processes import CASES, FIRST, LATER, STEPS, D, V
+from launch import Seen, run_processes
+from processes import FIRST, LATER, STEPS, D, V
 
 BESIDE_DDP = [
     "dense",
@@ -27,15 +27,20 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What each of two processes returned, for each case."""
-    return run_processes("processes.py", 2, CASES[2], tmp_path_factory.mktemp("two"))
+def by_number(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return run_processes(tmp_path_factory, "processes", 2, 3)[1]
 
 
 @pytest.fixture(scope="module")
-def seen_by_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def seen(by_number: Seen) -> dict[str, list[Any]]:
+    """What each of two processes returned, for each case."""
+    return by_number[2]
+
+
+@pytest.fixture(scope="module")
+def seen_by_three(by_number: Seen) -> dict[str, list[Any]]:
     """What each of three processes returned, for each case."""
-    return run_processes("processes.py", 3, CASES[3], tmp_path_factory.mktemp("three"))
+    return by_number[3]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

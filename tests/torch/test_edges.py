@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEFAULTS, ELEMENT_WISE, FEW, MANY, SPARSE_AND_DENSE, Case, by_id, case_of
+from cases import (
+    DEFAULTS,
+    ELEMENT_WISE,
+    FEW,
+    GRADIENTS,
+    MANY,
+    SPARSE_AND_DENSE,
+    Case,
+    by_id,
+    case_of,
+    crossed,
+)
 from models import (
     FROZEN,
     ROWS,
@@ -57,10 +68,13 @@ SHAPES: dict[str, tuple[int, int, dict[int, tuple[int, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("case", [case for case in MANY if not case.sparse_only], ids=by_id)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_odd_shapes_train_as_if_alone(case: Case, shape: str) -> None:
-    rows, dim, stages = SHAPES[shape]
+@pytest.mark.parametrize(
+    ("case", "shape"), crossed([case for case in MANY if not case.sparse_only], SHAPES)
+)
+def test_odd_shapes_train_as_if_alone(
+    case: Case, shape: tuple[int, int, dict[int, tuple[int, ...]]]
+) -> None:
+    rows, dim, stages = shape
     start = torch.randn(rows, dim, generator=torch.Generator().manual_seed(4))
     model, optimizer, oracle = prepared(case, partial_table(stages[0], start))
     follow(case, model, optimizer, oracle, small_batches(rows, dim), stages)
@@ -72,11 +86,8 @@ def test_odd_shapes_train_as_if_alone(case: Case, shape: str) -> None:
     assert moved == trained or (case.one_history and moved)
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize("case", MANY, ids=by_id)
+@pytest.mark.parametrize(("case", "sparse"), crossed(MANY, GRADIENTS))
 def test_no_trainable_rows_at_all(case: Case, sparse: bool) -> None:
-    if case.sparse_only and not sparse:
-        pytest.skip("SparseAdam itself raises on dense gradients")
     model, optimizer, oracle = prepared(case, partial_table("none", sparse=sparse))
     follow(case, model, optimizer, oracle, batches(4))
     assert_same_bits(model.table.weight, starting_table(), "a table that is all frozen")
@@ -231,13 +242,10 @@ def test_parameter_groups_keep_their_own_options(
 # The step
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize("case", MANY, ids=by_id)
+@pytest.mark.parametrize(("case", "sparse"), crossed(MANY, GRADIENTS))
 def test_steps_without_a_gradient_are_skipped_as_stock_optimizers_do(
     case: Case, sparse: bool
 ) -> None:
-    if case.sparse_only and not sparse:
-        pytest.skip("SparseAdam itself raises on dense gradients")
     model, optimizer, oracle = prepared(case, partial_table(sparse=sparse))
     # A cohort joins when there is no gradient: its life begins with the first one it gets.
     follow(case, model, optimizer, oracle, quiet_at(0, 3, 4), {3: (1, 4, 6, 9, 2), 6: (1, 2, 4)})

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES, LEFT_OUT, Case, LeftOut, can_run
+from cases import CASES, GRADIENTS, LEFT_OUT, Case, LeftOut, always_run, can_run, crossed
 from models import (
     NEVER_TRAINED,
     Model,
@@ -30,15 +30,7 @@ SCENARIOS: dict[str, dict[int, tuple[int, ...]]] = {
 }
 # In these steps the optimizer is given a closure; elsewhere gradients are made before the step.
 STEPS_WITH_CLOSURE = (2, 6)
-GRADIENTS = {"sparse": True, "dense": False}
-# A stock SparseAdam raises on the gradient of a table with `sparse=False`.
-CONFIGURATIONS = [
-    pytest.param(case, sparse, scenario, id=f"{case.id}-{gradient}-{scenario}")
-    for case in CASES
-    for gradient, sparse in GRADIENTS.items()
-    if sparse or not case.sparse_only
-    for scenario in SCENARIOS
-]
+CONFIGURATIONS = crossed(CASES, GRADIENTS, SCENARIOS, each_option_with_all=True)
 
 
 def build(case: Case, sparse: bool, rows: tuple[int, ...]) -> tuple[Model, torch.optim.Optimizer]:
@@ -51,11 +43,13 @@ def build(case: Case, sparse: bool, rows: tuple[int, ...]) -> tuple[Model, torch
     return model, optimizer
 
 
-@pytest.mark.parametrize(("case", "sparse", "scenario"), CONFIGURATIONS)
+@pytest.mark.parametrize(("case", "sparse", "stages"), CONFIGURATIONS)
 def test_frozen_rows_keep_their_bits_and_the_others_train_as_if_alone(
-    case: Case, sparse: bool, scenario: str, record_property: Callable[[str, object], None]
+    case: Case,
+    sparse: bool,
+    stages: dict[int, tuple[int, ...]],
+    record_property: Callable[[str, object], None],
 ) -> None:
-    stages = SCENARIOS[scenario]
     model, optimizer = build(case, sparse, stages[0])
     oracle = oracle_of(case, model, stages[0])
     weight = model.table.weight
@@ -85,7 +79,7 @@ def test_frozen_rows_keep_their_bits_and_the_others_train_as_if_alone(
     assert moved == set().union(*stages.values())
     assert_same_bits(weight[list(NEVER_TRAINED)], start[list(NEVER_TRAINED)], "rows never trained")
     for kind in ("optimizer with options, gradient, scenario", "optimizer with options"):
-        value = case.id if kind == "optimizer with options" else f"{case.id} {sparse} {scenario}"
+        value = case.id if kind == "optimizer with options" else f"{case.id} {sparse} {stages}"
         record_property(f"configuration: {kind}", value)
 
 
@@ -103,6 +97,9 @@ def test_the_matrix_does_not_shrink_unseen() -> None:
     print(f"{len(LEFT_OUT)} left out because torch itself can't run them on a CPU")
     assert len({case.id for case in CASES}) == len(CASES) >= 250
     assert len(CONFIGURATIONS) >= 2000
+    always = always_run(CONFIGURATIONS)
+    assert {one.values[0].id for one in always} == {case.id for case in CASES}
+    assert len(always) >= 4 * len({Case(case.optimizer, case.options).id for case in CASES})
     assert {one.reason for one in LEFT_OUT} == {
         "capturable needs an accelerator",
         "a differentiable step can't write to a leaf, and a table is one",
@@ -118,7 +115,7 @@ def test_what_is_left_in_can_run() -> None:
     assert [case.id for case in CASES if not can_run(case, {})] == []
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", crossed(CASES))
 def test_the_oracle_with_all_rows_equals_a_plain_table(case: Case) -> None:
     """The oracle is worth something only if it agrees with torch where torch has an answer."""
     start = starting_table().nan_to_num(0.5, 0.5, 0.5)

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEFAULTS, FEW, MANY, SPARSE_AND_DENSE, Case, by_id, case_of
+from cases import DEFAULTS, FEW, GRADIENTS, MANY, SPARSE_AND_DENSE, Case, by_id, case_of, crossed
 from models import (
     FROZEN,
     ROWS,
     Batch,
     D,
-    V,
     assert_same_model,
     batches,
     model_of,
@@ -25,9 +24,7 @@ from models import (
 from oracle import Oracle, assert_same_bits, same_bits
 from torch import Tensor, nn
 
-from partial_embedding import InputError
-from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, rowwise
-from partial_embedding.torch.row_gradient import RowGradient
+from partial_embedding.torch import PartialEmbedding, rowwise
 
 # Gradients of another kind: equal to rounding
 
@@ -114,10 +111,9 @@ def test_half_precision_weights(case: Case, sparse: bool) -> None:
     check_close(case, table, steps, gradient_tolerance=2e-2, tolerance=6e-2)
 
 
-@pytest.mark.parametrize("case", MANY, ids=by_id)
+# Without SparseAdam, for which the model's other tables would need float64 too.
+@pytest.mark.parametrize("case", crossed([case for case in MANY if not case.sparse_only]))
 def test_double_precision_is_exact(case: Case) -> None:
-    if case.sparse_only:
-        pytest.skip("the model's other tables would need float64 too; element types are no concern")
     model = model_of(case, partial_table(start=starting_table(dtype=torch.float64))).double()
     optimizer = rowwise(case.make(model.parameters()), model)
     oracle = oracle_of(case, model, ROWS)
@@ -137,43 +133,6 @@ def test_double_precision_is_exact(case: Case) -> None:
         optimizer.step(closure)
         oracle.step(ids, loss_of)
         assert_same_model(model, oracle, f"after step {step}")
-
-
-MODES = [("sum", True), ("mean", True), ("sum", False), ("mean", False), ("max", False)]
-
-
-@pytest.mark.parametrize(("mode", "sparse"), MODES)
-@pytest.mark.parametrize("case", FEW, ids=by_id)
-def test_bags_train_their_rows(case: Case, mode: str, sparse: bool) -> None:
-    start = starting_table()
-    bag = PartialEmbeddingBag(V, D, mode=mode, sparse=sparse, trainable_rows=ROWS)
-    with torch.no_grad():
-        bag.weight.copy_(start)
-    optimizer = rowwise(case.make(bag.parameters()), bag)
-    oracle = Oracle(case.make, start, ROWS)
-    for batch in batches():
-        if batch.ids is None:
-            continue
-        plain = nn.EmbeddingBag.from_pretrained(
-            bag.weight.detach().clone(), freeze=False, mode=mode
-        )
-        for table in (bag, plain):
-            table.zero_grad()
-            table(batch.ids.flatten(), torch.tensor([0, 2, 3])).square().sum().backward()
-        torch.testing.assert_close(
-            bag.weight.grad.to_dense()[list(ROWS)], plain.weight.grad[list(ROWS)]
-        )
-        optimizer.step()
-        oracle.step_with_gradient(plain.weight.grad)
-        assert_same_bits(bag.weight[FROZEN], start[FROZEN], "frozen rows of a bag")
-        torch.testing.assert_close(bag.weight, oracle.table, rtol=1e-5, atol=1e-6, equal_nan=True)
-    for row in ROWS:
-        assert not same_bits(bag.weight[row], start[row])
-
-
-def test_a_bag_of_maxima_with_sparse_gradients_is_refused() -> None:
-    with pytest.raises(InputError, match="sparse=False"):
-        PartialEmbeddingBag(V, D, mode="max")
 
 
 # Values that poison
@@ -198,11 +157,8 @@ def loss_with(table: PartialEmbedding, batch: Batch, rows: Iterable[int], bad: T
     return torch.where(where, torch.zeros(D), gap).square().sum() / 2
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize("case", MANY, ids=by_id)
+@pytest.mark.parametrize(("case", "sparse"), crossed(MANY, GRADIENTS))
 def test_what_is_not_finite_stays_with_the_frozen_rows(case: Case, sparse: bool) -> None:
-    if case.sparse_only and not sparse:
-        pytest.skip("SparseAdam itself raises on dense gradients")
     tables = [partial_table(sparse=sparse), partial_table(sparse=sparse)]
     optimizers = [rowwise(case.make(table.parameters()), table) for table in tables]
     start = starting_table()
@@ -214,22 +170,6 @@ def test_what_is_not_finite_stays_with_the_frozen_rows(case: Case, sparse: bool)
         assert_same_bits(tables[0].weight[FROZEN], start[FROZEN], "frozen rows")
     assert not same_bits(tables[0].weight[1], start[1])
     assert tables[0].weight[list(ROWS)].isfinite().all()
-
-
-@SPARSE_AND_DENSE
-def test_the_gradient_itself_holds_nothing_of_frozen_rows(sparse: bool) -> None:
-    gradients = []
-    for bad in (NOT_FINITE, torch.zeros(D)):
-        table = partial_table(sparse=sparse)
-        loss_with(table, batches()[0], FROZEN, bad)
-        gradients.append(table.weight.grad)
-    assert isinstance(gradients[0], RowGradient) is sparse
-    if sparse:  # dropped, not zeroed
-        assert set(gradients[0]._indices()[0].tolist()) == set(ROWS)
-    poisoned, plain = (gradient.to_dense() for gradient in gradients)
-    assert_same_bits(poisoned, plain, "the gradient")
-    assert (poisoned[FROZEN] == 0).all()
-    assert (poisoned[list(ROWS)] != 0).all()
 
 
 @SPARSE_AND_DENSE
@@ -249,11 +189,10 @@ def test_the_gradient_scaler_sees_no_overflow_of_frozen_rows(case: Case, sparse:
     assert scaler.get_scale() == 2.0**8
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize("case", [c for c in MANY if not c.one_history], ids=by_id)
+@pytest.mark.parametrize(
+    ("case", "sparse"), crossed([c for c in MANY if not c.one_history], GRADIENTS)
+)
 def test_trainable_rows_that_blow_up_do_not_reach_the_frozen_ones(case: Case, sparse: bool) -> None:
-    if case.sparse_only and not sparse:
-        pytest.skip("SparseAdam itself raises on dense gradients")
     table, start = partial_table(sparse=sparse), starting_table()
     optimizer = rowwise(case.make(table.parameters()), table)
     for batch in batches(4):
@@ -264,19 +203,12 @@ def test_trainable_rows_that_blow_up_do_not_reach_the_frozen_ones(case: Case, sp
         assert not table.weight[list(ROWS)].isfinite().all()
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize(
-    "case",
-    [
-        *FEW,
-        *(case_of(f"{name}-fused") for name in ("Adam", "AdamW", "Adagrad", "SGD-momentum=0.9")),
-        *(case for case in DEFAULTS if not case.one_history),
-    ],
-    ids=by_id,
-)
+FUSED = [case_of(f"{name}-fused") for name in ("Adam", "AdamW", "Adagrad", "SGD-momentum=0.9")]
+SCALED = [*FEW, *FUSED, *(case for case in DEFAULTS if not case.one_history)]
+
+
+@pytest.mark.parametrize(("case", "sparse"), crossed(SCALED, GRADIENTS))
 def test_a_step_that_the_gradient_scaler_skips(case: Case, sparse: bool) -> None:
-    if case.sparse_only and not sparse:
-        pytest.skip("SparseAdam itself raises on dense gradients")
     model, optimizer, oracle = prepared(case, partial_table(sparse=sparse))
     # torch's fused SGD keeps a buffer that was never written when its very first step is skipped.
     overflows = (2, 3, 6) if case.name == "SGD" and case.fused else (0, 3, 4)

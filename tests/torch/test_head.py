@@ -353,7 +353,7 @@ def test_a_frozen_head_learns_nothing() -> None:
 
 def test_what_multiplies_by_the_weight_itself_is_told_once_what_it_costs() -> None:
     tied = Tied()
-    with pytest.warns(UserWarning, match=r"×6 numbers.*SFTTrainer a compute_loss_func"):
+    with pytest.warns(UserWarning, match=r"×6 numbers.*the loss of what the module gives"):
         torch.nn.functional.linear(features(3), tied.head.weight).sum().backward()
     assert tied.head.weight.grad[ROWS].all()
     assert not tied.head.weight.grad[FROZEN].any()

@@ -5,13 +5,12 @@ maths, with the step count that the cohort shares; it advances at every step at 
 a gradient. Rows that the batch did not touch keep their bits, and so does their state.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from cases import DEFAULTS, ELEMENT_WISE, Case, case_of
+from cases import DEFAULTS, ELEMENT_WISE, Case, case_of, crossed
 from models import D, V, starting_table
 from numpy.typing import NDArray
 from oracle import assert_same_bits, same_bits
@@ -121,107 +120,6 @@ def test_a_cohort_that_joins_late_counts_its_own_steps() -> None:
             torch.testing.assert_close(table.weight[list(rows)], peer.weight, rtol=1e-6, atol=1e-6)
 
 
-# The maths written out, in double precision
-
-
-class Reference:
-    """One optimizer's maths for the rows touched, in plain numpy."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.p: Array = weight.double().numpy().copy()
-        self.steps = 0
-        self.a: Array = np.zeros_like(self.p)
-        self.b: Array = np.zeros_like(self.p)
-
-    def step(self, touched: list[int], gradient: Array) -> None:
-        self.steps += 1
-        for k in touched:
-            self.row(k, gradient[k])
-
-    def row(self, k: int, g: Array) -> None:
-        raise NotImplementedError
-
-
-class AdamW(Reference):
-    def row(self, k: int, g: Array) -> None:
-        lr, beta1, beta2, eps, decay = 0.01, 0.9, 0.999, 1e-8, 0.1
-        self.p[k] *= 1 - lr * decay
-        self.a[k] = beta1 * self.a[k] + (1 - beta1) * g
-        self.b[k] = beta2 * self.b[k] + (1 - beta2) * g * g
-        first = self.a[k] / (1 - beta1**self.steps)
-        second = self.b[k] / (1 - beta2**self.steps)
-        self.p[k] -= lr * first / (np.sqrt(second) + eps)
-
-
-class Momentum(Reference):
-    def row(self, k: int, g: Array) -> None:
-        g = g + 0.1 * self.p[k]
-        self.a[k] = 0.9 * self.a[k] + g
-        self.p[k] -= 0.01 * self.a[k]
-
-
-class Nesterov(Reference):
-    def row(self, k: int, g: Array) -> None:
-        g = g + 0.1 * self.p[k]
-        self.a[k] = 0.9 * self.a[k] + g
-        self.p[k] -= 0.01 * (g + 0.9 * self.a[k])
-
-
-class Adagrad(Reference):
-    def row(self, k: int, g: Array) -> None:
-        g = g + 0.1 * self.p[k]
-        self.a[k] += g * g
-        lr = 0.1 / (1 + (self.steps - 1) * 0.05)
-        self.p[k] -= lr * g / (np.sqrt(self.a[k]) + 1e-10)
-
-
-class RMSprop(Reference):
-    def row(self, k: int, g: Array) -> None:
-        g = g + 0.1 * self.p[k]
-        self.a[k] = 0.99 * self.a[k] + 0.01 * g * g
-        self.b[k] = 0.5 * self.b[k] + g / (np.sqrt(self.a[k]) + 1e-8)
-        self.p[k] -= 0.01 * self.b[k]
-
-
-WRITTEN_OUT: dict[str, tuple[type[Reference], Case]] = {
-    "AdamW": (AdamW, Case(torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1})),
-    "AdamW-fused": (AdamW, Case(torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}, "fused")),
-    "SGD": (Momentum, Case(torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1})),
-    "SGD-nesterov": (
-        Nesterov,
-        Case(torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
-    ),
-    "Adagrad": (
-        Adagrad,
-        Case(torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.05, "weight_decay": 0.1}),
-    ),
-    "RMSprop": (
-        RMSprop,
-        Case(torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "weight_decay": 0.1}),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRITTEN_OUT)
-def test_lazy_steps_follow_the_maths_written_out(name: str) -> None:
-    reference_class, case = WRITTEN_OUT[name]
-    table = partial_table()
-    optimizer = lazily(case, table)
-    reference = reference_class(table.weight[list(ROWS)].detach())
-
-    for ids, up in batches():
-        before = table.weight.detach().clone()
-        step(table, optimizer, ids, up)
-        touched, gradient = summed(ids, up)
-        reference.step(touched, gradient.double().numpy())
-        untouched = [row for row in range(V) if row not in {ROWS[k] for k in touched}]
-        assert_same_bits(table.weight[untouched], before[untouched], "rows that were not touched")
-        np.testing.assert_allclose(
-            table.weight[list(ROWS)].detach().numpy(), reference.p, rtol=2e-5, atol=2e-6
-        )
-    assert math.isfinite(reference.p.sum())
-
-
 # Every element-wise optimizer, against the stock one with untouched rows put back
 
 
@@ -266,7 +164,7 @@ class PutBack:
 LAZY = [case for case in ELEMENT_WISE if not case.sparse_only]
 
 
-@pytest.mark.parametrize("case", LAZY, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", crossed(LAZY))
 def test_lazy_steps_equal_full_ones_with_untouched_rows_put_back(
     case: Case, record_property: Callable[[str, object], None]
 ) -> None:

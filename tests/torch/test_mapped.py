@@ -14,7 +14,7 @@ from partial_embedding import InputError, open_vectors
 from partial_embedding.torch import PartialEmbedding, rowwise
 
 PROGRAM = Path(__file__).with_name("run_mapped.py")
-NUM_ROWS, WIDTH = 1_000_000, 100
+NUM_ROWS, WIDTH = 500_000, 100
 
 
 def sparse_file(path: Path, shape: tuple[int, int]) -> Path:
@@ -76,7 +76,7 @@ def test_rows_train_in_less_memory_than_the_table_takes(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system has its own rules")
 def test_a_file_larger_than_all_memory_is_opened(tmp_path: Path) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    path = sparse_file(tmp_path / "vectors.npy", (3 * memory // 400, 100))
+    path = sparse_file(tmp_path / "vectors.npy", (3 * memory // 40_000, 10_000))
     weight = torch.from_numpy(open_vectors(path))
     table = PartialEmbedding.from_pretrained(weight)
     assert table(torch.tensor([len(weight) - 1])).sum() == 0

@@ -265,18 +265,6 @@ def test_rows_whose_weight_requires_no_gradient_are_refused(calls: bool) -> None
     rowwise(torch.optim.AdamW(model.parameters()))
 
 
-def test_a_copy_that_is_never_stepped_needs_nothing() -> None:
-    model, optimizer = made(OPTIMIZERS["AdamW"])
-    teacher = copy.deepcopy(model).requires_grad_(False)
-    before = copy.deepcopy(teacher.state_dict())
-    for _ in range(2):
-        with torch.no_grad():
-            teacher(torch.arange(V))
-        step(model, optimizer, closure=False)
-    for key, value in teacher.state_dict().items():
-        assert_same_bits(value, before[key], key)
-
-
 COMPUTED: dict[str, Callable[[nn.Module], object]] = {
     "pruned": lambda table: prune.l1_unstructured(table, "weight", 0.2),
     "spectral_norm": lambda table: parametrizations.spectral_norm(table),
@@ -436,25 +424,25 @@ def trainer(module):
             scores = self.module(ids)
             return {"loss": torch.nn.functional.cross_entropy(scores, labels), "scores": scores}
     rows = [{"ids": i, "labels": y} for ids, ys in batches() for i, y in zip(ids, ys)]
-    arguments = transformers.TrainingArguments(sys.argv[2], max_grad_norm=1.0, weight_decay=0.1,
+    arguments = transformers.TrainingArguments(sys.argv[1], max_grad_norm=1.0, weight_decay=0.1,
         learning_rate=0.1, num_train_epochs=2, per_device_train_batch_size=4, report_to=[],
         save_strategy="no", use_cpu=True, disable_tqdm=True)
     transformers.Trainer(Net(), arguments, train_dataset=rows).train()
 
-module = model()
-start = module[0].weight.detach().clone()
-globals()[sys.argv[1]](module)
-moved = (module[0].weight.detach().cpu().view(torch.int32) != start.view(torch.int32)).any(1)
-print("rows that moved:", moved.nonzero().flatten().tolist())
+for way in (plain, accelerate, fabric, lightning, trainer):
+    module = model()
+    start = module[0].weight.detach().clone()
+    way(module)
+    moved = (module[0].weight.detach().cpu().view(torch.int32) != start.view(torch.int32)).any(1)
+    print(f"{way.__name__} moved", moved.nonzero().flatten().tolist())
 """
 
 
-@pytest.mark.parametrize("way", ["plain", "accelerate", "fabric", "lightning", "trainer"])
-def test_a_fresh_process_moves_the_asked_rows_alone(way: str, tmp_path: Path) -> None:
+def test_a_fresh_process_moves_the_asked_rows_alone(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
-        [sys.executable, str(script), way, str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
@@ -462,4 +450,6 @@ def test_a_fresh_process_moves_the_asked_rows_alone(way: str, tmp_path: Path) ->
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "rows that moved: [1, 4]"
+    moved = [line for line in done.stdout.splitlines() if " moved " in line]
+    ways = ("plain", "accelerate", "fabric", "lightning", "trainer")
+    assert moved == [f"{way} moved [1, 4]" for way in ways]

@@ -189,15 +189,6 @@ def test_the_norm_of_touched_rows_is_that_of_their_table_bit_for_bit() -> None:
     assert_same_bits(table.weight.grad[rows], small.weight.grad, "the clipped gradient")
 
 
-@pytest.mark.parametrize("foreach", [None, False, True])
-def test_torch_clips_it_by_value(foreach: bool | None) -> None:
-    table, plain = pair(passes=2)
-    for module in (table, plain):
-        nn.utils.clip_grad_value_([module.weight], 0.2, foreach=foreach)
-    assert rows_of(table.weight.grad)
-    assert_same_bits(table.weight.grad.to_dense(), plain.weight.grad, "the gradient")
-
-
 @pytest.mark.parametrize("order", [2.0, float("inf")])
 def test_a_batch_without_a_trainable_row_has_a_norm(order: float) -> None:
     table = PartialEmbedding(V, D, trainable_rows=[2])

@@ -25,7 +25,7 @@ from device_nets import (
     snapshot,
 )
 from device_processes import CASES
-from launch import run_processes
+from launch import Seen, run_processes
 
 from partial_embedding import InputError
 from partial_embedding.torch import keep_whole, rowwise
@@ -34,7 +34,6 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
 )
 
-Seen = dict[int, dict[str, list[Any]]]
 TRAINED = [
     (number, name)
     for number in (2, 3)
@@ -44,21 +43,20 @@ TRAINED = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where processes leave what they saw, and what the first ones saved."""
-    made = tmp_path_factory.mktemp("devices")
-    for number in (2, 3):
-        (made / str(number)).mkdir()
-    return made
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
+    return run_processes(tmp_path_factory, "device_processes", 2, 3)
 
 
 @pytest.fixture(scope="module")
-def seen(folder: Path) -> Seen:
+def folder(ended: tuple[Path, Seen]) -> Path:
+    """Where two processes have saved what others read."""
+    return ended[0]
+
+
+@pytest.fixture(scope="module")
+def seen(ended: tuple[Path, Seen]) -> Seen:
     """What each of 2 and of 3 processes returned, for each case."""
-    return {
-        number: run_processes("device_processes.py", number, CASES[number], folder / str(number))
-        for number in (2, 3)
-    }
+    return ended[1]
 
 
 def options_of(case: str) -> tuple[str, str, dict[str, Any]]:

@@ -2,62 +2,37 @@
 
 import re
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launch import failure_of
+from launch import Seen, run_processes
 from sharded_worker import (
     MATRIX,
     OPTIMIZERS,
     REFUSED,
     ROWS,
     STEPS,
+    STOCK,
     D,
     Net,
     V,
     batch,
     checkpoints,
-    resume,
+    named,
     weights,
 )
-from torch import distributed as dist
 
-TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+IN_MATRIX = pytest.mark.parametrize(
+    ("optimizer", "rows", "tied"), MATRIX, ids=[named(*one) for one in MATRIX]
+)
 Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[Any]]:
-    """What each of so many processes returned for a case; two save what the others read."""
-    folder = tmp_path_factory.mktemp("sharded")
-
-    @cache
-    def went_wrong(number: int) -> str:
-        # One and three read what two have saved.
-        if number == 1:
-            return went_wrong(2) or resumed_here(folder)
-        return (number == 3 and went_wrong(2)) or failure_of("sharded_worker.py", number, folder)
-
-    def of(case: str, number: int) -> list[Any]:
-        assert not went_wrong(number), went_wrong(number)
-        return [
-            torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(number)
-        ]
-
-    return of
-
-
-def resumed_here(folder: Path) -> str:
-    """Read by this process what two have saved."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        torch.save(resume(folder), folder / "resume_by_1-0.pt")
-    finally:
-        dist.destroy_process_group()
-    return ""
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What each of so many processes returned for each case; two save what the others read."""
+    return run_processes(tmp_path_factory, "sharded_worker", 2, 1, 3, 4)[1]
 
 
 def same(a: Weights, b: Weights) -> bool:
@@ -113,28 +88,24 @@ def check_what_moved(seen: list[Weights], rows: str) -> None:
             assert moved
 
 
-@TIED
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("optimizer", MATRIX)
+@IN_MATRIX
 def test_fsdp_learns_bit_for_bit_as_one_process_on_the_joined_batch(
-    optimizer: str, rows: str, tied: bool, results: Callable[[str, int], list[Any]]
+    optimizer: str, rows: str, tied: bool, seen: Seen
 ) -> None:
     wanted = alone(optimizer, rows, tied, of_batches(2))
-    for process in results(f"fsdp-{optimizer}-{rows}-{tied}", 2):
+    for process in seen[2][f"fsdp-{named(optimizer, rows, tied)}"]:
         check_what_moved(process["seen"], rows)
         assert all(same(a, b) for a, b in zip(process["seen"], wanted, strict=True))
         assert process["trainable"].tolist() == ROWS[rows][max(ROWS[rows])]
 
 
-@TIED
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("optimizer", MATRIX)
+@IN_MATRIX
 def test_tensor_parallelism_steps_what_it_is_given_exactly(
-    optimizer: str, rows: str, tied: bool, results: Callable[[str, int], list[Any]]
+    optimizer: str, rows: str, tied: bool, seen: Seen
 ) -> None:
     # The features' gradient is a sum over the scores of all processes, in another order.
     near = alone(optimizer, rows, tied, of_batches(1))
-    for process in results(f"tp-{optimizer}-{rows}-{tied}", 2):
+    for process in seen[2][f"tp-{named(optimizer, rows, tied)}"]:
         check_what_moved(process["seen"], rows)
         replayed = alone(optimizer, rows, tied, recorded(process["gradients"]))
         assert all(same(a, b) for a, b in zip(process["seen"], replayed, strict=True))
@@ -142,14 +113,14 @@ def test_tensor_parallelism_steps_what_it_is_given_exactly(
             torch.testing.assert_close(process["seen"][-1][name], value, rtol=1e-4, atol=1e-5)
 
 
-@TIED
-@pytest.mark.parametrize("optimizer", MATRIX)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("optimizer", STOCK)
 def test_three_processes_step_what_they_are_given_exactly(
-    optimizer: str, tied: bool, results: Callable[[str, int], list[Any]]
+    optimizer: str, tied: bool, seen: Seen
 ) -> None:
     # A third of each gradient is rounded, and the sum of three depends on its order.
     near = alone(optimizer, "late", tied, of_batches(3))
-    for process in (cases[f"{optimizer}-{tied}"] for cases in results("fsdp", 3)):
+    for process in seen[3][f"fsdp-{named(optimizer, 'late', tied)}"]:
         check_what_moved(process["seen"], "late")
         replayed = alone(optimizer, "late", tied, recorded(process["gradients"]))
         assert all(same(a, b) for a, b in zip(process["seen"], replayed, strict=True))
@@ -157,13 +128,11 @@ def test_three_processes_step_what_they_are_given_exactly(
             torch.testing.assert_close(process["seen"][-1][name], value, rtol=1e-4, atol=1e-5)
 
 
-@TIED
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("optimizer", MATRIX)
+@IN_MATRIX
 def test_fsdp_over_tensor_parallelism_steps_what_it_is_given_exactly(
-    optimizer: str, rows: str, tied: bool, results: Callable[[str, int], list[Any]]
+    optimizer: str, rows: str, tied: bool, seen: Seen
 ) -> None:
-    first, *others = (cases[f"{optimizer}-{rows}-{tied}"] for cases in results("both", 4))
+    first, *others = seen[4][named(optimizer, rows, tied)]
     check_what_moved(first["seen"], rows)
     replayed = alone(optimizer, rows, tied, recorded(first["gradients"]))
     for process in (first, *others):
@@ -172,14 +141,14 @@ def test_fsdp_over_tensor_parallelism_steps_what_it_is_given_exactly(
         torch.testing.assert_close(first["seen"][-1][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_fused_optimizer_steps_shards(results: Callable[[str, int], list[Any]]) -> None:
+def test_a_fused_optimizer_steps_shards(seen: Seen) -> None:
     wanted = alone("adamw_fused", "late", True, of_batches(2))
-    for process in results("fused", 2):
+    for process in seen[2]["fused"]:
         assert all(same(a, b) for a, b in zip(process["seen"], wanted, strict=True))
 
 
 def test_torch_clips_shards_by_the_norm_of_all_of_them(
-    results: Callable[[str, int], list[Any]],
+    seen: Seen,
 ) -> None:
     norms: list[torch.Tensor] = []
 
@@ -188,7 +157,7 @@ def test_torch_clips_shards_by_the_norm_of_all_of_them(
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01))
 
     alone("adamw_foreach", "late", False, clipped)
-    for process in results("foreach_clipped", 2):
+    for process in seen[2]["foreach_clipped"]:
         torch.testing.assert_close(process["norms"], norms)
         replayed = alone("adamw_foreach", "late", False, recorded(process["gradients"]))
         assert all(same(a, b) for a, b in zip(process["seen"], replayed, strict=True))
@@ -198,17 +167,15 @@ def test_torch_clips_shards_by_the_norm_of_all_of_them(
     "way",
     ["look_between", "accumulated", "bf16", "both", "copies", "meta", "double", "tied_double"],
 )
-def test_only_trainable_rows_move_however_a_model_is_sharded(
-    way: str, results: Callable[[str, int], list[Any]]
-) -> None:
-    for process in results("other_ways", 2):
+def test_only_trainable_rows_move_however_a_model_is_sharded(way: str, seen: Seen) -> None:
+    for process in seen[2]["other_ways"]:
         assert process[way] == [1, 7]
 
 
 def test_rows_that_are_frozen_later_keep_the_state_that_torch_made(
-    results: Callable[[str, int], list[Any]],
+    seen: Seen,
 ) -> None:
-    for process in results("plain_start", 2):
+    for process in seen[2]["plain_start"]:
         model = Net(False)
         made = OPTIMIZERS["adamw"](model.parameters())
         for step, wanted in enumerate(process["seen"][1:]):
@@ -219,8 +186,8 @@ def test_rows_that_are_frozen_later_keep_the_state_that_torch_made(
             assert same(weights(model), wanted)
 
 
-def test_a_process_may_have_no_row_at_all(results: Callable[[str, int], list[Any]]) -> None:
-    for process in results("fewer_rows", 3):
+def test_a_process_may_have_no_row_at_all(seen: Seen) -> None:
+    for process in seen[3]["fewer_rows"]:
         moved = (process["weight"] != 1).any(1)
         assert moved.tolist() == [False, True]
         assert process["sizes"] == {
@@ -231,9 +198,9 @@ def test_a_process_may_have_no_row_at_all(results: Callable[[str, int], list[Any
 
 
 def test_the_audit_of_all_processes_tells_of_a_row_that_one_of_them_moved(
-    results: Callable[[str, int], list[Any]],
+    seen: Seen,
 ) -> None:
-    for said in results("audited", 2):
+    for said in seen[2]["audited"]:
         assert said.startswith(f"words: 1 frozen row changed by step 3: {V - 1}.")
 
 
@@ -254,16 +221,16 @@ MESSAGES = {
 
 @pytest.mark.parametrize("refused", REFUSED)
 def test_what_cannot_be_kept_exact_on_shards_is_refused_before_a_row_moves(
-    refused: str, results: Callable[[str, int], list[Any]]
+    refused: str, seen: Seen
 ) -> None:
-    for process in results("refusals", 2):
+    for process in seen[2]["refusals"]:
         assert re.search(MESSAGES[refused], process[refused])
 
 
 def test_a_table_that_fsdp1_has_flattened_keeps_no_other_from_its_steps(
-    results: Callable[[str, int], list[Any]],
+    seen: Seen,
 ) -> None:
-    assert results("beside_flat_tables", 2) == [[1, 7], [1, 7]]
+    assert seen[2]["beside_flat_tables"] == [[1, 7], [1, 7]]
 
 
 # Checkpoints
@@ -302,20 +269,18 @@ CHECKPOINTS = ["-".join(map(str, one)) for one in checkpoints()]
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_saving_leaves_a_run_as_it_was(
-    checkpoint: str, results: Callable[[str, int], list[Any]]
-) -> None:
-    saved = [process[checkpoint] for process in results("save", 2)]
+def test_saving_leaves_a_run_as_it_was(checkpoint: str, seen: Seen) -> None:
+    saved = [process[checkpoint] for process in seen[2]["save"]]
     check_same_memory(saved, "before", saved, "after")
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_what_two_processes_saved_is_read_by_any_number_bit_for_bit(
-    checkpoint: str, number: int, results: Callable[[str, int], list[Any]]
+    checkpoint: str, number: int, seen: Seen
 ) -> None:
-    saved = [process[checkpoint] for process in results("save", 2)]
-    read = [process[checkpoint] for process in results(f"resume_by_{number}", number)]
+    saved = [process[checkpoint] for process in seen[2]["save"]]
+    read = [process[checkpoint] for process in seen[number]["resume"]]
     check_same_memory(saved, "before", read, "restored")
     if number == 2:
         check_same_memory(saved, "end", read, "end")

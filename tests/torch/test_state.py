@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DEFAULTS, FEW, MANY, SPARSE_AND_DENSE, Case, by_id
+from cases import CASES, DEFAULTS, FEW, GRADIENTS, MANY, Case, by_id, crossed
 from models import (
     ROWS,
     D,
@@ -38,11 +38,8 @@ def tensors_in(value: object) -> list[Tensor]:
     return []
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize("case", MANY, ids=by_id)
+@pytest.mark.parametrize(("case", "sparse"), crossed(MANY, GRADIENTS))
 def test_state_is_as_large_as_the_trainable_rows(case: Case, sparse: bool) -> None:
-    if case.sparse_only and not sparse:
-        pytest.skip("SparseAdam itself raises on dense gradients")
     table = PartialEmbedding(5000, D, trainable_rows=ROWS, sparse=sparse)
     optimizer = rowwise(case.make(table.parameters()), table)
     largest = 4 * (100 * len(ROWS) * D if case.one_history else 2 * len(ROWS) * D)  # bytes
@@ -70,13 +67,12 @@ def saved_and_loaded(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize("case", [c for c in CASES if c.implementation != "forloop"], ids=by_id)
+@pytest.mark.parametrize(
+    ("case", "sparse"), crossed([c for c in CASES if c.implementation != "forloop"], GRADIENTS)
+)
 def test_a_run_that_is_resumed_goes_on_exactly(
     case: Case, sparse: bool, record_property: Callable[[str, object], None]
 ) -> None:
-    if case.sparse_only and not sparse:
-        pytest.skip("SparseAdam itself raises on dense gradients")
     model, optimizer, oracle = prepared(case, partial_table(sparse=sparse))
     # Two cohorts, one of which has lost a row.
     follow(case, model, optimizer, oracle, batches(5), {2: (1, 4, 6, 9, 2, 7), 4: (1, 4, 9, 2, 7)})

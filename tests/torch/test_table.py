@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import SPARSE_AND_DENSE
-from oracle import assert_same_bits, same_bits
+from oracle import assert_same_bits
 from small_tables import (
     FROZEN,
     IDS,
@@ -24,7 +24,7 @@ from small_tables import (
 from torch import nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, rowwise
+from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag
 from partial_embedding.torch.row_gradient import RowGradient
 
 # The gradient hook
@@ -121,19 +121,6 @@ def test_replaced_weight_keeps_no_hook_of_its_old_table() -> None:
     table.weight = nn.Parameter(vectors())
     (old * 2).sum().backward()
     assert moved_rows(old.grad) == list(range(V))
-
-
-def test_the_frozen_rows_of_a_trained_table_are_untouched() -> None:
-    # The whole of it once, as a user would write it; the matrices of cases are elsewhere.
-    table = table_of(sparse=True)
-    optimizer = rowwise(torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.1), table)
-    for _ in range(3):
-        optimizer.zero_grad()
-        table(IDS).square().sum().backward()
-        optimizer.step()
-    assert_same_bits(table.weight[FROZEN], vectors()[FROZEN], "frozen rows")
-    for row in ROWS:
-        assert not same_bits(table.weight[row], vectors()[row])
 
 
 # Choosing rows

@@ -140,13 +140,6 @@ def test_deepcopy_follows_a_later_replacement_of_the_weight() -> None:
     assert_is_partial(copied)
 
 
-def test_copying_an_optimizer_and_its_model_keeps_the_rows() -> None:
-    table = table_of()
-    copied = copy.deepcopy({"model": table, "optimizer": torch.optim.AdamW(table.parameters())})
-    assert copied["optimizer"].param_groups[0]["params"][0] is copied["model"].weight
-    assert_is_partial(copied["model"])
-
-
 # Casts, moves, memory
 
 

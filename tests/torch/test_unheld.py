@@ -46,6 +46,15 @@ def test_a_frozen_weight_is_refused_and_learns_by_the_remedy(mode: bool) -> None
     assert rows_that_differ(before["0.weight"], model[0].weight) == [2]
 
 
+def test_a_model_in_which_nothing_is_left_to_train_is_refused() -> None:
+    """Trainers make an optimizer without parameters, and have inputs take gradients."""
+    model = model_with_rows().requires_grad_(False)
+    optimizer = SGD([{"params": []}], 0.1)
+    model(IDS).requires_grad_().sum().backward()
+    with pytest.raises(InputError, match=r"'0' with 1 such rows.*while SGD steps nothing\. Call"):
+        optimizer.step()
+
+
 def test_a_weight_that_is_left_out_of_the_optimizer_is_warned_of_once() -> None:
     for remedy in ("another", "none"):
         model = model_with_rows()

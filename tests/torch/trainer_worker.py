@@ -1,14 +1,13 @@
-"""One rank of runs of Hugging Face's Trainer; a script, started by `test_two_processes.py`.
+"""Cases of Hugging Face's Trainer in one process and in two, for `test_two_processes.py`.
 
-Usage: trainer_worker.py FOLDER PROCESSES
-
-It runs each case as anyone would, with no call of this library but `add_tokens`, and writes the
-model before and after to `{folder}/{case}-{rank}-of-{processes}.pt`. Several processes shard the
-models of the cases `SHARDED` by FSDP2, and go on from a checkpoint once more.
+Each runs as anyone would, with no call of this library but `add_tokens`, and returns the model
+before and after. Several processes shard the models of the cases `SHARDED` by FSDP2, and go on from
+a checkpoint once more.
 """
 
 import os
-import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tiny_language_models import (
     tokenizer,
     training_arguments,
 )
+from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -197,22 +197,27 @@ def refused(folder: Path) -> str:
     return "nothing was refused"
 
 
-def main(folder: Path, processes: int) -> None:
-    rank = os.environ.get("RANK", "0")
-    for name, (optimizer, order, tied) in CASES.items():
-        found = run(folder, optimizer, order, tied, processes)
-        torch.save(found, folder / f"{name}-{rank}-of-{processes}.pt")
+def sharded(folder: Path, tied: bool, processes: int) -> dict[str, Any]:
+    found = run_sharded(folder, tied, processes)
+    if processes > 1:
+        saved = folder / f"checkpoint-{SAVED_AT}"
+        again = folder.with_name(f"{folder.name}-again")
+        found["again"] = run_sharded(again, tied, processes, saved)
+    return found
+
+
+def cases(processes: int, folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    if processes == 1:
+        dist.destroy_process_group()
+    else:  # where accelerate looks, which then finds that the group is there
+        rank, size = str(dist.get_rank()), str(processes)
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    for name, case in CASES.items():
+        yield name, partial(run, folder, *case, processes)
     if processes > 1:
         let_fsdp_have_the_cpu()
     for name, tied in SHARDED.items():
-        found = run_sharded(folder / name, tied, processes)
-        if processes > 1:
-            saved = folder / name / f"checkpoint-{SAVED_AT}"
-            found["again"] = run_sharded(folder / f"{name}-again", tied, processes, saved)
-        torch.save(found, folder / f"{name}-{rank}-of-{processes}.pt")
+        yield name, partial(sharded, folder / f"{name}-{processes}", tied, processes)
     if processes > 1:
-        torch.save(refused(folder), folder / f"refused-{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+        yield "refused", partial(refused, folder)
+        dist.barrier()

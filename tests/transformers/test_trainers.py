@@ -1,5 +1,6 @@
 """New tokens in the trainers that people use, as they come."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,13 +64,10 @@ class Gradients(transformers.TrainerCallback):  # type: ignore[misc,name-defined
         for name, table in tables_in(given["model"]):
             self.kinds.setdefault(name, set()).add(type(table.weight.grad))
 
-    def check_the_input(self) -> None:
-        """Fail if an input table that is not tied had a whole gradient.
-
-        TRL takes a head's weight into a function of its own, which makes it a whole one.
-        """
-        (kinds, *of_head) = self.kinds.values()
-        assert not of_head or kinds == {RowGradient}
+    def check(self, tied: bool) -> None:
+        """Fail if there was one as large as a table."""
+        assert len(self.kinds) == (1 if tied else 2)
+        assert all(kinds == {RowGradient} for kinds in self.kinds.values())
 
 
 def examples(words: Any, count: int = 8) -> list[dict[str, Tensor]]:
@@ -124,9 +122,7 @@ def test_the_trainer_of_transformers(tied: bool, order: str, options: str, tmp_p
     arguments = training_arguments(tmp_path, **{**QUIET, **OPTIONS[options]})
     transformers.Trainer(model, arguments, train_dataset=examples(words), callbacks=[seen]).train()
     assert_new_rows_learned(model, before)
-    # No gradient is as large as the table.
-    assert len(seen.kinds) == (1 if tied else 2)
-    assert all(kinds == {RowGradient} for kinds in seen.kinds.values())
+    seen.check(tied)
 
 
 @pytest.mark.parametrize("order", ["no_lora", "lora_first", "tokens_first"])
@@ -202,46 +198,26 @@ def lightning(model: Any, words: Any, folder: Path) -> Any:
     return model
 
 
-def loss_of_scores(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    scores = outputs.logits
-    return ForCausalLMLoss(scores, labels, scores.shape[-1], num_items_in_batch)
-
-
-def sft(model: Any, words: Any, folder: Path, **options: Any) -> Any:
+def sft(model: Any, words: Any, folder: Path) -> Any:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"text": [NEW_TEXT] * 8})
     trainer = trl.SFTTrainer(
         model,
         trl.SFTConfig(str(folder), max_length=32, **QUIET),
-        train_dataset=data,
+        train_dataset=datasets.Dataset.from_dict({"text": [NEW_TEXT] * 8}),
         processing_class=words,
         peft_config=lora(),
         callbacks=[seen := Gradients()],
-        **options,
     )
-    if options:
-        trainer.train()
-        assert all(kinds == {RowGradient} for kinds in seen.kinds.values())
-    else:
-        with pytest.warns(UserWarning, match="give SFTTrainer a compute_loss_func"):
-            trainer.train()
-        seen.check_the_input()
+    trainer.train()
+    seen.check(model.config.tie_word_embeddings)
     return trainer.model
-
-
-def sft_by_scores(model: Any, words: Any, folder: Path) -> Any:
-    """As the warning says, TRL's fused head left out of training."""
-    return sft(model, words, folder, compute_loss_func=loss_of_scores)
 
 
 LOOPS: dict[str, Callable[[Any, Any, Path], Any]] = {
     "accelerate": accelerate_loop,
     "lightning": lightning,
     "sft": sft,
-    "sft_by_scores": sft_by_scores,
 }
 
 
@@ -298,7 +274,7 @@ def preferences() -> Iterator[Any]:
     return datasets.Dataset.from_dict(pairs)
 
 
-@pytest.mark.parametrize("lora_is", ["given_to_trl", "put_on_before"])
+@pytest.mark.parametrize("lora_is", ["given_to_trl", "put_on_before", "absent"])
 @TIED
 def test_the_reference_of_dpo_is_the_base_model_at_every_step(
     tied: bool,
@@ -311,11 +287,10 @@ def test_the_reference_of_dpo_is_the_base_model_at_every_step(
     from trl.trainer import dpo_trainer
 
     model, words = language_model("Llama", tied), tokenizer()
-    given_to_trl = lora_is == "given_to_trl"
-    if not given_to_trl:
+    if lora_is == "put_on_before":
         model = pytest.importorskip("peft").get_peft_model(model, lora())
     add_tokens(model, words, NEW)
-    base = model if given_to_trl else model.get_base_model()
+    base = model.get_base_model() if lora_is == "put_on_before" else model
     before = {name: value.clone() for name, value in base.state_dict().items()}
     reference = language_model("Llama", tied)
     add_tokens(reference, tokenizer(), NEW)
@@ -324,27 +299,33 @@ def test_the_reference_of_dpo_is_the_base_model_at_every_step(
     seen: list[tuple[dict[str, Any], Tensor]] = []
     use_adapter = dpo_trainer.use_adapter
 
+    def keep(module: nn.Module, args: Any, given: dict[str, Any], output: Any) -> None:
+        seen.append((given, output.log_probs.clone()))
+
     @contextmanager
     def seen_through(model: Any, adapter_name: str | None) -> Iterator[None]:
-        def keep(module: nn.Module, args: Any, given: dict[str, Any], output: Any) -> None:
-            seen.append((given, output.log_probs.clone()))
-
         with use_adapter(model, adapter_name):
             handle = model.register_forward_hook(keep, with_kwargs=True)
             yield
             handle.remove()
 
     monkeypatch.setattr(dpo_trainer, "use_adapter", seen_through)
+    given: dict[str, Any] = {}
+    if lora_is == "given_to_trl":
+        given["peft_config"] = lora()
+    elif lora_is == "absent":
+        given["ref_model"] = copy.deepcopy(model)  # else it is loaded, and has no such rows
+        given["ref_model"].register_forward_hook(keep, with_kwargs=True)
     trainer = trl.DPOTrainer(
         model,
         args=trl.DPOConfig(str(tmp_path), max_length=32, **QUIET),
         train_dataset=preferences,
         processing_class=words,
         callbacks=[kinds := Gradients()],
-        **({"peft_config": lora()} if given_to_trl else {}),
+        **given,
     )
     trainer.train()
-    kinds.check_the_input()
+    kinds.check(tied)
     assert_new_rows_learned(trainer.model, before)
     assert len(seen) == QUIET["max_steps"]
     for given, log_probs in seen:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kill_and_resume import in_processes
+from forked import in_processes
 from pytorch_lightning.strategies import DDPStrategy
 from small_runs import Net, data, loader, trainer
 

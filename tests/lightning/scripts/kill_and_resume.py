@@ -1,23 +1,24 @@
 """Runs one schedule to its end, and again with a death at each of several places.
 
-Usage: kill_and_resume.py FOLDER PRECISION PROCESSES
+Usage: kill_and_resume.py FOLDER PRECISION PROCESSES PLACE:KIND,KIND...
 
 Each run is a process of its own, or two, forked from this one so that imports are paid for once.
-For each place one run is killed by SIGKILL, and one by an exception that is followed by SIGKILL;
-runs that are resumed from the checkpoints which these left write how they ended to
+For each place a run is killed by SIGKILL, or by an exception that is followed by SIGKILL; runs that
+are resumed from the kinds of checkpoints that are named, which these left, write how they ended to
 `{folder}/{place}-{kind}-{rank}.pt`, beside `whole-{rank}.pt`.
 """
 
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from forked import in_processes
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 from small_runs import CLASSES, Net, V, adamw, trainer
@@ -165,50 +166,29 @@ def killer(place: tuple[str, int], *, first_raise: bool) -> Callable[[str, int],
     return die
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
-
-
-def in_processes(processes: int, run: Callable[[int], None]) -> list[int]:
-    """Fork, run, and wait; the exit codes, negative for a signal."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), NODE_RANK="0")
-    children = []
-    for rank in range(processes):
-        if (child := os.fork()) == 0:
-            if processes > 1:
-                os.environ["LOCAL_RANK"] = str(rank)
+def main(folder: Path, precision: str, processes: int, places: list[str]) -> None:
+    def run(where: Path, **options: Any) -> None:
+        def of_rank(rank: int) -> None:
             try:
-                run(rank)
+                fit(where, precision, processes, rank, **options)
             except DeathError:
                 os.kill(os.getpid(), signal.SIGKILL)
-            except BaseException:  # a forked child must end here, and not go on as its parent
-                import traceback
 
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
-def main(folder: Path, precision: str, processes: int) -> None:
-    def run(where: Path, **options: Any) -> None:
-        codes = in_processes(
-            processes, lambda rank: fit(where, precision, processes, rank, **options)
-        )
+        codes = in_processes(processes, of_rank)
         dead = options.get("die") is not None
         assert codes == [-signal.SIGKILL if dead else 0] * processes, (where, options, codes)
 
     run(folder / "whole", out="whole")
-    for name, place in PLACES.items():
-        run(folder / name, keep="last", die=killer(place, first_raise=False))
-        run(folder / name, keep="exception", die=killer(place, first_raise=True))
-        for kind in KINDS:
+    for name, kinds in (place.split(":") for place in places):
+        die = partial(killer, PLACES[name])
+        if {"last", "steps"} & {*kinds.split(",")}:
+            run(folder / name, keep="last", die=die(first_raise=False))
+        if "exception" in kinds:
+            run(folder / name, keep="exception", die=die(first_raise=True))
+        for kind in kinds.split(","):
             (checkpoint,) = (folder / name / kind).glob("last.ckpt" if kind == "last" else "*.ckpt")
             run(folder / name, resume=checkpoint, out=f"{name}-{kind}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DEFAULTS, Case, case_of
+from cases import CASES, DEFAULTS, GRADIENTS, Case, case_of, crossed
 from models import (
     NEVER_TRAINED,
     Model,
@@ -32,12 +32,6 @@ STAGES: dict[int, tuple[tuple[int, ...], RateScale | None]] = {
     4: ((1, 2, 4, 6, 7, 8, 9), RateScale(lr_scale=3.0)),
 }
 PACED = [case for case in CASES if not case.one_history]
-CONFIGURATIONS = [
-    pytest.param(case, sparse, id=f"{case.id}-{'sparse' if sparse else 'dense'}")
-    for case in PACED
-    for sparse in (True, False)
-    if sparse or not case.sparse_only
-]
 
 
 def factor_of(rate_scale: RateScale | None) -> Callable[[int], float] | None:
@@ -97,7 +91,7 @@ def follow_paces(
         scheduler.step()
 
 
-@pytest.mark.parametrize(("case", "sparse"), CONFIGURATIONS)
+@pytest.mark.parametrize(("case", "sparse"), crossed(PACED, GRADIENTS))
 def test_rows_with_a_pace_train_as_a_parameter_at_that_rate(case: Case, sparse: bool) -> None:
     model, optimizer = build(case, sparse)
     start = model.table.weight.detach().clone()
