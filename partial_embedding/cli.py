@@ -96,8 +96,8 @@ def _command(args: Sequence[str]) -> Callable[[Sequence[str]], object]:
         return command
     known = [*_RUNS, *_OTHERS]
     raise InputError(
-        f"a command is one of {', '.join(known)}. Received: {given or 'none'}. "
-        f"See partial-embedding --help.{did_you_mean(given, known)}"
+        f"a command is one of {', '.join(known)}. Received: {given or 'none'}."
+        f"{did_you_mean(given, known)} See partial-embedding --help."
     )
 
 

@@ -310,7 +310,7 @@ def test_an_error_that_says_what_was_received_says_what_to_do(path: Path) -> Non
     said = [written(n.args[0]) for n in calls if getattr(n.func, "id", "") == "InputError"]
     received = [text.rpartition("Received") for text in said if "Received" in text]
     # A sentence follows, or what was put together elsewhere.
-    lacking = [text for *_, text in received if not re.search(r"[.?]( \S|…$)|: …$", text)]
+    lacking = [text for *_, text in received if not re.search(r"[.?](…| \S)|: …$", text)]
     assert lacking == []
 
 

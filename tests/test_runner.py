@@ -220,6 +220,11 @@ def test_every_stage_is_tried_at_once(stage: dict[str, Any], place: str) -> None
         runner_of(Schedule([{"epoch": 0, "rows": [1]}, stage]))
 
 
+def test_an_audit_at_no_step_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^audit is true, false, or .* Received: -3"):
+        Runner(SetTables("words"), {None: PLAIN}, audit=-3)
+
+
 def test_a_rate_that_an_optimizer_cannot_keep_is_refused_with_its_stage() -> None:
     stages = [{"epoch": 0, "rows": [1]}, {"epoch": 2, "rows": [2], "warmup_steps": 3}]
     runner, _ = runner_of(Schedule(stages))

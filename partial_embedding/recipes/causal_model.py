@@ -15,6 +15,7 @@ from torch import Tensor
 from partial_embedding.errors import InputError
 from partial_embedding.files import shown
 from partial_embedding.recipes.predictions import write_table
+from partial_embedding.recipes.settings import check_range
 from partial_embedding.rows.vocabulary import Vocabulary
 
 # Token ids and what of them counts in the loss, each of shape (B, L).
@@ -46,10 +47,9 @@ class CausalModel(LightningModule):
         super().__init__()
         # Loggers would open their files before the data are accepted.
         self.save_hyperparameters(logger=False)
-        if max_new_tokens < 1:
-            raise InputError(
-                f"max_new_tokens is at least 1. Received: {max_new_tokens}. 20 is the default."
-            )
+        check_range("lr", lr, 0)
+        check_range("weight_decay", weight_decay, 0)
+        check_range("max_new_tokens", max_new_tokens, 1)
         self.model = None  # until it is loaded, trained or read from a checkpoint
         self.lr = lr
         self.weight_decay = weight_decay

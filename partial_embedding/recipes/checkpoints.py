@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
@@ -48,7 +49,8 @@ def read_checkpoint(path: Path, to_go_on: bool) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        # Of other files torch says what its own formats lack.
+        reason = str(error).partition("\n")[0] if is_zipfile(path) else "it is no archive of torch"
         others = sorted(p for p in path.parent.glob("*.ckpt") if p != path and p.stat().st_size)
         advice = f"Try {shown(others[0])}." if others else "Name another one, or train again."
         raise InputError(

@@ -18,6 +18,21 @@ class CommandParser(argparse.ArgumentParser):
         raise InputError(f"{message}.{meant} See {self.prog} --help.")
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 up, as the type of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+
+    Example:
+        >>> positive("3")
+        3
+    """
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 up. Received: {text!r}")
+    return int(text)
+
+
 def diverged(loss: float, step: int, epoch: int) -> InputError:
     """The error of a run whose loss is no finite number after some steps.
 

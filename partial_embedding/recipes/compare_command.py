@@ -12,7 +12,7 @@ from pathlib import Path
 from partial_embedding.errors import InputError
 from partial_embedding.files import read_yaml, shown
 from partial_embedding.monitor.record import read_record
-from partial_embedding.recipes.command import CommandParser
+from partial_embedding.recipes.command import CommandParser, positive
 
 # The rows that train from the start; the last is the schedule of the configuration.
 _WAYS = {"frozen": "none", "missing": "missing", "all": "all", "staged": None}
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("config", type=Path, help="a configuration of fit, with a schedule")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each way, by default 3")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each way, by default 3")
     parser.add_argument("--metric", default="val_accuracy", help="by default val_accuracy")
     parser.add_argument("--mode", choices=("max", "min"), default="max", help="by default max")
     parser.add_argument("--out", help="the folder of the runs, by default default_root_dir")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from partial_embedding.recipes.prepare_texts import (
     padded,
     prepare_texts,
 )
-from partial_embedding.recipes.settings import checked
+from partial_embedding.recipes.settings import check_range, checked
 from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
@@ -213,12 +213,10 @@ def text_classifier(
     Raises:
         InputError: A setting is out of its range, or the schedule does not fit the vocabulary.
     """
-    if channels < 1:
-        raise InputError(f"channels is at least 1. Received: {channels}. 64 is the default.")
-    if not 0 <= dropout < 1:
-        raise InputError(
-            f"dropout is a share from 0 up, below 1. Received: {dropout}. 0.5 is the default."
-        )
+    check_range("channels", channels, 1)
+    check_range("dropout", dropout, 0, below=1)
+    check_range("lr", lr, 0)
+    check_range("weight_decay", weight_decay, 0)
     table = PartialEmbedding.from_matrix(
         data.table,
         trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
@@ -249,21 +247,6 @@ def text_classifier(
         metrics=["accuracy"],
     )
     return model
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What the rows and the classes of a saved model mean.
-
-    Args:
-        tokens: The token of each row.
-        names: The classes.
-        texts: How texts became rows.
-    """
-
-    tokens: Sequence[str]
-    names: Sequence[str]
-    texts: TextSettings
 
 
 @dataclass(frozen=True)
@@ -316,7 +299,7 @@ def read_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if unknown := [part for part in config if part not in {*made, "model", *_LEFT_OUT}]:
         raise InputError(
             f"in Keras, a configuration has the parts {sorted([*made, 'model'])}. Received: "
-            f"{unknown[0]!r}.{did_you_mean(unknown[0], made, ' Remove it.')}"
+            f"{unknown[0]!r}.{did_you_mean(unknown[0], [*made, 'model'], ' Remove it.')}"
         )
     settings = {part: of(**checked(of, config.get(part, {}), part)) for part, of in made.items()}
     return {**settings, "model": checked(text_classifier, config.get("model", {}), "model")}
@@ -370,9 +353,10 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
         path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
     with write_atomically(folder / "model.keras") as path:
         model.save(path)
-    meaning = Meaning(data.vocabulary.tokens, data.training.names, texts)
+    tokens, names = data.vocabulary.tokens, data.training.names
     with write_atomically(folder / "meaning.json") as path:
-        path.write_text(json.dumps(asdict(meaning)), encoding="utf-8")
+        meaning = {"tokens": tokens, "names": names, "texts": asdict(texts)}
+        path.write_text(json.dumps(meaning), encoding="utf-8")
     print(f"saved: {shown(folder / 'model.keras')}")
     return folder
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError, did_you_mean
-from partial_embedding.files import read_yaml, shown
+from partial_embedding.files import shown
 from partial_embedding.recipes.checkpoints import (
     WholeCheckpoints,
     find_checkpoint,
@@ -41,6 +41,7 @@ from partial_embedding.recipes.prepare_texts import TextSettings
 from partial_embedding.recipes.report_command import write_page
 from partial_embedding.recipes.resume import RandomState
 from partial_embedding.recipes.run_folder import RunLogger
+from partial_embedding.recipes.settings import read_config
 
 # Imported so that configurations can name them without their module.
 from partial_embedding.recipes.text_classifier import TextClassifier, TextData
@@ -115,7 +116,7 @@ class _ConfigFile(ActionConfigFile):
         """Apply a file, or YAML."""
         # What a checkpoint says comes as YAML, of several lines.
         if "\n" not in values:
-            read_yaml(values, "configuration")
+            read_config(values)
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
 
 
@@ -268,9 +269,10 @@ class RecipeCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         try:
             return super().instantiate_trainer(plugins=[*plugins, WholeCheckpoints()], **kwargs)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            reason = str(error).rstrip(".")
             raise InputError(
-                f"Lightning's trainer takes its own options. Received: {error}. "
+                f"trainer has the options of Lightning's Trainer. Received: {reason}. "
                 f"See partial-embedding {self.command} --help."
             ) from error
 
@@ -381,12 +383,18 @@ def _in_one_line(command: str, message: str) -> str:
     if unknown:
         name = unknown[2] or f"{option}.{unknown[1]}".replace("--.", "--")
         return f"{name} is no option.{did_you_mean(name, _known_options())} {see}"
+    if path := re.search(r"dot import path string: (.+)", message):
+        return (
+            f"{option} is the path of a class, as in my_module.MyModel. Received: {path[1]}. {see}"
+        )
     expected.pop("<class 'NoneType'>", None)
     if expected and given:
         kinds = (re.sub(r"<class '(.+)'>", r"\1", kind) for kind in expected)
         kinds = (re.sub(r"typing\.Literal\[(.+)\]", r"one of \1", kind) for kind in kinds)
         return f"{option} is {' or '.join(kinds)}. Received: {given[0]}. {see}"
-    return refused[1] if refused else message
+    said = refused[1] if refused else message
+    # What this library refuses says what to do.
+    return said if "Received" in said else f"{said}. {see}"
 
 
 def _known_options() -> list[str]:

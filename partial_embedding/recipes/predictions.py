@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from partial_embedding.errors import InputError
 from partial_embedding.files import shown, write_atomically
+from partial_embedding.recipes.settings import check_range
 from partial_embedding.rows.token_text import printable
 
 
@@ -40,8 +40,7 @@ def write_predictions(
         text,label,probability,label_2,probability_2
         a joy,pos,0.7500,neg,0.2500
     """
-    if top_k < 1:
-        raise InputError(f"top_k is at least 1. Received: {top_k}. 1 is the default.")
+    check_range("top_k", top_k, 1)
     ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
     header = ["text", "label", "probability"]
     for place in range(2, ranked.shape[1] + 1):

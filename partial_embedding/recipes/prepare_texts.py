@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
+from partial_embedding.recipes.settings import check_range
 from partial_embedding.recipes.text import (
     UNKNOWN,
     LabelledTexts,
@@ -80,14 +81,9 @@ class TextSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length", "min_count", "dimension"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(
-                    f"{name} is at least 1. Received: {value}. Leave it out for the default."
-                )
-        if self.seed < 0:
-            raise InputError(
-                f"a seed is a whole number from 0 up. Received: {self.seed}. 0 is the default."
-            )
+            if (value := getattr(self, name)) is not None:
+                check_range(name, value, 1)
+        check_range("seed", self.seed, 0)
 
     @property
     def cache_folder(self) -> Path | None:

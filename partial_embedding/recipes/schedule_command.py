@@ -13,7 +13,7 @@ import numpy as np
 from partial_embedding.errors import InputError
 from partial_embedding.files import read_yaml, write_atomically
 from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
-from partial_embedding.recipes.command import CommandParser
+from partial_embedding.recipes.command import CommandParser, positive
 from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
 from partial_embedding.recipes.settings import checked, read_config
 from partial_embedding.recipes.text import count_tokens, read_texts, tokenize
@@ -109,20 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab", type=Path, help="tokens, one a line, or a vocabulary.tsv")
     parser.add_argument("--texts", help="texts to count a vocabulary from, as fit takes them")
     parser.add_argument("--vectors", help="with --texts: word vectors, which some tokens lack")
-    parser.add_argument("--rows", type=_positive, help="the rows of the table, without --vocab")
-    parser.add_argument("--new", type=_positive, help="how many rows, the last ones, are new")
+    parser.add_argument("--rows", type=positive, help="the rows of the table, without --vocab")
+    parser.add_argument("--new", type=positive, help="how many rows, the last ones, are new")
     parser.add_argument("--table", help="the table, where the file has a schedule for several")
-    parser.add_argument("--epochs", type=_positive, help="the epochs of the run")
-    parser.add_argument("--steps-per-epoch", type=_positive, help="optimizer steps in an epoch")
+    parser.add_argument("--epochs", type=positive, help="the epochs of the run")
+    parser.add_argument("--steps-per-epoch", type=positive, help="optimizer steps in an epoch")
     parser.add_argument("--padding", type=int, help="a row that never trains")
     parser.add_argument("--picture", type=_picture, help="draw to this .svg file")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 up. Received: {text!r}")
-    return int(text)
 
 
 def _picture(text: str) -> Path:

@@ -1,8 +1,9 @@
-"""Settings from a configuration, for what is not read by LightningCLI."""
+"""Settings from a configuration: what is read without LightningCLI, and ranges of numbers."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import types
 import typing
@@ -30,6 +31,24 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         if isinstance(keys, Mapping):
             config[str(part)] = dict(keys.get("init_args") or {} if "class_path" in keys else keys)
     return config
+
+
+def check_range(name: str, value: float, least: float, below: float = math.inf) -> None:
+    """Refuse a number that is out of its range.
+
+    Raises:
+        InputError: It is less than `least`, not less than `below`, or not a number.
+
+    Example:
+        >>> check_range("channels", 0, 1)
+        Traceback (most recent call last):
+            ...
+        partial_embedding.errors.InputError: channels is at least 1. Received: 0. Leave it out for \
+the default.
+    """
+    if not least <= value < below:
+        rule = f"is at least {least}" if below == math.inf else f"lies in [{least}, {below})"
+        raise InputError(f"{name} {rule}. Received: {value}. Leave it out for the default.")
 
 
 def checked(made: Callable[..., Any], given: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from partial_embedding.recipes.prepare_texts import (
     with_names,
 )
 from partial_embedding.recipes.resume import ReplayableLoader
+from partial_embedding.recipes.settings import check_range
 from partial_embedding.recipes.text import LabelledTexts, read_texts
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.torch import PartialEmbedding
@@ -170,8 +171,8 @@ class TextClassifier(LightningModule):
             `ExportVectors`; None writes none.
 
     Raises:
-        InputError: When `fit` or `test` starts: the datamodule has no table, or the checkpoint is
-            of another vocabulary.
+        InputError: A number is out of its range. When `fit` or `test` starts: the datamodule has no
+            table, or the checkpoint is of another vocabulary.
     """
 
     embedding: PartialEmbedding
@@ -187,6 +188,10 @@ class TextClassifier(LightningModule):
         export: VectorSuffix | None = None,
     ) -> None:
         super().__init__()
+        check_range("channels", channels, 1)
+        check_range("dropout", dropout, 0, below=1)
+        check_range("lr", lr, 0)
+        check_range("weight_decay", weight_decay, 0)
         # Loggers would open their files before the data are accepted.
         self.save_hyperparameters(logger=False)
         self.encoder_kind = encoder

@@ -12,6 +12,7 @@ from pytorch_lightning import LightningDataModule
 from partial_embedding.errors import InputError
 from partial_embedding.recipes.causal_model import CausalModel, TokenBatch
 from partial_embedding.recipes.resume import ReplayableLoader
+from partial_embedding.recipes.settings import check_range
 from partial_embedding.recipes.text.labelled import are_held_out
 from partial_embedding.recipes.text.reading import read_texts
 
@@ -51,11 +52,8 @@ class TextLines(LightningDataModule, ABC):
         super().__init__()
         # A checkpoint holds them, so that it is enough to measure it on other texts.
         self.save_hyperparameters(logger=False)
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value < 1:
-                raise InputError(
-                    f"{name} is at least 1. Received: {value}. Leave it out for the default."
-                )
+        check_range("batch_size", batch_size, 1)
+        check_range("max_length", max_length, 1)
         are_held_out([], validation_share, seed)  # refuses a share that is none
         self.path = path
         self.test_path = test_path

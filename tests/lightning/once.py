@@ -1,6 +1,7 @@
 """What is made once for all tests of a run, however many processes they run in."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).resolve().parent
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]) -> Path:
@@ -35,32 +38,32 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]
     return folder
 
 
+def failure_of(*command: object) -> str:
+    """Run a program and all that it forks; what was said, where it failed."""
+    path = filter(None, [str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH")])
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=280)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said = f"it took more than 280 s\n{process.communicate()[0]}"
+    return (said[-6000:] or "it said nothing") if process.returncode else ""
+
+
 def run_script(name: str, *arguments: object) -> str:
     """Run one of the scripts beside the tests; returns what it said where it failed."""
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join(map(str, (here.parents[1], here)))
-    done = subprocess.run(
-        [sys.executable, str(here / "scripts" / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    return "" if done.returncode == 0 else (done.stdout + done.stderr)[-6000:] or "it said nothing"
+    return failure_of(HERE / "scripts" / name, *arguments)
 
 
 def run_both_ranks(script: str, folder: Path) -> str:
     """Run all cases on two ranks, whose files and logs go to a folder."""
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join(filter(None, [str(here.parents[1]), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, str(here / "forked.py"), script, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    said = [log.read_text() for log in sorted(folder.glob("*.log"))]
-    return "" if done.returncode == 0 else "\n".join([done.stderr, *said])
+    said = failure_of(HERE / "forked.py", script, folder)
+    logs = [log.read_text()[-6000:] for log in sorted(folder.glob("*.log"))]
+    return "\n".join([said, *logs]) if said else ""
