@@ -300,7 +300,8 @@ def _ftrl(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array
 def _schedule_free(o: Optimizer, lr: Array, rows: Array, g: Array, state: Array, t: Array) -> Moved:
     square = 0.999 * state[1] + 0.001 * g**2
     stepped = state[0] - lr * g / (np.sqrt(square / (1 - 0.999**t)) + EPSILON)
-    average = (rows - 0.1 * state[0]) / 0.9
+    # Of the paper's formula this would be state[0]; Keras reads its variable after the step.
+    average = (rows - 0.1 * stepped) / 0.9
     average = (1 - 1 / t) * average + stepped / t
     return 0.1 * stepped + 0.9 * average, stepped, square
 

@@ -1,7 +1,5 @@
 """`PartialEmbedding` is an ordinary Keras embedding: shapes, files, configs, policies, models."""
 
-import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +55,6 @@ def test_float_ids_and_masks_are_treated_as_by_the_plain_layer() -> None:
     np.testing.assert_array_equal(layer(IDS.astype("float32")), MATRIX[IDS])
     np.testing.assert_array_equal(layer.compute_mask(IDS), IDS != 0)
     assert layer.compute_output_shape((2, 3)) == (2, 3, 3)
-
-
-def test_the_padding_row_stays_frozen_when_it_is_left_out() -> None:
-    layer = PartialEmbedding.from_matrix(MATRIX, trainable_rows=range(1, 6), mask_zero=True)
-    _train(_model(layer))
-    changed = (layer.get_weights()[0] != MATRIX).any(axis=1)
-    np.testing.assert_array_equal(changed, [False, True, True, False, True, True])
 
 
 def test_nothing_frozen_is_the_plain_layer_with_one_variable() -> None:
@@ -158,45 +149,6 @@ def test_config_round_trips_with_the_rows_that_train_now() -> None:
     assert PartialEmbedding(6, 3).get_config()["reserve_rows"] is None
     config = PartialEmbedding(6, 3, trainable_rows=Rows.parse(range(2, 5))).get_config()
     assert config["trainable_rows"] == {"range": [2, 5]}
-
-
-def test_clone_pickle_and_deepcopy_keep_rows_and_values() -> None:
-    model = _model(_layer())
-    _train(model)
-    expected = model.layers[1].get_weights()[0]
-    clone = keras.models.clone_model(model)
-    clone.set_weights(model.get_weights())
-    for other in (clone, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        assert other.layers[1].trainable_rows.tolist() == [1, 4]
-        np.testing.assert_array_equal(other.layers[1].get_weights()[0], expected)
-        np.testing.assert_array_equal(other.predict(IDS, verbose=0), model.predict(IDS, verbose=0))
-
-
-def test_a_keras_file_loads_with_rows_values_and_optimizer(tmp_path: Path) -> None:
-    model = _model(_layer())
-    _train(model)
-    model.save(tmp_path / "model.keras")
-    again = keras.models.load_model(tmp_path / "model.keras")
-    assert isinstance(again.layers[1], PartialEmbedding)
-    _train(model, shuffle=False)
-    _train(again, shuffle=False)
-    np.testing.assert_array_equal(
-        again.layers[1].get_weights()[0], model.layers[1].get_weights()[0]
-    )
-
-
-def test_weight_files_load_both_ways(tmp_path: Path) -> None:
-    partial, plain = _model(_layer()), _model(keras.layers.Embedding(6, 3))
-    _train(partial)
-    partial.save_weights(tmp_path / "partial.weights.h5")
-    plain.load_weights(tmp_path / "partial.weights.h5")
-    np.testing.assert_array_equal(plain.predict(IDS, verbose=0), partial.predict(IDS, verbose=0))
-    _train(plain)
-    plain.save_weights(tmp_path / "plain.weights.h5")
-    # Not compiled: the file also holds the state of an optimizer of the whole table.
-    partial = _model(_layer(), optimizer=None)
-    partial.load_weights(tmp_path / "plain.weights.h5")
-    np.testing.assert_array_equal(plain.predict(IDS, verbose=0), partial.predict(IDS, verbose=0))
 
 
 def test_a_plain_keras_file_loads_as_partial(tmp_path: Path) -> None:
@@ -298,15 +250,6 @@ def test_unfreezing_and_freezing_reserved_rows_traces_nothing_again() -> None:
         frozen = np.setdiff1d(np.arange(6), layer.trainable_rows)
         assert layer.get_weights()[0][frozen].tobytes() == before[frozen].tobytes()
     assert len(traces) == after_first
-
-
-def test_fit_with_a_moving_average_leaves_frozen_rows_alone_at_its_end() -> None:
-    model = _model(_layer())
-    model.compile(keras.optimizers.AdamW(0.1, weight_decay=0.5, use_ema=True), "mse")
-    _train(model)
-    layer = model.layers[1]
-    changed = (layer.get_weights()[0] != MATRIX).any(axis=1)
-    assert np.flatnonzero(changed).tolist() == [1, 4]
 
 
 def test_rows_beyond_the_reserved_ones_are_refused() -> None:

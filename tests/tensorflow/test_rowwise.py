@@ -97,14 +97,6 @@ def test_a_cohort_that_joins_late_trains_as_if_the_optimizer_began_there(option:
         assert after[frozen].tobytes() == before[frozen].tobytes()
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_rows_that_train_do_not_notice_who_joins_or_leaves(name: str) -> None:
-    make = lambda: getattr(keras.optimizers, name)(learning_rate=0.05)  # noqa: E731
-    with_others = _run(_model(rowwise(make())))
-    without = _run(_model(rowwise(make())), [[2, 7]] * STEPS)
-    assert with_others[-1][[2, 7]].tobytes() == without[-1][[2, 7]].tobytes()
-
-
 def test_a_plain_optimizer_kicks_rows_that_join_late_and_rowwise_does_not() -> None:
     first_steps = []
     for optimizer in (keras.optimizers.Adam(0.05), rowwise(keras.optimizers.Adam(0.05))):
