@@ -61,10 +61,14 @@ def measured(section: Section) -> dict[str, float]:
     return {name: statistics.median(spans[5:]) for name, spans in found.items()}
 
 
-def in_turn(call: Callable[[Tensor], object], batches: list[tuple[Tensor, Tensor]]) -> Way:
+def in_turn(call: Callable[[Tensor], object], batches: Iterator[Tensor]) -> Way:
     """A call with the ids of another batch each time: the same ones would lie in the cache."""
-    ids = cycle([ids for ids, _ in batches])
-    return lambda: call(next(ids))
+    return lambda: call(next(batches))
+
+
+def ids_of(work: Work) -> Iterator[Tensor]:
+    """The ids of batches without end; ways that share them never read the same after each other."""
+    return cycle([ids for ids, _ in drawn(work).batches])
 
 
 # Ways
@@ -73,7 +77,7 @@ def in_turn(call: Callable[[Tensor], object], batches: list[tuple[Tensor, Tensor
 def finding() -> Iterator[Section]:
     """The trainable ones among the ids of a batch."""
     work = Work(trainable=1000)
-    rows, batches = RowSet(work.rows, {0: drawn(work).rows}, 1), drawn(work).batches
+    rows, batches = RowSet(work.rows, {0: drawn(work).rows}, 1), ids_of(work)
     slots, wide = rows.slots, rows.slots.long()
 
     def of_next(find: Callable[[Tensor], Tensor]) -> Way:
@@ -272,11 +276,10 @@ def growing() -> Iterator[Section]:
     """What of a step grows with the table, though the rows do not."""
     for rows in (10**4, 10**6, 10**7):
         work = Work(rows=rows, trainable=1000)
-        table, batches = work.table(), drawn(work).batches
+        table, batches = work.table(), ids_of(work)
         row_set = RowSet(rows, {0: drawn(work).rows}, 1)
         into, order = torch.empty(1000, 64), row_set.order
-        # Begun elsewhere, so that no way reads what the one before it has just read.
-        ordered = [(ids.sort().values, gradient) for ids, gradient in batches[8:] + batches[:8]]
+        ordered = cycle([ids.sort().values for ids, _ in drawn(work).batches])
         bits = torch.from_numpy(np.packbits(row_set.mask.numpy(), bitorder="little"))
         huge = on_huge_pages(table)
 
