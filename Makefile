@@ -33,7 +33,8 @@ OF_KERAS := tests/tensorflow partial_embedding/tensorflow \
   $(wildcard partial_embedding/recipes/keras_*.py partial_embedding/callbacks/keras*.py)
 
 OF_TORCH := $(addprefix --ignore=,$(OF_KERAS)) tests/contract tests/torch tests partial_embedding
-PYTEST = -m pytest --numprocesses $(WORKERS) $(SELECT) $(COVER)
+# Neighbours share what was made for them, until a worker has nothing left to do.
+PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal $(SELECT) $(COVER)
 
 test-lightning: $(LIGHTNING)/.ready-for-tests
 	OMP_NUM_THREADS=1 $(LIGHTNING)/bin/python $(PYTEST) $(OF_TORCH)
