@@ -198,7 +198,7 @@ def test_settings_of_a_model_that_are_out_of_range_are_refused(config: Path) -> 
     schedule = Schedule.parse(read_config(config)["rows"]["schedule"])
     with pytest.raises(InputError, match=r"channels is at least 1\. Received: 0"):
         keras_text.text_classifier(data, schedule, channels=0)
-    with pytest.raises(InputError, match=r"dropout is a share .*Received: 2"):
+    with pytest.raises(InputError, match=r"dropout lies in \[0, 1\)\. Received: 2"):
         keras_text.text_classifier(data, schedule, dropout=2.0)
 
 
