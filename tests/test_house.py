@@ -463,7 +463,8 @@ def test_a_machine_path_is_recognised() -> None:
     # Put together here, so that this file holds none.
     for folder in ("home", "tmp"):
         assert MACHINE_PATH.search(f"see '{'/' + folder}/me/data.csv'")
-    assert not MACHINE_PATH.search("runs/work/out, ../tmp/x and https://a.org/home/page")
+        own = f"runs/{folder}/out, ../{folder}/x and https://a.org/{folder}/page"
+        assert not MACHINE_PATH.search(own)
 
 
 def test_no_text_file_names_a_path_of_one_machine() -> None:
