@@ -21,8 +21,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.replace import ADAPTER
 from partial_embedding.torch.table import PartialTable
+
+# The name of the part by which `peft` knows a table; its own wrapper has one of this name.
+ADAPTER = "token_adapter"
 
 # The rows of each parameter in peft's files, where those of weights have the name that its own
 # trainable tokens have; and their ids.

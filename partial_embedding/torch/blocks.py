@@ -14,13 +14,8 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
-from partial_embedding.torch.inspection import (
-    Group,
-    State,
-    StateLayout,
-    first_state,
-    untouched_row_state,
-)
+from partial_embedding.torch.dry_run import Group, State
+from partial_embedding.torch.inspection import StateLayout, first_state, untouched_row_state
 from partial_embedding.torch.row_gradient import as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, run_of, sum_rows, write_rows
 from partial_embedding.torch.rowset import RowSet

@@ -20,11 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.averaged import Group, average_over, leave_to_ddp
 from partial_embedding.torch.hooks import after_backward, tables_of
 from partial_embedding.torch.row_average import average, begin_alike, check_max_norm
 from partial_embedding.torch.shards import is_sharded
-from partial_embedding.torch.table import PartialTable, tables_in
+from partial_embedding.torch.table import Group, PartialTable, tables_in
 
 # By what wraps them, of which a copy finds its own tables.
 _wrapped: weakref.WeakKeyDictionary[nn.Module, _Tables] = weakref.WeakKeyDictionary()
@@ -53,7 +52,7 @@ class _Tables:
 
         for table in self.tables.values():
             for tied in tables_of(table.leaf_weight):
-                average_over(tied, ["weight"], group)
+                tied.average_over(["weight"], group)
         # Whether the backward pass that runs will average.
         self.is_queued = False
 
@@ -120,7 +119,7 @@ def _what_stays(tables: Mapping[str, PartialTable], group: Group) -> set[int]:
                 f"{name!r}. Make it with sparse=False."
             )
         for tied in tables_of(table.leaf_weight):
-            leave_to_ddp(tied)
+            tied.leave_to_ddp()
         return {id(table.leaf_weight)}
     return set()
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from partial_embedding.torch.inspection import Group, State
+# A parameter group of an optimizer, and what it remembers of a parameter.
+Group = dict[str, Any]
+State = dict[str, Any]
 
 # Marks the copy that is stepped.
 _DRY = "_is_dry_run"

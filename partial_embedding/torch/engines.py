@@ -5,15 +5,10 @@ They are known by what they leave on modules and parameters, since none of them 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
-
-if TYPE_CHECKING:
-    from partial_embedding.torch.table import PartialTable
 
 _LEAVE_OUT = (
     "Take fully_shard; or leave the table out: FullyShardedDataParallel(model, "
@@ -68,29 +63,22 @@ def lost_weight(table: nn.Module) -> InputError:
     )
 
 
-def refuse_zero(parameter: nn.Parameter, table: PartialTable) -> None:
-    """Refuse a weight that DeepSpeed's ZeRO steps in a flat copy, where all rows decay alike.
-
-    Args:
-        parameter: The weight, or another parameter of the table.
-        table: The table.
-
-    Raises:
-        InputError: It is one of ZeRO's, and some of its rows are frozen.
-    """
-    if hasattr(parameter, "ds_id") and table.has_frozen_rows:
-        raise InputError(
+def zero_error(parameter: nn.Parameter, table: nn.Module) -> InputError | None:
+    """What to say where DeepSpeed's ZeRO steps a weight in a flat copy, in which all rows decay."""
+    if hasattr(parameter, "ds_id"):
+        return InputError(
             "ZeRO-3 parts all parameters of a model among processes, and leaves none out. Received "
             f"a {type(table).__name__} with frozen rows in it. Use ZeRO-1 or ZeRO-2 with the "
             "tables in an optimizer of their own, or fully_shard."
         )
-    if hasattr(parameter, "_hp_mapping") and table.has_frozen_rows:
-        raise InputError(
+    if hasattr(parameter, "_hp_mapping"):
+        return InputError(
             "DeepSpeed's ZeRO steps flat copies of parameters, without hooks. Received a "
             f"{type(table).__name__} with frozen rows among them. Take its weight out of "
             "model_parameters and step it by an optimizer of its own: whole = keep_whole(model); "
             "AdamW(whole)."
         )
+    return None
 
 
 def refuse_zero_redundancy(optimizer: Optimizer) -> None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from partial_embedding.torch.averaged import is_left_to_ddp
-from partial_embedding.torch.engines import refuse_zero
+from partial_embedding.torch.engines import zero_error
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.shards import (
     Shard,
@@ -84,7 +83,9 @@ class RowHook:
             return grad  # autograd may hand a hook None
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
         if (parameter := self._parameter_of(table)) is not None:
-            refuse_zero(parameter, table)
+            error = zero_error(parameter, table)
+            if error is not None and table.has_frozen_rows:
+                raise error
         if is_sharded(grad):
             return self._zero_in_shard(grad, table)
         self._localise(parameter)
@@ -94,7 +95,7 @@ class RowHook:
                 held.record_stream(torch.cuda.current_stream(grad.device))
             return grad  # by way of `by_rows`, which left out the frozen ones
         if grad.layout == torch.sparse_coo:
-            if is_left_to_ddp(table):
+            if table.is_left_to_ddp:
                 self._give_ddp_its_own(parameter)
             return _sparse_without_frozen(grad, table)
         if not grad.requires_grad:
@@ -105,7 +106,7 @@ class RowHook:
         grad, table = parameter.grad, self._table()
         if grad is None or grad.layout != torch.sparse_coo:
             return
-        if table is not None and is_left_to_ddp(table):
+        if table is not None and table.is_left_to_ddp:
             # It is called next, and takes sparse gradients as such. What it puts in their place
             # it puts there when backward ends, in a call that is queued after this one.
             after_backward(lambda: after_backward(lambda: _hold_rows_of(parameter)))
@@ -236,7 +237,7 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
     """
     if torch.compiler.is_compiling() or is_rewritten(weight):
         return weight
-    if not (weight.requires_grad and torch.is_grad_enabled()) or is_left_to_ddp(table):
+    if not (weight.requires_grad and torch.is_grad_enabled()) or table.is_left_to_ddp:
         return weight
     # Kept, since to apply a function takes half as long as a small lookup.
     through: Tensor

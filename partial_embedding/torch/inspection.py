@@ -14,11 +14,8 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils._pytree import tree_leaves
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.dry_run import LISTS, TORCHS_OWN, DryRun
+from partial_embedding.torch.dry_run import LISTS, TORCHS_OWN, DryRun, Group, State
 from partial_embedding.torch.engines import refuse_zero_redundancy
-
-Group = dict[str, Any]
-State = dict[str, Any]
 
 # Refused by the package that they come from, since no probe on a small tensor shows what is wrong.
 _REFUSED = {

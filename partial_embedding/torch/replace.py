@@ -19,14 +19,15 @@ from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.table import PartialTable
 
-# The name of the part by which `peft` knows a table; its own wrapper has one of this name.
-ADAPTER = "token_adapter"
-
 _PARTIAL: dict[type[nn.Module], type[PartialTable]] = {
     nn.Embedding: PartialEmbedding,
     nn.EmbeddingBag: PartialEmbeddingBag,
     nn.Linear: PartialLinear,
 }
+
+
+# What has loaded this may have adapted a model.
+_PEFT = "peft.tuners.tuners_utils"
 
 
 def replace_embedding(
@@ -107,7 +108,7 @@ def restore_embedding(model: nn.Module) -> list[str]:
     """
     tables = {n: m for n, m in model.named_modules() if isinstance(m, PartialTable)}
     plain = {name: _plain_class(name, type(table)) for name, table in tables.items()}
-    if any(ADAPTER in table._modules for table in tables.values()):
+    if _PEFT in sys.modules:
         from partial_embedding.torch.adapter_rows import leave_adapters
 
         leave_adapters(model)
@@ -392,7 +393,7 @@ def _stay_partial(parent: nn.Module, name: str, new: Any) -> None:
 
 def _meet_peft(parent: nn.Module, name: str, part: nn.Module | None) -> nn.Module | None:
     """Let `peft` know the tables of a model before it adapts it, and let their rows learn after."""
-    if "peft.tuners.tuners_utils" not in sys.modules:
+    if _PEFT not in sys.modules:
         return None
     tuner, tokens = (
         getattr(sys.modules[f"peft.{module}"], kind, ())

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.averaged import Group, averaging_group
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
 from partial_embedding.torch.shards import local
-from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.table import Group, PartialTable
 
 _NONE, _SPARSE, _DENSE = 0, 1, 2
 
@@ -40,21 +39,6 @@ def check_max_norm(tables: Mapping[str, PartialTable]) -> None:
                 "max_norm scales the rows that a process looks up in that process alone, so that "
                 f"processes part. Received it for {name!r}. Leave it out, or use one process."
             )
-
-
-def is_averaged_here(parameter: nn.Parameter, table: PartialTable) -> bool:
-    """Whether a gradient is averaged here, and not by an engine.
-
-    Args:
-        parameter: The weight of a table, or another of its parameters.
-        table: The table.
-    """
-    return _group_of(parameter, table) is not None
-
-
-def _group_of(parameter: nn.Parameter, table: PartialTable) -> Group | None:
-    group = averaging_group(table, parameter)
-    return None if group is None or dist.get_world_size(group) == 1 else group
 
 
 @torch.no_grad()
@@ -128,7 +112,7 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]], names: Mapping[
     """
     found: dict[Any, list[_Gradient]] = {}
     for parameter, table in tables:
-        if (group := _group_of(parameter, table)) is not None:
+        if (group := table.averaging_group(parameter)) is not None:
             found.setdefault(group, []).append(
                 _Gradient(names.get(id(parameter), repr(table)), parameter, table)
             )

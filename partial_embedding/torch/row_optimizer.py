@@ -13,19 +13,17 @@ from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.blocks import Block
+from partial_embedding.torch.dry_run import LISTS, Group, State
 from partial_embedding.torch.engines import refuse_flat
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.inspection import (
     KEY,
-    Group,
-    State,
     StateLayout,
     first_state,
     inspect_optimizer,
     kind_of,
     options_of,
 )
-from partial_embedding.torch.row_average import is_averaged_here
 from partial_embedding.torch.saving import (
     Entries,
     check,
@@ -38,12 +36,9 @@ from partial_embedding.torch.saving import (
 from partial_embedding.torch.shards import check_sharding, is_sharded, local
 from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.table_state import TableState, clear_history
-from partial_embedding.torch.unheld import no_longer_await
+from partial_embedding.torch.trainable_rows import waiting
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-# What a group has one of for each parameter.
-_LISTS = ("params", "param_names")
 
 
 class Rowwise:
@@ -100,7 +95,7 @@ class Rowwise:
             if id(parameter) not in self.tables
         ]
         for *_, table in new:
-            no_longer_await(table)
+            waiting.discard(table)
         # All of them or none.
         made = [self._state_of(parameter, table, group) for group, parameter, table in new]
         for (group, parameter, table), state in zip(new, made, strict=True):
@@ -202,7 +197,7 @@ class Rowwise:
         groups = zip(self.optimizer.param_groups, self._stand_in.param_groups, strict=False)
         for group, seen in groups:
             if group is not seen:
-                group.update({key: v for key, v in seen.items() if key not in _LISTS})
+                group.update({key: v for key, v in seen.items() if key not in LISTS})
 
     @torch.no_grad()
     def _gather(self, stand_in: Optimizer, places: list[list[int]]) -> None:
@@ -218,7 +213,7 @@ class Rowwise:
             if not at:
                 continue
             # A closure may have set a rate.
-            seen.update({key: value for key, value in group.items() if key not in _LISTS})
+            seen.update({key: value for key, value in group.items() if key not in LISTS})
             params, names = list(group["params"]), list(group.get("param_names", ()))
             for i in reversed(at):
                 made = self._blocks_of(self.tables[id(params[i])], group, lent)
@@ -468,7 +463,7 @@ def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
 
 def _check_averaged(state: TableState) -> None:
     is_own = state.parameter.grad is not None and state.table.awaits_average
-    if is_own and is_averaged_here(state.parameter, state.table):
+    if is_own and state.table.averaging_group(state.parameter) is not None:
         raise InputError(
             "gradients of tables are averaged over all processes before a step. Received "
             f"that of {state.name!r} as this process made it. Call "

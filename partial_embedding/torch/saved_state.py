@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.blocks import Cohort
-from partial_embedding.torch.inspection import State
+from partial_embedding.torch.dry_run import State
 
 # What a cohort has under a key: nothing, a tensor by row, or what all of its rows share.
 _NOTHING, _ROWS, _TENSOR, _NONE, _FLOAT, _INT, _BOOL = range(7)

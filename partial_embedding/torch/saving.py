@@ -27,7 +27,8 @@ from torch.optim import Optimizer
 from partial_embedding.errors import InputError
 from partial_embedding.torch import shards
 from partial_embedding.torch.blocks import Cohort
-from partial_embedding.torch.inspection import KEY, Group, State, state_of_one_row
+from partial_embedding.torch.dry_run import Group, State
+from partial_embedding.torch.inspection import KEY, state_of_one_row
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.saved_state import (
     by_row,

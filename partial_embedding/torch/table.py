@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.hooks import RowHook, close_passage, hooks_on, tables_of
@@ -17,8 +18,9 @@ from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
-from partial_embedding.torch.trainable_rows import TrainableRows
-from partial_embedding.torch.unheld import await_a_step, no_longer_await, used_frozen
+from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
+
+Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
 _WIRING = (
@@ -54,6 +56,10 @@ class PartialTable(TrainableRows):
 
     _hooked = MappingProxyType({})
 
+    # What gives the processes over which each of these parameters is averaged by row; None where
+    # `DistributedDataParallel` reduces the table itself.
+    _averaged: Mapping[str, Callable[[], Group | None]] | None = MappingProxyType({})
+
     # Nor can it make anything of these.
     __jit_unused_properties__ = (
         "trainable_rows",
@@ -65,6 +71,7 @@ class PartialTable(TrainableRows):
         "leaf_weight",
         "has_leaf_weight",
         "is_sharded",
+        "is_left_to_ddp",
         "new_rows",
         "earlier_sizes",
         "origin",
@@ -74,7 +81,7 @@ class PartialTable(TrainableRows):
     # Tensors in these it would make attributes, which stay behind when the module moves.
     __jit_ignored_attributes__ = ("_hooked", "_passage")
 
-    # The hooks, and all that can make a hook disappear
+    # The parameters with an entry for each row
 
     def hookable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters with an entry for each row, now; and what an engine lends for a pass."""
@@ -94,6 +101,36 @@ class PartialTable(TrainableRows):
     def is_sharded(self) -> bool:
         """Whether this process has some rows of the weight only."""
         return "weight" in self._shards
+
+    # Among processes
+
+    def average_over(self, names: Iterable[str], group_of: Callable[[], Group | None]) -> None:
+        """Have parameters averaged by row from now on; a copy knows nothing of it.
+
+        Args:
+            names: Those of `row_parameters`.
+            group_of: Gives the processes, or None once nobody averages any more.
+        """
+        self.__dict__["_averaged"] = dict.fromkeys(names, group_of)
+
+    def leave_to_ddp(self) -> None:
+        """Know that `DistributedDataParallel` reduces the table itself."""
+        self.__dict__["_averaged"] = None
+
+    @property
+    def is_left_to_ddp(self) -> bool:
+        """Whether `DistributedDataParallel` reduces the table itself."""
+        return self._averaged is None
+
+    def averaging_group(self, parameter: nn.Parameter) -> Group | None:
+        """The processes over which a parameter is averaged by row, or None where it is not."""
+        for name, group_of in (self._averaged or {}).items():
+            if self.row_parameter(name) is parameter:
+                group = group_of()
+                return None if group is None or dist.get_world_size(group) == 1 else group
+        return None
+
+    # The hooks, and all that can make a hook disappear
 
     def take_dense(self, grad: Tensor) -> None:
         """Know that backward made a dense gradient of the weight; for tables that are to say so.
@@ -125,7 +162,7 @@ class PartialTable(TrainableRows):
             if (parameter := self.row_parameter(name)) is not None:
                 self._hook_up(name, parameter)
         if rows.row_set is not None:
-            await_a_step(self)  # a copy, too
+            waiting.add(self)  # a copy, too
 
     def attach(self) -> None:
         """Begin to freeze rows: for a module whose class was changed after it was made."""
@@ -137,7 +174,7 @@ class PartialTable(TrainableRows):
             self._unhook(name)
         for name in ("_shared", "is_copy", *_WIRING):
             self.__dict__.pop(name, None)
-        no_longer_await(self)
+        waiting.discard(self)
 
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:
@@ -203,7 +240,7 @@ class PartialTable(TrainableRows):
         if weight is not None and (weight is self._hooked.get("weight") or self.is_sharded):
             looks = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             if looks and not weight.requires_grad:
-                used_frozen(self)
+                used_frozen.add(self)
             return None
         if isinstance(weight, nn.Parameter) and torch.compiler.is_exporting():
             return None  # nothing is trained in a graph

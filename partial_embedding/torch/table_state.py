@@ -13,11 +13,8 @@ from torch.optim import Optimizer
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.blocks import Blocks, Cohort
-from partial_embedding.torch.inspection import (
-    Group,
-    State,
-    StateLayout,
-)
+from partial_embedding.torch.dry_run import Group, State
+from partial_embedding.torch.inspection import StateLayout
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import is_sharded, local, shard_of
 from partial_embedding.torch.table import PartialTable

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -21,7 +21,11 @@ from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import check_sharding
 from partial_embedding.torch.table_files import TableFiles
-from partial_embedding.torch.unheld import await_a_step
+
+# Tables whose rows were set, and that no optimizer has stepped since; and those of which rows were
+# looked up, to be learned from, while their weights took no gradients. `unheld` judges them.
+waiting: WeakSet[TrainableRows] = WeakSet()
+used_frozen: WeakSet[TrainableRows] = WeakSet()
 
 
 class Stepper(Protocol):
@@ -124,7 +128,7 @@ class TrainableRows(TableFiles):
         self._shared.row_set = row_set
         if row_set is None:
             return
-        await_a_step(self)
+        waiting.add(self)
         if self._shared.origin is not None:
             self._shared.origin.include(self.leaf_weight, row_set.ids)
         for told in self._shared.before_training:
@@ -269,7 +273,7 @@ class TrainableRows(TableFiles):
             stepper: What steps the rows.
         """
         # By a weak reference: a table does not keep its optimizers alive.
-        self.__dict__.setdefault("_steppers", weakref.WeakSet()).add(stepper)
+        self.__dict__.setdefault("_steppers", WeakSet()).add(stepper)
 
     def no_longer_stepped_by(self, stepper: Stepper) -> None:
         """Ask it no more.
@@ -277,7 +281,7 @@ class TrainableRows(TableFiles):
         Args:
             stepper: What `stepped_by` was given.
         """
-        self.__dict__.get("_steppers", weakref.WeakSet()).discard(stepper)
+        self.__dict__.get("_steppers", WeakSet()).discard(stepper)
 
     # The parameter that they are rows of
 
