@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.dry_run import Group, State
-from partial_embedding.torch.inspection import StateLayout, first_state, untouched_row_state
+from partial_embedding.torch.inspection import StateLayout, first_state, state_of_one_row
 from partial_embedding.torch.row_gradient import as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, run_of, sum_rows, write_rows
 from partial_embedding.torch.rowset import RowSet
@@ -280,9 +280,11 @@ class Blocks:
         if block.places is not None and state:
             whole = block.cohort.state
             if not whole:
-                row = untouched_row_state(optimizer, self.layout, group, self.values)
+                row = state_of_one_row(optimizer, self.layout, group, self.values)
                 rows = len(block.cohort.ids)
-                whole = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in row.items()}
+                whole = {
+                    k: row[k].expand(rows, *row[k].shape[1:]).clone() for k in self._per_row(row)
+                }
             for key in self._per_row(state):
                 if isinstance(block.places, slice):
                     whole[key][block.places] = state[key]  # mostly the same memory

@@ -87,16 +87,19 @@ class RowHook:
             if error is not None and table.has_frozen_rows:
                 raise error
         if is_sharded(grad):
-            return self._zero_in_shard(grad, table)
-        self._localise(parameter)
+            return _zero_in_shard(grad, parameter, table)
+        held = None if parameter is None else parameter.grad
+        if parameter is not None and held is not None and is_sharded(held):
+            # Backward adds to it, and it was made a `DTensor` for a norm.
+            parameter.grad = held = local(held)
         if isinstance(grad, RowGradient) and (entries := grad.entries()) is not None:
-            for held in entries if grad.is_cuda else ():
+            for one in entries if grad.is_cuda else ():
                 # Autograd tells the allocator of a tensor's own memory where streams differ.
-                held.record_stream(torch.cuda.current_stream(grad.device))
+                one.record_stream(torch.cuda.current_stream(grad.device))
             return grad  # by way of `by_rows`, which left out the frozen ones
         if grad.layout == torch.sparse_coo:
-            if table.is_left_to_ddp:
-                self._give_ddp_its_own(parameter)
+            if table.is_left_to_ddp and parameter is not None and isinstance(held, RowGradient):
+                parameter.grad = held.to_sparse()  # its own, which it adds to
             return _sparse_without_frozen(grad, table)
         if not grad.requires_grad:
             table.take_dense(grad)
@@ -112,25 +115,6 @@ class RowHook:
             after_backward(lambda: after_backward(lambda: _hold_rows_of(parameter)))
         else:
             _hold_rows_of(parameter)
-
-    def _zero_in_shard(self, grad: Tensor, table: PartialTable) -> Tensor:
-        parameter = self._parameter_of(table)
-        if parameter is None or not (table.has_frozen_rows or table.padding_row is not None):
-            return grad
-        if isinstance(local(grad), RowGradient):
-            return grad  # of rows that are split, which are asked for those that train
-        grad = as_placed(grad, parameter)
-        return sharded_like(_zero_where_frozen(local(grad), table, shard_of(parameter)), grad)
-
-    def _localise(self, parameter: nn.Parameter | None) -> None:
-        """Let backward add to a gradient that was made a `DTensor` for a norm."""
-        grad = None if parameter is None else parameter.grad
-        if parameter is not None and grad is not None and is_sharded(grad):
-            parameter.grad = local(grad)
-
-    def _give_ddp_its_own(self, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and isinstance(parameter.grad, RowGradient):
-            parameter.grad = parameter.grad.to_sparse()
 
 
 def is_any_hook() -> bool:
@@ -200,6 +184,15 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable, shard: Shard | None = 
     # A lookup gives it no gradient; a head that is tied, or another use of the weight, does.
     ids = torch.tensor([padding], device=grad.device)
     return grad.index_fill(0, ids if shard is None else shard.own(ids), 0)
+
+
+def _zero_in_shard(grad: Tensor, parameter: nn.Parameter | None, table: PartialTable) -> Tensor:
+    if parameter is None or not (table.has_frozen_rows or table.padding_row is not None):
+        return grad
+    if isinstance(local(grad), RowGradient):
+        return grad  # of rows that are split, which are asked for those that train
+    grad = as_placed(grad, parameter)
+    return sharded_like(_zero_where_frozen(local(grad), table, shard_of(parameter)), grad)
 
 
 def after_backward(call: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class Rowwise:
         made = [self._state_of(parameter, table, group) for group, parameter, table in new]
         for (group, parameter, table), state in zip(new, made, strict=True):
             self.tables[id(parameter)] = state
-            table.stepped_by(state)
+            table.steppers.add(state)
             if hasattr(self, "_hooks"):
                 state.adopt_from(self.optimizer, group)
 
@@ -352,7 +352,7 @@ class Rowwise:
             hook.remove()
         del vars(self.optimizer)["_rowwise"]
         for state in self.tables.values():
-            state.table.no_longer_stepped_by(state)
+            state.table.steppers.discard(state)
         if any(state.layout.flat for state in self.tables.values()):
             clear_history(self.optimizer)
         take_from(self.optimizer)
@@ -363,21 +363,13 @@ class Rowwise:
                     self.optimizer.state[param] = first_state(self.optimizer, group, param)
 
 
-class _Lent:
-    """A block that the stand-in steps.
+class _Lent(NamedTuple):
+    """A block that the stand-in steps, with the user's group that holds its table."""
 
-    Args:
-        state: The state of its table.
-        block: The block.
-        group: The user's group that holds the table.
-        alone: The group that the block steps in by itself, if it does.
-    """
-
-    def __init__(self, state: TableState, block: Block, group: Group, alone: Group | None) -> None:
-        self.state = state
-        self.block = block
-        self.group = group
-        self.alone = alone
+    state: TableState
+    block: Block
+    group: Group
+    alone: Group | None  # the group that the block steps in by itself, if it does
 
     @property
     def options(self) -> Group:

@@ -76,6 +76,7 @@ class PartialTable(TrainableRows):
         "earlier_sizes",
         "origin",
         "saves_rows",
+        "steppers",
     )
 
     # Tensors in these it would make attributes, which stay behind when the module moves.
@@ -139,7 +140,7 @@ class PartialTable(TrainableRows):
             grad: The gradient, of which frozen rows are zeroed next.
         """
 
-    def _wire(self) -> None:
+    def attach(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
         if not any(self._parameters.get(n) is not None for n in ("weight", "weight_orig")):
             return
@@ -163,10 +164,6 @@ class PartialTable(TrainableRows):
                 self._hook_up(name, parameter)
         if rows.row_set is not None:
             waiting.add(self)  # a copy, too
-
-    def attach(self) -> None:
-        """Begin to freeze rows: for a module whose class was changed after it was made."""
-        self._wire()
 
     def detach(self) -> None:
         """Stop freezing rows: for a module whose class is about to be changed back."""
@@ -212,18 +209,15 @@ class PartialTable(TrainableRows):
     def _unhook(self, name: str) -> None:
         for hook in self._hooks_on(self._hooked[name]):
             hook.remove()
-        self._set_hooked({key: value for key, value in self._hooked.items() if key != name})
+        # Past nn.Module's own way of setting attributes, here and below.
+        self.__dict__["_hooked"] = {n: one for n, one in self._hooked.items() if n != name}
 
     def _hook_up(self, name: str, parameter: nn.Parameter) -> None:
         if not (parameter.is_floating_point() or parameter.is_complex()):
             return
         if not self._hooks_on(parameter):
             RowHook(self, parameter)
-        self._set_hooked({**self._hooked, name: parameter})
-
-    def _set_hooked(self, hooked: Mapping[str, nn.Parameter]) -> None:
-        # Past nn.Module's own way of setting attributes.
-        self.__dict__["_hooked"] = hooked
+        self.__dict__["_hooked"] = {**self._hooked, name: parameter}
 
     def _hooks_on(self, parameter: nn.Parameter) -> list[RowHook]:
         return [hook for hook in hooks_on(parameter) if hook.is_of(self)]
@@ -275,7 +269,7 @@ class PartialTable(TrainableRows):
             self._check_tie(param)
         super().register_parameter(name, param)
         if name in self.row_parameters:
-            self._wire()
+            self.attach()
 
     def remember_origin(self) -> None:
         """Remember, from here on, what rows hold before they train; see `TableFiles`.
@@ -304,7 +298,7 @@ class PartialTable(TrainableRows):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         self.__dict__["is_copy"] = True
-        self._wire()
+        self.attach()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with self._rewired():
@@ -330,7 +324,7 @@ class PartialTable(TrainableRows):
                 one._backward_hooks = one._backward_hooks
                 one._post_accumulate_grad_hooks = one._post_accumulate_grad_hooks
             for table in tied:
-                table._wire()
+                table.attach()
 
     def extra_repr(self) -> str:
         """The plain module's description, and how many rows train."""

@@ -44,7 +44,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
     # What FSDP1 has flattened is refused where it is used, and not by other optimizers.
     standing = [t for t in waiting if t.has_leaf_weight and not is_flattened(t)]
     for table in standing:
-        if id(table.leaf_weight) in own or vars(table).get("_steppers"):
+        if id(table.leaf_weight) in own or table.steppers:
             waiting.discard(table)  # by this optimizer, or by one that has prepared itself
     suspects = [t for t in standing if t in waiting and _is_to_train(t) and t not in _warned]
     unheld = [t for t in suspects if judged.get(t) is not t._row_set]
