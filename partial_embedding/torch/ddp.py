@@ -30,12 +30,7 @@ _wrapped: weakref.WeakKeyDictionary[nn.Module, _Tables] = weakref.WeakKeyDiction
 
 
 class _Tables:
-    """The tables that are averaged beside one `DistributedDataParallel`.
-
-    Args:
-        ddp: What wraps the model.
-        model: The model.
-    """
+    """The tables of a model that are averaged beside the `DistributedDataParallel` around it."""
 
     def __init__(self, ddp: DistributedDataParallel, model: nn.Module) -> None:
         alive = weakref.ref(ddp)
@@ -74,9 +69,6 @@ def _take_tables_out(ddp: nn.Module, part: str, model: nn.Module | None) -> None
 
     All processes begin with the rows of the first one. Biases of heads stay, and where nothing but
     tables trains one table does, since `DistributedDataParallel` refuses to have nothing to do.
-
-    Raises:
-        InputError: A table has `max_norm`, or another shape or dtype in another process.
     """
     if model is None or part != "module" or not isinstance(ddp, DistributedDataParallel):
         return
@@ -101,11 +93,7 @@ def _take_tables_out(ddp: nn.Module, part: str, model: nn.Module | None) -> None
 
 
 def _what_stays(tables: Mapping[str, PartialTable], group: Group) -> set[int]:
-    """The weight that is left to `DistributedDataParallel`, by its id.
-
-    Raises:
-        InputError: Its gradient is sparse and the group is NCCL's.
-    """
+    """The weight that is left to `DistributedDataParallel`, by its id."""
     trained = {n: table for n, table in tables.items() if table.leaf_weight.requires_grad}
     # Of embeddings alone it takes sparse gradients.
     lookups = [n for n, table in trained.items() if not isinstance(table, nn.Linear)]

@@ -17,15 +17,7 @@ _LEAVE_OUT = (
 
 
 def refuse_flat(weight: Tensor, table: nn.Module) -> None:
-    """Refuse a part of a long vector in the place of a matrix, as FSDP1 puts it there.
-
-    Args:
-        weight: The weight of a table.
-        table: The table, which has frozen rows, or is about to.
-
-    Raises:
-        InputError: It is no matrix.
-    """
+    """Refuse a part of a long vector in the place of a matrix, as FSDP1 puts it there."""
     if weight.dim() == 1:
         raise InputError(
             "the rows of a table are those of a matrix. Received a vector of "
@@ -35,22 +27,14 @@ def refuse_flat(weight: Tensor, table: nn.Module) -> None:
 
 
 def is_flattened(table: nn.Module) -> bool:
-    """Whether FSDP1 has made the weight of a table a part of a long vector.
-
-    Args:
-        table: Any table.
-    """
+    """Whether FSDP1 has made the weight of a table a part of a long vector."""
     weight = table._parameters.get("weight")
     is_managed = bool(vars(table).get("_is_fsdp_managed_module"))
     return is_managed and (weight is None or weight.dim() == 1)
 
 
 def lost_weight(table: nn.Module) -> InputError:
-    """What to say of a table without any weight.
-
-    Args:
-        table: The table.
-    """
+    """What to say of a table without any weight."""
     if is_flattened(table):
         return InputError(
             f"the weight of a table is a parameter. Received a {type(table).__name__} whose weight "
@@ -82,14 +66,7 @@ def zero_error(parameter: nn.Parameter, table: nn.Module) -> InputError | None:
 
 
 def refuse_zero_redundancy(optimizer: Optimizer) -> None:
-    """Refuse torch's optimizer that steps other parameters in each process.
-
-    Args:
-        optimizer: An optimizer that holds tables.
-
-    Raises:
-        InputError: It is that one.
-    """
+    """Refuse torch's optimizer that steps other parameters in each process."""
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise InputError(
             "tables are stepped alike in each process. Received ZeroRedundancyOptimizer, which "

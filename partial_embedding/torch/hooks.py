@@ -28,12 +28,7 @@ _living: weakref.WeakSet[RowHook] = weakref.WeakSet()
 
 
 class RowHook:
-    """Keeps frozen rows out of the gradient of one parameter, and sparse gradients from view.
-
-    Args:
-        table: The table whose rows they are.
-        parameter: Its weight, or another parameter with an entry for each row.
-    """
+    """Keeps frozen rows out of the gradient of one parameter, and sparse gradients from view."""
 
     def __init__(self, table: PartialTable, parameter: nn.Parameter) -> None:
         # Weak, since the parameter may outlive the module, and must not keep it alive. The table is
@@ -64,11 +59,7 @@ class RowHook:
         return None
 
     def is_of(self, table: PartialTable) -> bool:
-        """Whether it is this table's.
-
-        Args:
-            table: Any table.
-        """
+        """Whether it is this table's."""
         return self._table() is table
 
     def remove(self) -> None:
@@ -123,21 +114,13 @@ def is_any_hook() -> bool:
 
 
 def hooks_on(parameter: Tensor) -> list[RowHook]:
-    """The hooks of tables on a parameter; tied tables have one each.
-
-    Args:
-        parameter: Any parameter.
-    """
+    """The hooks of tables on a parameter; tied tables have one each."""
     hooks = parameter._backward_hooks
     return [hook for hook in hooks.values() if isinstance(hook, RowHook)] if hooks else []
 
 
 def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
-    """The living tables whose rows a parameter holds.
-
-    Args:
-        parameter: Any parameter.
-    """
+    """The living tables whose rows a parameter holds."""
     for hook in hooks_on(parameter):
         if (table := hook.table) is not None:
             yield table
@@ -196,11 +179,7 @@ def _zero_in_shard(grad: Tensor, parameter: nn.Parameter | None, table: PartialT
 
 
 def after_backward(call: Callable[[], None]) -> None:
-    """Do something when the backward pass ends that runs now.
-
-    Args:
-        call: What is done.
-    """
+    """Do something when the backward pass ends that runs now."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
@@ -223,10 +202,6 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
 
     A hook on the weight may not put a dense gradient in the place of a sparse one, so that
     `torch.autograd.grad` would give what hardly any code for gradients takes.
-
-    Args:
-        weight: The weight, shape (V, D).
-        table: Its table.
     """
     if torch.compiler.is_compiling() or is_rewritten(weight):
         return weight
@@ -244,20 +219,12 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
 
 
 def close_passage(table: PartialTable) -> None:
-    """Forget the way to a weight that a table may no longer have.
-
-    Args:
-        table: The table.
-    """
+    """Forget the way to a weight that a table may no longer have."""
     vars(table).pop("_passage", None)
 
 
 def is_rewritten(*tensors: Tensor) -> bool:
-    """Whether something reads the graph or transforms it, and knows torch's functions alone.
-
-    Args:
-        tensors: What goes into the function.
-    """
+    """Whether something reads the graph or transforms it, and knows torch's functions alone."""
     for tensor in tensors:
         if isinstance(tensor, torch.fx.Proxy):
             return True

@@ -70,12 +70,7 @@ class StateLayout:
 
 
 def inspect_optimizer(optimizer: Optimizer, group: Group, weight: Tensor) -> StateLayout:
-    """Find out how an optimizer keeps its state, without touching it.
-
-    Args:
-        optimizer: The optimizer, stepped or not.
-        group: The options of the parameter group that holds the table.
-        weight: The table, for its device and dtype.
+    """Find out how an optimizer keeps its state of a weight, without touching either.
 
     Raises:
         InputError: Frozen rows, or late ones, could not be kept exact under this optimizer.
@@ -100,19 +95,12 @@ def kind_of(group: Group) -> tuple[Any, ...]:
 
     A momentum that a scheduler turns on makes state that was not there, one that it changes does
     not.
-
-    Args:
-        group: A parameter group.
     """
     return tuple((key, _kind(value)) for key, value in options_of(group).items())
 
 
 def options_of(group: Group) -> Group:
-    """What of a group can change how state is kept.
-
-    Args:
-        group: A parameter group.
-    """
+    """What of a group can change how state is kept."""
     return {key: value for key, value in group.items() if key not in _NO_OPTIONS}
 
 
@@ -125,27 +113,14 @@ def _kind(value: Any) -> Any:
 
 
 def first_state(optimizer: Optimizer, group: Group, block: nn.Parameter) -> State:
-    """The state that the optimizer's constructor makes for a parameter.
-
-    Args:
-        optimizer: An optimizer whose layout is eager.
-        group: The parameter group whose options count.
-        block: The parameter.
-    """
+    """The state that an optimizer's constructor makes for a parameter."""
     return dict(_constructed(optimizer, group, block).state.get(block, {}))
 
 
 def state_of_one_row(
     optimizer: Optimizer, layout: StateLayout, group: Group, weight: Tensor
 ) -> State:
-    """The state of a parameter of one row that was stepped once, with a gradient of zero.
-
-    Args:
-        optimizer: The optimizer.
-        layout: What `inspect_optimizer` found.
-        group: The parameter group whose options count.
-        weight: The table, for device, dtype and width.
-    """
+    """The state of a parameter of one row that was stepped once, with a gradient of zero."""
     row = weight.new_zeros(1, *weight.shape[1:])
     dry_run = _dry_run_of(optimizer, layout.sparse, layout.eager, group, row)
     # A zero row with a zero gradient stays what the optimizer starts from.
@@ -214,13 +189,7 @@ def _dry_run_of(
 
 
 def is_eager(optimizer: Optimizer, group: Group, weight: Tensor) -> bool:
-    """Whether an optimizer's constructor makes state, which its step looks for.
-
-    Args:
-        optimizer: The optimizer.
-        group: The parameter group whose options count.
-        weight: A parameter of it, for its axes and device.
-    """
+    """Whether an optimizer's constructor makes state, which its step looks for."""
     sparse = isinstance(optimizer, SparseAdam)
     try:
         _dry_run_of(optimizer, sparse, False, group, _scratch(2, weight)).step()

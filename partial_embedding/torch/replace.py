@@ -121,11 +121,7 @@ def restore_embedding(model: nn.Module) -> list[str]:
 
 
 def find_table(model: nn.Module, name: str | nn.Module | None) -> Any:
-    """The embedding or head that is meant, with a weight whose rows can be frozen.
-
-    Args:
-        model: The model.
-        name: As for `replace_embedding`.
+    """The embedding or head that is meant, as for `replace_embedding`.
 
     Raises:
         InputError: There is none, there are several, or its weight is no plain matrix.
@@ -175,12 +171,7 @@ def _told(name: str | nn.Module) -> str:
 
 
 def users_of(model: nn.Module, table: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that have a table's weight, by name, the table itself first.
-
-    Args:
-        model: The model.
-        table: A module of it.
-    """
+    """The modules that have a table's weight, by name, the table itself first."""
     having = [
         (name, module)
         for name, module in model.named_modules()
@@ -222,16 +213,7 @@ def _check_weight(name: str, module: Any) -> None:
 
 
 def check_replaceable(model: nn.Module, table: Any, sparse: bool) -> None:
-    """Refuse a table that could not be replaced with all that has its weight.
-
-    Args:
-        model: The model.
-        table: A module that `find_table` gave.
-        sparse: As for `replace_embedding`.
-
-    Raises:
-        InputError: An option of a module needs a dense gradient, or `max_norm` is out of reach.
-    """
+    """Refuse a table that could not be replaced with all that has its weight."""
     for name, module in users_of(model, table):
         if isinstance(module, PartialTable):
             continue
@@ -284,16 +266,9 @@ def _padding_row(model: nn.Module, table: Any) -> int:
 
 
 def train_only(model: nn.Module, table: Any, ids: Ids, sparse: bool) -> dict[str, nn.Module]:
-    """Make a table and all that has its weight partly trainable, if they are not yet.
+    """Make a table and all that has its weight, which are returned, partly trainable.
 
-    Args:
-        model: The model.
-        table: A module that `find_table` and `check_replaceable` have passed.
-        ids: The rows that train from here on, sorted, int64, shape (K,).
-        sparse: As for `replace_embedding`.
-
-    Returns:
-        Every module that has the weight, by name.
+    `find_table` and `check_replaceable` come first, and `ids` are sorted.
     """
     users = dict(users_of(model, table))
     for module in users.values():

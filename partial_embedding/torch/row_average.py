@@ -25,14 +25,7 @@ _NONE, _SPARSE, _DENSE = 0, 1, 2
 
 
 def check_max_norm(tables: Mapping[str, PartialTable]) -> None:
-    """Refuse what would make processes part.
-
-    Args:
-        tables: Tables by name.
-
-    Raises:
-        InputError: A table has `max_norm`, and there are several processes.
-    """
+    """Refuse `max_norm` among several processes, which would part."""
     for name, table in tables.items():
         if getattr(table, "max_norm", None) is not None and dist.get_world_size() > 1:
             raise InputError(
@@ -43,30 +36,14 @@ def check_max_norm(tables: Mapping[str, PartialTable]) -> None:
 
 @torch.no_grad()
 def begin_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
-    """Give all processes the values of the first one; each of them calls this.
-
-    Args:
-        parameters: Those of tables, by name.
-        group: The processes.
-
-    Raises:
-        InputError: One has another shape or dtype in another process.
-    """
+    """Give all processes the values of the first one; each of them calls this."""
     check_alike(parameters, group)
     for parameter in parameters.values():
         dist.broadcast(parameter.detach(), dist.get_global_rank(group, 0), group=group)
 
 
 def check_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
-    """Refuse processes that made tables of other sizes; each of them calls this.
-
-    Args:
-        parameters: Those of tables, by name.
-        group: The processes.
-
-    Raises:
-        InputError: One has another shape or dtype in another process; all raise the same.
-    """
+    """Refuse processes that made tables of other sizes; each of them calls this."""
     shapes = {name: (*one.shape, str(one.dtype)) for name, one in parameters.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, shapes, group=group)
@@ -128,13 +105,7 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]], names: Mapping[
 
 
 class _Gradient:
-    """What this process has for the mean of one table.
-
-    Args:
-        name: Its name in messages.
-        weight: Its weight.
-        table: The table.
-    """
+    """What this process has for the mean of one table, with its name in messages."""
 
     def __init__(self, name: str, weight: nn.Parameter, table: PartialTable) -> None:
         self.name = name

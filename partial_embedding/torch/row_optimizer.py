@@ -148,11 +148,7 @@ class Rowwise:
         return with_gradients(args, kwargs, lambda: self._gather(stand_in, places), self._scatter)
 
     def _find_tables(self) -> list[list[int]]:
-        """Where in each group the tables stand.
-
-        Raises:
-            InputError: One of them is gone, or no longer what it was.
-        """
+        """Where in each group the tables stand; refuses to go on without one of them."""
         groups = [group["params"] for group in self.optimizer.param_groups]
         # Once a step, and by what costs next to nothing: a model may have thousands of parameters.
         hooked = (p for group in groups for p in group if p._backward_hooks)
@@ -201,11 +197,7 @@ class Rowwise:
 
     @torch.no_grad()
     def _gather(self, stand_in: Optimizer, places: list[list[int]]) -> None:
-        """Put compact parameters in the place of the tables.
-
-        Raises:
-            InputError: A gradient that the processes should share was not averaged.
-        """
+        """Put compact parameters in the place of the tables."""
         for state in self.tables.values():
             _check_averaged(state)
         own, lent = self.optimizer.param_groups, stand_in.param_groups
@@ -385,13 +377,9 @@ def with_gradients(
     then: Callable[[], None],
     before: Callable[[], None] = lambda: None,
 ) -> Arguments:
-    """The arguments of a step that does something when it has its gradients.
+    """The arguments of a step that calls `then` when it has its gradients.
 
-    Args:
-        args: The positional arguments of the step.
-        kwargs: The others.
-        then: Called where there are gradients: now, or after each call of a closure.
-        before: Called before each call of a closure.
+    That is now, or after each call of a closure, `before` which something may be called, too.
     """
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None:
@@ -413,11 +401,7 @@ def with_gradients(
 
 
 def held_tables(optimizer: Optimizer) -> Iterator[tuple[Group, nn.Parameter, PartialTable]]:
-    """The parameters of tables among those of an optimizer, with their groups.
-
-    Args:
-        optimizer: Any optimizer, not wrapped.
-    """
+    """The parameters of tables among those of an optimizer, not wrapped, with their groups."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for table in tables_of(parameter):
@@ -431,15 +415,7 @@ def _name_in(group: Group, parameter: nn.Parameter) -> str | None:
 
 
 def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
-    """Refuse a table whose rows are to train while its weight gets no gradient.
-
-    Args:
-        table: The table.
-        name: Its name.
-
-    Raises:
-        InputError: The weight does not require gradients, and some rows are to train.
-    """
+    """Refuse a table whose rows are to train while its weight gets no gradient."""
     if table.leaf_weight.requires_grad or not table.has_frozen_rows or not len(table.row_set):
         return
     if table.is_copy:

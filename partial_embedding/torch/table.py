@@ -106,12 +106,7 @@ class PartialTable(TrainableRows):
     # Among processes
 
     def average_over(self, names: Iterable[str], group_of: Callable[[], Group | None]) -> None:
-        """Have parameters averaged by row from now on; a copy knows nothing of it.
-
-        Args:
-            names: Those of `row_parameters`.
-            group_of: Gives the processes, or None once nobody averages any more.
-        """
+        """Have parameters averaged by row from now on, until `group_of` gives no processes more."""
         self.__dict__["_averaged"] = dict.fromkeys(names, group_of)
 
     def leave_to_ddp(self) -> None:
@@ -134,11 +129,7 @@ class PartialTable(TrainableRows):
     # The hooks, and all that can make a hook disappear
 
     def take_dense(self, grad: Tensor) -> None:
-        """Know that backward made a dense gradient of the weight; for tables that are to say so.
-
-        Args:
-            grad: The gradient, of which frozen rows are zeroed next.
-        """
+        """Know that backward made a dense gradient of the weight; for tables that are to say so."""
 
     def attach(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
@@ -250,15 +241,7 @@ class PartialTable(TrainableRows):
         return torch.where(self.row_set.mask.unsqueeze(-1), in_use, in_use.detach())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Hook a new weight; torch's own way of setting an attribute comes by here too.
-
-        Args:
-            name: The parameter's name.
-            param: The parameter.
-
-        Raises:
-            InputError: It is the weight of a table that trains other rows.
-        """
+        """Hook a new weight; torch's own way of setting an attribute comes by here too."""
         shard = self._shards.get(name)
         if shard is not None and param is not None and is_lent(param, shard, self):
             super().register_parameter(name, param)
@@ -272,11 +255,7 @@ class PartialTable(TrainableRows):
             self.attach()
 
     def remember_origin(self) -> None:
-        """Remember, from here on, what rows hold before they train; see `TableFiles`.
-
-        Raises:
-            InputError: Processes share the table.
-        """
+        """Remember, from here on, what rows hold before they train; see `TableFiles`."""
         if self.is_sharded:
             raise InputError(
                 "rows are saved alone of a table that is whole in each process. Received a "
@@ -334,22 +313,14 @@ class PartialTable(TrainableRows):
 
 
 def tables_in(model: nn.Module) -> Iterator[tuple[str, PartialTable]]:
-    """The tables of a model with their names; of those that are tied, only the first.
-
-    Args:
-        model: Any module.
-    """
+    """The tables of a model with their names; of those that are tied, only the first."""
     for name, table, parameter in row_parameters_in(model):
         if parameter is table.leaf_weight:
             yield name, table
 
 
 def row_parameters_in(model: nn.Module) -> Iterator[tuple[str, PartialTable, nn.Parameter]]:
-    """The parameters of a model of which only rows train, each once, with names for messages.
-
-    Args:
-        model: Any module.
-    """
+    """The parameters of a model of which only rows train, each once, with names for messages."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         for attribute in module.row_parameters if isinstance(module, PartialTable) else ():

@@ -209,16 +209,7 @@ class TrainableRows(TableFiles):
         return Rows.parse(rows).resolve(self.leaf_weight.shape[0], new=self._shared.new_rows)
 
     def set_trainable_ids(self, ids: Ids, rate_scale: RateScale | None = None) -> None:
-        """Train exactly these rows, given as `Rows.resolve` gives them; there may be none.
-
-        Args:
-            ids: Sorted ids without duplicates, int64, shape (K,).
-            rate_scale: How fast the rows learn that join.
-
-        Raises:
-            InputError: The table's optimizer cannot keep the rate_scale, or its weight is sharded
-                in a way that cannot be served.
-        """
+        """Train exactly these rows, given as `Rows.resolve` gives them; there may be none."""
         self.check_rate_scale(rate_scale)
         self.__dict__.pop("is_copy", None)
         if self.padding_row is not None:
@@ -236,14 +227,7 @@ class TrainableRows(TableFiles):
         self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
 
     def check_rate_scale(self, rate_scale: RateScale | None) -> None:
-        """Refuse a rate_scale that the table's optimizer cannot keep.
-
-        Args:
-            rate_scale: How fast rows would learn.
-
-        Raises:
-            InputError: It is none, or the optimizer cannot keep it.
-        """
+        """Refuse a rate that the table's optimizer cannot keep."""
         if rate_scale is None:
             return
         if not isinstance(rate_scale, RateScale):
@@ -269,9 +253,6 @@ class TrainableRows(TableFiles):
         """The parameter that `weight` is, or that it is computed from.
 
         Pruning and parametrizations, such as `spectral_norm`, put the parameter aside.
-
-        Raises:
-            InputError: There is none with the same rows.
         """
         weight = self._find_leaf_weight()
         if weight is None:

@@ -27,13 +27,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
     """Refuse to step a model with a table whose rows are to train, and that no optimizer holds.
 
     Where the weight takes gradients, its owner may mean to train it later, or never: that is a
-    warning, once for each table.
-
-    Args:
-        optimizer: What is about to step.
-
-    Raises:
-        InputError: There is one whose weight takes no gradients. Nothing has moved then.
+    warning, once for each table. Where it is refused nothing has moved.
     """
     if not waiting:
         return
