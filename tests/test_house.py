@@ -378,7 +378,7 @@ MEANINGS: dict[str, dict[str, str]] = {
     },
     "group": {
         "a parameter group of an optimizer": "torch callbacks/lightning_monitor",
-        "a process group": "torch/averaged torch/ddp torch/shards torch/split torch/whole",
+        "a process group": "torch/ddp torch/shards torch/table torch/split torch/whole",
     },
 }
 
