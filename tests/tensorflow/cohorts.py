@@ -147,3 +147,17 @@ def assert_cohorts_train_as_alone(
         rows = SCALED.get(step, (rows,))[0]
         frozen = np.setdiff1d(np.arange(NUM_ROWS), rows)
         assert after[frozen].tobytes() == before[frozen].tobytes()
+
+
+class TwoOptimizers(keras.Model):  # type: ignore[misc]
+    """One optimizer for the table, another for the rest; the one of `compile` steps nothing."""
+
+    def train_step(self, data: Any) -> Any:
+        ids, targets = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=targets, y_pred=self(ids, training=True))
+        words, *rest = self.trainable_variables
+        gradients = tape.gradient(loss, [words, *rest])
+        self.of_table.apply_gradients([(gradients[0], words)])
+        self.of_rest.apply_gradients(zip(gradients[1:], rest, strict=True))
+        return {"loss": loss}
