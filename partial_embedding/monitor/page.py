@@ -24,7 +24,7 @@ from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import Drift, MovedRow, RowTrack
 from partial_embedding.rows.token_text import printable
 from partial_embedding.schedule.messages import percent
-from partial_embedding.schedule.preview import Planned
+from partial_embedding.schedule.preview import Planned, rate_texts
 
 # A number of a metric gets better downwards if its name says so.
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse")
@@ -183,8 +183,6 @@ def _schedule(name: str, track: RowTrack, record: RowRecord) -> Section:
 
 
 def _planned_row(step: Planned, num_rows: int) -> list[str]:
-    rate, warmup = step.rate_scale.lr_scale, step.rate_scale.warmup_steps
-    said = [f"lr × {rate:.3g}"] * (rate != 1) + [f"warm-up of {warmup:,} steps"] * bool(warmup)
     return [
         step.place,
         f"{step.trainable:,}",
@@ -192,7 +190,7 @@ def _planned_row(step: Planned, num_rows: int) -> list[str]:
         f"{step.joining:,}" if step.joining else _NONE,
         f"{step.leaving:,}" if step.leaving else _NONE,
         _NONE if step.covered is None else f"{100 * step.covered:.1f} %",
-        ", ".join(said) or _NONE,
+        ", ".join(rate_texts(step.rate_scale)) or _NONE,
     ]
 
 

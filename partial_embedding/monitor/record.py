@@ -154,8 +154,8 @@ class RunRecorder:
         self.size = size
         self.vocabulary = vocabulary
         self._samples: dict[str, TableSample] = {}
-        self._paddings: dict[str, int | None] = {}
-        self._new_rows: dict[str, Ids | None] = {}
+        # The row of padding, and the rows by which a table grew last: what a plan asks for.
+        self._special: dict[str, tuple[int | None, Ids | None]] = {}
         self._restored = restored or {"tables": {}, "scores": []}
         scores = [Score(**score) for score in self._restored["scores"]]
         self._record = RowRecord(scores=scores, length=length, epoch_steps=epoch_steps)
@@ -180,18 +180,13 @@ class RunRecorder:
     ) -> TableSample:
         """Sample a table from now on, or from where the run that this one continues stopped.
 
-        Args:
-            name: Its name.
-            rows: Reads rows: from sorted ids, int64, shape (n,), to float32, shape (n, D).
-            num_rows: Its rows V.
-            padding: The row of padding, which is not sampled.
-            new: The rows by which it grew last.
+        The arguments are those of `TableSample`, and the rows by which the table grew last.
         """
         sample = TableSample(rows, num_rows, self.unit, self.size, self.vocabulary, padding)
         if (saved := self._restored["tables"].get(name)) is not None:
             sample.restore(saved)
         self._samples[name] = sample
-        self._paddings[name], self._new_rows[name] = padding, new
+        self._special[name] = padding, new
         return sample
 
     def add_score(self, metrics: Mapping[str, float]) -> None:
@@ -226,8 +221,7 @@ class RunRecorder:
                 moving.vocabulary or self.vocabulary,
                 1 if record.epoch_steps is None else record.length or length,
                 record.epoch_steps or length,
-                self._paddings[name],
-                self._new_rows[name],
+                *self._special[name],
             )
             record.schedules[name] = _written(schedule)
             # What a plateau is planned with is made up, and long.
@@ -245,10 +239,7 @@ def write_record(path: str | os.PathLike[str], record: RowRecord) -> None:
 
 
 def read_record(run: str | os.PathLike[str]) -> RowRecord:
-    """Read the record of a run.
-
-    Args:
-        run: The folder of the run, or the file itself.
+    """Read the record of a run, from its folder or the file itself.
 
     Raises:
         InputError: There is no such file, or `RowMonitor` did not write it.
@@ -281,9 +272,7 @@ def _written(schedule: Schedule) -> str:
     config = schedule.to_config()
     lines = ["stages:", *(f"- {_yaml(stage)}" for stage in config.pop("stages"))]
     lines += [f"{key}: {_yaml(value)}" for key, value in config.items()]
-    return "\n".join(
-        line if len(line) <= _MOST_TEXT else f"{line[:_MOST_TEXT]} …" for line in lines
-    )
+    return "\n".join(f"{s[:_MOST_TEXT]} …" if len(s) > _MOST_TEXT else s for s in lines)
 
 
 def _yaml(value: Any) -> str:

@@ -37,9 +37,6 @@ class _Sampled:
     ids: Ids
     start: Values
 
-    def only(self, stay: NDArray[np.bool_]) -> _Sampled:
-        return _Sampled(self.ids[stay], self.start[stay])
-
 
 class TableSample:
     """Measures a sample of a table's rows, the same way for every framework.
@@ -124,12 +121,7 @@ class TableSample:
     # Which rows train
 
     def note_rows(self, trainable: NDArray[np.bool_], place: float) -> None:
-        """Take in which rows train, each time that this changes.
-
-        Args:
-            trainable: Whether each row trains, shape (V,).
-            place: Where training stands.
-        """
+        """Take in which rows train, shape (V,), each time that this changes."""
         track, count = self.track, int(np.count_nonzero(trainable))
         self.cohort_of[~trainable] = _FROZEN
         for number, cohort in self._cohorts.items():
@@ -137,7 +129,7 @@ class TableSample:
             if not stay.all():
                 # Those that are left of the first rows are the first of those that are left.
                 self._near[number] = self._near[number][stay[: len(self._near[number])]]
-                self._cohorts[number] = cohort.only(stay)
+                self._cohorts[number] = _Sampled(cohort.ids[stay], cohort.start[stay])
         joining = np.flatnonzero(trainable & (self.cohort_of == _FROZEN))
         if not track.trainable or track.trainable[-1][1] != count or joining.size:
             track.trainable.append((place, count))
@@ -170,12 +162,7 @@ class TableSample:
         self._before = {n: self.rows(cohort.ids) for n, cohort in self._cohorts.items()}
 
     def gradient_norms(self, ids: Ids, squares: NDArray[np.floating]) -> dict[int, float]:
-        """The norm of the gradient of each cohort.
-
-        Args:
-            ids: The rows that have a gradient, each once, shape (n,).
-            squares: The sum of the squares of each row's gradient, shape (n,).
-        """
+        """The norm of the gradient of each cohort, from the sums of squares of rows, each once."""
         cohorts = self.cohort_of[ids].astype(np.int64)
         kept = cohorts != _FROZEN
         sums = np.bincount(cohorts[kept], weights=squares[kept], minlength=_MOST_COHORTS)
@@ -192,16 +179,13 @@ class TableSample:
         gradient_norms: Mapping[int, float] | None = None,
         rates: Mapping[int, float] | None = None,
     ) -> dict[str, float]:
-        """Measure once.
+        """Measure once, and give the metrics by name.
 
         Args:
             place: Where training stands.
             token_share: The share of the batch's tokens whose rows train, if known.
             gradient_norms: The norm of the gradient of each cohort, if known.
             rates: The learning rate of each cohort, if known.
-
-        Returns:
-            The metrics by name.
         """
         track = self.track
         track.end = place
@@ -305,12 +289,9 @@ def nearest(queries: Values, vectors: Values, most: int, own: Ids) -> Ids:
     Args:
         queries: The rows whose neighbours are wanted, shape (q, D).
         vectors: The rows among which they are looked for, shape (n, D).
-        most: How many neighbours to find; there are n - 1 at most.
+        most: How many to find, the nearest first; there are n - 1 at most.
         own: The place of each query among `vectors`, int64, shape (q,); -1 for one that is not
             there. No row is a neighbour of itself.
-
-    Returns:
-        Places among `vectors`, the nearest first, int64, shape (q, min(most, n - 1)).
 
     Example:
         >>> vectors = np.array([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]], np.float32)
@@ -329,11 +310,7 @@ def nearest(queries: Values, vectors: Values, most: int, own: Ids) -> Ids:
 
 
 def share_kept(before: Ids, after: Ids) -> float:
-    """The share of neighbours that stayed, whatever their order.
-
-    Args:
-        before: The neighbours of each row, shape (q, n), none of them twice.
-        after: The neighbours of the same rows later, the same shape.
+    """The share of neighbours, shape (q, n), none of them twice, that stayed in whatever order.
 
     Example:
         >>> share_kept(np.array([[4, 2]]), np.array([[2, 7]]))

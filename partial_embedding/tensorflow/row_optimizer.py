@@ -34,10 +34,7 @@ class _Table:
     """A partial table, and the optimizer of its rows."""
 
     state: TableState
-    rows: Any
     optimizer: Any
-    # The optimizer step at which each reserved row joined, or -1; shape (R,).
-    joined_at: Any
     scales: RowScales
     # The sum of squares of each row's last gradient, float32, shape (R,), where it is measured.
     squares: Any = None
@@ -113,10 +110,9 @@ class Rowwise(keras.optimizers.Optimizer):
                 "lazy=True on several replicas needs an optimizer that is built before the first "
                 "step. Received one that is not. Call optimizer.build(model.trainable_variables)."
             )
-        states = [state_in(variable) for variable in variables]
+        states = list(map(state_in, variables))
         for state in states:
-            constrained = state is not None and state.layer.embeddings_constraint is not None
-            if self.lazy and constrained:
+            if self.lazy and state is not None and state.layer.embeddings_constraint is not None:
                 raise InputError(
                     "lazy=True steps touched rows only, a constraint looks at all. Received a "
                     "PartialEmbedding with embeddings_constraint. Use one of the two."
@@ -124,10 +120,7 @@ class Rowwise(keras.optimizers.Optimizer):
         super().build(variables)
         rest = self._copy()
         rest.build([v for v, state in zip(variables, states, strict=True) if state is None])
-        tables = [
-            None if state is None else self._table(v, state)
-            for v, state in zip(variables, states, strict=True)
-        ]
+        tables = [None if state is None else self._table(state) for state in states]
         for optimizer in (*(table.optimizer for table in tables if table), rest):
             for variable in state_of(optimizer):
                 # As a variable of its own: whatever saves, restores or counts an optimizer's
@@ -135,8 +128,8 @@ class Rowwise(keras.optimizers.Optimizer):
                 self._track_variable(variable)
         self._parts = _Parts(rest, tables)
 
-    def _table(self, rows: Any, state: TableState) -> _Table:
-        optimizer = self._copy()
+    def _table(self, state: TableState) -> _Table:
+        rows, optimizer = state.rows, self._copy()
         optimizer.build([rows])
         shape, name = (rows.shape[0],), rows.path.replace("/", "_")
         never = keras.initializers.Constant(-1)
@@ -144,7 +137,7 @@ class Rowwise(keras.optimizers.Optimizer):
         scale = self.add_variable(shape, "ones", "float32", name=f"{name}_lr_scale")
         warmup = self.add_variable(shape, "ones", "int64", name=f"{name}_warmup_steps")
         state.optimizer = self
-        return _Table(state, rows, optimizer, joined_at, RowScales(joined_at, scale, warmup))
+        return _Table(state, optimizer, RowScales(joined_at, scale, warmup))
 
     @property
     def _tables(self) -> list[_Table]:
@@ -185,17 +178,17 @@ class Rowwise(keras.optimizers.Optimizer):
         Pinning reads all reserved rows, while lazily no other row than unfrozen ones move. Keras
         asks for constraints while it traces the step, so nothing remains changed.
         """
-        constraints = [table.rows.constraint for table in self._tables]
+        pinned = [table.state.rows for table in self._tables if self.lazy]
+        constraints = [rows.constraint for rows in pinned]
         self._step.is_made = True
-        if self.lazy:
-            for table in self._tables:
-                table.rows.constraint = None
+        for rows in pinned:
+            rows.constraint = None
         try:
             yield
         finally:
             self._step.is_made = False
-            for table, constraint in zip(self._tables, constraints, strict=True):
-                table.rows.constraint = constraint
+            for rows, constraint in zip(pinned, constraints, strict=True):
+                rows.constraint = constraint
 
     def _backend_apply_gradients(self, grads: list[Any], variables: list[Any]) -> None:
         self._step.variables = variables
@@ -242,7 +235,7 @@ class Rowwise(keras.optimizers.Optimizer):
                 gradient = summed(gradient)
             self._step_some(table, gradient, variable, learning_rate)
         else:
-            ages = self._ages(table.joined_at)[:, tf.newaxis]
+            ages = self._ages(table)
             rates = table.scales.rates(learning_rate, ages)
             worker(table.optimizer, ages).update_step(gradient, variable, rates)
 
@@ -253,7 +246,7 @@ class Rowwise(keras.optimizers.Optimizer):
         for variable, average, table in zip(
             variables, averages, self._optimizers.tables, strict=True
         ):
-            steps = self.iterations if table is None else self._ages(table.joined_at)[:, tf.newaxis]
+            steps = self.iterations if table is None else self._ages(table)
             kept = tf.cast(steps != 0, average.dtype) * self.ema_momentum
             average.assign(kept * average + (1 - kept) * variable)
 
@@ -275,13 +268,9 @@ class Rowwise(keras.optimizers.Optimizer):
         return self._step.is_measured is not None
 
     def row_squares(self, layer: Any) -> tuple[Ids, NDArray[np.float32]] | None:
-        """The rows whose last measured gradient is not zero, and the sums of its squares.
+        """The rows of a layer whose last measured gradient is not zero, and the sums of squares.
 
-        Args:
-            layer: A `PartialEmbedding`.
-
-        Returns:
-            Sorted ids, int64, shape (n,), and float32, shape (n,); None if none was measured.
+        They are sorted ids, int64, and float32, both of shape (n,); None if none was measured.
         """
         for table in self._tables:
             if table.squares is not None and table.state is layer.table_state:
@@ -301,11 +290,13 @@ class Rowwise(keras.optimizers.Optimizer):
         for table, _ in pairs:
             if table.squares is None:
                 with tf.init_scope():
-                    table.squares = tf.Variable(tf.zeros(table.rows.shape[0]), trainable=False)
+                    table.squares = tf.Variable(
+                        tf.zeros_like(table.state.unfrozen), trainable=False
+                    )
 
         def note() -> None:
             for table, gradient in pairs:
-                table.squares.assign(row_squares(gradient, table.rows.shape[0]))
+                table.squares.assign(row_squares(gradient, len(table.state.reserved)))
 
         tf.cond(self._step.is_measured, note, lambda: None)
 
@@ -320,11 +311,12 @@ class Rowwise(keras.optimizers.Optimizer):
         assert self._parts is not None  # Keras builds before it steps
         return self._parts
 
-    def _ages(self, joined_at: Any) -> Any:
-        """The steps that each row has made; 0 for rows that do not train."""
-        joined_at = tf.convert_to_tensor(joined_at)
+    def _ages(self, table: _Table, slots: Any = None) -> Any:
+        """The steps that rows have made, or those in some slots; 0 for rows that do not train."""
+        kept = table.scales.joined_at
+        joined_at = tf.convert_to_tensor(kept) if slots is None else tf.gather(kept.value, slots)
         now = tf.cast(self.iterations, tf.int64)
-        return tf.where(joined_at >= 0, now - joined_at, 0)
+        return tf.where(joined_at >= 0, now - joined_at, 0)[:, tf.newaxis]
 
     def _each(self, variables: list[Any], step: Any) -> None:
         """Call `step` for the table of each variable, on every replica."""
@@ -344,8 +336,8 @@ class Rowwise(keras.optimizers.Optimizer):
 
     def _welcome(self, table: _Table, weights: Any) -> None:
         """Begin afresh for rows that train since the last step."""
-        trains = table.state.is_unfrozen()
-        joined_at = tf.convert_to_tensor(table.joined_at)
+        trains, kept = table.state.is_unfrozen(), table.scales.joined_at
+        joined_at = tf.convert_to_tensor(kept)
 
         def begin() -> None:
             joins = trains & (joined_at < 0)
@@ -353,7 +345,7 @@ class Rowwise(keras.optimizers.Optimizer):
                 first = first_value(table.optimizer, state, weights)
                 state.assign(tf.where(joins[:, tf.newaxis], first, state))
             since = tf.where(joins, tf.cast(self.iterations, tf.int64), joined_at)
-            table.joined_at.assign(tf.where(trains, since, -1))
+            kept.assign(tf.where(trains, since, -1))
 
         # From the two variables alone, so that it is right after either of them was restored.
         tf.cond(tf.reduce_any(trains != (joined_at >= 0)), begin, lambda: None)
@@ -362,8 +354,7 @@ class Rowwise(keras.optimizers.Optimizer):
         """Decay weights as Keras does, at the learning rate of each row."""
         if not self._use_weight_decay(weights):
             return
-        ages = self._ages(table.joined_at)[:, tf.newaxis]
-        rates = table.scales.rates(self.learning_rate, ages)
+        rates = table.scales.rates(self.learning_rate, self._ages(table))
         decay = tf.cast(self.weight_decay, weights.dtype)
         weights.assign_sub(weights * decay * tf.cast(rates, weights.dtype))
 
@@ -374,12 +365,12 @@ class Rowwise(keras.optimizers.Optimizer):
         slots = tf.maximum(gradient.indices, 0)
         key = self._var_key(variable)
         weights, *held = (HeldRows(tf.gather(v, slots), key) for v in (variable, *states))
-        ages = self._ages(tf.gather(table.joined_at.value, slots))[:, tf.newaxis]
+        ages = self._ages(table, slots)
         rate = table.scales.rates(rate, ages, slots)
         if self.weight_decay is not None and self._use_weight_decay(variable):
             decay = tf.cast(self.weight_decay, weights.dtype)
             weights.assign_sub(weights * decay * tf.cast(rate, weights.dtype))
-        pairs = list(zip(state_of(table.optimizer), held, strict=True))
+        pairs = zip(state_of(table.optimizer), held, strict=True)
         worker(table.optimizer, ages, pairs).update_step(gradient.values, weights, rate)
         for target, new in zip((variable, *states), (weights, *held), strict=True):
             write_rows(target, gradient.indices, new.value)
