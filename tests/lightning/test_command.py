@@ -15,8 +15,7 @@ import torch
 import yaml
 
 from partial_embedding.cli import main
-from partial_embedding.recipes.checkpoints import WholeCheckpoints
-from partial_embedding.recipes.run_folder import RunLogger
+from partial_embedding.recipes.run_folder import RunLogger, WholeCheckpoints
 from partial_embedding.recipes.text_classifier import TextBatch, TextClassifier
 
 RUN = Path("runs/version_0")
