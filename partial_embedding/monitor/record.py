@@ -54,11 +54,6 @@ class RowRecord:
         audit: The frozen rows of each stage, and how many changed a bit; empty without an audit.
         length: The epochs that were planned, where that is known.
         epoch_steps: The optimizer steps of an epoch, where that is known.
-
-    Example:
-        >>> record = RowRecord({"words": RowTrack(10, 1.0)})
-        >>> RowRecord.from_state(record.to_state()) == record
-        True
     """
 
     tables: dict[str, RowTrack] = field(default_factory=dict)

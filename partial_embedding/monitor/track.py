@@ -92,11 +92,6 @@ class RowTrack:
         moved: The rows that went farthest, the farthest first.
         sampled: How many rows were compared to find these.
         end: Where training stands.
-
-    Example:
-        >>> track = RowTrack(100, 1.0, trainable=[(0, 10)], cohorts={0: CohortTrack(0, 10)})
-        >>> RowTrack.from_state(track.to_state()) == track
-        True
     """
 
     num_rows: int
