@@ -199,20 +199,10 @@ def test_growth_is_planned_as_it_will_be() -> None:
     assert record.schedules["words"].splitlines()[1] == "- {epoch: 0, rows: {range: [0, 4, null]}}"
 
 
-@pytest.mark.parametrize(
-    ("start", "step"),
-    [
-        ({"epoch": 3}, 30),
-        ({"step": 35}, 35),
-        ({"share": 0.5}, 40),
-        ({"plateau": {"monitor": "loss", "patience": 1}}, None),
-        ({"plateau": {"monitor": "loss", "patience": 1, "max_wait": 5}}, 50),
-    ],
-)
-def test_a_stage_is_planned_in_any_unit(start: dict[str, Any], step: int | None) -> None:
-    first = "step" if "step" in start else "share" if "share" in start else "epoch"
-    record = recorded({"stages": [{first: 0, "rows": [1]}, {**start, "rows": "all"}]}, 9)
-    assert steps_of(record) == [(0, 1)] + ([(step, 9)] if step is not None else [])
+def test_a_plan_keeps_nothing_of_what_it_supposed_to_be_measured() -> None:
+    waits = {"plateau": {"monitor": "loss", "max_wait": 5}, "rows": "all"}
+    record = recorded({"stages": [{"epoch": 0, "rows": [1]}, waits]}, 9)
+    assert steps_of(record) == [(0, 1), (50, 9)]
     assert all(not step.position.evaluations for step in record.plans["words"])
 
 

@@ -94,10 +94,6 @@ def put_rows(parameter: nn.Parameter, rows: Tensor) -> None:
 
     It stays the same object, so that optimizers and ties go on holding it. Its gradient, which is
     of the old shape, is let go.
-
-    Args:
-        parameter: The parameter, shape (V, …).
-        rows: What it will be, shape (V', …).
     """
     # As long as an earlier graph lives, torch keeps what accumulates the gradient, and with it the
     # old shape. It makes another one where the dtype changes.

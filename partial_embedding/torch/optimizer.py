@@ -183,20 +183,12 @@ def average_gradients(optimizer: Optimizer) -> None:
 
 
 def prepared(optimizer: Optimizer) -> Rowwise | None:
-    """What keeps the frozen rows of an optimizer's tables exact, or None before it is prepared.
-
-    Args:
-        optimizer: Any optimizer, wrapped or not.
-    """
+    """What keeps the frozen rows of an optimizer's tables exact, or None before it is prepared."""
     return vars(_inside(optimizer)).get("_rowwise")
 
 
 def is_left_alone(optimizer: Optimizer) -> bool:
-    """Whether `masked_gradient_only` was called for an optimizer.
-
-    Args:
-        optimizer: Any optimizer, wrapped or not.
-    """
+    """Whether `masked_gradient_only` was called for an optimizer, wrapped or not."""
     return bool(vars(_inside(optimizer)).get("_masked_gradient_only"))
 
 

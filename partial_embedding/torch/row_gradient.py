@@ -116,11 +116,7 @@ class RowGradient(Tensor):
         self._summed()
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        """The dense gradient, a tensor of its own.
-
-        Args:
-            dtype: Its dtype.
-        """
+        """The dense gradient, a tensor of its own."""
         held = self._held
         if held.ids is None:
             dense = held.values.clone()
@@ -143,12 +139,7 @@ class RowGradient(Tensor):
         return self.to_sparse()
 
     def to_sparse(self, sparse_dim: int = 1, **options: Any) -> Tensor:
-        """A sparse tensor.
-
-        Args:
-            sparse_dim: How many axes are sparse, by default that of the rows.
-            options: As for `torch.Tensor.to_sparse`.
-        """
+        """A sparse tensor, by default along the axis of the rows alone."""
         held = self._held
         if sparse_dim != 1 or options or held.ids is None:
             return self.to_dense().to_sparse(sparse_dim, **options)
@@ -243,11 +234,7 @@ class RowGradient(Tensor):
 
 
 def entries_of(grad: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The rows of a gradient, which may repeat, and what to add to each; None for a dense one.
-
-    Args:
-        grad: A gradient of any kind.
-    """
+    """The rows of a gradient, which may repeat, and what to add to each; None for a dense one."""
     if isinstance(grad, RowGradient):
         return grad.entries()
     if grad.layout == torch.sparse_coo:
@@ -257,11 +244,7 @@ def entries_of(grad: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def as_tensor(grad: Tensor) -> Tensor:
-    """A dense gradient as a tensor with memory of its own.
-
-    Args:
-        grad: A gradient for which `entries_of` gives None.
-    """
+    """A gradient for which `entries_of` gives None as a tensor with memory of its own."""
     return grad.become_dense() if isinstance(grad, RowGradient) else grad
 
 

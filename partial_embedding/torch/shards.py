@@ -40,37 +40,21 @@ class Shard:
     stop: int
 
     def has(self, ids: Tensor) -> Tensor:
-        """Whether this process has each of some rows, booleans, shape (n,).
-
-        Args:
-            ids: Row ids of the whole weight, int64, shape (n,).
-        """
+        """Whether this process has each of some rows of the whole weight, booleans, shape (n,)."""
         return (ids >= self.start) & (ids < self.stop)
 
     def own(self, ids: Tensor) -> Tensor:
-        """Those of some rows that this process has, numbered from its first.
-
-        Args:
-            ids: As for `has`.
-        """
+        """Those of some rows that this process has, numbered from its first."""
         return ids[self.has(ids)] - self.start
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a `DTensor`.
-
-    Args:
-        tensor: Anything.
-    """
+    """Whether a tensor is a `DTensor`."""
     return type(tensor).__name__ == "DTensor"
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor, in the same memory and past autograd.
-
-    Args:
-        tensor: Any tensor, sharded or whole.
-    """
+    """What this process has of a tensor, in the same memory and past autograd."""
     held: Any = tensor.detach() if tensor.requires_grad else tensor
     # Not `to_local()`, whose view would make a gradient by rows dense.
     own: Tensor = held._local_tensor if is_sharded(held) else held
@@ -79,9 +63,6 @@ def local(tensor: Tensor) -> Tensor:
 
 def shard_of(weight: Tensor) -> Shard | None:
     """The rows of a weight that this process has, or None where it has all.
-
-    Args:
-        weight: The weight, shape (V, …).
 
     Raises:
         InputError: It is not split by rows.
@@ -116,16 +97,7 @@ def shard_of(weight: Tensor) -> Shard | None:
 
 
 def check_sharding(parameter: Tensor, table: nn.Module) -> None:
-    """Refuse a table whose rows cannot be kept exact where its weight is sharded.
-
-    Args:
-        parameter: The weight, or another parameter of the table.
-        table: The table, which has frozen rows.
-
-    Raises:
-        InputError: The weight is sharded, and not by rows; or rows are scaled while they are
-            looked up.
-    """
+    """Refuse a table whose rows cannot be kept exact where its weight is sharded."""
     if not is_sharded(parameter):
         return
     shard_of(parameter)
@@ -138,13 +110,7 @@ def check_sharding(parameter: Tensor, table: nn.Module) -> None:
 
 
 def is_lent(parameter: Tensor, shard: Tensor, table: nn.Module) -> bool:
-    """Whether a parameter takes the place of a shard for a pass of FSDP2, or is that shard again.
-
-    Args:
-        parameter: What is in the place of the shard.
-        shard: The parameter that is stepped.
-        table: The module of both.
-    """
+    """Whether a parameter stands in for a shard during a pass of FSDP2, or is that shard again."""
     if parameter is shard:
         return True
     if not vars(table).get("_is_fsdp_managed_module"):
@@ -158,25 +124,14 @@ def _are_alike(one: DTensor, other: DTensor) -> bool:
 
 
 def sharded_like(own: Tensor, whole: Tensor) -> Tensor:
-    """What this process has of a tensor, as one that is sharded like another of its shape.
-
-    Args:
-        own: What it has.
-        whole: The other.
-    """
+    """What this process has of a tensor, as one that is sharded like another of its shape."""
     return _sharded(own, whole, whole.shape)
 
 
 def as_block(own: Tensor, weight: Tensor, num_rows: int) -> Tensor:
-    """Rows of which each process has some, of any number, as one tensor.
+    """Rows of which each process has some, of any number, as one tensor of `num_rows` rows.
 
-    Args:
-        own: Those of this process, shape (k, …), whose memory is shared.
-        weight: A sharded weight.
-        num_rows: How many rows all processes have.
-
-    Returns:
-        Shape (num_rows, …).
+    Those of this process share its memory.
     """
     return _sharded(own, weight, torch.Size((num_rows, *own.shape[1:])))
 
@@ -186,14 +141,7 @@ def _sharded(own: Tensor, like: DTensor, shape: torch.Size) -> Tensor:
 
 
 def as_dtensor(own: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> Tensor:
-    """What this process has of a tensor, as a `DTensor` that holds it as it is.
-
-    Args:
-        own: What it has.
-        mesh: The processes.
-        placements: How they share the tensor.
-        shape: The shape of the tensor.
-    """
+    """What this process has of a tensor, as a `DTensor` that holds it as it is."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -203,12 +151,7 @@ def as_dtensor(own: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.S
 
 
 def as_placed(grad: Tensor, weight: Tensor) -> Tensor:
-    """A gradient with the placements of its weight.
-
-    Args:
-        grad: The gradient; tensor parallelism makes one that each process has whole.
-        weight: The weight.
-    """
+    """A gradient, which tensor parallelism makes whole, with the placements of its weight."""
     found: DTensor = grad
     placements = weight.placements  # type: ignore[attr-defined]  # of a DTensor
     placed: Tensor = found.redistribute(placements=placements)
@@ -216,11 +159,7 @@ def as_placed(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def gathered(own: Any, weight: Tensor) -> list[Any]:
-    """What each process has that has a shard of a weight; they all call this.
-
-    Args:
-        own: What this process has, to be pickled.
-        weight: The weight.
+    """What each process has, to be pickled, that has a shard of a weight; they all call this.
 
     Raises:
         InputError: A process did not call it within `PATIENCE`.

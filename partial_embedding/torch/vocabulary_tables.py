@@ -155,11 +155,7 @@ class VocabularyTables:
     # Changing
 
     def check_can_change(self) -> None:
-        """Refuse a model of which a table is wrapped, and cannot get another size.
-
-        Raises:
-            InputError: An adapter has wrapped a table.
-        """
+        """Refuse a model in which an adapter has wrapped a table, which cannot grow then."""
         for name in ("get_input_embeddings", "get_output_embeddings"):
             found = _asked(self.model, name)
             if hasattr(found, "base_layer") or hasattr(found, "original_module"):
@@ -170,25 +166,13 @@ class VocabularyTables:
                 )
 
     def grow(self, count: int) -> None:
-        """Give each table more rows: the mean of those that it has.
-
-        Args:
-            count: How many.
-
-        Raises:
-            InputError: A table cannot grow.
-        """
+        """Give each table more rows: the mean of those that it has."""
         self.change(lambda rows: torch.cat([rows, _mean(rows).expand(count, *rows.shape[1:])]))
 
     def change(self, make: Callable[[Tensor], Tensor]) -> None:
-        """Replace the rows of all tables.
+        """Replace the rows of all tables, and what else has an entry for each token.
 
-        Args:
-            make: What the new rows are, of the old ones: weights, biases, and what else has an
-                entry for each token.
-
-        Raises:
-            InputError: A table cannot change its size.
+        `make` gives the new rows of the old ones. A model whose tables cannot change is refused.
         """
         self.check_can_change()
         before = {len(table.weight) for table in self.tables}
@@ -249,11 +233,7 @@ def _parent_of(model: nn.Module, module: nn.Module) -> nn.Module:
 
 
 def configs_of(config: Any) -> Iterator[Any]:
-    """A configuration of `transformers` and those within it.
-
-    Args:
-        config: The configuration, or anything else, which has none.
-    """
+    """A configuration of `transformers` and those within it; of anything else none."""
     if not hasattr(config, "to_dict"):
         return
     yield config

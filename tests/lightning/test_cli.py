@@ -264,15 +264,11 @@ def test_frozen_rows_that_moved_fail_the_command(
     assert "vectors.vec" not in files_below(RUN)
 
 
-def test_bad_input_ends_a_real_process_with_code_2(small_run: list[str]) -> None:
-    prepare, args, part = CASES["vectors_ragged"]
-    prepare()
-    command = [sys.executable, "-m", "partial_embedding.cli", "fit", *small_run, *args]
+def test_bad_input_ends_a_real_process_with_code_2() -> None:
+    command = [sys.executable, "-m", "partial_embedding.cli", "train"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
-    assert_one_line(done.returncode, done.stderr, part)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert_one_line(done.returncode, done.stderr, "fit, validate, test")
 
 
 def test_checkpoints_keep_the_last_epoch_also_when_it_is_not_the_best(

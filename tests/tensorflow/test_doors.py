@@ -421,25 +421,7 @@ def test_weights_of_the_whole_model_can_be_averaged() -> None:
         np.testing.assert_array_equal(got, wanted)
 
 
-# The table as one variable
-
-
-def test_embeddings_are_read_assigned_and_differentiated_like_a_variable() -> None:
-    layer, plain = partial(), keras.layers.Embedding(NUM_ROWS, WIDTH, weights=[MATRIX])
-    for one in (layer, plain):
-        one.embeddings.assign_add(np.ones_like(MATRIX))
-        assert one.embeddings.shape == (NUM_ROWS, WIDTH)
-        assert one.embeddings.numpy().tobytes() == (MATRIX + 1).tobytes()
-        np.testing.assert_array_equal(one.embeddings[3], MATRIX[3] + 1)
-        np.testing.assert_array_equal(one(IDS[0]), MATRIX[IDS[0]] + 1)
-    gradients = []
-    for one in (layer, plain):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(one(IDS[0]) ** 2)
-        gradients.append(tf.convert_to_tensor(tape.gradient(loss, one.embeddings)).numpy())
-    ours, theirs = gradients
-    np.testing.assert_allclose(ours[[3, 5]], theirs[[3, 5]], rtol=1e-6)
-    assert not np.delete(ours, [3, 5], axis=0).any()
+# Models that use the table as one variable
 
 
 class Tied(keras.layers.Layer):  # type: ignore[misc]
@@ -498,10 +480,3 @@ def test_adversarial_steps_perturb_the_table_and_take_it_back(kind: str) -> None
     model.compile(KINDS[kind](), "mse")
     model.fit(IDS[0], TARGETS[0], epochs=2, verbose=0)
     assert changed_rows(model) == [3, 5]
-
-
-def test_the_size_of_a_layer_is_that_of_its_table() -> None:
-    model = network(partial())
-    assert model.get_layer("words").count_params() == NUM_ROWS * WIDTH
-    trains = sum(int(np.prod(v.shape)) for v in model.get_layer("words").trainable_variables)
-    assert trains == len(RESERVED) * WIDTH

@@ -10,6 +10,8 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 pytest.importorskip("tensorboard")  # TensorFlow writes no summaries without
 
+from cohorts import TwoOptimizers  # noqa: E402
+
 from partial_embedding import Vocabulary  # noqa: E402
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
 from partial_embedding.monitor.record import read_record  # noqa: E402
@@ -167,20 +169,6 @@ def test_rows_are_read_where_they_were_set_or_a_step_is_measured(
     # Before the first batch, twice in setting them and once after, and before the last batch.
     assert len(reads) <= 5
     assert monitor.tracks["words"].trainable == [(0.0, 1), (7 / 20, 2)]
-
-
-class TwoOptimizers(keras.Model):  # type: ignore[misc]
-    """One optimizer for the table, another for the rest; the one of `compile` steps nothing."""
-
-    def train_step(self, data: Any) -> Any:
-        ids, targets = data
-        with tf.GradientTape() as tape:
-            loss = self.compute_loss(y=targets, y_pred=self(ids, training=True))
-        words, *rest = self.trainable_variables
-        gradients = tape.gradient(loss, [words, *rest])
-        self.of_table.apply_gradients([(gradients[0], words)])
-        self.of_rest.apply_gradients(zip(gradients[1:], rest, strict=True))
-        return {"loss": loss}
 
 
 @pytest.mark.parametrize("by_map", [False, True])

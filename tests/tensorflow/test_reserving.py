@@ -8,6 +8,8 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
+from cohorts import TwoOptimizers  # noqa: E402
+
 from partial_embedding import InputError, Vocabulary  # noqa: E402
 from partial_embedding.callbacks.keras import RowUnfreezing  # noqa: E402
 from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
@@ -137,31 +139,13 @@ def test_a_layer_reserves_rows_and_freezes_all_others(built: bool) -> None:
 # Who counts the steps
 
 
-class TwoOptimizers(keras.Model):  # type: ignore[misc]
-    """One optimizer for the table, another for the rest; the one of `compile` steps nothing."""
-
-    def compile(self, table: Any, rest: Any, **settings: Any) -> None:
-        super().compile(**settings)
-        self.of_table, self.of_rest = table, rest
-
-    def train_step(self, data: Any) -> Any:
-        ids, targets = data
-        with tf.GradientTape() as tape:
-            loss = self.compute_loss(y=targets, y_pred=self(ids, training=True))
-        words = self.get_layer("words").trainable_variables
-        rest = self.get_layer("head").trainable_variables
-        gradients = tape.gradient(loss, [*words, *rest])
-        self.of_table.apply_gradients(zip(gradients[: len(words)], words, strict=True))
-        self.of_rest.apply_gradients(zip(gradients[len(words) :], rest, strict=True))
-        return {"loss": loss}
-
-
 @pytest.mark.parametrize("unit", ["step", "share"])
 def test_steps_are_those_of_the_optimizer_that_steps_the_table(unit: str) -> None:
     layer = PartialEmbedding(NUM_ROWS, WIDTH, name="words")
     inputs = keras.Input((2,), dtype="int64")
-    model = TwoOptimizers(inputs, keras.layers.Dense(1, name="head")(layer(inputs)))
-    model.compile(rowwise("adam"), keras.optimizers.SGD(), loss="mse")
+    model = TwoOptimizers(inputs, keras.layers.Dense(1)(layer(inputs)))
+    model.of_table, model.of_rest = rowwise("adam"), keras.optimizers.SGD()
+    model.compile(loss="mse")
     at = {"step": 3, "share": 0.75}[unit]
     stages = {"stages": [{unit: 0, "rows": [6]}, {unit: at, "rows": [6, 7]}]}
     rows: list[list[int]] = []
