@@ -54,14 +54,7 @@ class Section:
 
 
 def page(record: RowRecord, title: str, settings: str = "") -> str:
-    """Make the page of a run, as HTML; its settings are shown as they are.
-
-    Example:
-        >>> record = RowRecord({"words": RowTrack(10, 1.0, trainable=[(0, 4)])})
-        >>> html = page(record, "a run")
-        >>> html.startswith("<!doctype html>"), html.count("<svg")
-        (True, 1)
-    """
+    """Make the page of a run, as HTML; its settings are shown as they are."""
     facts, sections = [], []
     for name, track in record.tables.items():
         several = len(record.tables) > 1
@@ -84,12 +77,6 @@ def comparison(records: Mapping[str, RowRecord], title: str) -> str:
 
     Raises:
         InputError: Some runs count epochs and others steps.
-
-    Example:
-        >>> runs = {name: RowRecord({"words": RowTrack(10, 1.0)}) for name in ("frozen", "all")}
-        >>> html = comparison(runs, "two runs")
-        >>> "frozen" in html, "all" in html
-        (True, True)
     """
     units = {track.unit: name for name, run in records.items() for track in run.tables.values()}
     if len(units) > 1:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partial_embedding.monitor.track import (
+    QUANTILES,
     CohortTrack,
     MovedRow,
     RowTrack,
-    drift_quantiles,
     frequency_bands,
     sample,
 )
@@ -217,7 +217,11 @@ class TableSample:
         return numbers
 
     def _quantiles(self, moved: Values) -> tuple[float, float, float]:
-        return drift_quantiles(np.linalg.norm(moved, axis=1), self.track.typical_length)
+        """The `QUANTILES` of how far rows went, in typical lengths."""
+        distances = np.linalg.norm(moved, axis=1).astype(np.float64)
+        shares = distances / (self.track.typical_length or 1.0)
+        low, middle, high = (round(float(q), 12) for q in np.quantile(shares, QUANTILES))
+        return low, middle, high
 
     def _covered(self) -> float | None:
         counts = None if self.vocabulary is None else self.vocabulary.counts
@@ -298,12 +302,7 @@ def nearest(queries: Values, vectors: Values, most: int, own: Ids) -> Ids:
 
 
 def share_kept(before: Ids, after: Ids) -> float:
-    """The share of neighbours, shape (q, n), none of them twice, that stayed in whatever order.
-
-    Example:
-        >>> share_kept(np.array([[4, 2]]), np.array([[2, 7]]))
-        0.5
-    """
+    """The share of neighbours, shape (q, n), none of them twice, that stayed in whatever order."""
     if not before.size:
         return 1.0
     return float((before[:, :, None] == after[:, None, :]).any(axis=2).mean())
