@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -238,7 +238,7 @@ class TableSample:
         before = nearest(start[farthest], start, NEIGHBOURS, farthest)
         after = nearest(now[farthest], now, NEIGHBOURS, farthest)
         counts = None if self.vocabulary is None else self.vocabulary.counts
-        moved = [
+        self.track.moved = [
             MovedRow(
                 self._token(pool[row]),
                 None if counts is None else int(counts[pool[row]]),
@@ -248,7 +248,6 @@ class TableSample:
             )
             for row, near_before, near_after in zip(farthest, before, after, strict=True)
         ]
-        self.track = replace(self.track, moved=moved)
         return self.track
 
     def _token(self, row: int) -> str:

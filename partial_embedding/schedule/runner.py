@@ -234,7 +234,7 @@ class Runner:
     def next_change(self, steps: int | None) -> int:
         """The step at which rows may change next, while neither the epoch nor what was seen does.
 
-        It is out of reach if none change in so many steps, or ever, where that is not known.
+        One out of reach if none change in so many steps, or ever where their number is not known.
         """
         end = self.position.step + steps if steps is not None else NEVER
         return min(one.next_change(self.position, end) for one in self.schedules.values())

@@ -221,13 +221,13 @@ class Schedule:
         return place
 
     def stage_at(self, position: Position | int) -> int:
-        """The index of the stage at a position in training; arguments are those of `state_at`."""
+        """The index of the stage at a position; arguments and errors are those of `state_at`."""
         return self.state_at(position).stage
 
     # What happens there
 
     def trainable_rows(self, position: Position | int) -> Rows:
-        """The rows that train at a position in training; arguments are those of `state_at`."""
+        """The rows that train at a position; arguments and errors are those of `state_at`."""
         return self.rows_at(self.state_at(position))
 
     def rows_at(self, stage_state: StageState) -> Rows:
