@@ -12,6 +12,7 @@ pytest.importorskip("tensorflow")
 from partial_embedding import InputError  # noqa: E402  # after the skip
 from partial_embedding.callbacks.keras import RowCheckpoint, RowUnfreezing  # noqa: E402  # after skip
 from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise  # noqa: E402
+from partial_embedding.tensorflow.row_files import rows_saved_alone  # noqa: E402
 
 V, D = 1000, 4
 SCHEDULE = {"stages": [{"epoch": 0, "rows": [1, 5]}, {"epoch": 2, "rows": [5, 9]}]}
@@ -101,3 +102,16 @@ def test_rows_load_into_a_table_that_reserves_others_or_grew(tmp_path: Path) -> 
     grown.load_weights(tmp_path / "4.weights.h5", skip_mismatch=True)
     expected = np.concatenate([tables[-1], np.ones((2, D))])
     assert np.array_equal(grown.layers[0].get_weights()[0], expected)
+    with rows_saved_alone(grown.layers[:1]):
+        grown.save_weights(tmp_path / "grown.weights.h5")
+    with pytest.raises(ValueError, match=rf"shape \({V + 2}, {D}\) for 'words' of the shape"):
+        model_of().load_weights(tmp_path / "grown.weights.h5")
+
+
+def test_rows_load_into_a_table_of_one_variable(tmp_path: Path) -> None:
+    model = model_of()
+    tables = fit(model, tmp_path)
+    plain = PartialEmbedding.from_matrix(model_of().layers[0].get_weights()[0], name="words")
+    whole = keras.Sequential([keras.Input((3,), dtype="int32"), plain, *model.layers[1:]])
+    whole.load_weights(tmp_path / "4.weights.h5", skip_mismatch=True)
+    assert np.array_equal(plain.get_weights()[0], tables[-1])
