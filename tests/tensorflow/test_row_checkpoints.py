@@ -99,7 +99,7 @@ def test_another_table_is_refused_by_name_and_stays(make: Any, trained: Run) -> 
     assert np.array_equal(other.layers[0].get_weights()[0], before)
 
 
-def test_rows_load_into_a_table_that_reserves_others_or_grew(trained: Run) -> None:
+def test_rows_load_into_a_table_that_reserves_others_or_grew(trained: Run, tmp_path: Path) -> None:
     folder, _, tables = trained
     for reserve in ([1, 700], "all"):
         other = model_of(reserve=reserve)
