@@ -71,11 +71,7 @@ class RowMonitor(Callback):
     """
 
     def __init__(
-        self,
-        *,
-        every_n_steps: int | None = None,
-        sample: int = 256,
-        vocabulary: Any = None,
+        self, *, every_n_steps: int | None = None, sample: int = 256, vocabulary: Any = None
     ) -> None:
         self.every_n_steps = every_n_steps
         self.sample = sample

@@ -30,15 +30,7 @@ class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as St
 
 @contextmanager
 def refused_at(place: str) -> Iterator[None]:
-    """Name the place where what is done within it is refused.
-
-    Example:
-        >>> with refused_at("stages[2]"):
-        ...     raise InputError("a share lies in (0, 1]. Received: 7. Was a count meant?")
-        Traceback (most recent call last):
-            ...
-        partial_embedding.errors.InputError: stages[2]: a share lies in (0, 1]. Received: 7. Was a count meant?
-    """  # noqa: E501  # a message is shown as it is printed
+    """Name the place where what is done within it is refused."""
     try:
         yield
     except InputError as error:

@@ -53,6 +53,7 @@ def test_rows_that_join_together_are_a_cohort_until_they_leave() -> None:
         (3, 1),
     ]
     assert sample.cohort_of[[0, 1, 2, 3]].tolist() == [-1, 2, 0, 1]
+    assert sample.measure(3.5)["cohort_0/neighbours_kept"] == 1.0  # those of row 2
     table.values[1] += 1  # of the first cohort no longer
     numbers = sample.measure(4.0)
     assert numbers["cohort_0/drift_p90"] == 0
@@ -127,6 +128,16 @@ def test_fewer_rows_than_neighbours_are_all_neighbours() -> None:
     assert nearest(vectors[:1], vectors[:1], 10, np.array([0])).shape == (1, 0)
     assert nearest(np.zeros((1, 3)), vectors, 2, np.array([-1])).shape == (1, 2)
     assert share_kept(np.zeros((1, 0)), np.zeros((1, 0))) == 1.0
+
+
+def test_a_row_that_leaves_all_its_neighbours_keeps_none() -> None:
+    values = np.repeat(np.eye(2, dtype=np.float32), [21, 20], axis=0)
+    values[:, 1] += np.linspace(0, 0.1, 41)
+    sample = TableSample(lambda ids: values[ids], 41)
+    sample.note_rows(trainable(0, num_rows=41), 0.0)
+    assert sample.measure(1.0)["cohort_0/neighbours_kept"] == 1.0
+    values[0] = values[40]
+    assert sample.measure(2.0)["cohort_0/neighbours_kept"] == 0.0  # itself is none
 
 
 def test_neighbours_that_stay_count_in_any_order() -> None:

@@ -54,11 +54,6 @@ class RowRecord:
         audit: The frozen rows of each stage, and how many changed a bit; empty without an audit.
         length: The epochs that were planned, where that is known.
         epoch_steps: The optimizer steps of an epoch, where that is known.
-
-    Example:
-        >>> record = RowRecord({"words": RowTrack(10, 1.0)})
-        >>> RowRecord.from_state(record.to_state()) == record
-        True
     """
 
     tables: dict[str, RowTrack] = field(default_factory=dict)
@@ -168,7 +163,7 @@ class RunRecorder:
     @property
     def tracks(self) -> dict[str, RowTrack]:
         """What was seen so far, by the name of the table."""
-        return {name: sample.track for name, sample in self._samples.items()}
+        return self._record.tables
 
     def add_table(
         self,
@@ -185,7 +180,7 @@ class RunRecorder:
         sample = TableSample(rows, num_rows, self.unit, self.size, self.vocabulary, padding)
         if (saved := self._restored["tables"].get(name)) is not None:
             sample.restore(saved)
-        self._samples[name] = sample
+        self._samples[name], self._record.tables[name] = sample, sample.track
         self._special[name] = padding, new
         return sample
 
@@ -194,8 +189,7 @@ class RunRecorder:
         if not self._samples:
             return
         finite = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
-        seen = replace(self._record, tables=self.tracks)
-        score = Score(seen.end, seen.trainable, finite)
+        score = Score(self._record.end, self._record.trainable, finite)
         self._record.scores = thinned([*self._record.scores, score])
 
     def to_state(self) -> dict[str, Any]:
@@ -205,12 +199,13 @@ class RunRecorder:
 
     def finished(self, moving: Moving | None = None) -> RowRecord:
         """The record of the run."""
-        tables = {name: sample.finish() for name, sample in self._samples.items()}
-        record = replace(self._record, tables=tables)
+        record = self._record
+        for sample in self._samples.values():
+            sample.finish()
         if moving is None:
             return record
         record.audit = list(moving.audit_results)
-        for name, track in tables.items():
+        for name, track in record.tables.items():
             schedule = moving.schedules.get(name, moving.schedules.get(None))
             if schedule is None:
                 continue

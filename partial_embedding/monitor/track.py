@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from partial_embedding.rows.vocabulary import Ids
 
@@ -92,11 +91,6 @@ class RowTrack:
         moved: The rows that went farthest, the farthest first.
         sampled: How many rows were compared to find these.
         end: Where training stands.
-
-    Example:
-        >>> track = RowTrack(100, 1.0, trainable=[(0, 10)], cohorts={0: CohortTrack(0, 10)})
-        >>> RowTrack.from_state(track.to_state()) == track
-        True
     """
 
     num_rows: int
@@ -149,20 +143,6 @@ def sample(ids: Ids, most: int) -> Ids:
     if len(ids) <= most:
         return ids
     return np.sort(np.random.default_rng(0).choice(ids, most, replace=False))
-
-
-def drift_quantiles(
-    distances: NDArray[np.floating], typical_length: float
-) -> tuple[float, float, float]:
-    """The `QUANTILES` of how far rows went, shape (n,), in typical lengths.
-
-    Example:
-        >>> drift_quantiles(np.array([0.0, 1.0, 2.0]), typical_length=2.0)
-        (0.1, 0.5, 0.9)
-    """
-    shares = np.asarray(distances, np.float64) / (typical_length or 1.0)
-    low, middle, high = (round(float(q), 12) for q in np.quantile(shares, QUANTILES))
-    return low, middle, high
 
 
 def frequency_bands(counts: Ids, ids: Ids) -> dict[str, tuple[BandTrack, Ids]]:

@@ -107,9 +107,6 @@ def resumed_lines(
         position: The same place, as the run sees it: its length may have changed.
         resolve: Evaluates rows for the table.
 
-    Raises:
-        InputError: Other rows train there now.
-
     Example:
         >>> then = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": "all"}])
         >>> now = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 5, "rows": "all"}])

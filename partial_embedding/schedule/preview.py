@@ -57,14 +57,8 @@ def plan(
 ) -> list[Planned]:
     """List what a schedule does in a run, in order, as `boundaries` finds it.
 
-    Args:
-        schedule: The schedule.
-        num_rows: The rows V of the table.
-        vocabulary: What rows mean, for schedules that ask for it.
-        epochs: The epochs of the run.
-        steps_per_epoch: Optimizer steps in an epoch.
-        padding: A row that never trains, also when it is among those of a stage.
-        new: The rows by which the table grew last, sorted ids, int64, for schedules that name them.
+    The row of padding never trains, also when it is among those of a stage; `new` are the rows by
+    which the table grew last.
 
     Example:
         >>> schedule = Schedule([{"epoch": 0, "rows": [7]}, {"epoch": 2, "rows": "all"}])

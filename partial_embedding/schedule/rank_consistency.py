@@ -44,10 +44,6 @@ def check_ranks(views: Sequence[RankView]) -> None:
 
     All of them must call this at the same points: one that differs would otherwise go on alone, and
     the others wait for it without end.
-
-    Example:
-        >>> view = RankView(None, {"words": StageState(0)}, {"words": "2 rows (02719806)"})
-        >>> check_ranks([view, view])
     """
     first = views[0]
     for rank, other in enumerate(views):

@@ -138,12 +138,10 @@ class Runner:
             warnings.warn(stopper_text(stopper, monitor), stacklevel=2)
 
     def place(self, position: Position | None = None) -> None:
-        """Set rows without beginning a stage, for an optimizer to load the state that belongs them.
+        """Set rows without beginning a stage, for an optimizer to load the state that is theirs.
 
-        They are those of the restored state, where there is one; all of them join there.
-
-        Args:
-            position: Where training stands; by default where the state was kept, or at the start.
+        They are those of the position, by default of where a state was kept, or of the start. All
+        of them join there.
         """
         if position is None and self._saved:
             position = self.position
@@ -189,14 +187,7 @@ class Runner:
     def advance(self, epoch: int, step: int) -> bool:
         """Set the rows of where training stands; tell and audit where a stage or increment begins.
 
-        It costs next to nothing where rows cannot have changed.
-
-        Returns:
-            Whether anything began.
-
-        Raises:
-            FrozenRowsMoved: A row that was frozen until now changed a bit.
-            InputError: Processes differ.
+        It costs next to nothing where rows cannot have changed, and gives whether anything began.
         """
         place = (epoch, step if self._within_epochs else 0, len(self.evaluations))
         if place == self._advanced:
@@ -243,7 +234,7 @@ class Runner:
     def next_change(self, steps: int | None) -> int:
         """The step at which rows may change next, while neither the epoch nor what was seen does.
 
-        It is out of reach if none change in so many steps, or ever, where that is not known.
+        One out of reach if none change in so many steps, or ever where their number is not known.
         """
         end = self.position.step + steps if steps is not None else NEVER
         return min(one.next_change(self.position, end) for one in self.schedules.values())
@@ -265,13 +256,8 @@ class Runner:
     ) -> None:
         """Take what a validation measured, for stages that wait for a metric.
 
-        What is measured again after the same step takes the place of what was measured first.
-
-        Args:
-            epoch: The epoch that the validation belongs to.
-            step: Optimizer steps completed.
-            logged: All numbers that are known, by name.
-            expected: The metrics that must be among them; by default all that stages wait for.
+        What is measured again after the same step takes the place of what was measured first. The
+        metrics that are expected, by default all that stages wait for, must be among those logged.
 
         Raises:
             InputError: A metric is lacking, or processes saw different values of it.
@@ -342,12 +328,7 @@ class Runner:
         }
 
     def restore(self, state: Mapping[str, Any], before_epoch: int | None = None) -> None:
-        """Go on where a state was kept.
-
-        Args:
-            state: What `state` gave.
-            before_epoch: Forget what was kept of this epoch and later ones.
-        """
+        """Go on where a state was kept, forgetting what it has of an epoch and later ones."""
         position = Position.from_state(state["position"])
         evaluations, acted_on = position.evaluations, position.evaluations[: state["acted_on"]]
         if before_epoch is not None and before_epoch <= position.epoch:

@@ -221,35 +221,17 @@ class Schedule:
         return place
 
     def stage_at(self, position: Position | int) -> int:
-        """The index of the stage at a position in training.
-
-        Args:
-            position: A `Position`, or an epoch.
-
-        Raises:
-            InputError: As for `state_at`.
-        """
+        """The index of the stage at a position; arguments and errors are those of `state_at`."""
         return self.state_at(position).stage
 
     # What happens there
 
     def trainable_rows(self, position: Position | int) -> Rows:
-        """The rows that train at a position in training; depends on nothing else.
-
-        Args:
-            position: A `Position`, or an epoch.
-
-        Raises:
-            InputError: As for `state_at`.
-        """
+        """The rows that train at a position; arguments and errors are those of `state_at`."""
         return self.rows_at(self.state_at(position))
 
     def rows_at(self, stage_state: StageState) -> Rows:
-        """The rows that train in a stage state.
-
-        Args:
-            stage_state: One that `state_at` gave.
-        """
+        """The rows that train in a stage state, as `state_at` gives it."""
         rows = self.stages[stage_state.stage].rows
         if not stage_state.increment:
             return rows
@@ -260,11 +242,7 @@ class Schedule:
         )
 
     def rate_scale_at(self, stage_state: StageState) -> RateScale:
-        """How fast the rows learn that join in a stage state.
-
-        Args:
-            stage_state: One that `state_at` gave.
-        """
+        """How fast the rows learn that join in a stage state, as `state_at` gives it."""
         return self.stages[stage_state.stage + bool(stage_state.increment)].rate_scale
 
     # What it needs

@@ -66,8 +66,7 @@ class RateScale:
 
     def to_config(self) -> dict[str, Any]:
         """Write what differs from the optimizer's own rate as plain YAML values."""
-        config = {"lr_scale": self.lr_scale, "warmup_steps": self.warmup_steps}
-        return {key: value for key, value in config.items() if value != getattr(_PLAIN, key)}
+        return {key: value for key, value in vars(self).items() if value != getattr(_PLAIN, key)}
 
 
 _PLAIN = RateScale()

@@ -134,7 +134,7 @@ class OneTable(keras.layers.Embedding):
     def _split(self, reserved: Ids, unfrozen: Ids) -> None:
         """Give rows variables of their own; the table may be split already, by other rows."""
         if (state := self.table_state) is not None:
-            state.write_back()
+            state.write_back(state.trainable_rows)
             self._untrack_variable(state.rows)
             self._untrack_variable(state.unfrozen)
         elif self._embeddings.trainable:

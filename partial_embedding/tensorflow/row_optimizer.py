@@ -41,19 +41,15 @@ class _Table:
 
 
 @dataclass
-class _Parts:
-    """The optimizers behind the wrapper, whose variables are its own."""
+class _Hidden:
+    """What Keras would track as state, or refuse to change, were it an attribute of its own."""
 
-    rest: Any
-    # One entry for each variable; None for one that is no table.
-    tables: list[_Table | None]
-
-
-@dataclass
-class _Step:
-    """What is known of a step while it is traced. Nothing of it is state, so none is tracked."""
-
-    is_made: bool = False
+    # The optimizers behind the wrapper, whose variables are its own: of all variables that are no
+    # table, and one entry for each variable, None for one of these.
+    rest: Any = None
+    tables: list[_Table | None] = field(default_factory=list)
+    # What is known of a step while it is traced.
+    is_stepping: bool = False
     variables: list[Any] = field(default_factory=list)
     # A variable; None where nothing ever measures.
     is_measured: Any = None
@@ -96,8 +92,7 @@ class Rowwise(keras.optimizers.Optimizer):
         for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
             if name in vars(optimizer):
                 self.__dict__[name] = vars(optimizer)[name]
-        self._parts: _Parts | None = None
-        self._step = _Step()
+        self._hidden = _Hidden()
 
     def build(self, variables: list[Any]) -> None:
         """Make the state of each table and of all other variables."""
@@ -120,13 +115,13 @@ class Rowwise(keras.optimizers.Optimizer):
         super().build(variables)
         rest = self._copy()
         rest.build([v for v, state in zip(variables, states, strict=True) if state is None])
-        tables = [None if state is None else self._table(state) for state in states]
-        for optimizer in (*(table.optimizer for table in tables if table), rest):
+        self._hidden.rest = rest
+        self._hidden.tables = [None if state is None else self._table(state) for state in states]
+        for optimizer in (*(table.optimizer for table in self._tables), rest):
             for variable in state_of(optimizer):
                 # As a variable of its own: whatever saves, restores or counts an optimizer's
                 # variables finds all of them in the one list that every Keras optimizer has.
                 self._track_variable(variable)
-        self._parts = _Parts(rest, tables)
 
     def _table(self, state: TableState) -> _Table:
         rows, optimizer = state.rows, self._copy()
@@ -141,12 +136,12 @@ class Rowwise(keras.optimizers.Optimizer):
 
     @property
     def _tables(self) -> list[_Table]:
-        return [table for table in self._parts.tables if table] if self._parts else []
+        return [table for table in self._hidden.tables if table]
 
     @property
     def is_stepping(self) -> bool:
         """Whether a step of this optimizer is being traced or made."""
-        return self._step.is_made
+        return self._hidden.is_stepping
 
     def row_scales(self, rows: Any) -> RowScales:
         """What factors the learning rates of the rows of a table that this was built with have."""
@@ -180,18 +175,18 @@ class Rowwise(keras.optimizers.Optimizer):
         """
         pinned = [table.state.rows for table in self._tables if self.lazy]
         constraints = [rows.constraint for rows in pinned]
-        self._step.is_made = True
+        self._hidden.is_stepping = True
         for rows in pinned:
             rows.constraint = None
         try:
             yield
         finally:
-            self._step.is_made = False
+            self._hidden.is_stepping = False
             for rows, constraint in zip(pinned, constraints, strict=True):
                 rows.constraint = constraint
 
     def _backend_apply_gradients(self, grads: list[Any], variables: list[Any]) -> None:
-        self._step.variables = variables
+        self._hidden.variables = variables
         super()._backend_apply_gradients(grads, variables)
 
     def _clip_gradients(self, grads: list[Any]) -> list[Any]:
@@ -222,8 +217,8 @@ class Rowwise(keras.optimizers.Optimizer):
         """Step one variable."""
         table = self._table_of(variable)
         if table is None:
-            helper = worker(self._optimizers.rest, self.iterations)
-            helper.update_step(gradient, variable, learning_rate)
+            rest = worker(self._hidden.rest, self.iterations)
+            rest.update_step(gradient, variable, learning_rate)
         elif self.lazy or isinstance(gradient, tf.IndexedSlices):
             if not isinstance(gradient, tf.IndexedSlices):
                 # Of a head tied to the table, or of a step that was traced before this was built.
@@ -243,9 +238,7 @@ class Rowwise(keras.optimizers.Optimizer):
         if not self.use_ema:
             return
         averages = self._model_variables_moving_average
-        for variable, average, table in zip(
-            variables, averages, self._optimizers.tables, strict=True
-        ):
+        for variable, average, table in zip(variables, averages, self._hidden.tables, strict=True):
             steps = self.iterations if table is None else self._ages(table)
             kept = tf.cast(steps != 0, average.dtype) * self.ema_momentum
             average.assign(kept * average + (1 - kept) * variable)
@@ -258,14 +251,14 @@ class Rowwise(keras.optimizers.Optimizer):
         What keeps them is part of a step that is traced after the first call; later calls trace
         nothing again.
         """
-        if self._step.is_measured is None:
-            self._step.is_measured = tf.Variable(measure, trainable=False)
-        self._step.is_measured.assign(measure)
+        if self._hidden.is_measured is None:
+            self._hidden.is_measured = tf.Variable(measure, trainable=False)
+        self._hidden.is_measured.assign(measure)
 
     @property
     def is_measurable(self) -> bool:
         """Whether steps that are traced now can be measured."""
-        return self._step.is_measured is not None
+        return self._hidden.is_measured is not None
 
     def row_squares(self, layer: Any) -> tuple[Ids, NDArray[np.float32]] | None:
         """The rows of a layer whose last measured gradient is not zero, and the sums of squares.
@@ -284,7 +277,7 @@ class Rowwise(keras.optimizers.Optimizer):
             return
         pairs = [
             (table, gradient)
-            for gradient, variable in zip(grads, self._step.variables, strict=True)
+            for gradient, variable in zip(grads, self._hidden.variables, strict=True)
             if (table := self._table_of(variable)) is not None
         ]
         for table, _ in pairs:
@@ -298,18 +291,13 @@ class Rowwise(keras.optimizers.Optimizer):
             for table, gradient in pairs:
                 table.squares.assign(row_squares(gradient, len(table.state.reserved)))
 
-        tf.cond(self._step.is_measured, note, lambda: None)
+        tf.cond(self._hidden.is_measured, note, lambda: None)
 
     # Rows
 
     def _table_of(self, variable: Any) -> _Table | None:
         index: int = self._get_variable_index(variable)
-        return self._optimizers.tables[index]
-
-    @property
-    def _optimizers(self) -> _Parts:
-        assert self._parts is not None  # Keras builds before it steps
-        return self._parts
+        return self._hidden.tables[index]
 
     def _ages(self, table: _Table, slots: Any = None) -> Any:
         """The steps that rows have made, or those in some slots; 0 for rows that do not train."""

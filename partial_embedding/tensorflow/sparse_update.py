@@ -26,7 +26,7 @@ def _gradient_of_rows(operation: Any, upstream: Any, *others: Any) -> tuple[Any,
 
 def _is_compiled() -> bool:
     """Whether what is traced now is for XLA, which needs to know how many entries there are."""
-    # TensorFlow says it nowhere else than in what it shows Keras.
+    # There is no public name for it; here stands what TensorFlow keeps for Keras.
     return tf.__internal__.get_enclosing_xla_context() is not None
 
 

@@ -191,10 +191,6 @@ class TableState:
         self.table.value.scatter_update(tf.IndexedSlices(rows, tf.constant(ids)))
         self.rows.assign(self.kept())
 
-    def write_back(self) -> None:
-        """Write the unfrozen rows into the table, which then holds every row."""
-        self._keep(self.trainable_rows)
-
     def move(self, after: Ids, begin: Ids, rate_scale: RateScale) -> None:
         """Make `after` the unfrozen rows, without retracing anything.
 
@@ -207,7 +203,7 @@ class TableState:
                 "Received a call while a graph is traced. Call from a callback or between steps."
             )
         before = self.trainable_rows
-        self._keep(np.setdiff1d(before, after, assume_unique=True))
+        self.write_back(np.setdiff1d(before, after, assume_unique=True))
         if (joining := np.setdiff1d(after, before, assume_unique=True)).size:
             # Assigned as a whole: a scatter would make every later read of the variable a copy.
             joins = np.isin(self.reserved, joining, assume_unique=True)[:, np.newaxis]
@@ -217,7 +213,8 @@ class TableState:
             scales = self.optimizer.row_scales(self.rows)
             scales.begin(np.searchsorted(self.reserved, begin), rate_scale)
 
-    def _keep(self, ids: Ids) -> None:
+    def write_back(self, ids: Ids) -> None:
+        """Write unfrozen rows into the table."""
         if ids.size:
             rows = tf.gather(self.rows.value, np.searchsorted(self.reserved, ids))
             self.table.value.scatter_update(tf.IndexedSlices(rows, tf.constant(ids)))
