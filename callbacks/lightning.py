@@ -16,6 +16,7 @@ from partial_embedding.schedule import AnySchedule, schedules_by_table
 from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
+from partial_embedding.torch.averaging import keep_equal_rows
 from partial_embedding.torch.optimizer import average_gradients
 from partial_embedding.torch.row_state import check_checkpoint, remember_origins, rows_saved_alone
 from partial_embedding.torch.table import tables_in
@@ -128,6 +129,11 @@ class RowUnfreezing(Callback):
                     "out."
                 )
             _restore_rows_first(trainer.strategy, self.state_key, self._go_on)
+        for other in _callbacks_of(trainer):
+            if "StochasticWeightAveraging" in _kinds(other):
+                # It averages by itself, with a function of the user's that may round.
+                update = type(other).update_parameters  # type: ignore[attr-defined]
+                vars(other)["update_parameters"] = keep_equal_rows(update)
         # What a search or an earlier `fit` left.
         self._runner = self._restored = self._validation_due = None
         # Lightning puts finders first, and they train the module within `on_fit_start`, without

@@ -4,7 +4,7 @@ import gc
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +13,8 @@ from threading import Thread
 from typing import Any
 
 import pytest
+
+from partial_embedding import InputError
 
 # Programs that tests start in processes of their own, which importing would run; and what is for
 # type checkers alone, of both frameworks.
@@ -48,6 +50,24 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _refuse_missing_package(report)
     return report
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused() -> Refused:
+    """Make a call that must be refused in one line which holds all of some parts; that line."""
+
+    def refused(call: Callable[..., object], *arguments: Any, parts: Iterable[str]) -> str:
+        with pytest.raises(InputError) as error:
+            call(*arguments)
+        message = str(error.value)
+        assert "\n" not in message
+        assert [part for part in parts if part not in message] == [], message
+        return message
+
+    return refused
 
 
 # A browser, for pages of the site and of runs

@@ -19,7 +19,7 @@ from partial_embedding.torch.inspection import StateLayout, first_state, state_o
 from partial_embedding.torch.row_gradient import as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, run_of, sum_rows, write_rows
 from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.shards import as_block, is_sharded, local
+from partial_embedding.torch.shards import is_sharded, local, sharded_like
 
 _FEW = 1000
 # As many numbers of a tensor as an optimizer can go over several times within the cache of a CPU;
@@ -199,7 +199,7 @@ class Blocks:
 
     def _shared(self, own: Tensor, num_rows: int) -> Tensor:
         """Rows of this process, as a part of those of all that share the table."""
-        return as_block(own, self.parameter, num_rows) if is_sharded(self.parameter) else own
+        return sharded_like(own, self.parameter, num_rows) if is_sharded(self.parameter) else own
 
     def _compact(self, rows: RowSet, ids: Tensor, values: Tensor) -> Tensor:
         """The gradient of the trainable rows by slot, shape (K, D)."""

@@ -140,7 +140,7 @@ def find_table(model: nn.Module, name: str | nn.Module | None) -> Any:
     else:
         fitting = _input_embeddings(model, candidates)
     if len({id(module.weight) for module in fitting.values()}) != 1:
-        asked = "no name" if name is None else f"{_told(name)}"
+        asked = "no name" if name is None else _told(name)
         embeddings = [n for n, m in candidates.items() if not isinstance(m, nn.Linear)]
         listed = ", ".join(map(repr, fitting or embeddings)) or "none"
         raise InputError(

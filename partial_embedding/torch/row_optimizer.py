@@ -154,6 +154,9 @@ class Rowwise:
         hooked = (p for group in groups for p in group if p._backward_hooks)
         if any(id(p) not in self.tables and any(tables_of(p)) for p in hooked):
             self._add_tables()  # a group came, or a parameter became a table's
+        for state in self.tables.values():
+            if not state.parameter.requires_grad or not any(tables_of(state.parameter)):
+                self._check_still_trains(state)
         places = [[i for i, p in enumerate(group) if id(p) in self.tables] for group in groups]
         all_there = sum(map(len, places)) == len(self.tables)
         if all_there and all(s.parameter.shape[1:] == s.row_shape for s in self.tables.values()):
@@ -170,6 +173,26 @@ class Rowwise:
             "flattens or shards parameters takes out (FSDP, DeepSpeed), or your own code. Keep the "
             "table out of the engine, in an optimizer of its own; or call "
             "detach_rowwise(optimizer) if it is to go."
+        )
+
+    def _check_still_trains(self, state: TableState) -> None:
+        """Refuse rows that were set to train, and that no step moves any more.
+
+        Raises:
+            InputError: Their weight takes no gradients, or is not what the optimizer holds.
+        """
+        if any(tables_of(state.parameter)):
+            refuse_what_cannot_train(state.table, state.name)
+            return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if isinstance(state.table, PartialTable) and id(state.table.leaf_weight) in held:
+            return  # tied since to another table
+        raise InputError(
+            "a prepared optimizer steps the weights that its tables have. Received "
+            f"{type(self.optimizer).__name__} with one that {state.name!r} no longer has, since "
+            "another was put in its place (an assignment, load_state_dict(assign=True)), or the "
+            "table is a plain one now. Make the optimizer after that; or, for a table that is "
+            "plain, call detach_rowwise(optimizer)."
         )
 
     def _make_stand_in(self, places: list[list[int]]) -> Optimizer:

@@ -53,10 +53,8 @@ def into_state_dict(optimizer: Optimizer, tables: Tables, state_dict: State) -> 
             if (table := tables.get(id(parameter))) is None:
                 continue
             entry = _dumped(table, optimizer, group)
-            if table.layout.flat:
-                listed.append({"position": i, **entry})
-                continue
-            state_dict["state"].pop(key, None)
+            if not table.layout.flat:
+                state_dict["state"].pop(key, None)
             if table.layout.keys:
                 state_dict["state"][key] = {**table.shared_state, KEY: entry}
             else:

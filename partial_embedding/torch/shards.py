@@ -8,7 +8,7 @@ are `DTensor`s again, so that torch's own sums over all processes stay what they
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,21 +123,13 @@ def _are_alike(one: DTensor, other: DTensor) -> bool:
     return bool(one.device_mesh == other.device_mesh and one.placements == other.placements)
 
 
-def sharded_like(own: Tensor, whole: Tensor) -> Tensor:
-    """What this process has of a tensor, as one that is sharded like another of its shape."""
-    return _sharded(own, whole, whole.shape)
+def sharded_like(own: Tensor, whole: DTensor, num_rows: int | None = None) -> Tensor:
+    """What this process has of a tensor, as one that is sharded like another of its shape.
 
-
-def as_block(own: Tensor, weight: Tensor, num_rows: int) -> Tensor:
-    """Rows of which each process has some, of any number, as one tensor of `num_rows` rows.
-
-    Those of this process share its memory.
+    Of `num_rows` rows, where it is given, processes may have any number each. Memory is shared.
     """
-    return _sharded(own, weight, torch.Size((num_rows, *own.shape[1:])))
-
-
-def _sharded(own: Tensor, like: DTensor, shape: torch.Size) -> Tensor:
-    return as_dtensor(own, like.device_mesh, like.placements, shape)
+    shape = whole.shape if num_rows is None else torch.Size((num_rows, *own.shape[1:]))
+    return as_dtensor(own, whole.device_mesh, whole.placements, shape)
 
 
 def as_dtensor(own: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> Tensor:
@@ -156,6 +148,26 @@ def as_placed(grad: Tensor, weight: Tensor) -> Tensor:
     placements = weight.placements  # type: ignore[attr-defined]  # of a DTensor
     placed: Tensor = found.redistribute(placements=placements)
     return placed
+
+
+def replicate_gradients(tables: Iterable[nn.Parameter], others: Iterable[Tensor]) -> None:
+    """Make gradients of whole tables such that torch takes a norm of them and of sharded ones.
+
+    It takes none of `DTensor`s and plain ones together. So that of a whole table becomes a
+    `DTensor` that each process has all of, within which it is as it was.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    meshes: Iterator[Any] = (one.device_mesh for one in others if is_sharded(one))  # type: ignore[attr-defined]
+    if (mesh := next(meshes, None)) is None:
+        return
+    from torch.distributed.tensor import Replicate
+
+    for parameter in tables:
+        grad = parameter.grad
+        if grad is not None and not is_sharded(parameter) and not is_sharded(grad):
+            everywhere = [Replicate()] * mesh.ndim
+            parameter.grad = as_dtensor(grad, mesh, everywhere, grad.shape)
 
 
 def gathered(own: Any, weight: Tensor) -> list[Any]:

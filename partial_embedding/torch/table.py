@@ -69,7 +69,6 @@ class PartialTable(TrainableRows):
         "has_frozen_rows",
         "padding_row",
         "leaf_weight",
-        "has_leaf_weight",
         "is_sharded",
         "is_left_to_ddp",
         "new_rows",

@@ -44,14 +44,14 @@ class TableState(Blocks):
         parameter: nn.Parameter,
         layout: StateLayout,
         lazy: bool,
-        unscaled: str | None = None,
-        options: Group | None = None,
+        unscaled: str | None,
+        options: Group,
     ) -> None:
         super().__init__(parameter, layout, lazy)
         self.name = name
         self.table = table
         self.unscaled = unscaled
-        self._set_layout(layout, options or {})
+        self.change_layout(layout, options)
         for rate_scale in table.row_set.rate_scales.values():
             self.check_rate_scale(rate_scale)
 
@@ -67,10 +67,7 @@ class TableState(Blocks):
     def change_layout(self, layout: StateLayout, options: Group) -> None:
         """Go on under options that were changed; what is remembered already stays."""
         keys, per_row = layout.keys | self.layout.keys, layout.per_row | self.layout.per_row
-        self._set_layout(replace(layout, keys=keys, per_row=per_row), options)
-
-    def _set_layout(self, layout: StateLayout, options: Group) -> None:
-        self.layout = layout
+        self.layout = replace(layout, keys=keys, per_row=per_row)
         # What a step itself changes is no option.
         self._options = {k: v for k, v in options.items() if k not in layout.in_group}
 
@@ -99,16 +96,15 @@ class TableState(Blocks):
     def _restricted(self, old: Cohort | None, ids: Tensor, rate_scale: RateScale) -> Cohort:
         if old is None:
             return Cohort(ids, rate_scale=rate_scale)
-        if len(old.ids) == len(ids):
-            return replace(old, ids=ids, state=self._moved(old.state, ids))
-        # Rows only ever leave a cohort, so each id is found among the old ones.
-        stayed = torch.searchsorted(old.ids.to(ids.device), ids)
-        state = self._moved(old.state, ids)
-        state.update({k: state[k].index_select(0, stayed) for k in self._per_row(state)})
+        state = dict(old.state)
+        for key in self._per_row(state):
+            state[key] = state[key].to(ids.device)
+        if len(old.ids) > len(ids):
+            # Rows only ever leave a cohort, so each id is found among the old ones.
+            stayed = torch.searchsorted(old.ids.to(ids.device), ids)
+            for key in self._per_row(state):
+                state[key] = state[key].index_select(0, stayed)
         return replace(old, ids=ids, state=state)
-
-    def _moved(self, state: State, like: Tensor) -> State:
-        return {k: v.to(like.device) if k in self.layout.per_row else v for k, v in state.items()}
 
     # Saving and restoring
 

@@ -195,14 +195,10 @@ def _pieces(tokenizer: Any, tokens: Sequence[str], known: int) -> list[list[int]
 def _beginnings(
     tables: VocabularyTables, known: int, pieces: list[list[int]], init: Init
 ) -> dict[tuple[Any, str], Tensor]:
-    """The first values of the new rows, for each parameter that has such rows, once."""
+    """The first values of the new rows, for each parameter that has such rows."""
     begun: dict[tuple[Any, str], Tensor] = {}
-    seen: set[int] = set()
     for table, attribute in tables.parameters():
         parameter = getattr(table, attribute)
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
         if isinstance(init, Tensor) and table is tables.input:
             check_vectors(init, len(pieces), parameter)
             begun[table, attribute] = init

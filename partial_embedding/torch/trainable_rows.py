@@ -254,17 +254,13 @@ class TrainableRows(TableFiles):
 
         Pruning and parametrizations, such as `spectral_norm`, put the parameter aside.
         """
-        weight = self._find_leaf_weight()
+        weight = self.find_leaf_weight()
         if weight is None:
             raise lost_weight(self)
         return weight
 
-    @property
-    def has_leaf_weight(self) -> bool:
-        """Whether there is one parameter with the rows of the weight."""
-        return self._find_leaf_weight() is not None
-
-    def _find_leaf_weight(self) -> nn.Parameter | None:
+    def find_leaf_weight(self) -> nn.Parameter | None:
+        """The same, or None where no one parameter has the rows of the weight."""
         weight = self._shards.get("weight") if self._shards else None
         if weight is None:
             weight = self._parameters.get("weight")

@@ -36,7 +36,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
         "_judged_tables", WeakKeyDictionary()
     )
     # What FSDP1 has flattened is refused where it is used, and not by other optimizers.
-    standing = [t for t in waiting if t.has_leaf_weight and not is_flattened(t)]
+    standing = [t for t in waiting if t.find_leaf_weight() is not None and not is_flattened(t)]
     for table in standing:
         if id(table.leaf_weight) in own or table.steppers:
             waiting.discard(table)  # by this optimizer, or by one that has prepared itself

@@ -52,7 +52,8 @@ REFUSED: dict[str, tuple[object, str]] = {
         "rows are chosen by one of ['all', 'covering', 'difference', 'ids', 'ids_file', "
         "'intersection', 'least_frequent', 'mask', 'matching', 'min_count', 'missing', "
         "'most_frequent', 'nearest', 'new', 'none', 'not', 'random', 'range', 'token_file', "
-        "'tokens', 'union']. Received: 'some'. Take one of these.",
+        "'tokens', 'union']. Received: 'some'. Write [3, 7] for ids, or "
+        "{tokens: [the]} for words.",
     ),
     "without_vocabulary": (
         "missing",

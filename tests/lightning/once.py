@@ -33,7 +33,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]
         said = make(folder)
         (folder / "writing").write_text(said)
         (folder / "writing").rename(outcome)
-    patience = time.monotonic() + 300
+    patience = time.monotonic() + 440
     while not outcome.exists() and time.monotonic() < patience:
         time.sleep(0.2)
     assert outcome.read_text() == "", outcome.read_text()
@@ -52,10 +52,10 @@ def failure_of(*command: object) -> str:
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=280)
+        said, _ = process.communicate(timeout=420)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        said = f"it took more than 280 s\n{process.communicate()[0]}"
+        said = f"it took more than 420 s\n{process.communicate()[0]}"
     return (said[-6000:] or "it said nothing") if process.returncode else ""
 
 
