@@ -153,27 +153,18 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read_labelled(tmp_path / "no.csv")
 
 
-def test_a_file_that_cannot_be_read_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
-
-    (tmp_path / "a.csv").write_text("text,label\n")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(InputError, match=r"Permission denied for .*a\.csv"):
-        read_labelled(tmp_path / "a.csv")
-
-
-def test_a_folder_that_cannot_be_read_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reading", ["read_bytes", "iterdir"])
+def test_a_file_or_a_folder_that_cannot_be_read_is_refused(
+    reading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(InputError, match="Permission denied"):
-        read_labelled(tmp_path)
+    path = tmp_path / "a.csv" if reading == "read_bytes" else tmp_path
+    (tmp_path / "a.csv").write_text("text,label\n")
+    monkeypatch.setattr(Path, reading, refuse)
+    with pytest.raises(InputError, match=f"Permission denied for {path}"):
+        read_labelled(path)
 
 
 @pytest.mark.parametrize(

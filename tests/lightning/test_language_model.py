@@ -2,8 +2,8 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,14 +32,17 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train the small model for a few steps only."""
-
-    def small(texts: list[str]) -> tuple[Any, Any]:
-        return small_language_model(texts, steps=20)
-
-    monkeypatch.setattr(language_model, "small_language_model", small)
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A model of one's own, and texts with words that it has no tokens for, as options."""
+    folder = tmp_path_factory.mktemp("own")
+    model, tokenizer = small_language_model(["the quick brown fox", "jumps over a lazy dog"], 1)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    words = ("python", "mailbox", "keyword", "iterator", "archive", "dog")
+    texts = [f"the {word} jumps over {i} lazy foxes" for word in words for i in range(8)]
+    (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    return [f"--model.name={folder / 'model'}", f"--data.path={folder / 'texts.txt'}"]
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -55,10 +58,11 @@ def loss_with(line: str) -> float:
     return float(line.split("with new tokens ")[1].split(",")[0])
 
 
-@pytest.mark.usefixtures("quickly")
 def test_the_config_runs_and_says_what_was_learned(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    small = partial(small_language_model, steps=20)
+    monkeypatch.setattr(language_model, "small_language_model", small)
     options = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "2"]
     options += ["--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", str(CONFIG), *options]) == 0
@@ -76,7 +80,7 @@ def test_the_config_runs_and_says_what_was_learned(
     rows = rows if rows.is_absolute() else Path.cwd() / rows
     data = TokenTexts(["python"])
     data.setup("fit")
-    model, tokenizer = small_language_model(data.training, steps=20)
+    model, tokenizer = small(data.training)
     written = load_rows(model, rows, tokenizer)
     assert tokenizer.convert_tokens_to_ids("mailbox") in written["model.embed_tokens.weight"]
     saved = torch.load(rows.parent / "checkpoints" / "last.ckpt", weights_only=True)
@@ -85,17 +89,14 @@ def test_the_config_runs_and_says_what_was_learned(
 
 
 def test_test_and_predict_need_the_checkpoint_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    own: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with monkeypatch.context() as quickly:
-        quickly.setattr(
-            language_model,
-            "small_language_model",
-            lambda texts: small_language_model(texts, steps=20),
-        )
-        options = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "1"]
-        options += ["--trainer.enable_progress_bar", "false", "--model.max_new_tokens", "4"]
-        assert main(["fit", "--config", str(CONFIG), *options]) == 0
+    options = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "1"]
+    options += ["--trainer.enable_progress_bar", "false", "--model.max_new_tokens", "4"]
+    assert main(["fit", "--config", str(CONFIG), *own, *options]) == 0
     run = Path(the(lines_of(capsys), "model: ").removeprefix("model: ")).resolve().parent
     # What plain transformers loads says what the checkpoint says.
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "model").eval()
@@ -107,7 +108,7 @@ def test_test_and_predict_need_the_checkpoint_alone(
     quiet = ["--trainer.default_root_dir", str(tmp_path / "again")]
     quiet += ["--trainer.enable_progress_bar", "false"]
     (tmp_path / "texts.txt").write_text("a mailbox\nthe python iterator\n", encoding="utf-8")
-    monkeypatch.setattr(language_model, "small_language_model", None)
+    monkeypatch.setattr(language_model, "pretrained", None)
     assert main(["predict", *checkpoint, *quiet, "--text", prompt]) == 0
     continuation = words.decode(made, skip_special_tokens=True)
     assert f"{prompt},{continuation}" in capsys.readouterr().out.splitlines()
@@ -120,14 +121,13 @@ def test_test_and_predict_need_the_checkpoint_alone(
     assert [row.partition(",")[0] for row in rows[1:]] == ["a mailbox", "the python iterator"]
 
 
-@pytest.mark.usefixtures("quickly")
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fit(folder: str, epochs: int, *options: str) -> int:
         root = [f"--trainer.default_root_dir={tmp_path / folder}", f"--trainer.max_epochs={epochs}"]
         quiet = "--trainer.enable_progress_bar=false"
-        return main(["fit", "--config", str(CONFIG), *root, quiet, *options])
+        return main(["fit", "--config", str(CONFIG), *own, *root, quiet, *options])
 
     assert fit("whole", 2) == fit("parts", 1) == fit("parts", 2, "--ckpt_path=last") == 0
     whole, parts = (
@@ -143,27 +143,18 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
 
 
 def test_a_model_of_ones_own_and_files_of_texts_and_tokens(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = ["the cat sat on a mat", "a dog ran", "the quokka sat", "a quokka ran on the mat"] * 4
-    model, tokenizer = small_language_model(texts[:2], steps=1)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    numbered = [f"{text} {i}" for i, text in enumerate(texts)]
-    (tmp_path / "texts.txt").write_text("\n".join(numbered), encoding="utf-8")
-    (tmp_path / "tokens.txt").write_text("quokka\n", encoding="utf-8")
-    capsys.readouterr()
+    (tmp_path / "tokens.txt").write_text("archive\n", encoding="utf-8")
     arguments = {
         "model": "partial_embedding.recipes.language_model.NewTokens",
         "data": "partial_embedding.recipes.language_model.TokenTexts",
-        "model.name": tmp_path / "model",
-        "data.path": tmp_path / "texts.txt",
         "data.tokens": tmp_path / "tokens.txt",
         "trainer.default_root_dir": tmp_path / "runs",
         "trainer.max_epochs": 1,
         "trainer.enable_progress_bar": "false",
     }
-    assert main(["fit", *(f"--{key}={value}" for key, value in arguments.items())]) == 0
+    assert main(["fit", *(f"--{key}={value}" for key, value in arguments.items()), *own]) == 0
     lines = lines_of(capsys)
     assert "1 rows train" in the(lines, "model.model.embed_tokens: stage 0")
     assert (tmp_path / "runs" / "version_0" / "rows.safetensors").is_file()
@@ -178,17 +169,17 @@ def test_a_model_of_ones_own_and_files_of_texts_and_tokens(
         (["--data.tokens", "['zyzzyva']"], "Received none with any of zyzzyva"),
     ],
 )
-@pytest.mark.usefixtures("quickly")
 def test_bad_input_is_one_line(
     options: list[str],
     message: str,
+    own: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     root = ["--trainer.default_root_dir", str(tmp_path)]
-    assert main(["fit", "--config", str(CONFIG), *root, *options]) == 2
+    assert main(["fit", "--config", str(CONFIG), *own, *root, *options]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert message in line
 
