@@ -94,21 +94,10 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         Returns:
             Rows, shape (*, D).
         """
-        if is_scripting():
-            return F.embedding(
-                input,
-                self.weight,
-                self.padding_idx,
-                self.max_norm,
-                self.norm_type,
-                self.scale_grad_by_freq,
-                self.sparse,
-            )
-        return self._look_up(input)
-
-    @torch.jit.unused
-    def _look_up(self, input: Tensor) -> Tensor:  # noqa: A002  # as in `forward`
-        weight, max_norm, sparse = _looked_up(self, input)
+        if not is_scripting():
+            weight, max_norm, sparse = _looked_up(self, input)
+        else:
+            weight, max_norm, sparse = self.weight, self.max_norm, self.sparse
         return F.embedding(
             input,
             weight,
@@ -248,30 +237,10 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         Returns:
             One vector per bag, shape (B, D).
         """
-        if is_scripting():
-            return F.embedding_bag(
-                input,
-                self.weight,
-                offsets,
-                self.max_norm,
-                self.norm_type,
-                self.scale_grad_by_freq,
-                self.mode,
-                self.sparse,
-                per_sample_weights,
-                self.include_last_offset,
-                self.padding_idx,
-            )
-        return self._reduce(input, offsets, per_sample_weights)
-
-    @torch.jit.unused
-    def _reduce(
-        self,
-        input: Tensor,  # noqa: A002  # as in `forward`
-        offsets: Tensor | None,
-        per_sample_weights: Tensor | None,
-    ) -> Tensor:
-        weight, max_norm, sparse = _looked_up(self, input)
+        if not is_scripting():
+            weight, max_norm, sparse = _looked_up(self, input)
+        else:
+            weight, max_norm, sparse = self.weight, self.max_norm, self.sparse
         return F.embedding_bag(
             input,
             weight,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
-from partial_embedding.torch.averaged import is_left_to_ddp
 from partial_embedding.torch.fused_losses import serve_fused_losses
 from partial_embedding.torch.hooks import by_rows, is_rewritten, tables_of
 from partial_embedding.torch.shards import is_sharded
@@ -150,7 +149,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         """Whether its weight gets a gradient of the trainable rows alone."""
         if not self.sparse or self.is_sharded:
             return False
-        if not is_left_to_ddp(self):
+        if not self.is_left_to_ddp:
             return True
         # DDP asks the kind of module whether a gradient will be sparse, and an embedding says so.
         return any(

@@ -421,6 +421,16 @@ def test_stochastic_weight_averaging_leaves_frozen_rows_alone() -> None:
     assert not same_bits(net.words.weight, witness.seen[-1]["words.weight"])
 
 
+def test_an_average_of_ones_own_that_rounds_leaves_frozen_rows_alone() -> None:
+    net = Net().build()  # with -0.0 in the table, or without
+    start = net.words.weight.detach().clone()
+    averaging = StochasticWeightAveraging(
+        swa_lrs=0.05, swa_epoch_start=1, avg_fn=lambda mean, now, _: 0.7 * mean + 0.3 * now
+    )
+    fit(net, averaging, schedule={"stages": [{"epoch": 0, "rows": [1, 4, 6]}]})
+    assert rows_that_differ(net.words.weight, start) == [1, 4, 6]
+
+
 GROWING = {"stages": [{"epoch": 0, "rows": [1, 4]}, {"epoch": 2, "rows": [1, 2, 4, 6, 8, 9]}]}
 
 

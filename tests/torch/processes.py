@@ -21,7 +21,6 @@ from partial_embedding.torch import (
     average_gradients,
     rowwise,
 )
-from partial_embedding.torch.averaged import leave_to_ddp
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.table import PartialTable
 
@@ -62,7 +61,7 @@ def wrapped(model: nn.Module, ours: bool = True, group: Any = None) -> nn.Module
         hooks.clear()
         for module in model.modules():
             if isinstance(module, PartialTable):
-                leave_to_ddp(module)
+                module.leave_to_ddp()
     try:
         return DistributedDataParallel(model, process_group=group)
     finally:
