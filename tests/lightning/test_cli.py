@@ -185,7 +185,7 @@ CASES: dict[str, Case] = {
     "data_option": (nothing, ["--data.batchsize=3"], "Did you mean '--data.batch_size'?"),
     "trainer_option": (nothing, ["--trainer.max_epoch=3"], "Did you mean '--trainer.max_epochs'?"),
     "key_of_a_mapping": (
-        lambda: Path("typo.yaml").write_text("rows: {schedul: {stages: []}}\n", encoding="utf-8"),
+        write("typo.yaml", "rows: {schedul: {stages: []}}"),
         ["--config=typo.yaml"],
         "--rows.schedul is no option. Did you mean '--rows.schedule'?",
     ),
