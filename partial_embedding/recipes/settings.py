@@ -1,4 +1,4 @@
-"""Settings from configurations and command lines, without LightningCLI, and what is refused."""
+"""What both frameworks' commands share: settings, checkpoints that are meant, what is refused."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from partial_embedding.errors import InputError, did_you_mean
-from partial_embedding.files import read_yaml
+from partial_embedding.files import newest, read_yaml
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -109,6 +110,34 @@ def _checked(place: str, value: Any, hint: Any) -> Any:
         for kind in kinds
     )
     raise InputError(f"{place} is {wanted}. Received: {value!r}. Leave it out for the default.")
+
+
+def find_checkpoint(
+    command: str, named: str | None, root: Path, patterns: Mapping[str, str]
+) -> Path:
+    """The checkpoint that is meant: of the newest run in a folder, by a name, or at a path.
+
+    Raises:
+        InputError: There is none.
+    """
+    names = ", ".join(patterns)
+    if named is None:
+        raise InputError(
+            f"{command} is of a checkpoint. Received no --ckpt_path. Pass {names} or the path of "
+            "one."
+        )
+    found = newest(root, patterns[named]) if named in patterns else Path(named)
+    if found is None:
+        raise InputError(
+            f"{named} is the checkpoint of a run. Received: {root}, which holds none. Pass the "
+            "--trainer.default_root_dir of that run, or the path of a checkpoint."
+        )
+    if not found.is_file():
+        raise InputError(
+            f"a checkpoint is a file. Received: {named}, which is missing. Pass {names}, or the "
+            "path of one."
+        )
+    return found
 
 
 def diverged(loss: float, step: int, epoch: int) -> InputError:
