@@ -359,6 +359,9 @@ def _in_one_line(command: str, message: str) -> str:
     given = re.findall(r"(?:Got|Given) value: (.*)", message)
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.M))
     refused = re.search(r"^ +- (.+)\n", message, re.M)
+    # Of a key with a mapping under it, it names the keys below too.
+    if in_group := re.search(r"Group '(.+?)' does not accept option '([^.']+)", message):
+        message = f"unrecognized arguments: --{in_group[1]}.{in_group[2]}"
     unknown = re.search(
         r"Option '(.+?)' is not accepted|unrecognized arguments: (--[^\s=]+)", message
     )
@@ -382,7 +385,7 @@ def _in_one_line(command: str, message: str) -> str:
 
 def _known_options() -> list[str]:
     own = ["--config", "--ckpt_path", "--text", "--output", "--top_k", "--seed_everything"]
-    for part, made in {**_PARTS, "data": TextSettings}.items():
+    for part, made in {**_PARTS, "data": TextSettings, "rows": row_unfreezing}.items():
         own += [f"--{part}.{name}" for name in signature(made).parameters]
     return own
 
