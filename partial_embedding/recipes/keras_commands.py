@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from keras import ops
 from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import newest, parse_yaml, shown
+from partial_embedding.files import parse_yaml, shown
 from partial_embedding.recipes.keras_text import (
     RowSettings,
     TextBatches,
@@ -30,7 +30,7 @@ from partial_embedding.recipes.prepare_texts import (
     texts_to_test,
     texts_to_validate,
 )
-from partial_embedding.recipes.settings import CommandParser, checked, read_config
+from partial_embedding.recipes.settings import CommandParser, checked, find_checkpoint, read_config
 from partial_embedding.rows.vocabulary import Vocabulary
 
 Config = dict[str, dict[str, Any]]
@@ -46,7 +46,7 @@ def fit_command(args: Sequence[str]) -> Path:
 
 
 def measure_command(command: str, args: Sequence[str]) -> None:
-    """Measure a model that was saved, by `validate` or `test`, or ask what it says of texts.
+    """Measure a model that was saved, by `validate` or `test`, or `predict` what it says of texts.
 
     Raises:
         InputError: An argument, a file or the checkpoint is refused.
@@ -57,73 +57,46 @@ def measure_command(command: str, args: Sequence[str]) -> None:
     config = _config(given)
     trainer = checked(TrainerSettings, config.get("trainer", {}), "trainer")
     root = Path(TrainerSettings(**trainer).default_root_dir)
-    saved = SavedModel(_found(command, named, root), config.get("data", {}))
-    print(f"checkpoint: {shown(saved.path)}")
-    if command == "predict":
-        typed = text is not None or saved.texts.test_path == "-"
-        saved.predict(text, output or ("-" if typed else root / "predictions.csv"), top_k)
-    else:
-        saved.measure(command)
-
-
-class SavedModel:
-    """A `model.keras` that knows what its rows and classes mean by the `meaning.json` beside it.
-
-    Settings of the data may be others than in training.
-    """
-
-    def __init__(self, path: Path, data: Mapping[str, Any]) -> None:
-        self.path = path
-        try:
-            meaning = json.loads(path.with_name("meaning.json").read_text(encoding="utf-8"))
-            self.model = keras.models.load_model(path)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                "a checkpoint is the model.keras of a run, with its meaning.json beside. "
-                f"Received: {path}: {error}. Pass last, or the path of one."
-            ) from error
-        self.vocabulary = Vocabulary(meaning["tokens"])
-        self.names = tuple(meaning["names"])
-        self.texts = TextSettings(**{**meaning["texts"], **checked(TextSettings, data, "data")})
-
-    def measure(self, command: str) -> None:
-        """Print loss and accuracy, of `test` on `data.test_path` where it is set."""
-        texts_of = texts_to_test if command == "test" else texts_to_validate
-        side = texts_of(self.texts, self.names, print)
-        batches = self._batches(side.texts, side.labels)
-        found = self.model.evaluate(batches, verbose=0, return_dict=True)
-        for name, value in found.items():
-            print(f"{'val' if command == 'validate' else command}_{name}: {value:.4f}")
-
-    def predict(self, text: str | None, output: str | Path, top_k: int) -> None:
-        """Write what the model says of a text, or else of those that the settings name."""
-        asked = texts_to_predict(self.texts, self.names, print) if text is None else [text]
-        batches = self._batches(asked, np.zeros(len(asked), np.int64))
-        probabilities = ops.convert_to_numpy(ops.softmax(self.model.predict(batches, verbose=0)))
-        write_predictions(output, asked, probabilities, self.names, top_k)
-
-    def _batches(self, texts: Sequence[str], labels: NDArray[np.int64]) -> TextBatches:
-        rows = self.texts.encode(texts, self.vocabulary)
-        return TextBatches(rows, labels, self.texts.batch_size)
-
-
-def _found(command: str, named: str | None, root: Path) -> Path:
-    """The model that is meant."""
-    if named is None:
-        raise InputError(
-            f"{command} is of a checkpoint. Received no --ckpt_path. Pass last or the path of a "
-            "model.keras."
-        )
     if named == "best":
         raise InputError("in Keras, a run keeps its last model. Received: best. Pass last.")
-    if named != "last":
-        return Path(named) / "model.keras" if Path(named).is_dir() else Path(named)
-    if (found := newest(root, "**/model.keras")) is None:
+    if named is not None and Path(named).is_dir():
+        named = f"{named}/model.keras"
+    path = find_checkpoint(command, named, root, {"last": "**/model.keras"})
+    model, meaning = _loaded(path)
+    names, vocabulary = meaning["names"], Vocabulary(meaning["tokens"])
+    # Settings of the data may be others than in training.
+    changed = checked(TextSettings, config.get("data", {}), "data")
+    settings = TextSettings(**{**meaning["texts"], **changed})
+    print(f"checkpoint: {shown(path)}")
+
+    def batches(texts: Sequence[str], labels: NDArray[np.int64]) -> TextBatches:
+        return TextBatches(settings.encode(texts, vocabulary), labels, settings.batch_size)
+
+    if command == "predict":
+        asked = texts_to_predict(settings, names, print) if text is None else [text]
+        scores = model.predict(batches(asked, np.zeros(len(asked), np.int64)), verbose=0)
+        typed = text is not None or settings.test_path == "-"
+        output = output or ("-" if typed else root / "predictions.csv")
+        probabilities = ops.convert_to_numpy(ops.softmax(scores))
+        write_predictions(output, asked, probabilities, names, top_k)
+        return
+    texts_of = texts_to_test if command == "test" else texts_to_validate
+    side = texts_of(settings, names, print)
+    found = model.evaluate(batches(side.texts, side.labels), verbose=0, return_dict=True)
+    for name, value in found.items():
+        print(f"{'val' if command == 'validate' else command}_{name}: {value:.4f}")
+
+
+def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
+    """A model, and what its rows and classes mean."""
+    try:
+        meaning = json.loads(path.with_name("meaning.json").read_text(encoding="utf-8"))
+        return keras.models.load_model(path), meaning
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"last is the model of a run. Received: {root}, which holds none. Pass the "
-            "--trainer.default_root_dir of that run, or the path of its model.keras."
-        )
-    return found
+            "a checkpoint is the model.keras of a run, with its meaning.json beside. "
+            f"Received: {path}: {error}. Pass last, or the path of one."
+        ) from error
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -34,11 +34,10 @@ from partial_embedding.recipes.resume import RandomState
 from partial_embedding.recipes.run_folder import (
     RunLogger,
     WholeCheckpoints,
-    find_checkpoint,
     read_checkpoint,
     settings_in,
 )
-from partial_embedding.recipes.settings import diverged, read_config
+from partial_embedding.recipes.settings import diverged, find_checkpoint, read_config
 
 # Imported so that configurations can name them without their module.
 from partial_embedding.recipes.text_classifier import TextClassifier, TextData
@@ -47,6 +46,7 @@ _DEFAULT_CLASSES: dict[str, dict[str, Any]] = {
     "data": {"class_path": "TextData"},
     "model": {"class_path": "TextClassifier", "init_args": {"export": "vec"}},
 }
+_CHECKPOINTS = {name: f"**/checkpoints/{name}.ckpt" for name in ("last", "best")}
 _DEFAULTS = {
     "rows.schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},
     # Two callbacks: with a metric to monitor, Lightning refreshes `last` only when it improves.
@@ -224,14 +224,10 @@ class RecipeCLI(LightningCLI):
         # Not the parent's, which warns of arguments that come from Python.
         self.config = self._parsed(parser, args)
         self.ckpt_path: Path | None = None
-        if (named := self.config.ckpt_path) is None:
-            if self.command != "fit":
-                raise InputError(
-                    f"{self.command} is of a checkpoint. Received no --ckpt_path. Pass best, last "
-                    "or the path of one."
-                )
+        named, root = self.config.ckpt_path, Path(self.config.trainer.default_root_dir)
+        if named is None and self.command == "fit":
             return
-        self.ckpt_path = find_checkpoint(named, Path(self.config.trainer.default_root_dir))
+        self.ckpt_path = find_checkpoint(self.command, named, root, _CHECKPOINTS)
         checkpoint = read_checkpoint(self.ckpt_path, to_go_on=self.command == "fit")
         if self.command != "fit":
             settings = yaml.safe_dump(settings_in(checkpoint))
@@ -363,6 +359,9 @@ def _in_one_line(command: str, message: str) -> str:
     given = re.findall(r"(?:Got|Given) value: (.*)", message)
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.M))
     refused = re.search(r"^ +- (.+)\n", message, re.M)
+    # Of a key with a mapping under it, it names the keys below too.
+    if in_group := re.search(r"Group '(.+?)' does not accept option '([^.']+)", message):
+        message = f"unrecognized arguments: --{in_group[1]}.{in_group[2]}"
     unknown = re.search(
         r"Option '(.+?)' is not accepted|unrecognized arguments: (--[^\s=]+)", message
     )
@@ -386,7 +385,7 @@ def _in_one_line(command: str, message: str) -> str:
 
 def _known_options() -> list[str]:
     own = ["--config", "--ckpt_path", "--text", "--output", "--top_k", "--seed_everything"]
-    for part, made in {**_PARTS, "data": TextSettings}.items():
+    for part, made in {**_PARTS, "data": TextSettings, "rows": row_unfreezing}.items():
         own += [f"--{part}.{name}" for name in signature(made).parameters]
     return own
 

@@ -14,7 +14,7 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import claim_version, newest, shown, write_atomically
+from partial_embedding.files import claim_version, shown, write_atomically
 
 # The key by which Lightning knows its own checkpoints.
 _WRITTEN_BY = "pytorch-lightning_version"
@@ -67,27 +67,6 @@ class RunLogger(TensorBoardLogger):
             with contextlib.suppress(OSError):  # it holds something, or was never made
                 folder.rmdir()
                 folder.parent.rmdir()
-
-
-def find_checkpoint(named: str, root: Path) -> Path:
-    """The checkpoint that is meant: `last` or `best` of the newest run in a folder, or a path.
-
-    Raises:
-        InputError: There is none.
-    """
-    if named not in ("last", "best"):
-        if not Path(named).is_file():
-            raise InputError(
-                f"a checkpoint is a file. Received: {named}, which is missing. "
-                "Pass last, best, or the path of one."
-            )
-        return Path(named)
-    if (found := newest(root, f"**/checkpoints/{named}.ckpt")) is None:
-        raise InputError(
-            f"{named} is the checkpoint of a run. Received: {root}, which holds none. Pass the "
-            "--trainer.default_root_dir of that run, or the path of a checkpoint."
-        )
-    return found
 
 
 def read_checkpoint(path: Path, to_go_on: bool) -> dict[str, Any]:

@@ -299,6 +299,7 @@ class PartialEmbedding(OneTable):
         is_other = not np.array_equal(reserved, self._reserved)
         self._reserved, self.reserves_rows = reserved, True
         if self.built and (is_other or self.table_state is None):
+            # Keras lets no layer that is built make variables.
             self._tracker.unlock()
             self._split(reserved, self._first_rows)
             self._tracker.lock()

@@ -138,6 +138,7 @@ class OneTable(keras.layers.Embedding):
             self._untrack_variable(state.rows)
             self._untrack_variable(state.unfrozen)
         elif self._embeddings.trainable:
+            # Keras sorts variables into those that train and the others when it takes them.
             self._untrack_variable(self._embeddings)
             self._embeddings.trainable = False
             self._track_variable(self._embeddings)

@@ -318,6 +318,7 @@ class Rowwise(keras.optimizers.Optimizer):
                     )
 
         values = [v.value if isinstance(v, keras.Variable) else v for v in variables]
+        # As Keras does around its own steps: one replica's trace may not update variables of all.
         tf.__internal__.distribute.interim.maybe_merge_call(
             update, self._distribution_strategy, values
         )

@@ -186,6 +186,7 @@ def worker(optimizer: Any, steps: Any, states: Iterable[tuple[Any, Any]] = ()) -
         states: Pairs of a variable of its state and what it takes for it.
     """
     held = {id(state): stand_in for state, stand_in in states}
+    # Past Keras's constructor and attributes: these would make and track variables.
     made = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():
         if isinstance(value, list) and any(id(entry) in held for entry in value):

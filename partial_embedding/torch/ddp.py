@@ -99,8 +99,7 @@ def _what_stays(tables: Mapping[str, PartialTable], group: Group) -> set[int]:
     lookups = [n for n, table in trained.items() if not isinstance(table, nn.Linear)]
     for name in [*lookups, *trained][:1]:
         table = trained[name]
-        sparse = name in lookups and getattr(table, "sparse", False)
-        if sparse and dist.get_backend(group) == "nccl":
+        if name in lookups and table.sparse and dist.get_backend(group) == "nccl":
             raise InputError(
                 "NCCL cannot reduce sparse gradients, and a table stays with "
                 "DistributedDataParallel where nothing else trains. Received the sparse table "

@@ -327,8 +327,7 @@ def _looked_up(
     """The weight to look rows up in, the norm to scale them to, and whether it may be sparse."""
     in_use = table._weight_in_use()
     weight, max_norm = table.weight if in_use is None else in_use, table.max_norm
-    # Engines that shard a weight reduce dense gradients.
-    sparse = table.sparse and in_use is None and not table.is_sharded
+    sparse = in_use is None and table.gives_sparse_gradient()
     if max_norm is not None and (table._row_set is not None or table.padding_idx is not None):
         # Not by the lookup, which would scale frozen rows too.
         if is_rewritten(ids, weight):

@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.rowset import RowSet
+from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.trainable_rows import used_frozen
-
-if TYPE_CHECKING:
-    from partial_embedding.torch.head import PartialLinear
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -98,12 +96,11 @@ def _by_row(backward: Backward, names: tuple[str, ...]) -> Backward:
     return of_rows
 
 
-def _head_of(weight: Tensor) -> PartialLinear | None:
+def _head_of(weight: Tensor) -> PartialTable | None:
     """The head whose weight it is, if gradients of its rows are enough."""
     for table in tables_of(weight):
         if isinstance(table, nn.Linear):
-            head = cast("PartialLinear", table)
-            return head if head.has_frozen_rows and head.gives_sparse_gradient() else None
+            return table if table.has_frozen_rows and table.gives_sparse_gradient() else None
     return None
 
 

@@ -362,7 +362,7 @@ def _stay_partial(parent: nn.Module, name: str, new: Any) -> None:
     if len(rows) == len(before) or rows.shape[1:] != before.shape[1:] or rows.is_meta:
         return
     if torch.equal(rows[:count], before[:count].to(rows)):
-        _make_partial(new, old.sparse)  # type: ignore[arg-type]  # every kind of table has it
+        _make_partial(new, old.sparse)
         new.row_set = old.row_set.resized_to(len(rows)).to(rows.device)
 
 

@@ -201,6 +201,7 @@ class Rowwise:
             {**group, "params": list(group["params"])} if has_tables else group
             for group, has_tables in zip(self.optimizer.param_groups, places, strict=True)
         ]
+        # Not by its constructor, of which nothing is known, and which may make state.
         stand_in: Optimizer = object.__new__(type(self.optimizer))
         self._attributes = {**vars(self.optimizer), "param_groups": groups}
         if isinstance(self.optimizer, LBFGS):
@@ -213,6 +214,7 @@ class Rowwise:
         for key, value in vars(self._stand_in).items():
             if value is not self._attributes.get(key):
                 vars(self.optimizer)[key] = value
+        # Not strict: the groups of blocks that step by themselves come after the user's.
         groups = zip(self.optimizer.param_groups, self._stand_in.param_groups, strict=False)
         for group, seen in groups:
             if group is not seen:

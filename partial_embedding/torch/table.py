@@ -45,22 +45,24 @@ class PartialTable(TrainableRows):
 
     if TYPE_CHECKING:  # jit.script reads annotations, and knows few
         weight: nn.Parameter
+        sparse: bool
         _shared: SharedRows
         _hooked: Mapping[str, nn.Parameter]
+        _averaged: Mapping[str, Callable[[], Group | None]] | None
 
     # The parameters with an entry for each row.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
 
-    # Whether backward left a gradient here since `ddp.average` last made it that of all processes.
+    # Whether backward left a gradient here since `average` last made it that of all processes.
     awaits_average = False
 
     _hooked = MappingProxyType({})
 
     # What gives the processes over which each of these parameters is averaged by row; None where
     # `DistributedDataParallel` reduces the table itself.
-    _averaged: Mapping[str, Callable[[], Group | None]] | None = MappingProxyType({})
+    _averaged = MappingProxyType({})
 
-    # Nor can it make anything of these.
+    # Of these jit.script can make nothing.
     __jit_unused_properties__ = (
         "trainable_rows",
         "row_set",
@@ -101,6 +103,10 @@ class PartialTable(TrainableRows):
     def is_sharded(self) -> bool:
         """Whether this process has some rows of the weight only."""
         return "weight" in self._shards
+
+    def gives_sparse_gradient(self) -> bool:
+        """Whether the weight gets a gradient of the trainable rows alone."""
+        return self.sparse and not self.is_sharded  # engines that shard reduce dense gradients
 
     # Among processes
 

@@ -167,6 +167,11 @@ CASES: dict[str, Case] = {
     "checkpoint_last_of_no_run": (nothing, ["--ckpt_path=last"], "which holds none"),
     "data_option": (nothing, ["--data.batchsize=3"], "Did you mean '--data.batch_size'?"),
     "trainer_option": (nothing, ["--trainer.max_epoch=3"], "Did you mean '--trainer.max_epochs'?"),
+    "key_of_a_mapping": (
+        write("typo.yaml", "rows: {schedul: {stages: []}}"),
+        ["--config=typo.yaml"],
+        "--rows.schedul is no option. Did you mean '--rows.schedule'?",
+    ),
     "number": (nothing, ["--model.lr=fast"], "--model.lr is float. Received: fast"),
     "choice": (nothing, ["--model.encoder=lstm"], "one of 'cnn', 'mean'. Received: lstm"),
     "trainer_value": (nothing, ["--trainer.accelerator=abacus"], "abacus"),
