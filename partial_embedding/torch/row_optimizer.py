@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from partial_embedding.errors import InputError
 from partial_embedding.torch.blocks import Block
 from partial_embedding.torch.engines import refuse_flat
-from partial_embedding.torch.hooks import tables_of
+from partial_embedding.torch.hooks import refuse_orphan, tables_of
 from partial_embedding.torch.inspection import (
     KEY,
     Group,
@@ -99,7 +99,9 @@ class Rowwise:
             for group, parameter, table in held_tables(self.optimizer)
             if id(parameter) not in self.tables
         ]
-        for *_, table in new:
+        for _, parameter, table in new:
+            if not table.is_attached_to(parameter):
+                table.attach()  # to what was put there past its own `register_parameter`
             no_longer_await(table)
         # All of them or none.
         made = [self._state_of(parameter, table, group) for group, parameter, table in new]
@@ -456,6 +458,7 @@ def held_tables(optimizer: Optimizer) -> Iterator[tuple[Group, nn.Parameter, Par
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            refuse_orphan(parameter)
             for table in tables_of(parameter):
                 yield group, parameter, table
                 break  # those that are tied have one row set

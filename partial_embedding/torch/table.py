@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.hooks import RowHook, close_passage, hooks_on, tables_of
+from partial_embedding.torch.hooks import (
+    RowHook,
+    close_passage,
+    goes_by_rows,
+    hooks_on,
+    tables_of,
+)
 from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
@@ -131,11 +137,19 @@ class PartialTable(TrainableRows):
         """Begin to freeze rows: for a module whose class was changed after it was made."""
         self._wire()
 
+    def is_attached_to(self, parameter: nn.Parameter) -> bool:
+        """Whether rows of a parameter are frozen wherever it is used.
+
+        Args:
+            parameter: One that the table has now.
+        """
+        return any(one is parameter for one in self._hooked.values())
+
     def detach(self) -> None:
         """Stop freezing rows: for a module whose class is about to be changed back."""
         for name in list(self._hooked):
             self._unhook(name)
-        for name in ("_shared", "is_copy", *_WIRING):
+        for name in ("_shared", "_before_training", "is_copy", *_WIRING):
             self.__dict__.pop(name, None)
         no_longer_await(self)
 
@@ -180,8 +194,8 @@ class PartialTable(TrainableRows):
     def _hook_up(self, name: str, parameter: nn.Parameter) -> None:
         if not (parameter.is_floating_point() or parameter.is_complex()):
             return
-        if not self._hooks_on(parameter):
-            RowHook(self, parameter)
+        hook, *_ = self._hooks_on(parameter) or [RowHook(self, parameter)]
+        hook.rows = self._shared
         self._set_hooked({**self._hooked, name: parameter})
 
     def _set_hooked(self, hooked: Mapping[str, nn.Parameter]) -> None:
@@ -209,8 +223,13 @@ class PartialTable(TrainableRows):
             return None  # nothing is trained in a graph
         if isinstance(weight, nn.Parameter):
             # Perhaps for this one call, so what was hooked before stays so: its backward may come.
-            self._hook_up("weight", weight)
-            return None
+            # It may be another model's, so it is masked on its way here, and not where it is. If
+            # it is to stay, an optimizer will find it by its hook.
+            if not self._hooks_on(weight):
+                RowHook(self, weight)
+            learns = weight.requires_grad and torch.is_grad_enabled()
+            if not learns or (getattr(self, "sparse", False) and goes_by_rows(weight, self)):
+                return None
         if not self.has_frozen_rows:
             return None
         if weight is None and not self._hooks_on(self.leaf_weight):

@@ -127,8 +127,9 @@ class TrainableRows(TableFiles):
         await_a_step(self)
         if self._shared.origin is not None:
             self._shared.origin.include(self.leaf_weight, row_set.ids)
-        for told in self._shared.before_training:
-            told(row_set.ids)
+        for table in {self, *tables_of(self.leaf_weight)}:
+            for told in vars(table).get("_before_training", ()):
+                told(row_set.ids)
 
     @property
     def row_set(self) -> RowSet:
