@@ -38,7 +38,11 @@ from partial_embedding.torch.saving import (
 from partial_embedding.torch.shards import check_sharding, is_sharded, local
 from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.table_state import TableState, clear_history
-from partial_embedding.torch.unheld import no_longer_await
+from partial_embedding.torch.unheld import (
+    no_longer_await,
+    refuse_lost,
+    refuse_what_cannot_train,
+)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -167,7 +171,7 @@ class Rowwise:
             self._add_tables()  # a group came, or a parameter became a table's
         for state in self.tables.values():
             if not state.parameter.requires_grad or not any(tables_of(state.parameter)):
-                self._check_still_trains(state)
+                refuse_lost(self.optimizer, state.table, state.parameter, state.name)
         places = [[i for i, p in enumerate(group) if id(p) in self.tables] for group in groups]
         all_there = sum(map(len, places)) == len(self.tables)
         if all_there and all(s.parameter.shape[1:] == s.row_shape for s in self.tables.values()):
@@ -184,26 +188,6 @@ class Rowwise:
             "flattens or shards parameters takes out (FSDP, DeepSpeed), or your own code. Keep the "
             "table out of the engine, in an optimizer of its own; or call "
             "detach_rowwise(optimizer) if it is to go."
-        )
-
-    def _check_still_trains(self, state: TableState) -> None:
-        """Refuse rows that were set to train, and that no step moves any more.
-
-        Raises:
-            InputError: Their weight takes no gradients, or is not what the optimizer holds.
-        """
-        if any(tables_of(state.parameter)):
-            refuse_what_cannot_train(state.table, state.name)
-            return
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if isinstance(state.table, PartialTable) and id(state.table.leaf_weight) in held:
-            return  # tied since to another table
-        raise InputError(
-            "a prepared optimizer steps the weights that its tables have. Received "
-            f"{type(self.optimizer).__name__} with one that {state.name!r} no longer has, since "
-            "another was put in its place (an assignment, load_state_dict(assign=True)), or the "
-            "table is a plain one now. Make the optimizer after that; or, for a table that is "
-            "plain, call detach_rowwise(optimizer)."
         )
 
     def _make_stand_in(self, places: list[list[int]]) -> Optimizer:
@@ -467,29 +451,6 @@ def held_tables(optimizer: Optimizer) -> Iterator[tuple[Group, nn.Parameter, Par
 def _name_in(group: Group, parameter: nn.Parameter) -> str | None:
     names = zip(group["params"], group.get("param_names", ()), strict=False)
     return next((name for one, name in names if one is parameter), None)
-
-
-def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
-    """Refuse a table whose rows are to train while its weight gets no gradient.
-
-    Args:
-        table: The table.
-        name: Its name.
-
-    Raises:
-        InputError: The weight does not require gradients, and some rows are to train.
-    """
-    if table.leaf_weight.requires_grad or not table.has_frozen_rows or not len(table.row_set):
-        return
-    if table.is_copy:
-        return  # a teacher, which is not to train
-    raise InputError(
-        f"rows train whose weight requires gradients. Received {name!r}, of which "
-        f"{len(table.row_set):,} rows are to train, with requires_grad=False: from_pretrained("
-        "freeze=True), requires_grad_(False), module.freeze() and PEFT set it. Call "
-        "weight.requires_grad_(True) after that; or, for a table that is never to train, "
-        'set_trainable_rows("none").'
-    )
 
 
 def _check_averaged(state: TableState) -> None:

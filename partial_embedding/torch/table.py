@@ -192,11 +192,16 @@ class PartialTable(TrainableRows):
         self._set_hooked({key: value for key, value in self._hooked.items() if key != name})
 
     def _hook_up(self, name: str, parameter: nn.Parameter) -> None:
+        if (hook := self._hook_for(parameter)) is not None:
+            hook.rows = self._shared
+            self._set_hooked({**self._hooked, name: parameter})
+
+    def _hook_for(self, parameter: nn.Parameter) -> RowHook | None:
+        """The hook on a parameter, put there if there is none; integers take none."""
         if not (parameter.is_floating_point() or parameter.is_complex()):
-            return
-        hook, *_ = self._hooks_on(parameter) or [RowHook(self, parameter)]
-        hook.rows = self._shared
-        self._set_hooked({**self._hooked, name: parameter})
+            return None
+        hooks = self._hooks_on(parameter)
+        return hooks[0] if hooks else RowHook(self, parameter)
 
     def _set_hooked(self, hooked: Mapping[str, nn.Parameter]) -> None:
         # Past nn.Module's own way of setting attributes.
@@ -225,8 +230,7 @@ class PartialTable(TrainableRows):
             # Perhaps for this one call, so what was hooked before stays so: its backward may come.
             # It may be another model's, so it is masked on its way here, and not where it is. If
             # it is to stay, an optimizer will find it by its hook.
-            if not self._hooks_on(weight):
-                RowHook(self, weight)
+            self._hook_for(weight)
             learns = weight.requires_grad and torch.is_grad_enabled()
             if not learns or (getattr(self, "sparse", False) and goes_by_rows(weight, self)):
                 return None
@@ -250,8 +254,7 @@ class PartialTable(TrainableRows):
         shard = self._shards.get(name)
         if shard is not None and param is not None and is_lent(param, shard, self):
             super().register_parameter(name, param)
-            if not self._hooks_on(param):
-                RowHook(self, param)  # which is the same one in each pass
+            self._hook_for(param)  # which is the same one in each pass
             return
         if name == "weight":
             self._check_tie(param)
