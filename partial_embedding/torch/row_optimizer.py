@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,17 @@ from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.blocks import Block
+from partial_embedding.torch.dry_run import LISTS, Group, State
 from partial_embedding.torch.engines import refuse_flat
 from partial_embedding.torch.hooks import refuse_orphan, tables_of
 from partial_embedding.torch.inspection import (
     KEY,
-    Group,
-    State,
     StateLayout,
     first_state,
     inspect_optimizer,
     kind_of,
     options_of,
 )
-from partial_embedding.torch.row_average import is_averaged_here
 from partial_embedding.torch.saving import (
     Entries,
     check,
@@ -38,16 +36,10 @@ from partial_embedding.torch.saving import (
 from partial_embedding.torch.shards import check_sharding, is_sharded, local
 from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.table_state import TableState, clear_history
-from partial_embedding.torch.unheld import (
-    no_longer_await,
-    refuse_lost,
-    refuse_what_cannot_train,
-)
+from partial_embedding.torch.trainable_rows import waiting
+from partial_embedding.torch.unheld import refuse_lost, refuse_what_cannot_train
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-# What a group has one of for each parameter.
-_LISTS = ("params", "param_names")
 
 
 class Rowwise:
@@ -106,12 +98,12 @@ class Rowwise:
         for _, parameter, table in new:
             if not table.is_attached_to(parameter):
                 table.attach()  # to what was put there past its own `register_parameter`
-            no_longer_await(table)
+            waiting.discard(table)
         # All of them or none.
         made = [self._state_of(parameter, table, group) for group, parameter, table in new]
         for (group, parameter, table), state in zip(new, made, strict=True):
             self.tables[id(parameter)] = state
-            table.stepped_by(state)
+            table.steppers.add(state)
             if hasattr(self, "_hooks"):
                 state.adopt_from(self.optimizer, group)
 
@@ -159,11 +151,7 @@ class Rowwise:
         return with_gradients(args, kwargs, lambda: self._gather(stand_in, places), self._scatter)
 
     def _find_tables(self) -> list[list[int]]:
-        """Where in each group the tables stand.
-
-        Raises:
-            InputError: One of them is gone, or no longer what it was.
-        """
+        """Where in each group the tables stand; refuses to go on without one of them."""
         groups = [group["params"] for group in self.optimizer.param_groups]
         # Once a step, and by what costs next to nothing: a model may have thousands of parameters.
         hooked = (p for group in groups for p in group if p._backward_hooks)
@@ -196,6 +184,7 @@ class Rowwise:
             {**group, "params": list(group["params"])} if has_tables else group
             for group, has_tables in zip(self.optimizer.param_groups, places, strict=True)
         ]
+        # Not by its constructor, of which nothing is known, and which may make state.
         stand_in: Optimizer = object.__new__(type(self.optimizer))
         self._attributes = {**vars(self.optimizer), "param_groups": groups}
         if isinstance(self.optimizer, LBFGS):
@@ -208,18 +197,15 @@ class Rowwise:
         for key, value in vars(self._stand_in).items():
             if value is not self._attributes.get(key):
                 vars(self.optimizer)[key] = value
+        # Not strict: the groups of blocks that step by themselves come after the user's.
         groups = zip(self.optimizer.param_groups, self._stand_in.param_groups, strict=False)
         for group, seen in groups:
             if group is not seen:
-                group.update({key: v for key, v in seen.items() if key not in _LISTS})
+                group.update({key: v for key, v in seen.items() if key not in LISTS})
 
     @torch.no_grad()
     def _gather(self, stand_in: Optimizer, places: list[list[int]]) -> None:
-        """Put compact parameters in the place of the tables.
-
-        Raises:
-            InputError: A gradient that the processes should share was not averaged.
-        """
+        """Put compact parameters in the place of the tables."""
         for state in self.tables.values():
             _check_averaged(state)
         own, lent = self.optimizer.param_groups, stand_in.param_groups
@@ -227,7 +213,7 @@ class Rowwise:
             if not at:
                 continue
             # A closure may have set a rate.
-            seen.update({key: value for key, value in group.items() if key not in _LISTS})
+            seen.update({key: value for key, value in group.items() if key not in LISTS})
             params, names = list(group["params"]), list(group.get("param_names", ()))
             for i in reversed(at):
                 made = self._blocks_of(self.tables[id(params[i])], group, lent)
@@ -366,7 +352,7 @@ class Rowwise:
             hook.remove()
         del vars(self.optimizer)["_rowwise"]
         for state in self.tables.values():
-            state.table.no_longer_stepped_by(state)
+            state.table.steppers.discard(state)
         if any(state.layout.flat for state in self.tables.values()):
             clear_history(self.optimizer)
         take_from(self.optimizer)
@@ -377,21 +363,13 @@ class Rowwise:
                     self.optimizer.state[param] = first_state(self.optimizer, group, param)
 
 
-class _Lent:
-    """A block that the stand-in steps.
+class _Lent(NamedTuple):
+    """A block that the stand-in steps, with the user's group that holds its table."""
 
-    Args:
-        state: The state of its table.
-        block: The block.
-        group: The user's group that holds the table.
-        alone: The group that the block steps in by itself, if it does.
-    """
-
-    def __init__(self, state: TableState, block: Block, group: Group, alone: Group | None) -> None:
-        self.state = state
-        self.block = block
-        self.group = group
-        self.alone = alone
+    state: TableState
+    block: Block
+    group: Group
+    alone: Group | None  # the group that the block steps in by itself, if it does
 
     @property
     def options(self) -> Group:
@@ -407,13 +385,9 @@ def with_gradients(
     then: Callable[[], None],
     before: Callable[[], None] = lambda: None,
 ) -> Arguments:
-    """The arguments of a step that does something when it has its gradients.
+    """The arguments of a step that calls `then` when it has its gradients.
 
-    Args:
-        args: The positional arguments of the step.
-        kwargs: The others.
-        then: Called where there are gradients: now, or after each call of a closure.
-        before: Called before each call of a closure.
+    That is now, or after each call of a closure, `before` which something may be called, too.
     """
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None:
@@ -435,11 +409,7 @@ def with_gradients(
 
 
 def held_tables(optimizer: Optimizer) -> Iterator[tuple[Group, nn.Parameter, PartialTable]]:
-    """The parameters of tables among those of an optimizer, with their groups.
-
-    Args:
-        optimizer: Any optimizer, not wrapped.
-    """
+    """The parameters of tables among those of an optimizer, not wrapped, with their groups."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             refuse_orphan(parameter)
@@ -455,7 +425,7 @@ def _name_in(group: Group, parameter: nn.Parameter) -> str | None:
 
 def _check_averaged(state: TableState) -> None:
     is_own = state.parameter.grad is not None and state.table.awaits_average
-    if is_own and is_averaged_here(state.parameter, state.table):
+    if is_own and state.table.averaging_group(state.parameter) is not None:
         raise InputError(
             "gradients of tables are averaged over all processes before a step. Received "
             f"that of {state.name!r} as this process made it. Call "

@@ -139,6 +139,28 @@ class Witness(pl.Callback):
         self.epochs.append(trainer.current_epoch)
 
 
+def whole_of(tensor: Tensor) -> Tensor:
+    """A tensor, or all that the ranks hold of a sharded one."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {n: whole_of(p).detach().clone() for n, p in module.named_parameters()}
+
+
+class ShardWitness(pl.Callback):
+    """Keeps all weights as they were after each batch, whole; saves after a step where told to."""
+
+    def __init__(self, save_at: int | None = None, path: Any = None) -> None:
+        self.save_at, self.path = save_at, path
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen.append(weights_of(pl_module))
+        if trainer.global_step == self.save_at:
+            trainer.save_checkpoint(self.path)
+
+
 def trainer(*callbacks: pl.Callback, package: Any = pl, **options: Any) -> Any:
     """A silent trainer on one CPU."""
     silent = dict.fromkeys(

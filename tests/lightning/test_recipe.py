@@ -10,8 +10,7 @@ from pytorch_lightning import Callback, Trainer
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.errors import InputError
-from partial_embedding.recipes.export import ExportVectors
-from partial_embedding.recipes.text_classifier import TextClassifier, TextData
+from partial_embedding.recipes.text_classifier import ExportVectors, TextClassifier, TextData
 
 
 @pytest.fixture

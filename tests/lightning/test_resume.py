@@ -1,15 +1,12 @@
 """Killed anywhere and resumed, a run ends bit for bit where the uninterrupted one does."""
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from once import run_script
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -19,8 +16,6 @@ from partial_embedding.cli import main
 from partial_embedding.recipes.resume import RandomState, ReplayableLoader
 from partial_embedding.recipes.text_classifier import TextClassifier, TextData
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).parent / "scripts" / "fit_until_killed.py"
 # The second stage of the small schedule is the epochs 2 and 3, of 6 or 7 batches each.
 PLACE = (3, 3)
 # The last one before the end lies inside the epoch.
@@ -37,33 +32,19 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def in_a_process(place: tuple[int, int], args: list[str]) -> int:
-    command = [sys.executable, str(SCRIPT), *map(str, place), "fit", *args]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
-
-
-def last_checkpoint(root: Path) -> dict[str, Any]:
-    (path,) = root.glob("version_0/checkpoints/last.ckpt")
+def last_checkpoint(root: str) -> dict[str, Any]:
+    (path,) = Path(root).glob("version_0/checkpoints/last.ckpt")
     checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
     return checkpoint
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_run: list[str]) -> None:
-    whole, killed = (
-        [*small_run, CHECKPOINTS, f"--trainer.default_root_dir={folder}"]
-        for folder in ("whole", "killed")
-    )
-    assert main(["fit", *whole]) == 0
-    assert in_a_process(PLACE, killed) == -signal.SIGKILL
-    before = last_checkpoint(Path("killed"))["global_step"]
-    assert in_a_process((-1, -1), [*killed, "--ckpt_path=last"]) == 0
+    killed = [*small_run, CHECKPOINTS, "--trainer.default_root_dir=killed"]
+    assert run_script("killed_and_resumed.py", *PLACE, *killed) == ""
+    before = int(Path("before.txt").read_text())
+    assert main(["fit", *small_run, CHECKPOINTS, "--trainer.default_root_dir=whole"]) == 0
 
-    one, other = last_checkpoint(Path("whole")), last_checkpoint(Path("killed"))
+    one, other = last_checkpoint("whole"), last_checkpoint("killed")
     assert before < other["global_step"] == one["global_step"]
     assert same(one["state_dict"], other["state_dict"])
     assert same(one["optimizer_states"], other["optimizer_states"])

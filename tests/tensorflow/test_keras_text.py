@@ -302,7 +302,8 @@ def test_a_checkpoint_alone_is_measured_and_asked(
         (["test"], "Received no --ckpt_path. Pass last"),
         (["validate", "--ckpt_path=best"], "keeps its last model.*Pass last"),
         (["test", "--ckpt_path=last"], "holds none. Pass the --trainer.default_root_dir"),
-        (["predict", "--ckpt_path=model.keras"], "meaning.json beside.*No such file"),
+        (["predict", "--ckpt_path=model.keras"], "model.keras, which is missing"),
+        (["predict", "--ckpt_path=."], "meaning.json beside.*No such file"),
         (["test", "--ckpt_path=last", "--modell.lr=1"], "unrecognized arguments"),
     ],
 )
@@ -314,6 +315,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if "--ckpt_path=." in args:
+        (tmp_path / "model.keras").touch()
     assert main(args) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
