@@ -146,7 +146,7 @@ def refuse_orphan(parameter: Tensor) -> None:
             "rows of a weight are frozen for as long as its table is there. Received a weight of "
             f"the shape {tuple(parameter.shape)} whose table is gone, as where a graph was made of "
             "a model (torch.fx, jit.trace, torch.export) that nothing refers to any more. Keep the "
-            "model, or call restore_embedding(model) before it goes, for all rows to train."
+            "model; or, for all rows to train, make the graph after restore_embedding(model)."
         )
 
 

@@ -352,7 +352,8 @@ class Rowwise:
             hook.remove()
         del vars(self.optimizer)["_rowwise"]
         for state in self.tables.values():
-            state.table.steppers.discard(state)
+            if isinstance(state.table, PartialTable):  # and no plain one by now
+                state.table.steppers.discard(state)
         if any(state.layout.flat for state in self.tables.values()):
             clear_history(self.optimizer)
         take_from(self.optimizer)
