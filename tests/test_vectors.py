@@ -418,14 +418,6 @@ def test_vectors_of_other_tokens_are_refused(tokens: list[str]) -> None:
         build_table(Vocabulary(tokens), known)
 
 
-def test_importing_the_package_does_not_load_gensim() -> None:
-    code = "import partial_embedding, sys; print('gensim' in sys.modules)"
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert process.stdout == "False\n"
-
-
 def test_missing_rows_are_drawn_at_the_scale_that_is_asked_for() -> None:
     known = keyed(["a", "b", "c"], np.array([[1, 2], [3, 5], [4, 4]], np.float32))
     vocabulary = Vocabulary(["a", "b", "c", *(f"x{i}" for i in range(50))])

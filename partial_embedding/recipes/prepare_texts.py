@@ -212,13 +212,7 @@ def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTex
 
 
 def classes_text(training: LabelledTexts, validation: LabelledTexts) -> str:
-    """The classes and how many texts each has, as a line to print.
-
-    Example:
-        >>> one = LabelledTexts(("a joy", "a bore"), np.array([1, 0]), ("neg", "pos"))
-        >>> classes_text(one, one)
-        'texts: 2 to train on, 2 to validate on; of 2 classes: neg 1 + 1, pos 1 + 1'
-    """
+    """The classes and how many texts each has, as a line to print."""
     sides, names = (training, validation), training.names
     counts = [np.bincount(side.labels, minlength=len(names)) for side in sides]
     each = [f"{printable(n)} {a:,} + {b:,}" for n, a, b in zip(names, *counts, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,16 @@ PAGE = "report.html"
 
 def report_command(args: Sequence[str]) -> None:
     """Write the page of a run into its folder, or that of several into the one around them."""
-    given = _parser().parse_args(args)
+    parser = CommandParser(
+        prog="partial-embedding report",
+        description="Write one HTML page of what a run did to its rows, or several side by side.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run", type=Path, nargs="+", help="the folder of a run, or one that holds some: the newest"
+    )
+    parser.add_argument("--title", help="the title of the page, by default the folder")
+    given = parser.parse_args(args)
     if len(given.run) == 1:
         print(f"report: {write_page(find_run(given.run[0]), given.title)}")
         return
@@ -53,16 +61,3 @@ def find_run(folder: Path) -> Path:
             f"{folder}, which holds none. Name the folder of such a run."
         )
     return found.parent
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="partial-embedding report",
-        description="Write one HTML page of what a run did to its rows, or several side by side.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "run", type=Path, nargs="+", help="the folder of a run, or one that holds some: the newest"
-    )
-    parser.add_argument("--title", help="the title of the page, by default the folder")
-    return parser

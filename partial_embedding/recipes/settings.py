@@ -53,15 +53,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 
 
 def check_range(name: str, value: float, least: float, below: float = math.inf) -> None:
-    """Refuse a number that is out of its range.
-
-    Example:
-        >>> check_range("channels", 0, 1)
-        Traceback (most recent call last):
-            ...
-        partial_embedding.errors.InputError: channels is at least 1. Received: 0. Leave it out for \
-the default.
-    """
+    """Refuse a number that is out of its range."""
     if not least <= value < below:
         rule = f"is at least {least}" if below == math.inf else f"lies in [{least}, {below})"
         raise InputError(f"{name} {rule}. Received: {value}. Leave it out for the default.")
@@ -73,11 +65,6 @@ def checked(made: Callable[..., Any], given: Mapping[str, Any], part: str) -> di
     Raises:
         InputError: There is no such argument, or its value is of another type; the message names
             the part of the configuration.
-
-    Example:
-        >>> def model(lr: float = 1e-3, encoder: Literal["cnn", "mean"] = "cnn") -> None: ...
-        >>> checked(model, {"lr": 1}, "model")
-        {'lr': 1.0}
     """
     # Those of a dataclass stand at the class.
     hints = typing.get_type_hints(made)

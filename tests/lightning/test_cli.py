@@ -1,6 +1,5 @@
 """The command `partial-embedding`: what it leaves behind, and what it says to bad input."""
 
-import csv
 import errno
 import os
 import re
@@ -65,22 +64,6 @@ def test_a_command_that_is_none_is_refused_with_the_list(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "fit, validate, test, predict, compare, schedule, report" in error
-
-
-def test_validate_test_and_predict_take_a_checkpoint(
-    fitted_run: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    before = files_below(Path())
-    capfd.readouterr()
-    for command in ("validate", "test"):
-        assert main([command, *fitted_run, "--ckpt_path=last"]) == 0
-        assert "accuracy" in capfd.readouterr().out
-    assert main(["predict", *fitted_run, "--ckpt_path=best"]) == 0
-    assert files_below(Path()) - before == {"runs/predictions.csv"}
-    with Path("runs/predictions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert rows
-    assert {row["label"] for row in rows} <= {"neg", "pos"}
 
 
 def test_a_checkpoint_is_enough_to_load_the_model(fitted_run: list[str]) -> None:

@@ -74,10 +74,12 @@ def test_a_checkpoint_is_all_that_test_and_predict_need(
     which: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("new.jsonl").write_text('{"text": "a joy", "label": "pos"}\n')
+    before = set(Path().rglob("*"))
     for command in ("test", "predict"):
         where = [f"--ckpt_path={which}", "--data.test_path=new.jsonl"]
         assert main([command, *where, *QUIET]) == 0
     assert rows_of(Path("runs/predictions.csv"))[0]["text"] == "a joy"
+    assert set(Path().rglob("*")) - before == {Path("runs/predictions.csv")}
 
 
 @pytest.mark.usefixtures("only_the_run")
@@ -114,6 +116,7 @@ def test_texts_to_validate_on_can_stand_in_a_file_of_their_own(
     out = capfd.readouterr().out
     assert "texts: 60 to train on, 2 to validate on; of 2 classes: neg 30 + 1, pos 30 + 1" in out
     assert main(["validate", "--ckpt_path=best", *QUIET]) == 0
+    assert "val_accuracy" in capfd.readouterr().out
 
 
 def test_a_configuration_of_another_class_has_that_classes_defaults(

@@ -21,8 +21,10 @@ from pytorch_lightning.plugins import MixedPrecision
 from small_runs import (
     BATCH,
     BATCHES,
+    BY_NAME,
     EPOCHS,
     NEVER_TRAINED,
+    OTHER_STAGES,
     SCHEDULE,
     STAGES,
     Core,
@@ -364,13 +366,6 @@ def test_manual_optimization_clips_as_small_tables_would() -> None:
     assert_frozen_rows_kept_their_bits(witness, starting_table())
     # The norm is that of the same numbers, summed in another order.
     assert_close_run(witness, expected)
-
-
-OTHER_STAGES = {0: (0, 11), 2: (0, 5, 11)}
-BY_NAME = {
-    "words": SCHEDULE,
-    "items": {"stages": [{"epoch": e, "rows": list(r)} for e, r in OTHER_STAGES.items()]},
-}
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["two_optimizers", "one_optimizer"])

@@ -83,14 +83,6 @@ def test_texts_to_test_come_from_their_own_file(small_run: list[str]) -> None:
     assert data.given_texts == ["a joy", "a bore", "unseen words"]
 
 
-def test_texts_to_test_of_another_class_are_refused(small_run: list[str]) -> None:
-    Path("test.csv").write_text("text,label\na joy,pos\na bore,dull\n")
-    data = TextData(path="texts.csv", vectors="vectors.txt", test_path="test.csv")
-    data.setup("fit")
-    with pytest.raises(InputError, match=r"test\.csv, where 1 of 2 are of 'dull', which training"):
-        data.test_dataloader()
-
-
 @pytest.mark.parametrize("encoder", ["cnn", "mean"])
 def test_scores_of_a_text_do_not_depend_on_the_others_in_its_batch(
     encoder: Any, data: TextData

@@ -2,7 +2,6 @@
 
 import json
 import os
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 import torch
 from once import once, run_script
 from scripts.kill_and_resume import KINDS, PLACES
-from small_runs import same_bits
+from small_runs import differences
 
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.saved_state import cohorts_of
@@ -19,17 +18,6 @@ from partial_embedding.torch.saved_state import cohorts_of
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="the runs that are killed are forked from one process"
 )
-
-
-def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """The places at which two nested states differ in a bit."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.dtype == b.dtype and same_bits(a, b) else [place]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{place}/{key}")]
-    return [] if type(a) is type(b) and a == b else [f"{place}: {a!r}, {b!r}"]
 
 
 # All places and all kinds of checkpoints together in one process; elsewhere each with one other.

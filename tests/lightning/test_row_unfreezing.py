@@ -20,9 +20,11 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from small_runs import (
     BATCH,
     BATCHES,
+    BY_NAME,
     CLASSES,
     EPOCHS,
     NEVER_TRAINED,
+    OTHER,
     SCHEDULE,
     STAGES,
     D,
@@ -86,22 +88,16 @@ def test_a_vocabulary_may_be_a_plain_list_of_tokens() -> None:
 
 # Several callbacks
 
-OTHER_STAGES = {0: (0, 11), 2: (0, 5, 11)}
-OTHER = {"stages": [{"epoch": e, "rows": list(r)} for e, r in OTHER_STAGES.items()]}
-
 
 def two_callbacks() -> list[RowUnfreezing]:
-    return [
-        RowUnfreezing({name: s}, audit=1) for name, s in (("words", SCHEDULE), ("items", OTHER))
-    ]
+    return [RowUnfreezing({name: schedule}, audit=1) for name, schedule in BY_NAME.items()]
 
 
 @pytest.mark.parametrize("saved_after", [0, 2])
 def test_two_callbacks_move_two_tables_as_one_would(saved_after: int, tmp_path: Path) -> None:
     tables = ("words", "items")
     one, two = Net().build(tables), Net().build(tables)
-    by_name = {"words": SCHEDULE, "items": OTHER}
-    expected = fit(one, unfreezing=RowUnfreezing(by_name, audit=1))
+    expected = fit(one, unfreezing=RowUnfreezing(BY_NAME, audit=1))
     first, second = two_callbacks()
     got = fit(two, second, Keep(tmp_path), unfreezing=first)
     assert_same_run(got, expected.seen)
@@ -117,9 +113,8 @@ def test_two_callbacks_move_two_tables_as_one_would(saved_after: int, tmp_path: 
 @pytest.mark.parametrize("schedule", [{"words": OTHER}, OTHER], ids=["by_name", "all_tables"])
 def test_two_callbacks_for_one_table_are_refused(schedule: Any) -> None:
     net = Net().build(("words", "items"))
-    both = {"words": SCHEDULE, "items": OTHER}
     with pytest.raises(InputError, match=r"one schedule\. Received two RowUnfreezing for 'words'"):
-        fit(net, RowUnfreezing(schedule), unfreezing=RowUnfreezing(both))
+        fit(net, RowUnfreezing(schedule), unfreezing=RowUnfreezing(BY_NAME))
     assert net.steps_begun == 0
 
 

@@ -216,14 +216,6 @@ def test_variables_can_be_excluded_from_weight_decay(first: bool) -> None:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_it_works_inside_a_loss_scale_optimizer(lazy: bool) -> None:
-    inner = rowwise(keras.optimizers.Adam(0.05), lazy=lazy)
-    scaled = run(model_of(keras.optimizers.LossScaleOptimizer(inner)))
-    plain = run(model_of(rowwise(keras.optimizers.Adam(0.05), lazy=lazy)))
-    np.testing.assert_allclose(scaled[-1], plain[-1], rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("lazy", [False, True])
 def test_it_works_in_a_loop_of_ones_own(lazy: bool) -> None:
     layer = PartialEmbedding.from_matrix(MATRIX, trainable_rows=MOVES[0][0], reserve_rows=RESERVED)
     optimizer = rowwise(keras.optimizers.Adam(0.05), lazy=lazy)

@@ -300,9 +300,12 @@ def by_backward_twice(module: Any, loss: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("options", [{}, {"sparse": False}], ids=["sparse", "dense"])
 @pytest.mark.parametrize("way", [by_an_inner_step, by_a_gradient_s_gradient, by_backward_twice])
-def test_second_derivatives_are_those_of_a_plain_layer(way: Callable[..., None]) -> None:
-    table, plain = pair(rows=[1, 3])
+def test_second_derivatives_are_those_of_a_plain_layer(
+    way: Callable[..., None], options: dict[str, Any]
+) -> None:
+    table, plain = pair(rows=[1, 3], **options)
     for module in (table, plain):
         module.weight.grad = None
         way(module, module(IDS).pow(3).sum())

@@ -1,6 +1,5 @@
 """Tables that processes share by rows learn as one process does that has all of their batches."""
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,15 +16,22 @@ from sharded_nets import (
     STEPS,
     Optimizer,
     V,
-    Weights,
+    alone,
     batch,
+    begun,
     by_both,
     by_fsdp,
     by_tensor_parallelism,
+    check_same_memory,
+    go_on,
     in_bf16,
     in_one_group,
+    memory,
     net_of,
+    of_batches,
     processes,
+    recorded,
+    state_of,
     train,
     weights,
     with_copies,
@@ -34,8 +40,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -45,9 +49,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from partial_embedding import InputError
 from partial_embedding.errors import FrozenRowsMoved
-from partial_embedding.torch import FrozenRowAudit, PartialEmbedding, rowwise, shards
-from partial_embedding.torch.optimizer import prepared
-from partial_embedding.torch.shards import shard_of
+from partial_embedding.torch import FrozenRowAudit, PartialEmbedding, shards
 
 STOCK = ("AdamW", "SGD", "Adagrad")
 
@@ -67,34 +69,6 @@ def matrix() -> Iterator[Any]:
 
 
 IN_MATRIX = pytest.mark.parametrize(("optimizer", "rows", "tied"), list(matrix()))
-
-
-def alone(
-    optimizer: str, rows: str, tied: bool, backward: Callable[[Net, int], object]
-) -> list[Weights]:
-    """The weights after each step of one process, in which nothing is sharded."""
-    model = net_of(tied, ROWS[rows][0])
-    # Two uses of one weight are summed in another order where they are sparse.
-    model.table.sparse = model.head.sparse = not tied
-    return train(model, OPTIMIZERS[optimizer](model.parameters()), ROWS[rows], backward)[0]
-
-
-def of_batches(number: int) -> Callable[[Net, int], None]:
-    """The gradients of so many processes."""
-
-    def backward(model: Net, step: int) -> None:
-        for rank in range(number):
-            (model(batch(step, rank)) / number).backward()
-
-    return backward
-
-
-def recorded(gradients: list[Weights]) -> Callable[[Net, int], None]:
-    def put(model: Net, step: int) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[step][name].clone()
-
-    return put
 
 
 def check(
@@ -423,62 +397,6 @@ def test_a_table_that_fsdp1_has_flattened_keeps_no_other_from_its_steps() -> Non
 
 
 # Checkpoints
-
-
-def memory(model: Net, made: Optimizer) -> dict[str, Any]:
-    """All that a run goes on from: weights, and what is remembered of each cohort, by row."""
-    handle: Any = prepared(made)
-    kept = {}
-    for state in handle.tables.values():
-        shard = shard_of(state.parameter)
-        assert shard is not None
-        for number, cohort in state.cohorts.items():
-            kept[f"{state.name} {number}"] = {
-                "rows": cohort.ids + shard.start,
-                "steps": cohort.steps,
-                "lr_scale": cohort.rate_scale.lr_scale,
-                **copy.deepcopy(cohort.state),
-            }
-    assert len(kept) == 6  # two cohorts of the table, of the head's weight and of its bias
-    parts = of_all(kept)
-    for cohort, state in kept.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim():
-                state[key] = torch.cat([part[cohort][key] for part in parts])
-    return {"weights": weights(model), **kept}
-
-
-def check_same_memory(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name, state in a.items():
-        for key, value in state.items():
-            wanted = b[name][key]
-            equal = torch.equal(value, wanted) if torch.is_tensor(value) else value == wanted
-            assert equal, (name, key)
-
-
-def begun(optimizer: str, only_tables: bool) -> tuple[Net, Optimizer]:
-    model = net_of(False, ROWS["late"][0])
-    if only_tables:
-        model.hidden.requires_grad_(False)
-    by_fsdp(model)
-    return model, rowwise(OPTIMIZERS[optimizer](model.parameters()), model)
-
-
-def go_on(model: Net, made: Optimizer, steps: range) -> None:
-    for step in steps:
-        if step == 3:
-            model.set_rows(ROWS["late"][3], lr_scale=0.5, warmup_steps=3)
-        model(batch(step, dist.get_rank())).backward()
-        made.step()
-        made.zero_grad()
-
-
-def state_of(model: Net, made: Optimizer, options: StateDictOptions) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model, options=options),
-        "optimizer": get_optimizer_state_dict(model, made, options=options),
-    }
 
 
 @pytest.mark.parametrize(

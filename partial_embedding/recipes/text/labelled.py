@@ -29,13 +29,7 @@ class LabelledTexts:
 
 
 def labelled(pairs: Sequence[tuple[str, str]]) -> LabelledTexts:
-    """Gather texts with the names of their classes, of which there is one at least.
-
-    Example:
-        >>> films = labelled([("a joy", "pos"), ("a bore", "neg")])
-        >>> films.names, films.labels.tolist()
-        (('neg', 'pos'), [1, 0])
-    """
+    """Gather texts with the names of their classes, of which there is one at least."""
     texts, classes = zip(*pairs, strict=True)
     names, labels = np.unique(np.array(classes, object), return_inverse=True)
     return LabelledTexts(texts, labels.astype(np.int64), tuple(names))
