@@ -179,6 +179,7 @@ def test_a_weight_put_there_behind_the_module_s_back_is_the_table_s_once_it_is_s
         gradient(table)
         optimizer.step()
         assert moved_rows(table.weight.detach() - vectors()) == ROWS
+    assert table.is_attached_to(table.weight)  # or a dense one would be masked in each lookup
     assert isinstance(table.weight.grad, RowGradient) == sparse
     assert_is_masked_past_the_module(table)
 
