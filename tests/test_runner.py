@@ -220,9 +220,10 @@ def test_every_stage_is_tried_at_once(stage: dict[str, Any], place: str) -> None
         runner_of(Schedule([{"epoch": 0, "rows": [1]}, stage]))
 
 
-def test_an_audit_at_no_step_is_refused() -> None:
-    with pytest.raises(InputError, match=r"^audit is true, false, or .* Received: -3"):
-        Runner(SetTables("words"), {None: PLAIN}, audit=-3)
+@pytest.mark.parametrize("audit", [-3, 0.5, "yes", None])
+def test_an_audit_at_no_step_is_refused(audit: Any) -> None:
+    with pytest.raises(InputError, match=rf"^audit is true, false, or .* Received: {audit!r}"):
+        Runner(SetTables("words"), {None: PLAIN}, audit=audit)
 
 
 def test_a_rate_that_an_optimizer_cannot_keep_is_refused_with_its_stage() -> None:

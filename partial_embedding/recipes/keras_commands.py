@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import keras
 import numpy as np
+import yaml
 from keras import ops
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import parse_yaml, shown
 from partial_embedding.recipes.command import CommandParser
 from partial_embedding.recipes.keras_text import (
+    TABLE,
     RowSettings,
     TextBatches,
     TrainerSettings,
@@ -30,11 +34,12 @@ from partial_embedding.recipes.prepare_texts import (
     read_sides,
     with_names,
 )
-from partial_embedding.recipes.settings import checked, read_config
+from partial_embedding.recipes.settings import checked, read_config, settings
 from partial_embedding.recipes.text import LabelledTexts, read_texts
 from partial_embedding.rows.vocabulary import Vocabulary
 
 Config = dict[str, dict[str, Any]]
+_PARTS = ("data", "model", "rows", "trainer")
 
 
 def fit_command(args: Sequence[str]) -> Path:
@@ -94,15 +99,19 @@ class SavedModel:
         self.path = path
         try:
             meaning = json.loads(path.with_name("meaning.json").read_text(encoding="utf-8"))
+            self.vocabulary = Vocabulary(meaning["tokens"])
+            self.names = tuple(meaning["names"])
+            texts = asdict(TextSettings(**meaning["texts"]))
             self.model = keras.models.load_model(path)
-        except (OSError, ValueError) as error:
+            of_model = (self.model.get_layer(TABLE).input_dim, self.model.output_shape[-1])
+            if of_model != (meant := (len(self.vocabulary), len(self.names))):
+                raise ValueError(f"a model of {of_model} rows and classes, where {meant} are meant")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 "a checkpoint is the model.keras of a run, with its meaning.json beside. "
                 f"Received: {path}: {error}. Pass last, or the path of one."
             ) from error
-        self.vocabulary = Vocabulary(meaning["tokens"])
-        self.names = tuple(meaning["names"])
-        self.texts = TextSettings(**{**meaning["texts"], **checked(TextSettings, data, "data")})
+        self.texts = TextSettings(**{**texts, **checked(TextSettings, data, "data")})
 
     def measure(self, command: str) -> None:
         """Print loss and accuracy.
@@ -191,16 +200,35 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--top_k", type=int, help="the classes of each text")
     for part, made in parts.items():
         options = parser.add_argument_group(part)
-        for name in inspect.signature(made).parameters:
-            options.add_argument(f"--{part}.{name}", type=parse_yaml, metavar=name.upper())
+        hints = typing.get_type_hints(made.__init__ if isinstance(made, type) else made)
+        for name in settings(made):
+            read = _reader(hints[name])
+            options.add_argument(f"--{part}.{name}", type=read, metavar=name.upper())
     return parser
+
+
+def _reader(hint: Any) -> Callable[[str], Any]:
+    """What reads an option: a name stands as it is, and all else is YAML."""
+    kinds = set(typing.get_args(hint) or (hint,))
+
+    def read(text: str) -> Any:
+        if kinds <= {str, NoneType}:
+            return None if text == "null" and NoneType in kinds else text
+        try:
+            return parse_yaml(text)
+        except yaml.YAMLError:
+            raise argparse.ArgumentTypeError(
+                f"a setting is a value in YAML. Received: {text!r}"
+            ) from None
+
+    return read
 
 
 def _config(given: dict[str, Any]) -> Config:
     """The parts of the configuration files, and what options say instead."""
     config: Config = {}
     for path in given.pop("config", []):
-        for part, keys in read_config(path).items():
+        for part, keys in read_config(path, _PARTS).items():
             config.setdefault(part, {}).update(keys)
     for name, value in given.items():
         part, _, setting = name.partition(".")

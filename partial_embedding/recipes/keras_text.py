@@ -36,7 +36,7 @@ from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 # The name of the table, for schedules of several.
-_TABLE = "embedding"
+TABLE = "embedding"
 # What a configuration of the Lightning recipe has besides, which changes nothing of the training.
 _LEFT_OUT = {"best", "last", "monitor", "random_state"}
 
@@ -187,25 +187,25 @@ class MeanOfText(keras.layers.Layer):
 def text_classifier(
     data: PreparedTexts,
     schedule: Schedule,
+    lazy: bool,
     encoder: Literal["cnn", "mean"] = "cnn",
     channels: int = 64,
     dropout: float = 0.5,
     lr: float = 1e-3,
     weight_decay: float = 0.01,
-    lazy: bool = False,
 ) -> Any:
     """A small text classifier over a partly trainable table of word vectors, compiled.
 
     Args:
         data: The texts that it will be trained on, and their table.
         schedule: When which rows train; the layer reserves them.
+        lazy: Step only the rows that a batch touched, as `rowwise` does.
         encoder: `"cnn"`, convolutions of widths 3, 4 and 5 with a maximum over time (Kim 2014,
             https://arxiv.org/abs/1408.5882), or `"mean"`, the average of the vectors.
         channels: Channels per width of the convolutions.
         dropout: The share of features dropped in training.
         lr: The learning rate of AdamW.
         weight_decay: The weight decay of AdamW.
-        lazy: Step only the rows that a batch touched, as `rowwise` does.
 
     Returns:
         A `keras.Model` from ids, shape (B, L), filled up with 0, to one score per class, (B, C).
@@ -221,7 +221,7 @@ def text_classifier(
         data.table,
         trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
         freeze_padding=True,
-        name=_TABLE,
+        name=TABLE,
     )
     ids = keras.Input((None,), dtype="int64", name="ids")
     words = keras.layers.Dropout(dropout)(table(ids))
@@ -273,10 +273,20 @@ class TrainerSettings:
     Args:
         max_epochs: The epochs.
         default_root_dir: The folder in which the run gets one of its own.
+
+    Raises:
+        InputError: There is no epoch, or a file has the name of the folder.
     """
 
     max_epochs: int = 10
     default_root_dir: str = "runs"
+
+    def __post_init__(self) -> None:
+        check_range("max_epochs", self.max_epochs, 1)
+        if (root := Path(self.default_root_dir)).exists() and not root.is_dir():
+            raise InputError(
+                f"default_root_dir is a folder. Received: {shown(root)}, a file. Name another."
+            )
 
 
 def read_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -327,7 +337,7 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
     keras.utils.set_random_seed(texts.seed)
     data = prepare_texts(texts, print)
     schedule = _of_the_table(rows.schedule)
-    model = text_classifier(data, schedule, lazy=rows.lazy, **settings["model"])
+    model = text_classifier(data, schedule, rows.lazy, **settings["model"])
     training, validation = (
         TextBatches(texts.encode(side.texts, data.vocabulary), side.labels, texts.batch_size, seed)
         for side, seed in ((data.training, texts.seed), (data.validation, None))
@@ -363,9 +373,9 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
 
 def _of_the_table(schedules: Any) -> Schedule:
     by_table = schedules_by_table(schedules)
-    if unknown := [name for name in by_table if name not in (None, _TABLE)]:
+    if unknown := [name for name in by_table if name not in (None, TABLE)]:
         raise InputError(
-            f"schedules are named after the model's tables, [{_TABLE!r}]. Received: "
+            f"schedules are named after the model's tables, [{TABLE!r}]. Received: "
             f"{unknown[0]!r}. Take that name, or write one schedule for all."
         )
     (schedule,) = by_table.values()

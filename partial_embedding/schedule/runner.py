@@ -61,10 +61,10 @@ class Runner:
         audit: bool | int = False,
         say: Say = lambda line: None,
     ) -> None:
-        if audit < 0:
+        if not isinstance(audit, int) or audit < 0:
             raise InputError(
                 "audit is true, false, or the number of steps between two comparisons. Received: "
-                f"{audit}. True compares at the end of each stage."
+                f"{audit!r}. True compares at the end of each stage."
             )
         shapes = adapter.shapes
         if unknown := [name for name in schedules if name not in (None, *shapes)]:

@@ -10,7 +10,7 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 pytest.importorskip("tensorboard")  # TensorFlow writes no summaries without
 
-from partial_embedding import Vocabulary  # noqa: E402
+from partial_embedding import InputError, Vocabulary  # noqa: E402
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
 from partial_embedding.monitor.record import read_record  # noqa: E402
 from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
@@ -51,6 +51,27 @@ def logged(folder: Path) -> dict[str, list[float]]:
         for value in event.summary.value:
             numbers.setdefault(value.tag, []).append(float(tf.make_ndarray(value.tensor)))
     return numbers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"every_n_steps": wrong} for wrong in (0, -1, 1.5, None)),
+        *({"sample": wrong} for wrong in (0, -1, "all")),
+        {"unfreezing": SCHEDULE},
+    ],
+    ids=str,
+)
+def test_what_would_measure_nothing_is_refused_at_once(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(InputError, match=f"^{name} is "):
+        RowMonitor("logs", **options)
+
+
+def test_a_file_is_no_folder_of_logs(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(InputError, match="log_dir is a folder"):
+        fit(tmp_path / "logs")
 
 
 def test_it_logs_the_numbers_of_each_cohort_and_band(tmp_path: Path) -> None:
