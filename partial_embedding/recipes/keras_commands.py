@@ -200,7 +200,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--top_k", type=int, help="the classes of each text")
     for part, made in parts.items():
         options = parser.add_argument_group(part)
-        hints = typing.get_type_hints(made.__init__ if isinstance(made, type) else made)
+        hints = typing.get_type_hints(made)
         for name in settings(made):
             read = _reader(hints[name])
             options.add_argument(f"--{part}.{name}", type=read, metavar=name.upper())

@@ -74,6 +74,18 @@ def test_a_file_is_no_folder_of_logs(tmp_path: Path) -> None:
         fit(tmp_path / "logs")
 
 
+def test_a_model_that_was_not_compiled_is_measured(tmp_path: Path) -> None:
+    layer = PartialEmbedding(V, D, trainable_rows=[6], name="words")
+    monitor = RowMonitor(tmp_path, every_n_steps=1)
+    monitor.set_params({"epochs": 1, "steps": 1})
+    monitor.set_model(keras.Sequential([keras.Input((2,)), layer]))
+    monitor.on_train_begin()
+    monitor.on_train_batch_begin(0)
+    layer.write_rows(np.array([6]), np.ones((1, D)))  # what a step of one's own does
+    monitor.on_train_batch_end(0)
+    assert logged(tmp_path)["words/trainable_rows"] == [1]
+
+
 def test_it_logs_the_numbers_of_each_cohort_and_band(tmp_path: Path) -> None:
     monitor, _ = fit(tmp_path)
     numbers = logged(tmp_path)
