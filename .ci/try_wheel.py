@@ -12,11 +12,12 @@ from pathlib import Path
 
 TRIED = {
     "": "from partial_embedding import Rows; assert Rows.parse([3]).resolve(5).tolist() == [3]",
+    "torch": "import partial_embedding.torch",
     "lightning": "import partial_embedding.callbacks.lightning, partial_embedding.torch",
     "tensorflow": "import partial_embedding.callbacks.keras, partial_embedding.tensorflow",
     "vectors": "import gensim, partial_embedding.recipes.vectors",
     "lightning,text": "from partial_embedding.cli import main; main(['fit', '--help'])",
-    "lightning,transformers": "import partial_embedding.callbacks.transformers",
+    "transformers": "import accelerate, partial_embedding.callbacks.transformers",
     "all": "import partial_embedding.callbacks.lightning, partial_embedding.callbacks.transformers",
 }
 

@@ -123,6 +123,56 @@ def summing() -> Iterator[Section]:
         yield Section(f"Sum 2,048 gradients by row, K = {trainable:,}", ways)
 
 
+def holding() -> Iterator[Section]:
+    """What is held of the gradients of all entries until the step sums them."""
+    k = 10_000
+    work = Work(trainable=k, ids=65_536)
+    rows, ids = RowSet(work.rows, {0: drawn(work).rows}, 1), next(ids_of(work))
+    given, into = torch.rand(len(ids), 64), torch.empty(k + 1, 64)
+
+    def select() -> tuple[Tensor, Tensor]:
+        kept = rows.mask.index_select(0, ids).nonzero().flatten()
+        return ids.index_select(0, kept), given.index_select(0, kept)
+
+    def select_and_sum() -> tuple[Tensor, Tensor]:
+        kept, values = select()
+        found, places = distinct(kept, work.rows)
+        return found, sum_rows(places, values, len(found))
+
+    def sum_all() -> tuple[Tensor, Tensor]:
+        return ids, given  # a frozen row's slot is the last one
+
+    def sum_in_parts() -> tuple[Tensor, Tensor]:
+        total = given.new_zeros(k, 64)
+        for part, values in zip(ids.split(4096), given.split(4096), strict=True):
+            kept = rows.mask.index_select(0, part).nonzero().flatten()
+            slots = rows.slots.index_select(0, part.index_select(0, kept)).long()
+            total.index_add_(0, slots, values.index_select(0, kept))
+        return rows.order, total
+
+    def way(hold: Callable[[], tuple[Tensor, Tensor]]) -> tuple[str, Way]:
+        held = hold()[1]
+        mib = 0.0 if held is given else held.nbytes / 2**20
+
+        def to_the_end() -> Tensor:
+            held_ids, values = hold()
+            return sum_rows(rows.slots.index_select(0, held_ids), values, k + 1, into)
+
+        return f"{mib:.1f} MiB", to_the_end
+
+    ways = {
+        "the entries that train": select,
+        "their sums by row": select_and_sum,
+        "their sums in a row for each of K, from parts of 4,096 ids": sum_in_parts,
+        "all entries, as long as autograd's": sum_all,
+    }
+    made = {what: way(hold) for what, hold in ways.items()}
+    yield Section(
+        "Hold the gradients of 65,536 ids, K = 10,000",
+        {f"{what}: {mib}": measured_way for what, (mib, measured_way) in made.items()},
+    )
+
+
 def gathering() -> Iterator[Section]:
     """Rows of a large table brought together."""
     table = Work().table()
@@ -303,6 +353,7 @@ def growing() -> Iterator[Section]:
 SECTIONS = {
     "find": finding,
     "sum": summing,
+    "hold": holding,
     "gather": gathering,
     "scatter": scattering,
     "update": updating,

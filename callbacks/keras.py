@@ -74,6 +74,9 @@ class RowUnfreezing(keras.callbacks.Callback):
         audit: embedding...: frozen rows by stage: 3; changed a bit: 0
     """
 
+    # Keras hands in the model before all else.
+    _tables: KerasTables
+
     def __init__(
         self,
         schedule: AnySchedule | Mapping[str, AnySchedule],
@@ -87,7 +90,6 @@ class RowUnfreezing(keras.callbacks.Callback):
         self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.audit = audit
         self.backup_dir = backup_dir
-        self._tables: KerasTables | None = None
         self._runner: Runner | None = None
         self._epoch: int | None = None
         # The steps that the optimizer had made when the first epoch of the run began.
@@ -126,7 +128,7 @@ class RowUnfreezing(keras.callbacks.Callback):
         """Refuse what the optimizer cannot do."""
         self._active.check_rate_scales()
         counts = any(schedule.moves_within_epochs for schedule in self.schedules.values())
-        if counts and self._active_tables.optimizer is None:
+        if counts and self._tables.optimizer is None:
             raise InputError(
                 "stages that start at steps need the table's optimizer, which counts them. "
                 "Received a model that has none. Compile it, or make the optimizer an attribute."
@@ -139,7 +141,7 @@ class RowUnfreezing(keras.callbacks.Callback):
         if self.backup_dir is not None and self._path.exists():
             self._read(epoch)
         elif epoch == 0:
-            self._begun_at = self._active_tables.steps
+            self._begun_at = self._tables.steps
         elif self._before is not None:
             self._active.restore(self._before, epoch)
         measured = self._active.evaluations
@@ -157,7 +159,7 @@ class RowUnfreezing(keras.callbacks.Callback):
     def _total_steps(self) -> float:
         if self._batches is None:
             return math.inf
-        return int(self.params["epochs"] * self._batches // self._active_tables.batches_of_a_step)
+        return int(self.params["epochs"] * self._batches // self._tables.batches_of_a_step)
 
     @property
     def _batches(self) -> int | None:
@@ -169,11 +171,6 @@ class RowUnfreezing(keras.callbacks.Callback):
     def _active(self) -> Runner:
         assert self._runner is not None, "Keras calls set_model first"
         return self._runner
-
-    @property
-    def _active_tables(self) -> KerasTables:
-        assert self._tables is not None, "Keras calls set_model first"
-        return self._tables
 
     # Moving with the schedule
 
@@ -189,15 +186,19 @@ class RowUnfreezing(keras.callbacks.Callback):
         if self._most(batch) >= self._due:
             self._advance(batch)
 
+    @property
+    def _steps(self) -> int:
+        """The steps of the run; waits for them."""
+        return self._tables.steps - self._begun_at
+
     def _most(self, batches: int) -> int:
         """The most steps that so many batches make; reading them would wait for the device."""
         step, at = self._read_at
         return step + batches - at
 
     def _read_step(self, batches: int) -> int:
-        step = self._active_tables.steps - self._begun_at
-        self._read_at = (step, batches)
-        return step
+        self._read_at = (self._steps, batches)
+        return self._read_at[0]
 
     def _advance(self, batch: int) -> None:
         assert self._epoch is not None, "Keras begins an epoch first"
@@ -233,14 +234,13 @@ class RowUnfreezing(keras.callbacks.Callback):
     def _keep(self, logs: Mapping[str, float], expected: Iterable[str] = ()) -> None:
         assert self._epoch is not None, "Keras begins an epoch first"
         before = self._active.evaluations
-        step = self._active_tables.steps - self._begun_at
-        self._active.observe(self._epoch, step, logs, expected)
+        self._active.observe(self._epoch, self._steps, logs, expected)
         if self.backup_dir is not None and self._active.evaluations != before:
             self._write()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Close the last stage, and say what the audit found."""
-        self._active.finish(self._active_tables.steps - self._begun_at)
+        self._active.finish(self._steps)
         if self._epoch is None:
             return
         self._epoch = None

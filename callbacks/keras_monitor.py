@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,7 +136,8 @@ class RowMonitor(keras.callbacks.Callback):
         self._tables = {}
         for name, layer in tables_in(self.model).items():
             padding = 0 if layer.freeze_padding else None
-            sample = self._run.add_table(name, _Reader(layer), layer.input_dim, padding)
+            rows = partial(_rows_of, layer)
+            sample = self._run.add_table(name, rows, layer.input_dim, padding)
             self._tables[name] = _Table(layer, sample)
         if isinstance(optimizer, MultiOptimizer) and self.model.built:
             self.model.optimizer.build(self.model.trainable_variables)  # with those of tables
@@ -244,12 +246,7 @@ def _rates(optimizer: Any, one: _Table) -> dict[int, float]:
     return dict(zip(rows, map(float, rates), strict=True))
 
 
-class _Reader:
-    """Reads rows of a layer as float32 arrays."""
-
-    def __init__(self, layer: PartialEmbedding) -> None:
-        self.layer = layer
-
-    def __call__(self, ids: Ids) -> NDArray[np.float32]:
-        rows: NDArray[np.float32] = tf.cast(self.layer.rows(ids), tf.float32).numpy()
-        return rows
+def _rows_of(layer: PartialEmbedding, ids: Ids) -> NDArray[np.float32]:
+    """Rows as float32, at whatever precision they lie."""
+    rows: NDArray[np.float32] = tf.cast(layer.rows(ids), tf.float32).numpy()
+    return rows

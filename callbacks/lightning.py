@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import nn
 
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
-from partial_embedding.callbacks.lightning_sharding import restore_rows_first
 from partial_embedding.errors import InputError
 from partial_embedding.rows.vocabulary import Vocabulary, find_vocabulary
 from partial_embedding.schedule import AnySchedule, schedules_by_table
 from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
+from partial_embedding.torch.averaging import keep_equal_rows
 from partial_embedding.torch.optimizer import average_gradients
 from partial_embedding.torch.row_state import check_checkpoint, remember_origins, rows_saved_alone
-from partial_embedding.torch.table import PartialTable, tables_in
+from partial_embedding.torch.table import tables_in
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
 
@@ -127,7 +128,12 @@ class RowUnfreezing(Callback):
                     f"checkpoint='rows' with {type(trainer.strategy).__name__}. Leave checkpoint "
                     "out."
                 )
-            restore_rows_first(trainer.strategy, self.state_key, self._go_on)
+            _restore_rows_first(trainer.strategy, self.state_key, self._go_on)
+        for other in _callbacks_of(trainer):
+            if "StochasticWeightAveraging" in _kinds(other):
+                # It averages by itself, with a function of the user's that may round.
+                update = type(other).update_parameters  # type: ignore[attr-defined]
+                vars(other)["update_parameters"] = keep_equal_rows(update)
         # What a search or an earlier `fit` left.
         self._runner = self._restored = self._validation_due = None
         # Lightning puts finders first, and they train the module within `on_fit_start`, without
@@ -135,10 +141,6 @@ class RowUnfreezing(Callback):
         others = [one for one in _callbacks_of(trainer) if one is not self]
         if any(_FINDERS & _kinds(one) for one in others):
             vars(trainer)["callbacks"] = [self, *others]
-
-    def _followed_in(self, model: nn.Module) -> list[PartialTable]:
-        names = self.schedules
-        return [table for name, table in tables_in(model) if name in names or None in names]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check every stage against the tables, set the first rows, and prepare the optimizers."""
@@ -277,7 +279,9 @@ class RowUnfreezing(Callback):
     ) -> None:
         """Save the rows that ever trained in the place of whole tables, if so asked."""
         if self.checkpoint == "rows":
-            with rows_saved_alone(self._followed_in(pl_module)):
+            names = self.schedules
+            followed = [one for name, one in tables_in(pl_module) if {name, None} & names.keys()]
+            with rows_saved_alone(followed):
                 checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -313,3 +317,26 @@ def _validate(trainer: Trainer) -> None:
     loop.run()
     trainer.training = True
     loop._has_run = False  # or the resumed epoch would be taken for done
+
+
+def _restore_rows_first(
+    strategy: Any, state_key: str, restore: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Let a callback go on where it stood before a strategy loads optimizers, the next time.
+
+    A strategy that loads a checkpoint once the model is sharded loads the optimizers with it, and
+    Lightning restores callbacks after that; but an optimizer's state belongs to the rows of then.
+    """
+    load = strategy.load_checkpoint
+
+    def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        vars(strategy).pop("load_checkpoint", None)
+        path = Path(strategy.broadcast(checkpoint_path))
+        # Of a checkpoint that is a folder, the entries that are no weights.
+        file = path / "meta.pt" if path.is_dir() else path
+        kept = torch.load(file, map_location="cpu", mmap=True, weights_only=weights_only)
+        if (state := kept.get("callbacks", {}).get(state_key)) is not None:
+            restore(state)
+        return load(checkpoint_path, weights_only=weights_only)
+
+    strategy.load_checkpoint = load_checkpoint

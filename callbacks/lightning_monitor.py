@@ -77,11 +77,7 @@ class RowMonitor(Callback):
     """
 
     def __init__(
-        self,
-        *,
-        every_n_steps: int | None = None,
-        sample: int = 256,
-        vocabulary: Any = None,
+        self, *, every_n_steps: int | None = None, sample: int = 256, vocabulary: Any = None
     ) -> None:
         # None is the trainer's own number.
         check_amounts(every_n_steps=1 if every_n_steps is None else every_n_steps, sample=sample)
@@ -114,7 +110,7 @@ class RowMonitor(Callback):
             else math.ceil(batches / trainer.accumulate_grad_batches),
             self.sample,
             find_vocabulary(self.vocabulary, getattr(trainer, "datamodule", None), pl_module),
-            _as_arrays(self._restored),
+            _converted(self._restored, Tensor, lambda tensor: tensor.cpu().numpy()),
         )
         self._restored = None
         self._tables = {}
@@ -228,7 +224,8 @@ class RowMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far, and where the sampled rows began."""
-        state: dict[str, Any] = _as_tensors(self._run.to_state())
+        # Tensors are loaded without trust in whoever wrote them, and arrays are not.
+        state: dict[str, Any] = _converted(self._run.to_state(), np.ndarray, torch.from_numpy)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -296,16 +293,8 @@ def _rates(optimizers: list[Optimizer], caught: _Table) -> dict[int, float]:
     return {}
 
 
-def _as_tensors(state: Any) -> Any:
-    """The same with tensors for arrays, which checkpoints load without trusting their writer."""
-    return _converted(state, np.ndarray, torch.from_numpy)
-
-
-def _as_arrays(state: Any) -> Any:
-    return _converted(state, Tensor, lambda tensor: tensor.cpu().numpy())
-
-
 def _converted(state: Any, kind: type, convert: Any) -> Any:
+    """The same with tensors for arrays, or the other way round."""
     if isinstance(state, kind):
         return convert(state)
     if isinstance(state, dict):

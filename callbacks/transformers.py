@@ -129,7 +129,7 @@ class RowUnfreezing(TrainerCallback, ExportableState):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the rows of this epoch, and say so where a stage begins."""
+        """Set the rows of this epoch or step, and say so where a stage begins."""
         if self._runner is None or self._tables is None:
             return
         if not self._runner.has_begun:
@@ -140,11 +140,7 @@ class RowUnfreezing(TrainerCallback, ExportableState):
             self._runner.check_rate_scales()
         self._runner.advance(int(state.epoch or 0), state.global_step)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Set the rows of this step, where they may change within an epoch."""
-        self.on_epoch_begin(args, state, control, **kwargs)
+    on_step_begin = on_epoch_begin  # where rows may change within an epoch
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -38,7 +38,7 @@ _EXTRAS = {
     "jsonargparse": "lightning,text",
     "torchmetrics": "lightning,text",
     "tensorboard": "text",
-    "matplotlib": "text",
+    "rich": "lightning,text",
 }
 
 

@@ -1,6 +1,7 @@
 """The exceptions of this library: input that is refused, and a frozen row that moved."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -25,6 +26,15 @@ class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as St
         >>> issubclass(FrozenRowsMoved, RuntimeError)
         True
     """
+
+
+@contextmanager
+def refused_at(place: str) -> Iterator[None]:
+    """Name the place where what is done within it is refused."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 # What others call it, or what it was called before.

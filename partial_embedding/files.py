@@ -27,16 +27,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     When the block fails, also by an interrupt or a full disk, the temporary file is removed and
     what `path` held before is left as it was. The temporary name ends as `path` does, so that
     writers which look at the suffix behave the same. Permissions of a replaced file and a link at
-    `path` are kept.
-
-    Args:
-        path: The file to write. Its folder must exist.
-
-    Yields:
-        The path to write to; the block must create a file there.
-
-    Raises:
-        OSError: The file cannot be written, for example because the disk is full.
+    `path` are kept. The folder must exist, and the block must create a file.
 
     Example:
         >>> import tempfile
@@ -61,14 +52,14 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text in UTF-8, in full or not at all, as `write_atomically` does."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def claim_version(root: str | os.PathLike[str]) -> int:
-    """Make the folder `version_N` with the next number, which no other process has.
-
-    Args:
-        root: The folder that holds the runs; it is made where it is missing.
-
-    Returns:
-        N.
+    """Make the folder `version_N` with the next number, which no other process has, and give N.
 
     Example:
         >>> import tempfile
@@ -89,13 +80,25 @@ def claim_version(root: str | os.PathLike[str]) -> int:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """The path as one would type it here.
-
-    Args:
-        path: Any path.
-    """
+    """The path as one would type it here."""
     absolute, here = Path(path).absolute(), Path.cwd()
     return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
+
+
+def newest(folder: Path, pattern: str) -> Path | None:
+    """The file of a name like this below a folder that was written last, if there is one."""
+    return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def refuse_no_file(path: str | os.PathLike[str], rule: str) -> None:
+    """Refuse a folder, and a device, which might never end.
+
+    Raises:
+        InputError: There is one in the place of a file; the message begins with the rule.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        kind = "folder" if Path(path).is_dir() else "device"
+        raise InputError(f"{path}: {rule}. Received a {kind}. Name a file.")
 
 
 def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
@@ -103,33 +106,17 @@ def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
 
     `1e-3` is a number, which YAML 1.1 reads as text. A date is text, so that none is impossible.
 
-    Args:
-        path: The file.
-        what: What it is to hold, for messages.
-
     Raises:
         InputError: It is no file, cannot be read, is no YAML, or has an alias that holds itself or
-            too much.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "model.yaml"
-        ...     _ = file.write_text("lr: 1e-3")
-        ...     read_yaml(file, "configuration")
-        {'lr': 0.001}
+            too much; `what` it was to hold is in the message.
     """
+    refuse_no_file(path, f"a {what} is a file")
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            kind = "folder" if Path(path).is_dir() else "device"
-            raise InputError(f"{path}: a {what} is a file. Received a {kind}. Name a file.")
         return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(
             f"{path}: the {what} cannot be read: {error.strerror}. Check the path."
         ) from None
-    except InputError:
-        raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no path
         reason = " ".join(str(error).split())
         raise InputError(
@@ -139,9 +126,6 @@ def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
 
 def parse_yaml(text: str) -> Any:
     """Read YAML as `read_yaml` does.
-
-    Args:
-        text: The YAML.
 
     Raises:
         yaml.YAMLError: It is none, or has an alias that holds itself or too much.

@@ -1,20 +1,14 @@
 """What the README, the pages of the site and the configs show is run."""
 
-import ast
-import os
+import importlib
+import inspect
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -301,84 +295,55 @@ def test_the_reference_has_all_public_names(site: Path) -> None:
             assert f'id="partial_embedding{module}.{name}"' in text, f"{module}.{name}"
 
 
-def shown_by(module: str) -> dict[str, str | None]:
-    """The docstrings of the classes and functions that a package shows, without importing it."""
-    package = ROOT / "partial_embedding" / module.replace(".", "/")
-    lines = ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body
-    docstrings: dict[str, str | None] = {}
-    for line in lines:
-        if not isinstance(line, ast.ImportFrom) or line.module is None:
-            continue
-        path = (ROOT / line.module.replace(".", "/")).with_suffix(".py")
-        tree = ast.parse(path.read_text(encoding="utf-8")) if path.exists() else ast.Module([])
-        names = {alias.name for alias in line.names}
-        docstrings |= {
-            node.name: ast.get_docstring(node)
-            for node in tree.body
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names
-        }
-    return docstrings
+# What a module shows, and the package that it needs.
+SHOWN = {
+    "partial_embedding": None,
+    "partial_embedding.rows": None,
+    "partial_embedding.schedule": None,
+    "partial_embedding.torch": "torch",
+    "partial_embedding.torch.row_files": "safetensors",
+    "partial_embedding.callbacks.lightning": "pytorch_lightning",
+    "partial_embedding.callbacks.transformers": "transformers",
+    "partial_embedding.tensorflow": "tensorflow",
+    "partial_embedding.tensorflow.gradients": "tensorflow",
+    "partial_embedding.callbacks.keras": "tensorflow",
+}
 
 
-@pytest.mark.parametrize("module", ["", "schedule", "rows", "torch"])
-def test_what_a_package_shows_has_an_example(module: str) -> None:
-    docstrings = shown_by(module)
-    assert docstrings
-    lacking = {name for name, text in docstrings.items() if "Example:" not in (text or "")}
-    assert lacking == set()
+@pytest.mark.parametrize(("module", "needs"), SHOWN.items(), ids=SHOWN)
+def test_what_is_shown_says_what_it_is_and_has_an_example(module: str, needs: str | None) -> None:
+    if needs is not None and find_spec(needs) is None:
+        pytest.skip(f"this module is read where {needs} is installed")
+    if needs == "tensorflow" and "torch" in sys.modules:
+        pytest.skip("torch and TensorFlow in one process can crash; runs where torch is not loaded")
+    shown = importlib.import_module(module)
+    names = getattr(shown, "__all__", None) or [
+        name
+        for name, value in vars(shown).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module
+    ]
+    values = [getattr(shown, name) for name in names]
+    values = [value for value in values if inspect.isclass(value) or inspect.isfunction(value)]
+    assert values
+    for value in values:
+        assert value.__doc__, value
+        is_error = inspect.isclass(value) and issubclass(value, Exception)
+        assert is_error or "Example:" in value.__doc__, value
+        # What a class inherits from one of this package is public with it.
+        bases = inspect.getmro(value) if inspect.isclass(value) else ()
+        own = [base for base in bases if base.__module__.startswith("partial_embedding")]
+        for name, method in [item for base in own for item in vars(base).items()]:
+            described = isinstance(method, property | staticmethod | classmethod)
+            if (described or inspect.isfunction(method)) and not name.startswith("_"):
+                assert method.__doc__, f"{value.__name__}.{name}"
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """A folder at an address of this machine, since scripts of a page may not read files."""
-    handler = partial(_Quiet, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_request(self, *args: Any) -> None:
-        """Say nothing of each request."""
-
-
-def console_of(folder: Path, pages: list[str], profile: Path) -> list[str]:
-    """What Chromium says on its console about pages, each in a frame of its own."""
-    if CHROMIUM is None:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing("no Chromium to open pages in; `apt-get install chromium` brings it")
-    frames = "".join(f'<iframe src="{page}" width=1200 height=800></iframe>' for page in pages)
-    (folder / "frames.html").write_text(f"<!doctype html>{frames}<p>framed", encoding="utf-8")
-    flags = [
-        "headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run",
-        f"user-data-dir={profile}", "enable-logging=stderr", "virtual-time-budget=5000",
-    ]  # fmt: skip
-    with served(folder) as address:
-        done = subprocess.run(
-            [CHROMIUM, *(f"--{flag}" for flag in flags), "--dump-dom", f"{address}/frames.html"],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=True,
-        )
-    assert "framed" in done.stdout
-    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-def test_no_page_says_anything_on_the_console_of_a_browser(site: Path, tmp_path: Path) -> None:
+def test_no_page_says_anything_on_the_console_of_a_browser(
+    site: Path, console: Callable[..., list[str]]
+) -> None:
     pages = [str(path.relative_to(site)) for path in site.rglob("index.html")]
     assert len(pages) > 20
-    assert console_of(site, pages, tmp_path / "profile") == []
-    (site / "broken.html").write_text("<script>missing()</script>", encoding="utf-8")
-    assert console_of(site, ["broken.html"], tmp_path / "profile")
+    assert console(site, *pages) == []
 
 
 # The runner itself: it must not pass by running nothing.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from partial_embedding import InputError, Position, Schedule, Vocabulary
+from partial_embedding import Position, Schedule, Vocabulary
 from partial_embedding.schedule import Evaluation
 from partial_embedding.schedule.preview import plan, plan_text
 
@@ -65,9 +65,3 @@ def test_a_plan_says_what_it_cannot_foresee_and_what_the_run_does_not_reach() ->
     lines = plan_text(schedule, plan(schedule, V, epochs=EPOCHS), V, EPOCHS)
     assert lines[-2] == "stage 1 at a plateau of val_loss, which no plan can foresee"
     assert lines[-1] == "stage 2 at epoch 50, which this run does not reach"
-
-
-def test_a_stage_that_does_not_fit_is_named() -> None:
-    schedule = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": [V]}])
-    with pytest.raises(InputError, match=r"stages\[1\]: rows must lie in \[0, 100\)"):
-        plan(schedule, V, epochs=EPOCHS)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from partial_embedding import InputError, Rows, Vocabulary
+from partial_embedding import Rows, Vocabulary
 
 V = 12
 TOKENS = tuple(f"w{i}" for i in range(V))
@@ -76,12 +76,10 @@ MALFORMED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("value", "received"), MALFORMED.values(), ids=MALFORMED)
-def test_malformed_rows_are_refused_with_what_was_received(value: Any, received: str) -> None:
-    with pytest.raises(InputError) as refused:
-        Rows.parse(value)
-    message = str(refused.value)
-    assert received in message
-    assert "\n" not in message
+def test_malformed_rows_are_refused_with_what_was_received(
+    value: Any, received: str, refused: Any
+) -> None:
+    refused(Rows.parse, value, parts=[received])
 
 
 # What is well formed but does not fit this table or this vocabulary.
@@ -131,10 +129,6 @@ UNFITTING: dict[str, tuple[Any, Vocabulary | None, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize(("value", "vocabulary", "named"), UNFITTING.values(), ids=UNFITTING)
 def test_rows_that_do_not_fit_are_refused_with_what_was_received(
-    value: Any, vocabulary: Vocabulary | None, named: tuple[str, ...]
+    value: Any, vocabulary: Vocabulary | None, named: tuple[str, ...], refused: Any
 ) -> None:
-    rows = Rows.parse(value)
-    with pytest.raises(InputError) as refused:
-        rows.resolve(V, vocabulary)
-    for part in named:
-        assert part in str(refused.value)
+    refused(Rows.parse(value).resolve, V, vocabulary, parts=named)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from partial_embedding import InputError, Position, RateScale, Rows, Schedule
-from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.schedule.runner import Runner
 
@@ -108,23 +107,6 @@ def test_frozen_rows_are_compared_before_each_increment_that_begins() -> None:
     assert tables.checked == [("words", 2, 8), ("words", 4, 6), ("words", 6, 4)]
     runner.finish(8)
     assert tables.checked[3:] == [("words", 8, 2)]
-
-
-def test_a_stage_reports_the_rows_that_were_frozen_when_it_began() -> None:
-    said: list[str] = []
-    runner, _ = runner_of(GROWING, said)
-    for step in range(9):
-        runner.advance(0, step)
-    runner.finish(9)
-    assert runner.audit_results == [AuditResult("words", 0, 8, 0), AuditResult("words", 1, 2, 0)]
-    assert said[0] == "words: 2 of 10 rows train (8 of 40 parameters), 0 parameters elsewhere"
-    assert said[-1] == "audit: words: frozen rows by stage: 8, 2; changed a bit: 0"
-    assert [line.partition(":")[2].partition(":")[0] for line in said[1:-1]] == [
-        " stage 0 from step 0",
-        " stage 0 from step 2, increment 1 of 3 towards stage 1",
-        " stage 0 from step 4, increment 2 of 3 towards stage 1",
-        " stage 1 from step 6",
-    ]
 
 
 def test_new_rows_are_those_by_which_each_table_grew() -> None:
@@ -311,33 +293,23 @@ def test_a_run_names_the_stages_that_it_did_not_reach() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps_at_once", "due"),
-    [(1, [4, 8, 12, 16, 20]), (2, [4, 8, 12, 16, 20]), (3, [6, 9, 12, 18, 21])],
+    ("first", "steps_at_once", "audit", "due"),
+    [
+        (0, 1, 4, [4, 8, 12, 16, 20]),
+        (0, 2, 4, [4, 8, 12, 16, 20]),
+        (0, 3, 4, [6, 9, 12, 18, 21]),
+        (6, 1, 4, [8, 12, 16, 20]),  # a run that goes on
+        (0, 1, True, []),  # at the end of stages alone
+    ],
 )
 def test_audits_come_at_multiples_of_their_number_in_the_whole_run(
-    steps_at_once: int, due: list[int]
+    first: int, steps_at_once: int, audit: int, due: list[int]
 ) -> None:
-    runner, tables = runner_of(PLAIN, audit=4)
-    for step in range(0, 21, steps_at_once):
+    runner, tables = runner_of(PLAIN, audit=audit)
+    for step in range(first, 21, steps_at_once):
         runner.advance(step // 6, step)
         runner.after_step(step + steps_at_once)
     assert [step for _, step, _ in tables.checked] == due
-
-
-def test_audits_of_a_run_that_goes_on_come_at_the_same_steps() -> None:
-    runner, tables = runner_of(PLAIN, audit=4)
-    for step in range(6, 13):
-        runner.advance(0, step)
-        runner.after_step(step + 1)
-    assert [step for _, step, _ in tables.checked] == [8, 12]
-
-
-def test_an_audit_of_true_is_made_at_the_end_of_stages_alone() -> None:
-    runner, tables = runner_of(PLAIN, audit=True)
-    for step in range(5):
-        runner.advance(0, step)
-        runner.after_step(step + 1)
-    assert tables.checked == []
 
 
 # What is kept and restored

@@ -53,6 +53,7 @@ def test_rows_that_join_together_are_a_cohort_until_they_leave() -> None:
         (3, 1),
     ]
     assert sample.cohort_of[[0, 1, 2, 3]].tolist() == [-1, 2, 0, 1]
+    assert sample.measure(3.5)["cohort_0/neighbours_kept"] == 1.0  # those of row 2
     table.values[1] += 1  # of the first cohort no longer
     numbers = sample.measure(4.0)
     assert numbers["cohort_0/drift_p90"] == 0
@@ -129,6 +130,16 @@ def test_fewer_rows_than_neighbours_are_all_neighbours() -> None:
     assert share_kept(np.zeros((1, 0)), np.zeros((1, 0))) == 1.0
 
 
+def test_a_row_that_leaves_all_its_neighbours_keeps_none() -> None:
+    values = np.repeat(np.eye(2, dtype=np.float32), [21, 20], axis=0)
+    values[:, 1] += np.linspace(0, 0.1, 41)
+    sample = TableSample(lambda ids: values[ids], 41)
+    sample.note_rows(trainable(0, num_rows=41), 0.0)
+    assert sample.measure(1.0)["cohort_0/neighbours_kept"] == 1.0
+    values[0] = values[40]
+    assert sample.measure(2.0)["cohort_0/neighbours_kept"] == 0.0  # itself is none
+
+
 def test_neighbours_that_stay_count_in_any_order() -> None:
     before = np.array([[1, 2, 3, 4]])
     assert share_kept(before, before[:, ::-1]) == 1.0
@@ -199,20 +210,10 @@ def test_growth_is_planned_as_it_will_be() -> None:
     assert record.schedules["words"].splitlines()[1] == "- {epoch: 0, rows: {range: [0, 4, null]}}"
 
 
-@pytest.mark.parametrize(
-    ("start", "step"),
-    [
-        ({"epoch": 3}, 30),
-        ({"step": 35}, 35),
-        ({"share": 0.5}, 40),
-        ({"plateau": {"monitor": "loss", "patience": 1}}, None),
-        ({"plateau": {"monitor": "loss", "patience": 1, "max_wait": 5}}, 50),
-    ],
-)
-def test_a_stage_is_planned_in_any_unit(start: dict[str, Any], step: int | None) -> None:
-    first = "step" if "step" in start else "share" if "share" in start else "epoch"
-    record = recorded({"stages": [{first: 0, "rows": [1]}, {**start, "rows": "all"}]}, 9)
-    assert steps_of(record) == [(0, 1)] + ([(step, 9)] if step is not None else [])
+def test_a_plan_keeps_nothing_of_what_it_supposed_to_be_measured() -> None:
+    waits = {"plateau": {"monitor": "loss", "max_wait": 5}, "rows": "all"}
+    record = recorded({"stages": [{"epoch": 0, "rows": [1]}, waits]}, 9)
+    assert steps_of(record) == [(0, 1), (50, 9)]
     assert all(not step.position.evaluations for step in record.plans["words"])
 
 

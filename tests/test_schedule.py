@@ -1,7 +1,6 @@
 """Schedules: the forms that are read, cycles and shares, changes, and tables."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,9 @@ def test_every_form_reads_as_the_same_schedule(make: Callable[[Path], Any], tmp_
     assert Schedule.parse(make(tmp_path)) == Schedule(STAGE_LIST)
 
 
-def test_schedules_are_values() -> None:
-    schedule = Schedule(STAGE_LIST)
-    copies = {schedule, copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))}
-    assert copies == {Schedule(STAGE_LIST)}
-    assert schedule != Schedule(STAGE_LIST[:1])
+def test_a_schedule_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        schedule.stages = ()  # type: ignore[misc]
+        Schedule(STAGE_LIST).stages = ()  # type: ignore[misc]
 
 
 def test_later_changes_of_the_callers_mapping_do_not_matter() -> None:
@@ -116,23 +111,14 @@ def test_a_cycle_of_a_share_begins_with_the_step_that_completes_it() -> None:
 # Shares
 
 
-@pytest.mark.parametrize("total", [3, 7, 10, 30, 49, 100, 999, 1000])
+@pytest.mark.parametrize("total", [3, 7, 10, 30, 49, 100, 999, 1000, 10**6, 10**8])
 def test_a_share_of_steps_is_reached_with_the_step_that_completes_it(total: int) -> None:
-    for step in range(1, total):
+    some = (1, 333_333, total // 7, total - 1)
+    for step in range(1, total) if total <= 1000 else some:
         schedule = Schedule([STAGE_LIST[0], {"share": step / total, "rows": "all"}])
-        places = [Position(0, at, total) for at in (step - 1, step)]
-        assert [schedule.stage_at(place) for place in places] == [0, 1]
-        # The same share of a run that is three times as long.
-        places = [Position(0, at, 3 * total) for at in (3 * step - 1, 3 * step)]
-        assert [schedule.stage_at(place) for place in places] == [0, 1]
-
-
-@pytest.mark.parametrize("total", [10**6, 10**8])
-def test_a_share_of_a_long_run_is_exact_to_the_step(total: int) -> None:
-    for step in (1, 333_333, total // 7, total - 1):
-        schedule = Schedule([STAGE_LIST[0], {"share": step / total, "rows": "all"}])
-        places = [Position(0, at, total) for at in (step - 1, step)]
-        assert [schedule.stage_at(place) for place in places] == [0, 1]
+        for times in (1, 3):  # the same share of a run that is three times as long
+            places = [Position(0, at, times * total) for at in (times * step - 1, times * step)]
+            assert [schedule.stage_at(place) for place in places] == [0, 1]
 
 
 @pytest.mark.parametrize("total", [None, 0])

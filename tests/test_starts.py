@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partial_embedding import InputError, Position
+from partial_embedding import Position
 from partial_embedding.schedule import Evaluation, Plateau, RateScale, Start
 
 VALUES = st.lists(
@@ -56,22 +56,14 @@ def test_a_plateau_is_so_many_values_without_improvement(
         assert plateau.is_reached(seen(values[:number])) == expected
 
 
+# What that oracle says in cases which can be read.
 REACHED: dict[str, tuple[dict[str, Any], list[float], int | None]] = {
-    "first_value_is_the_best": ({}, [5, 6], 2),
-    "equal_is_no_improvement": ({}, [5, 5], 2),
     "improving": ({}, [5, 4, 3, 2], None),
     "patience": ({"patience": 3}, [5, 5, 6, 4, 4, 5, 4], 7),
-    "best_is_remembered": ({"patience": 2}, [5, 9, 6], 3),
     "higher_is_better": ({"mode": "max"}, [5, 6, 7, 6], 4),
-    "small_changes": ({"min_delta": 1.0, "patience": 2}, [5, 4, 4.5], 3),
     "small_changes_that_add_up": ({"min_delta": 1.0, "patience": 2}, [5, 4.5, 3.9, 3.5], None),
     "waited_long_enough": ({"max_wait": 3}, [5, 4, 3, 2], 3),
-    "waited_for_one": ({"max_wait": 1}, [5], 1),
-    "plateau_before_the_longest_wait": ({"max_wait": 9}, [5, 5], 2),
-    "not_a_number": ({"patience": 2}, [math.nan, math.nan], 2),
-    "not_a_number_is_never_best": ({"patience": 2}, [5, math.nan, 4, 4, 5], 5),
     "not_a_number_at_first": ({"patience": 2}, [math.nan, 5, 4, 4, 4], 5),
-    "infinite_at_first": ({}, [math.inf, 5, 5], 3),
 }
 
 
@@ -150,12 +142,9 @@ MALFORMED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("make", "received"), MALFORMED.values(), ids=MALFORMED)
 def test_what_is_no_start_or_pace_is_refused_with_what_was_received(
-    make: Any, received: str
+    make: Any, received: str, refused: Any
 ) -> None:
-    with pytest.raises(InputError) as refused:
-        make()
-    assert f"Received: {received}" in str(refused.value) or received in str(refused.value)
-    assert "\n" not in str(refused.value)
+    refused(make, parts=[received])
 
 
 # RateScale

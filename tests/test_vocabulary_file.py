@@ -1,6 +1,7 @@
 """Vocabularies come back from their files as they were, and files that are none are refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -61,22 +62,18 @@ BROKEN = {
     "no_number": (b"token\tcount\nthe\tmany\n", "line 2: count is a whole number"),
     "negative": (b"token\tcount\nthe\t-1\n", "'-1'"),
     "twice": (b"the\nthe\n", "'the' twice"),
+    "absent": (None, "No such file"),
 }
 
 
 @pytest.mark.parametrize(("content", "named"), BROKEN.values(), ids=BROKEN)
-def test_broken_files_are_refused_by_name(content: bytes, named: str, tmp_path: Path) -> None:
+def test_broken_files_are_refused_by_name(
+    content: bytes | None, named: str, tmp_path: Path, refused: Any
+) -> None:
     path = tmp_path / "broken.tsv"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as refused:
-        read_vocabulary(path)
-    assert str(refused.value).startswith(f"{path}: ")
-    assert named in str(refused.value)
-
-
-def test_absent_files_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No such file"):
-        read_vocabulary(tmp_path / "absent.tsv")
+    if content is not None:
+        path.write_bytes(content)
+    assert refused(read_vocabulary, path, parts=[named]).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("token", ["a\tb", "a\nb", "", "a\r"])

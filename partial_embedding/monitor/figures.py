@@ -98,7 +98,7 @@ def figure(
     shade: Points = (),
     marks: Sequence[float] = (),
 ) -> str:
-    """Draw lines over training, with a legend below where there are several.
+    """Draw lines over training, as an HTML figure that holds an SVG, with a legend for several.
 
     Args:
         lines: What is drawn.
@@ -110,9 +110,6 @@ def figure(
         top: The number at the upper end; None for about the greatest.
         shade: Where in training, and the share of the height that is shaded from there on.
         marks: Places that are marked.
-
-    Returns:
-        An HTML figure that holds an SVG.
 
     Example:
         >>> html = figure([Line("a", [(0, 1), (2, 3)])], title="n", alt="a", unit="epoch", end=2)
@@ -162,14 +159,9 @@ def figure(
 
 
 def trainable_figure(lines: Sequence[Line], num_rows: int, end: float, unit: str, alt: str) -> str:
-    """Draw how many rows train over training.
+    """Draw how many of a table's rows train; what is below the first line is shaded.
 
-    Args:
-        lines: The rows that train; what is below the first is shaded.
-        num_rows: The rows V of the table, at which the picture ends unless few of them train.
-        end: Where training ends.
-        unit: The unit of places in training, `"epoch"` or `"step"`.
-        alt: What the picture shows, for those who cannot see it.
+    The picture ends at the rows V of the table, unless few of them train.
     """
     most = max((count for line in lines for _, count in line.points), default=0) or 1
     top = float(num_rows)
@@ -228,12 +220,10 @@ class _Frame:
 
 def _drawn(line: Line, frame: _Frame) -> str:
     text = ""
-    if line.band:
-        band = _fewer(line.band)
+    if band := _fewer(line.band):
         around = [(x, low) for x, low, _ in band] + [(x, high) for x, _, high in reversed(band)]
         text += f'<path class="band" d="{frame.path(around)}Z"/>'
-    points = _fewer(line.points)
-    if points:
+    if points := _fewer(line.points):
         look = "curve dashed" if line.dashed else "curve"
         text += f'<path class="{look}" d="{frame.path(points, line.stepped)}"/>'
     if line.dotted:

@@ -12,19 +12,12 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from partial_embedding.errors import InputError
-from partial_embedding.monitor.figures import (
-    STYLE,
-    Line,
-    figure,
-    lasting,
-    ramp,
-    trainable_figure,
-)
+from partial_embedding.monitor.figures import STYLE, Line, figure, lasting, ramp, trainable_figure
 from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import Drift, MovedRow, RowTrack
 from partial_embedding.rows.token_text import printable
 from partial_embedding.schedule.messages import percent
-from partial_embedding.schedule.preview import Planned
+from partial_embedding.schedule.preview import Planned, rate_texts
 
 # A number of a metric gets better downwards if its name says so.
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse")
@@ -61,19 +54,7 @@ class Section:
 
 
 def page(record: RowRecord, title: str, settings: str = "") -> str:
-    """Make the page of a run, as HTML.
-
-    Args:
-        record: What was seen of the run.
-        title: What the page is called, such as the folder of the run.
-        settings: The run's configuration, to be shown as it is.
-
-    Example:
-        >>> record = RowRecord({"words": RowTrack(10, 1.0, trainable=[(0, 4)])})
-        >>> html = page(record, "a run")
-        >>> html.startswith("<!doctype html>"), html.count("<svg")
-        (True, 1)
-    """
+    """Make the page of a run, as HTML; its settings are shown as they are."""
     facts, sections = [], []
     for name, track in record.tables.items():
         several = len(record.tables) > 1
@@ -92,20 +73,10 @@ def page(record: RowRecord, title: str, settings: str = "") -> str:
 
 
 def comparison(records: Mapping[str, RowRecord], title: str) -> str:
-    """Make one page of several runs, as HTML: what each reached, and with which rows.
-
-    Args:
-        records: What was seen of each run, by what it is called.
-        title: What the page is called.
+    """Make one page of several runs by name, as HTML: what each reached, and with which rows.
 
     Raises:
         InputError: Some runs count epochs and others steps.
-
-    Example:
-        >>> runs = {name: RowRecord({"words": RowTrack(10, 1.0)}) for name in ("frozen", "all")}
-        >>> html = comparison(runs, "two runs")
-        >>> "frozen" in html, "all" in html
-        (True, True)
     """
     units = {track.unit: name for name, run in records.items() for track in run.tables.values()}
     if len(units) > 1:
@@ -183,8 +154,6 @@ def _schedule(name: str, track: RowTrack, record: RowRecord) -> Section:
 
 
 def _planned_row(step: Planned, num_rows: int) -> list[str]:
-    rate, warmup = step.rate_scale.lr_scale, step.rate_scale.warmup_steps
-    said = [f"lr × {rate:.3g}"] * (rate != 1) + [f"warm-up of {warmup:,} steps"] * bool(warmup)
     return [
         step.place,
         f"{step.trainable:,}",
@@ -192,7 +161,7 @@ def _planned_row(step: Planned, num_rows: int) -> list[str]:
         f"{step.joining:,}" if step.joining else _NONE,
         f"{step.leaving:,}" if step.leaving else _NONE,
         _NONE if step.covered is None else f"{100 * step.covered:.1f} %",
-        ", ".join(said) or _NONE,
+        ", ".join(rate_texts(step.rate_scale)) or _NONE,
     ]
 
 
@@ -298,19 +267,16 @@ def _audit(record: RowRecord) -> Section:
 
 
 def main_metric(scores: Sequence[Score]) -> str | None:
-    """The number that tells most of what validations measured.
+    """The number that tells most: an accuracy of the validation side, if it was measured.
 
-    Returns:
-        The name of an accuracy of the validation side if there is one, else of whatever it
-        measured, else of any number; None where there is none.
+    Else it is any other number of that side, else any number at all.
 
     Example:
         >>> main_metric([Score(1.0, 5, {"val_loss": 0.5, "train_accuracy": 0.9, "val_accuracy": 0.8})])
         'val_accuracy'
     """  # noqa: E501  # a line that is copied stays one line
     names = dict.fromkeys(name for score in scores for name in score.metrics)
-    ranked = sorted(names, key=lambda name: ("val" not in name, "acc" not in name))
-    return ranked[0] if ranked else None
+    return min(names, key=lambda name: ("val" not in name, "acc" not in name), default=None)
 
 
 def _best(metric: str, scores: Sequence[Score]) -> Score:

@@ -54,11 +54,6 @@ class RowRecord:
         audit: The frozen rows of each stage, and how many changed a bit; empty without an audit.
         length: The epochs that were planned, where that is known.
         epoch_steps: The optimizer steps of an epoch, where that is known.
-
-    Example:
-        >>> record = RowRecord({"words": RowTrack(10, 1.0)})
-        >>> RowRecord.from_state(record.to_state()) == record
-        True
     """
 
     tables: dict[str, RowTrack] = field(default_factory=dict)
@@ -174,8 +169,8 @@ class RunRecorder:
         self.size = size
         self.vocabulary = vocabulary
         self._samples: dict[str, TableSample] = {}
-        self._paddings: dict[str, int | None] = {}
-        self._new_rows: dict[str, Ids | None] = {}
+        # The row of padding, and the rows by which a table grew last: what a plan asks for.
+        self._special: dict[str, tuple[int | None, Ids | None]] = {}
         self._restored = restored or {"tables": {}, "scores": []}
         scores = [Score(**score) for score in self._restored["scores"]]
         self._record = RowRecord(scores=scores, length=length, epoch_steps=epoch_steps)
@@ -188,7 +183,7 @@ class RunRecorder:
     @property
     def tracks(self) -> dict[str, RowTrack]:
         """What was seen so far, by the name of the table."""
-        return {name: sample.track for name, sample in self._samples.items()}
+        return self._record.tables
 
     def add_table(
         self,
@@ -200,18 +195,13 @@ class RunRecorder:
     ) -> TableSample:
         """Sample a table from now on, or from where the run that this one continues stopped.
 
-        Args:
-            name: Its name.
-            rows: Reads rows: from sorted ids, int64, shape (n,), to float32, shape (n, D).
-            num_rows: Its rows V.
-            padding: The row of padding, which is not sampled.
-            new: The rows by which it grew last.
+        The arguments are those of `TableSample`, and the rows by which the table grew last.
         """
         sample = TableSample(rows, num_rows, self.unit, self.size, self.vocabulary, padding)
         if (saved := self._restored["tables"].get(name)) is not None:
             sample.restore(saved)
-        self._samples[name] = sample
-        self._paddings[name], self._new_rows[name] = padding, new
+        self._samples[name], self._record.tables[name] = sample, sample.track
+        self._special[name] = padding, new
         return sample
 
     def add_score(self, metrics: Mapping[str, float]) -> None:
@@ -219,8 +209,7 @@ class RunRecorder:
         if not self._samples:
             return
         finite = {name: float(v) for name, v in metrics.items() if math.isfinite(v)}
-        seen = replace(self._record, tables=self.tracks)
-        score = Score(seen.end, seen.trainable, finite)
+        score = Score(self._record.end, self._record.trainable, finite)
         self._record.scores = thinned([*self._record.scores, score])
 
     def to_state(self) -> dict[str, Any]:
@@ -230,12 +219,13 @@ class RunRecorder:
 
     def finished(self, moving: Moving | None = None) -> RowRecord:
         """The record of the run."""
-        tables = {name: sample.finish() for name, sample in self._samples.items()}
-        record = replace(self._record, tables=tables)
+        record = self._record
+        for sample in self._samples.values():
+            sample.finish()
         if moving is None:
             return record
         record.audit = list(moving.audit_results)
-        for name, track in tables.items():
+        for name, track in record.tables.items():
             schedule = moving.schedules.get(name, moving.schedules.get(None))
             if schedule is None:
                 continue
@@ -246,8 +236,7 @@ class RunRecorder:
                 moving.vocabulary or self.vocabulary,
                 1 if record.epoch_steps is None else record.length or length,
                 record.epoch_steps or length,
-                self._paddings[name],
-                self._new_rows[name],
+                *self._special[name],
             )
             record.schedules[name] = _written(schedule)
             # What a plateau is planned with is made up, and long.
@@ -265,10 +254,7 @@ def write_record(path: str | os.PathLike[str], record: RowRecord) -> None:
 
 
 def read_record(run: str | os.PathLike[str]) -> RowRecord:
-    """Read the record of a run.
-
-    Args:
-        run: The folder of the run, or the file itself.
+    """Read the record of a run, from its folder or the file itself.
 
     Raises:
         InputError: There is no such file, or `RowMonitor` did not write it.
@@ -301,9 +287,7 @@ def _written(schedule: Schedule) -> str:
     config = schedule.to_config()
     lines = ["stages:", *(f"- {_yaml(stage)}" for stage in config.pop("stages"))]
     lines += [f"{key}: {_yaml(value)}" for key, value in config.items()]
-    return "\n".join(
-        line if len(line) <= _MOST_TEXT else f"{line[:_MOST_TEXT]} …" for line in lines
-    )
+    return "\n".join(f"{s[:_MOST_TEXT]} …" if len(s) > _MOST_TEXT else s for s in lines)
 
 
 def _yaml(value: Any) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from partial_embedding.monitor.track import (
+    QUANTILES,
     CohortTrack,
     MovedRow,
     RowTrack,
-    drift_quantiles,
     frequency_bands,
     sample,
 )
@@ -30,15 +30,15 @@ _BANDS_WORTH = 4
 _FROZEN, _NOT_FOLLOWED = -1, _MOST_COHORTS
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Sampled:
-    """Rows, and what they held when they were first looked at."""
+    """Rows of a cohort, and what they held and which neighbours the first had when it began."""
 
     ids: Ids
     start: Values
-
-    def only(self, stay: NDArray[np.bool_]) -> _Sampled:
-        return _Sampled(self.ids[stay], self.start[stay])
+    near: Ids
+    # What they held before a step that is measured.
+    before: Values | None = None
 
 
 class TableSample:
@@ -100,8 +100,6 @@ class TableSample:
         self.vocabulary = vocabulary if vocabulary and len(vocabulary) == num_rows else None
         self.cohort_of = np.full(num_rows, _FROZEN, np.int8)
         self._cohorts: dict[int, _Sampled] = {}
-        self._near: dict[int, Ids] = {}
-        self._before: dict[int, Values] = {}
         ids = np.arange(num_rows)
         ids = ids[ids != padding]
         counts = None if self.vocabulary is None else self.vocabulary.counts
@@ -109,8 +107,8 @@ class TableSample:
         self._bands = {name: sample(members, size) for name, (_, members) in bands.items()}
         # Without counts as many rows as there are in some bands.
         chosen = [*self._bands.values()] or [sample(ids, _BANDS_WORTH * size)]
-        pool = np.unique(np.concatenate(chosen))
-        self._pool = _Sampled(pool, rows(pool))
+        self._pool = np.unique(np.concatenate(chosen))
+        self._pool_start = rows(self._pool)
         # Of rows of all kinds: those of the pool are chosen by how often they occur.
         lengths = np.linalg.norm(rows(sample(ids, _BANDS_WORTH * size)), axis=1)
         self.track = RowTrack(
@@ -118,26 +116,21 @@ class TableSample:
             float(np.median(lengths)) if lengths.size else 0.0,
             unit,
             bands={name: band for name, (band, _) in bands.items()},
-            sampled=pool.size,
+            sampled=self._pool.size,
         )
 
     # Which rows train
 
     def note_rows(self, trainable: NDArray[np.bool_], place: float) -> None:
-        """Take in which rows train, each time that this changes.
-
-        Args:
-            trainable: Whether each row trains, shape (V,).
-            place: Where training stands.
-        """
+        """Take in which rows train, shape (V,), each time that this changes."""
         track, count = self.track, int(np.count_nonzero(trainable))
         self.cohort_of[~trainable] = _FROZEN
         for number, cohort in self._cohorts.items():
             stay = self.cohort_of[cohort.ids] == number
             if not stay.all():
                 # Those that are left of the first rows are the first of those that are left.
-                self._near[number] = self._near[number][stay[: len(self._near[number])]]
-                self._cohorts[number] = cohort.only(stay)
+                cohort.near = cohort.near[stay[: len(cohort.near)]]
+                cohort.ids, cohort.start = cohort.ids[stay], cohort.start[stay]
         joining = np.flatnonzero(trainable & (self.cohort_of == _FROZEN))
         if not track.trainable or track.trainable[-1][1] != count or joining.size:
             track.trainable.append((place, count))
@@ -147,35 +140,26 @@ class TableSample:
         self.cohort_of[joining] = min(number, _NOT_FOLLOWED)
         if number < _MOST_COHORTS:
             ids = sample(joining, self.size)
-            self._cohorts[number] = _Sampled(ids, self.rows(ids))
-            self._near[number] = self._nearest(ids[:_QUERIES], self.rows(self._pool.ids))
+            near = self._nearest(ids[:_QUERIES], self.rows(self._pool))
+            self._cohorts[number] = _Sampled(ids, self.rows(ids), near)
             track.cohorts[number] = CohortTrack(place, joining.size, [(place, 0.0, 0.0, 0.0)])
 
     def _nearest(self, ids: Ids, pool: Values) -> Ids:
         """The neighbours of rows among the pool, as all of them are now."""
-        return nearest(self.rows(ids), pool, NEIGHBOURS, self._places(ids))
-
-    def _places(self, ids: Ids) -> Ids:
-        """Where rows stand in the pool; -1 for others."""
-        pool = self._pool.ids
-        if not pool.size:
-            return np.full(len(ids), -1)
-        at = np.searchsorted(pool, ids).clip(max=pool.size - 1)
-        return np.where(pool[at] == ids, at, -1)
+        at = np.searchsorted(self._pool, ids)
+        # An id beyond all of them is compared with what is no row.
+        is_there = np.append(self._pool, -1)[at] == ids
+        return nearest(self.rows(ids), pool, NEIGHBOURS, np.where(is_there, at, -1))
 
     # Measuring
 
     def before_step(self) -> None:
         """Keep what the sampled rows hold before a step that is measured."""
-        self._before = {n: self.rows(cohort.ids) for n, cohort in self._cohorts.items()}
+        for cohort in self._cohorts.values():
+            cohort.before = self.rows(cohort.ids)
 
     def gradient_norms(self, ids: Ids, squares: NDArray[np.floating]) -> dict[int, float]:
-        """The norm of the gradient of each cohort.
-
-        Args:
-            ids: The rows that have a gradient, each once, shape (n,).
-            squares: The sum of the squares of each row's gradient, shape (n,).
-        """
+        """The norm of the gradient of each cohort, from the sums of squares of rows, each once."""
         cohorts = self.cohort_of[ids].astype(np.int64)
         kept = cohorts != _FROZEN
         sums = np.bincount(cohorts[kept], weights=squares[kept], minlength=_MOST_COHORTS)
@@ -192,17 +176,7 @@ class TableSample:
         gradient_norms: Mapping[int, float] | None = None,
         rates: Mapping[int, float] | None = None,
     ) -> dict[str, float]:
-        """Measure once.
-
-        Args:
-            place: Where training stands.
-            token_share: The share of the batch's tokens whose rows train, if known.
-            gradient_norms: The norm of the gradient of each cohort, if known.
-            rates: The learning rate of each cohort, if known.
-
-        Returns:
-            The metrics by name.
-        """
+        """Measure once, beside what is known of the batch and its step; give metrics by name."""
         track = self.track
         track.end = place
         numbers: dict[str, float] = {
@@ -213,7 +187,7 @@ class TableSample:
             track.token_share.append((place, token_share))
         if (covered := self._covered()) is not None:
             numbers["tokens_covered"] = covered
-        pool = self.rows(self._pool.ids)
+        pool = self.rows(self._pool)
         for number, cohort in self._cohorts.items():
             if not cohort.ids.size:
                 continue
@@ -221,11 +195,10 @@ class TableSample:
             followed = track.cohorts[number]
             quantiles = self._quantiles(now - cohort.start)
             followed.drift.append((place, *quantiles))
-            near = self._near[number]
-            near_now = self._nearest(cohort.ids[: len(near)], pool)
+            near = self._nearest(cohort.ids[: len(cohort.near)], pool)
             measured = {
-                "neighbours_kept": share_kept(near, near_now) if near.size else None,
-                "update_ratio": _ratio(self._before.get(number), now),
+                "neighbours_kept": share_kept(cohort.near, near) if near.size else None,
+                "update_ratio": _ratio(cohort.before, now),
                 "gradient_norm": (gradient_norms or {}).get(number),
                 "lr": (rates or {}).get(number),
             }
@@ -234,17 +207,21 @@ class TableSample:
                 if value is not None:
                     followed.numbers.setdefault(name, []).append((place, value))
                     numbers[f"cohort_{number}/{name}"] = value
-        moved = pool - self._pool.start
+            cohort.before = None
+        moved = pool - self._pool_start
         for name, ids in self._bands.items():
-            quantiles = self._quantiles(moved[np.searchsorted(self._pool.ids, ids)])
+            quantiles = self._quantiles(moved[np.searchsorted(self._pool, ids)])
             track.bands[name].drift.append((place, *quantiles))
             numbers |= _named(name, quantiles)
-        self._before = {}
         track.thin()
         return numbers
 
     def _quantiles(self, moved: Values) -> tuple[float, float, float]:
-        return drift_quantiles(np.linalg.norm(moved, axis=1), self.track.typical_length)
+        """The `QUANTILES` of how far rows went, in typical lengths."""
+        distances = np.linalg.norm(moved, axis=1).astype(np.float64)
+        shares = distances / (self.track.typical_length or 1.0)
+        low, middle, high = (round(float(q), 12) for q in np.quantile(shares, QUANTILES))
+        return low, middle, high
 
     def _covered(self) -> float | None:
         counts = None if self.vocabulary is None else self.vocabulary.counts
@@ -254,24 +231,23 @@ class TableSample:
 
     def finish(self) -> RowTrack:
         """Find the rows of the pool that went farthest, and give all that was seen."""
-        pool, now = self._pool, self.rows(self._pool.ids)
-        distances = np.linalg.norm(now - pool.start, axis=1)
+        pool, start, now = self._pool, self._pool_start, self.rows(self._pool)
+        distances = np.linalg.norm(now - start, axis=1)
         farthest = np.argsort(-distances, kind="stable")[:_MOST_MOVED]
         farthest = farthest[distances[farthest] > 0]
-        before = nearest(pool.start[farthest], pool.start, NEIGHBOURS, farthest)
+        before = nearest(start[farthest], start, NEIGHBOURS, farthest)
         after = nearest(now[farthest], now, NEIGHBOURS, farthest)
         counts = None if self.vocabulary is None else self.vocabulary.counts
-        moved = [
+        self.track.moved = [
             MovedRow(
-                self._token(pool.ids[row]),
-                None if counts is None else int(counts[pool.ids[row]]),
+                self._token(pool[row]),
+                None if counts is None else int(counts[pool[row]]),
                 float(distances[row] / (self.track.typical_length or 1.0)),
-                [self._token(pool.ids[near]) for near in near_before],
-                [self._token(pool.ids[near]) for near in near_after],
+                [self._token(pool[near]) for near in near_before],
+                [self._token(pool[near]) for near in near_after],
             )
             for row, near_before, near_after in zip(farthest, before, after, strict=True)
         ]
-        self.track = replace(self.track, moved=moved)
         return self.track
 
     def _token(self, row: int) -> str:
@@ -284,19 +260,18 @@ class TableSample:
         return {
             "track": self.track.to_state(),
             "cohort_of": self.cohort_of.copy(),
-            "pool": (self._pool.ids, self._pool.start),
+            "pool": (self._pool, self._pool_start),
             "bands": dict(self._bands),
-            "cohorts": {n: (c.ids, c.start, self._near[n]) for n, c in self._cohorts.items()},
+            "cohorts": {n: (c.ids, c.start, c.near) for n, c in self._cohorts.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `to_state` was called."""
         self.track = RowTrack.from_state(state["track"])
         self.cohort_of = np.array(state["cohort_of"])
-        self._pool = _Sampled(*state["pool"])
+        self._pool, self._pool_start = state["pool"]
         self._bands = dict(state["bands"])
-        self._cohorts = {n: _Sampled(ids, start) for n, (ids, start, _) in state["cohorts"].items()}
-        self._near = {n: near for n, (_, _, near) in state["cohorts"].items()}
+        self._cohorts = {number: _Sampled(*parts) for number, parts in state["cohorts"].items()}
 
 
 def nearest(queries: Values, vectors: Values, most: int, own: Ids) -> Ids:
@@ -305,12 +280,9 @@ def nearest(queries: Values, vectors: Values, most: int, own: Ids) -> Ids:
     Args:
         queries: The rows whose neighbours are wanted, shape (q, D).
         vectors: The rows among which they are looked for, shape (n, D).
-        most: How many neighbours to find; there are n - 1 at most.
+        most: How many to find, the nearest first; there are n - 1 at most.
         own: The place of each query among `vectors`, int64, shape (q,); -1 for one that is not
             there. No row is a neighbour of itself.
-
-    Returns:
-        Places among `vectors`, the nearest first, int64, shape (q, min(most, n - 1)).
 
     Example:
         >>> vectors = np.array([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]], np.float32)
@@ -329,16 +301,7 @@ def nearest(queries: Values, vectors: Values, most: int, own: Ids) -> Ids:
 
 
 def share_kept(before: Ids, after: Ids) -> float:
-    """The share of neighbours that stayed, whatever their order.
-
-    Args:
-        before: The neighbours of each row, shape (q, n), none of them twice.
-        after: The neighbours of the same rows later, the same shape.
-
-    Example:
-        >>> share_kept(np.array([[4, 2]]), np.array([[2, 7]]))
-        0.5
-    """
+    """The share of neighbours, shape (q, n), none of them twice, that stayed in whatever order."""
     if not before.size:
         return 1.0
     return float((before[:, :, None] == after[:, None, :]).any(axis=2).mean())

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from partial_embedding.rows.vocabulary import Ids
 
@@ -92,11 +91,6 @@ class RowTrack:
         moved: The rows that went farthest, the farthest first.
         sampled: How many rows were compared to find these.
         end: Where training stands.
-
-    Example:
-        >>> track = RowTrack(100, 1.0, trainable=[(0, 10)], cohorts={0: CohortTrack(0, 10)})
-        >>> RowTrack.from_state(track.to_state()) == track
-        True
     """
 
     num_rows: int
@@ -132,35 +126,15 @@ class RowTrack:
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> RowTrack:
         """The inverse of `to_state`, also of what JSON made of it."""
-        track = RowTrack(**state)
-        track.trainable = _points(track.trainable)
-        track.token_share = _points(track.token_share)
-        track.cohorts = {
-            int(number): CohortTrack(
-                cohort["unfrozen_at"],
-                cohort["size"],
-                _points(cohort["drift"]),
-                {name: _points(series) for name, series in cohort["numbers"].items()},
-            )
-            for number, cohort in state["cohorts"].items()
-        }
-        track.bands = {
-            name: BandTrack(**{**band, "drift": _points(band["drift"])})
-            for name, band in state["bands"].items()
-        }
-        track.moved = [MovedRow(**row) for row in state["moved"]]
-        return track
+        plain = _with_points(state)
+        cohorts = {int(number): CohortTrack(**one) for number, one in plain["cohorts"].items()}
+        bands = {name: BandTrack(**band) for name, band in plain["bands"].items()}
+        moved = [MovedRow(**row) for row in plain["moved"]]
+        return RowTrack(**{**plain, "cohorts": cohorts, "bands": bands, "moved": moved})
 
 
 def sample(ids: Ids, most: int) -> Ids:
-    """Choose rows to measure, always the same ones of the same ids.
-
-    Args:
-        ids: Sorted ids, int64, shape (n,).
-        most: How many to choose at most.
-
-    Returns:
-        Sorted ids, int64, shape (min(n, most),).
+    """Choose so many of some sorted ids to measure, always the same ones of the same ids.
 
     Example:
         >>> sample(np.arange(3), most=5)
@@ -171,36 +145,12 @@ def sample(ids: Ids, most: int) -> Ids:
     return np.sort(np.random.default_rng(0).choice(ids, most, replace=False))
 
 
-def drift_quantiles(
-    distances: NDArray[np.floating], typical_length: float
-) -> tuple[float, float, float]:
-    """Summarise how far rows went.
-
-    Args:
-        distances: The distance of each row from where it was, shape (n,), n ≥ 1.
-        typical_length: What they are divided by.
-
-    Returns:
-        One number for each of `QUANTILES`.
-
-    Example:
-        >>> drift_quantiles(np.array([0.0, 1.0, 2.0]), typical_length=2.0)
-        (0.1, 0.5, 0.9)
-    """
-    shares = np.asarray(distances, np.float64) / (typical_length or 1.0)
-    low, middle, high = (round(float(q), 12) for q in np.quantile(shares, QUANTILES))
-    return low, middle, high
-
-
 def frequency_bands(counts: Ids, ids: Ids) -> dict[str, tuple[BandTrack, Ids]]:
     """Divide rows by how often they occur: never, 1 to 9 times, 10 to 99 times and so on.
 
     Args:
         counts: How often each row occurs, int64, shape (V,).
         ids: The rows to divide, sorted, int64.
-
-    Returns:
-        The bands that hold a row, from rare to frequent, and their sorted ids.
 
     Example:
         >>> bands = frequency_bands(np.array([3, 0, 12, 5]), np.arange(4))
@@ -220,8 +170,13 @@ def frequency_bands(counts: Ids, ids: Ids) -> dict[str, tuple[BandTrack, Ids]]:
     return bands
 
 
-def _points(points: list[Any]) -> list[Any]:
-    return [tuple(point) for point in points]
+def _with_points(state: Any) -> Any:
+    """The same with tuples for lists within lists, which JSON made of points."""
+    if isinstance(state, Mapping):
+        return {key: _with_points(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [tuple(value) if isinstance(value, list) else value for value in state]
+    return state
 
 
 def thinned(points: list[Point]) -> list[Point]:

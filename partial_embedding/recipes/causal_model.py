@@ -1,25 +1,30 @@
-"""What the recipes of language models share: batches, losses, checkpoints that are enough alone."""
+"""What the recipes of language models share: texts, losses, checkpoints that are enough alone."""
 
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
-from pytorch_lightning import LightningModule
+from numpy.typing import NDArray
+from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import shown
 from partial_embedding.recipes.predictions import write_table
+from partial_embedding.recipes.resume import ReplayableLoader
 from partial_embedding.recipes.settings import check_range
+from partial_embedding.recipes.small_language_model import TokenBatch, batch_of
+from partial_embedding.recipes.text.labelled import are_held_out
+from partial_embedding.recipes.text.reading import read_texts
 from partial_embedding.rows.vocabulary import Vocabulary
-
-# Token ids and what of them counts in the loss, each of shape (B, L).
-TokenBatch = dict[str, Tensor]
 
 Data = TypeVar("Data")
 
@@ -51,16 +56,11 @@ class CausalModel(LightningModule):
         check_range("weight_decay", weight_decay, 0)
         check_range("max_new_tokens", max_new_tokens, 1)
         self.model = None  # until it is loaded, trained or read from a checkpoint
-        self.lr = lr
-        self.weight_decay = weight_decay
+        self.lr, self.weight_decay = lr, weight_decay
         self.max_new_tokens = max_new_tokens
 
     def data_of(self, kind: type[Data]) -> Data:
-        """The datamodule of the run.
-
-        Raises:
-            InputError: It is of another kind.
-        """
+        """The datamodule of the run; one of another kind is refused."""
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, kind):
             name = kind.__name__
@@ -71,20 +71,8 @@ class CausalModel(LightningModule):
         return data
 
     def encode(self, texts: Sequence[str], max_length: int) -> TokenBatch:
-        """Make a batch of texts that are cut after some tokens.
-
-        Returns:
-            `input_ids`, `attention_mask` and `labels`, each of shape (B, L), int64; padding is -100
-            in the labels.
-        """
-        rows = [self.tokenizer(t)["input_ids"][:max_length] for t in texts]
-        width = max(2, *map(len, rows))  # a loss of the next token needs two
-        ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
-        labels = ids.masked_fill(mask == 0, -100)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        """Make a batch of texts that are cut after some tokens."""
+        return batch_of([self.tokenizer(text)["input_ids"][:max_length] for text in texts])
 
     @torch.no_grad()
     def measured(
@@ -147,18 +135,22 @@ class CausalModel(LightningModule):
         texts: list[str] = self.tokenizer.batch_decode(made[:, length:], skip_special_tokens=True)
         return texts
 
-    def train_tables(self, body: bool = False) -> int:
-        """Let the tables, or the rows of them that do, train, and nothing but the body if at all.
+    def train_tables(
+        self, new: Sequence[int], counts: Counter[int] | None = None, body: bool = False
+    ) -> None:
+        """Let the tables train, of which some rows are new and so `missing`, and the body if asked.
 
-        Returns:
-            The rows of the input table.
+        Tokens of the texts may have been counted.
         """
         tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         learning = {id(parameter) for table in tables for parameter in table.parameters()}
         for parameter in self.model.parameters():
             parameter.requires_grad_(body or id(parameter) in learning)
         self.model.train()
-        return len(tables[0].weight)
+        # Some models have more rows than their tokenizer has tokens.
+        tokens = Vocabulary.of(self.tokenizer, len(tables[0].weight)).tokens
+        each = None if counts is None else [counts[row] for row in range(len(tokens))]
+        self.vocabulary = Vocabulary(tokens, each, new)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A plain AdamW; frozen rows are out of its reach."""
@@ -168,9 +160,9 @@ class CausalModel(LightningModule):
     # What is kept
 
     def write_predictions(
-        self, output: str | Path, texts: Sequence[str], batches: Sequence[Any]
+        self, output: str | Path, texts: Sequence[str], batches: Sequence[Any], top_k: int = 1
     ) -> None:
-        """Write how prompts go on, as a CSV file, or to the terminal for `-`."""
+        """Write how prompts go on, each in one way, whatever `top_k` is."""
         said = [text for batch in batches for text in batch]
         write_table(output, ["text", "continuation"], list(zip(texts, said, strict=True)))
 
@@ -195,11 +187,7 @@ class CausalModel(LightningModule):
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other tokens; make the model where there is none yet.
-
-        Raises:
-            InputError: The checkpoint is of another kind of model, or the tokens are others.
-        """
+        """Refuse a checkpoint of other tokens; make the model where there is none yet."""
         if _KEY not in checkpoint:
             raise InputError(
                 "a checkpoint belongs to the model that it was trained with. Received one of "
@@ -244,11 +232,98 @@ def pretrained(name: str) -> tuple[Any, Any]:
         ) from None
 
 
-def vocabulary_of(tokenizer: Any, num_rows: int, new: Sequence[int], counts: Any = None) -> Any:
-    """What the rows of a table mean, some of which are new and so `missing`.
+class TextLines(LightningDataModule, ABC):
+    """Texts, divided into a side to train on and one to validate on.
 
-    Some models have more rows than their tokenizer has tokens.
+    Each batch is a function of seed, epoch and batch number, so that a run which stops anywhere
+    goes on exactly.
+
+    Args:
+        path: A file with one text on each line; by default texts that every Python has.
+        test_path: The texts that `test` measures and the prompts that `predict` continues; by
+            default the validation side.
+        max_length: Texts are cut after this many tokens.
+        validation_share: The share of texts held out, chosen by a hash of each text.
+        batch_size: Texts per batch.
+        seed: Divides and shuffles; another seed does so differently.
     """
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    tokens += [f"<row {row}>" for row in range(len(tokens), num_rows)]
-    return Vocabulary(tokens[:num_rows], counts, new)
+
+    training: list[str]
+    validation: list[str]
+
+    def __init__(
+        self,
+        path: str | None = None,
+        test_path: str | None = None,
+        max_length: int = 128,
+        validation_share: float = 0.2,
+        batch_size: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # A checkpoint holds them, so that it is enough to measure it on other texts.
+        self.save_hyperparameters(logger=False)
+        check_range("batch_size", batch_size, 1)
+        check_range("max_length", max_length, 1)
+        are_held_out([], validation_share, seed)  # refuses a share that is none
+        self.path, self.test_path = path, test_path
+        self.max_length, self.batch_size = max_length, batch_size
+        self.validation_share, self.seed = validation_share, seed
+        # What `predict` is asked for: lines of a file by default, or these.
+        self.given_texts: list[str] | None = None
+
+    @abstractmethod
+    def default_texts(self) -> Sequence[str]:
+        """The texts where no file is given."""
+
+    def chosen(self, texts: list[str], module: CausalModel) -> list[str]:
+        """Those of some texts that have something to teach the module: all."""
+        return texts
+
+    def setup(self, stage: str) -> None:
+        """Read and divide the texts."""
+        texts = read_texts(self.path) if self.path else self.default_texts()
+        held_out = are_held_out(texts, self.validation_share, self.seed)
+        self.training = [t for t, out in zip(texts, held_out, strict=True) if not out]
+        self.validation = [t for t, out in zip(texts, held_out, strict=True) if out]
+
+    def train_dataloader(self) -> ReplayableLoader[TokenBatch]:
+        """The training side, shuffled anew for each epoch."""
+        return self._loader(self.chosen(self.training, self._module()), self.seed)
+
+    def val_dataloader(self) -> ReplayableLoader[TokenBatch]:
+        """The validation side, in order."""
+        return self._loader(self.chosen(self.validation, self._module()))
+
+    def test_dataloader(self) -> ReplayableLoader[TokenBatch]:
+        """The texts of `test_path`, in order."""
+        return self._loader(self.chosen(self._asked(), self._module()))
+
+    def predict_dataloader(self) -> ReplayableLoader[TokenBatch]:
+        """The prompts, in order, one at a time."""
+        self.given_texts = self.given_texts or self._asked()
+        return self._loader(self.given_texts, batch_size=1)
+
+    def _asked(self) -> list[str]:
+        return read_texts(self.test_path) if self.test_path else self.validation
+
+    def _module(self) -> CausalModel:
+        module = self.trainer and self.trainer.lightning_module
+        if not isinstance(module, CausalModel):
+            raise InputError(
+                "texts become tokens by the tokenizer of a language model. Received "
+                f"{type(module).__name__}. Pass these data to the trainer of one, as NewTokens is."
+            )
+        return module
+
+    def _loader(
+        self, texts: list[str], seed: int | None = None, batch_size: int | None = None
+    ) -> ReplayableLoader[TokenBatch]:
+        module = self._module()
+
+        def batch(indices: NDArray[np.int64]) -> TokenBatch:
+            return module.encode([texts[i] for i in indices], self.max_length)
+
+        size = batch_size or self.batch_size
+        rank, world_size = module.trainer.global_rank, module.trainer.world_size
+        return ReplayableLoader(batch, len(texts), size, seed, rank, world_size)

@@ -12,7 +12,7 @@ from pathlib import Path
 from partial_embedding.errors import InputError
 from partial_embedding.files import read_yaml, shown
 from partial_embedding.monitor.record import read_record
-from partial_embedding.recipes.command import CommandParser, positive
+from partial_embedding.recipes.settings import CommandParser, positive
 
 # The rows that train from the start; the last is the schedule of the configuration.
 _WAYS = {"frozen": "none", "missing": "missing", "all": "all", "staged": None}
@@ -23,9 +23,6 @@ def compare_command(args: Sequence[str]) -> None:
 
     Each way is trained once for each seed. What is compared is the best of the epochs. Options that
     it does not know are those of `fit`.
-
-    Raises:
-        InputError: An argument is refused, or what is compared was not measured.
     """
     given, options = _parser().parse_known_args(args)
     config = read_yaml(given.config, "configuration")
@@ -70,23 +67,17 @@ def verdict(found: dict[str, list[float]], metric: str, mode: str) -> list[str]:
     for way, values in found.items():
         lines.append(f"{way:<8} {means[way]:.4f}  {min(values):.4f} to {max(values):.4f}")
     best = max(means, key=lambda way: sign * means[way])
-    worst_of_best = min(sign * value for value in found[best])
-    near = [
-        way
-        for way, values in found.items()
-        if way != best and max(sign * value for value in values) >= worst_of_best
-    ]
-    line = f"best: {best}"
+    others = {way: max(sign * v for v in values) for way, values in found.items() if way != best}
+    near = [way for way, most in others.items() if most >= min(sign * v for v in found[best])]
+    end = "; one seed says little" if seeds == 1 else ""
     if near:
-        line += f"; but {' and '.join(near)} {'are' if len(near) > 1 else 'is'} within the range "
-        line += "of its seeds"
-    elif seeds == 1:
-        line += "; one seed says little"
-    return [*lines, line]
+        are = "are" if len(near) > 1 else "is"
+        end = f"; but {' and '.join(near)} {are} within the range of its seeds"
+    return [*lines, f"best: {best}{end}"]
 
 
 def _fit(args: list[str], seed: int) -> Path:
-    """Train, with what it says in a file of the run, and give its folder."""
+    """Train, with what it says in a file of the run, and give the run's folder."""
     log = Path(args[-1].partition("=")[2]) / "fit.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):

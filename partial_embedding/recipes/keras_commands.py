@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -15,10 +15,10 @@ import keras
 import numpy as np
 import yaml
 from keras import ops
+from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import parse_yaml, shown
-from partial_embedding.recipes.command import CommandParser
 from partial_embedding.recipes.keras_text import (
     TABLE,
     RowSettings,
@@ -30,12 +30,17 @@ from partial_embedding.recipes.keras_text import (
 from partial_embedding.recipes.predictions import write_predictions
 from partial_embedding.recipes.prepare_texts import (
     TextSettings,
-    read_known,
-    read_sides,
-    with_names,
+    texts_to_predict,
+    texts_to_test,
+    texts_to_validate,
 )
-from partial_embedding.recipes.settings import checked, read_config, settings
-from partial_embedding.recipes.text import LabelledTexts, read_texts
+from partial_embedding.recipes.settings import (
+    CommandParser,
+    checked,
+    find_checkpoint,
+    read_config,
+    settings,
+)
 from partial_embedding.rows.vocabulary import Vocabulary
 
 Config = dict[str, dict[str, Any]]
@@ -43,13 +48,7 @@ _PARTS = ("data", "model", "rows", "trainer")
 
 
 def fit_command(args: Sequence[str]) -> Path:
-    """Train from configurations and options.
-
-    Args:
-        args: The arguments of `fit`.
-
-    Returns:
-        The folder of the run.
+    """Train from configurations and options, and give the folder of the run.
 
     Raises:
         InputError: An argument, a file or the schedule is refused.
@@ -58,126 +57,62 @@ def fit_command(args: Sequence[str]) -> Path:
 
 
 def measure_command(command: str, args: Sequence[str]) -> None:
-    """Measure a model that was saved, or ask what it says of texts.
-
-    Args:
-        command: `"validate"`, `"test"` or `"predict"`.
-        args: The arguments after it.
+    """Measure a model that was saved, by `validate` or `test`, or `predict` what it says of texts.
 
     Raises:
         InputError: An argument, a file or the checkpoint is refused.
     """
     given = vars(_parser(command).parse_args(args))
-    named, text, output, top_k = (
-        given.pop(name, default)
-        for name, default in (("ckpt_path", None), ("text", None), ("output", None), ("top_k", 1))
-    )
+    named, text, output = (given.pop(name, None) for name in ("ckpt_path", "text", "output"))
+    top_k = given.pop("top_k", 1)
     config = _config(given)
     trainer = checked(TrainerSettings, config.get("trainer", {}), "trainer")
     root = Path(TrainerSettings(**trainer).default_root_dir)
-    saved = SavedModel(_found(command, named, root), config.get("data", {}))
-    print(f"checkpoint: {shown(saved.path)}")
-    if command != "predict":
-        saved.measure(command)
-        return
-    typed = text is not None or saved.texts.test_path == "-"
-    saved.predict(text, output or ("-" if typed else root / "predictions.csv"), top_k)
-
-
-class SavedModel:
-    """A model of a run, which knows what its rows and classes mean.
-
-    Args:
-        path: Its `model.keras`, with `meaning.json` beside.
-        data: What settings of the data are to be others than in training.
-
-    Raises:
-        InputError: The files are missing or damaged, or a setting is refused.
-    """
-
-    def __init__(self, path: Path, data: Mapping[str, Any]) -> None:
-        self.path = path
-        try:
-            meaning = json.loads(path.with_name("meaning.json").read_text(encoding="utf-8"))
-            self.vocabulary = Vocabulary(meaning["tokens"])
-            self.names = tuple(meaning["names"])
-            texts = asdict(TextSettings(**meaning["texts"]))
-            self.model = keras.models.load_model(path)
-            of_model = (self.model.get_layer(TABLE).input_dim, self.model.output_shape[-1])
-            if of_model != (meant := (len(self.vocabulary), len(self.names))):
-                raise ValueError(f"a model of {of_model} rows and classes, where {meant} are meant")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                "a checkpoint is the model.keras of a run, with its meaning.json beside. "
-                f"Received: {path}: {error}. Pass last, or the path of one."
-            ) from error
-        self.texts = TextSettings(**{**texts, **checked(TextSettings, data, "data")})
-
-    def measure(self, command: str) -> None:
-        """Print loss and accuracy.
-
-        Args:
-            command: `"test"`, on `data.test_path` where it is set, or `"validate"`.
-
-        Raises:
-            InputError: The texts are refused.
-        """
-        if command == "test" and (path := self.texts.test_path) is not None:
-            side = read_known(path, self.texts, self.names, print)
-        else:
-            side = self._validation()
-        found = self.model.evaluate(self._batches(side), verbose=0, return_dict=True)
-        for name, value in found.items():
-            print(f"{'val' if command == 'validate' else command}_{name}: {value:.4f}")
-
-    def predict(self, text: str | None, output: str | Path, top_k: int) -> None:
-        """Write what the model says of texts.
-
-        Args:
-            text: A text; None takes those of `data.test_path`, or of the validation side.
-            output: The CSV file, or `"-"`.
-            top_k: How many classes of each text.
-
-        Raises:
-            InputError: The texts are refused.
-        """
-        if text is not None:
-            texts: Sequence[str] = [text]
-        elif (path := self.texts.test_path) is not None:
-            texts = read_texts(path, self.texts.text_column, print)
-        else:
-            texts = self._validation().texts
-        unknown = np.zeros(len(texts), np.int64)
-        batches = self._batches(LabelledTexts(tuple(texts), unknown, self.names))
-        probabilities = ops.softmax(self.model.predict(batches, verbose=0))
-        write_predictions(output, texts, ops.convert_to_numpy(probabilities), self.names, top_k)
-
-    def _validation(self) -> LabelledTexts:
-        return with_names(read_sides(self.texts, print)[1], self.names)
-
-    def _batches(self, side: LabelledTexts) -> TextBatches:
-        rows = self.texts.encode(side.texts, self.vocabulary)
-        return TextBatches(rows, side.labels, self.texts.batch_size)
-
-
-def _found(command: str, named: str | None, root: Path) -> Path:
-    """The model that is meant."""
-    if named is None:
-        raise InputError(
-            f"{command} is of a checkpoint. Received no --ckpt_path. Pass last or the path of a "
-            "model.keras."
-        )
     if named == "best":
         raise InputError("in Keras, a run keeps its last model. Received: best. Pass last.")
-    if named != "last":
-        return Path(named) / "model.keras" if Path(named).is_dir() else Path(named)
-    models = list(root.glob("**/model.keras"))
-    if not models:
+    if named is not None and Path(named).is_dir():
+        named = f"{named}/model.keras"
+    path = find_checkpoint(command, named, root, {"last": "**/model.keras"})
+    model, names, vocabulary, trained = _loaded(path)
+    # Settings of the data may be others than in training.
+    changed = checked(TextSettings, config.get("data", {}), "data")
+    data = TextSettings(**{**asdict(trained), **changed})
+    print(f"checkpoint: {shown(path)}")
+
+    def batches(texts: Sequence[str], labels: NDArray[np.int64]) -> TextBatches:
+        return TextBatches(data.encode(texts, vocabulary), labels, data.batch_size)
+
+    if command == "predict":
+        asked = texts_to_predict(data, names, print) if text is None else [text]
+        scores = model.predict(batches(asked, np.zeros(len(asked), np.int64)), verbose=0)
+        typed = text is not None or data.test_path == "-"
+        output = output or ("-" if typed else root / "predictions.csv")
+        probabilities = ops.convert_to_numpy(ops.softmax(scores))
+        write_predictions(output, asked, probabilities, names, top_k)
+        return
+    texts_of = texts_to_test if command == "test" else texts_to_validate
+    side = texts_of(data, names, print)
+    found = model.evaluate(batches(side.texts, side.labels), verbose=0, return_dict=True)
+    for name, value in found.items():
+        print(f"{'val' if command == 'validate' else command}_{name}: {value:.4f}")
+
+
+def _loaded(path: Path) -> tuple[Any, list[str], Vocabulary, TextSettings]:
+    """A model, its classes, and what its rows and texts are."""
+    try:
+        meaning = json.loads(path.with_name("meaning.json").read_text(encoding="utf-8"))
+        names, vocabulary = list(meaning["names"]), Vocabulary(meaning["tokens"])
+        texts = TextSettings(**meaning["texts"])
+        model = keras.models.load_model(path)
+        found = (model.get_layer(TABLE).input_dim, model.output_shape[-1])
+        if found != (meant := (len(vocabulary), len(names))):
+            raise ValueError(f"a model of {found} rows and classes, where {meant} are meant")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"last is the model of a run. Received: {root}, which holds none. Pass the "
-            "--trainer.default_root_dir of that run, or the path of its model.keras."
-        )
-    return max(models, key=lambda path: path.stat().st_mtime_ns)
+            "a checkpoint is the model.keras of a run, with its meaning.json beside. "
+            f"Received: {path}: {error}. Pass last, or the path of one."
+        ) from error
+    return model, names, vocabulary, texts
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
 from partial_embedding.errors import InputError, did_you_mean
-from partial_embedding.files import claim_version, shown, write_atomically
-from partial_embedding.recipes.command import diverged
+from partial_embedding.files import claim_version, shown, write_atomically, write_text
 from partial_embedding.recipes.prepare_texts import (
     PADDING_ID,
     WIDTHS,
@@ -31,7 +30,7 @@ from partial_embedding.recipes.prepare_texts import (
     padded,
     prepare_texts,
 )
-from partial_embedding.recipes.settings import check_range, checked
+from partial_embedding.recipes.settings import check_range, checked, diverged
 from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
@@ -42,13 +41,7 @@ _LEFT_OUT = {"best", "last", "monitor", "random_state"}
 
 
 class TextBatches(keras.utils.PyDataset):
-    """Batches whose order is a function of the seed and the epoch.
-
-    Args:
-        rows: The rows of each text.
-        labels: The classes, shape (N,).
-        batch_size: The number of texts in each batch but the last.
-        seed: Another seed shuffles differently; None keeps the order of the texts.
+    """Batches of the rows of texts, in an order that is a function of the seed and the epoch.
 
     Example:
         >>> batches = TextBatches([[2], [3, 4]], np.array([1, 0]), batch_size=2)
@@ -88,10 +81,6 @@ class EpochSeeds(keras.callbacks.Callback):
     """Makes the order of the data and the random numbers of an epoch follow from its number.
 
     Weight files hold no random state, so a run that is resumed would drop other features out.
-
-    Args:
-        batches: The training data.
-        seed: Another seed draws differently.
     """
 
     def __init__(self, batches: TextBatches, seed: int = 0) -> None:
@@ -118,11 +107,7 @@ class StopDiverged(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Look at the loss.
-
-        Raises:
-            InputError: It is infinite or not a number.
-        """
+        """Refuse a loss that is infinite or not a number."""
         # Keras's is the mean of the epoch so far, which such a loss spoils.
         if not math.isfinite(loss := float(logs["loss"])):
             steps = int(self.model.optimizer.iterations) - 1
@@ -134,10 +119,6 @@ class MaxOverText(keras.layers.Layer):
     """The largest activation of each channel, over windows that begin inside the text.
 
     Windows that begin behind a text would make it depend on the longest of its batch.
-
-    Args:
-        width: The width of the windows.
-        **kwargs: All that `keras.layers.Layer` takes.
 
     Example:
         >>> activations = np.array([[[1.0], [5.0]]])
@@ -155,10 +136,6 @@ class MaxOverText(keras.layers.Layer):
         begins = ops.arange(ops.shape(activations)[1], dtype="int32")
         inside = begins <= ops.maximum(lengths - self.width, 0)
         return ops.max(ops.where(inside[..., None], activations, 0.0), axis=1)
-
-    def compute_output_shape(self, activations_shape: Any, ids_shape: Any) -> Any:
-        """(B, channels)."""
-        return (activations_shape[0], activations_shape[2])
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -179,10 +156,6 @@ class MeanOfText(keras.layers.Layer):
         is_word = ops.cast(ids != PADDING_ID, words.dtype)[..., None]
         return ops.sum(words * is_word, axis=1) / ops.maximum(ops.sum(is_word, axis=1), 1.0)
 
-    def compute_output_shape(self, words_shape: Any, ids_shape: Any) -> Any:
-        """(B, D)."""
-        return (words_shape[0], words_shape[2])
-
 
 def text_classifier(
     data: PreparedTexts,
@@ -196,19 +169,8 @@ def text_classifier(
 ) -> Any:
     """A small text classifier over a partly trainable table of word vectors, compiled.
 
-    Args:
-        data: The texts that it will be trained on, and their table.
-        schedule: When which rows train; the layer reserves them.
-        lazy: Step only the rows that a batch touched, as `rowwise` does.
-        encoder: `"cnn"`, convolutions of widths 3, 4 and 5 with a maximum over time (Kim 2014,
-            https://arxiv.org/abs/1408.5882), or `"mean"`, the average of the vectors.
-        channels: Channels per width of the convolutions.
-        dropout: The share of features dropped in training.
-        lr: The learning rate of AdamW.
-        weight_decay: The weight decay of AdamW.
-
-    Returns:
-        A `keras.Model` from ids, shape (B, L), filled up with 0, to one score per class, (B, C).
+    It goes from ids, shape (B, L), filled up with 0, to one score per class, (B, C). The settings
+    are those of `text_classifier.TextClassifier`, which is the same model in torch.
 
     Raises:
         InputError: A setting is out of its range, or the schedule does not fit the vocabulary.
@@ -226,23 +188,15 @@ def text_classifier(
     ids = keras.Input((None,), dtype="int64", name="ids")
     words = keras.layers.Dropout(dropout)(table(ids))
     if encoder == "cnn":
-        features = keras.layers.Concatenate()(
-            [
-                MaxOverText(width)(
-                    keras.layers.Conv1D(channels, width, activation="relu")(words), ids
-                )
-                for width in WIDTHS
-            ]
-        )
+        convolved = [keras.layers.Conv1D(channels, w, activation="relu")(words) for w in WIDTHS]
+        pooled = [MaxOverText(w)(c, ids) for w, c in zip(WIDTHS, convolved, strict=True)]
+        features = keras.layers.Concatenate()(pooled)
     else:
         features = MeanOfText()(words, ids)
     scores = keras.layers.Dense(len(data.training.names))(keras.layers.Dropout(dropout)(features))
     model = keras.Model(ids, scores)
     model.compile(
-        rowwise(
-            keras.optimizers.AdamW(lr, weight_decay=weight_decay),
-            lazy=lazy,
-        ),
+        rowwise(keras.optimizers.AdamW(lr, weight_decay=weight_decay), lazy=lazy),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -251,13 +205,7 @@ def text_classifier(
 
 @dataclass(frozen=True)
 class RowSettings:
-    """Which rows train, and when.
-
-    Args:
-        schedule: `{stages: [{epoch: …, rows: …}, …]}`, or the path of a YAML file that holds it.
-        lazy: Step only the rows that a batch touched.
-        audit: Compare the bits of frozen rows at the end of each stage, and every n steps too.
-    """
+    """Which rows train, and when: what `RowUnfreezing` takes."""
 
     schedule: dict[str, Any] | str = field(
         default_factory=lambda: {"stages": [{"epoch": 0, "rows": "missing"}]}
@@ -268,11 +216,7 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How long training goes, and where its files lie.
-
-    Args:
-        max_epochs: The epochs.
-        default_root_dir: The folder in which the run gets one of its own.
+    """How long training goes, and in which folder the run gets one of its own.
 
     Raises:
         InputError: There is no epoch, or a file has the name of the folder.
@@ -290,13 +234,7 @@ class TrainerSettings:
 
 
 def read_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Check a configuration of the Lightning recipe.
-
-    Args:
-        config: The parts `rows`, `trainer`, `model` and `data`, each with some of its settings.
-
-    Returns:
-        The same parts with all settings; those of the model as keyword arguments.
+    """The parts of a configuration with all settings; those of the model as keyword arguments.
 
     Raises:
         InputError: There is no such part or setting, or a value is of another type.
@@ -316,14 +254,10 @@ def read_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Train a text classifier, and save it with what its rows and classes mean.
+    """Train a text classifier, save it with what its rows and classes mean, and give the folder.
 
-    Args:
-        config: What `read_settings` takes.
-
-    Returns:
-        The folder of the run with `model.keras` and `meaning.json`; and with `config.yaml`,
-        `rows.json` and logs for TensorBoard, of which `partial-embedding report` makes a page.
+    It holds `model.keras` and `meaning.json`; and `config.yaml`, `rows.json` and logs for
+    TensorBoard, of which `partial-embedding report` makes a page.
 
     Raises:
         InputError: Files, settings and schedule do not fit each other.
@@ -358,15 +292,13 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
             StopDiverged(),
         ],
     )
-    with write_atomically(folder / "config.yaml") as path:
-        plain = {part: dict(keys) for part, keys in config.items()}
-        path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    plain = {part: dict(keys) for part, keys in config.items()}
+    write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
     with write_atomically(folder / "model.keras") as path:
         model.save(path)
     tokens, names = data.vocabulary.tokens, data.training.names
-    with write_atomically(folder / "meaning.json") as path:
-        meaning = {"tokens": tokens, "names": names, "texts": asdict(texts)}
-        path.write_text(json.dumps(meaning), encoding="utf-8")
+    meaning = {"tokens": tokens, "names": names, "texts": asdict(texts)}
+    write_text(folder / "meaning.json", json.dumps(meaning))
     print(f"saved: {shown(folder / 'model.keras')}")
     return folder
 
@@ -376,7 +308,7 @@ def _of_the_table(schedules: Any) -> Schedule:
     if unknown := [name for name in by_table if name not in (None, TABLE)]:
         raise InputError(
             f"schedules are named after the model's tables, [{TABLE!r}]. Received: "
-            f"{unknown[0]!r}. Take that name, or write one schedule for all."
+            f"{unknown[0]!r}. Call it {TABLE!r}, or write one schedule for all."
         )
     (schedule,) = by_table.values()
     return schedule

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import shown
-from partial_embedding.recipes.causal_model import CausalModel, pretrained, vocabulary_of
+from partial_embedding.recipes.causal_model import CausalModel, TextLines, pretrained
 from partial_embedding.recipes.small_language_model import small_language_model
 from partial_embedding.recipes.text import stdlib_docstrings
 from partial_embedding.recipes.text.reading import read_texts
-from partial_embedding.recipes.text_lines import TextLines
 from partial_embedding.rows.token_text import printable
 from partial_embedding.torch import add_tokens
 from partial_embedding.torch.row_files import save_rows
@@ -38,9 +37,6 @@ class TokenTexts(TextLines):
         batch_size: Likewise.
         **settings: Likewise.
 
-    Raises:
-        InputError: As for `TextLines`.
-
     Example:
         >>> data = TokenTexts(["iterable"])
         >>> data.setup("fit")
@@ -49,11 +45,7 @@ class TokenTexts(TextLines):
     """
 
     def __init__(
-        self,
-        tokens: list[str] | str,
-        max_length: int = 64,
-        batch_size: int = 16,
-        **settings: Any,
+        self, tokens: list[str] | str, max_length: int = 64, batch_size: int = 16, **settings: Any
     ) -> None:
         super().__init__(max_length=max_length, batch_size=batch_size, **settings)
         self.tokens = read_texts(tokens) if isinstance(tokens, str) else tokens
@@ -63,16 +55,13 @@ class TokenTexts(TextLines):
         return stdlib_docstrings().texts
 
     def chosen(self, texts: list[str], module: CausalModel) -> list[str]:
-        """Those of some texts in which the tokenizer finds a new token.
-
-        Raises:
-            InputError: There is none.
-        """
+        """Those of some texts in which the tokenizer finds a new token; none at all is refused."""
         found = self.with_new_tokens(texts, module)
         if not found:
             raise InputError(
                 "new tokens are learned from texts that have them. Received none with any of "
-                f"{', '.join(self.tokens[:_SHOWN])} among {len(texts)}. Check their spelling."
+                f"{', '.join(self.tokens[:_SHOWN])} among {len(texts)}. Check their spelling, or "
+                "name texts that have them as data.path."
             )
         return found
 
@@ -97,9 +86,6 @@ class NewTokens(CausalModel):
         lr: The learning rate of AdamW.
         weight_decay: The weight decay of AdamW.
         max_new_tokens: How many tokens `predict` adds to a prompt.
-
-    Raises:
-        InputError: When training starts: the data have no tokens, or the tokenizer has them.
     """
 
     def __init__(
@@ -111,8 +97,7 @@ class NewTokens(CausalModel):
         max_new_tokens: int = 20,
     ) -> None:
         super().__init__(lr, weight_decay, max_new_tokens)
-        self.name = name
-        self.init = init
+        self.name, self.init = name, init
         self.rows: list[int] = []
 
     def setup(self, stage: str) -> None:
@@ -130,7 +115,7 @@ class NewTokens(CausalModel):
         self._columns = self.model.get_input_embeddings().weight.shape[0]
         self._logits = self._logits_of(self._unchanged, data.max_length)
         self.rows = add_tokens(self.model, self.tokenizer, data.tokens, self.init)
-        self.vocabulary = vocabulary_of(self.tokenizer, self.train_tables(), self.rows)
+        self.train_tables(self.rows)
 
     def _logits_of(self, texts: list[str], max_length: int) -> Tensor:
         """The logits of the original tokens, one after the other, shape (N, V)."""
@@ -149,7 +134,8 @@ class NewTokens(CausalModel):
     def _say(self, when: str) -> None:
         data = self.data_of(TokenTexts)
         having = data.with_new_tokens(data.validation, self)
-        without = [text for text in data.validation if text not in set(having)][: 4 * _COMPARED]
+        known = set(having)
+        without = [text for text in data.validation if text not in known][: 4 * _COMPARED]
         self.print(
             f"{when}: loss on {len(having)} texts with new tokens "
             f"{self._mean_loss(having, data):.3f}, on {len(without)} without "
@@ -168,14 +154,10 @@ class NewTokens(CausalModel):
     @torch.no_grad()
     def _nearest(self, row: int) -> str:
         table = self.model.get_input_embeddings().weight
-        near = F.cosine_similarity(table, table[row].unsqueeze(0)).index_fill(
-            0, torch.tensor(row, device=table.device), -2.0
-        )
-        best = near.topk(min(_NEIGHBOURS, len(near)))
-        return ", ".join(
-            f"{self.vocabulary.tokens[i]} {share:.2f}"
-            for share, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        )
+        near = F.cosine_similarity(table, table[row : row + 1])
+        near[row] = -2  # less than any cosine: it is not its own neighbour
+        best = near.topk(min(_NEIGHBOURS, len(near))).indices.tolist()
+        return ", ".join(f"{self.vocabulary.tokens[i]} {near[i]:.2f}" for i in best)
 
     def on_train_start(self) -> None:
         """Say what the model can do with the new tokens so far."""

@@ -7,12 +7,10 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from jsonargparse import (  # type: ignore[attr-defined]
     ActionConfigFile,
@@ -21,27 +19,25 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.files import shown
-from partial_embedding.recipes.checkpoints import (
-    WholeCheckpoints,
-    find_checkpoint,
-    read_checkpoint,
-    settings_in,
-)
-from partial_embedding.recipes.command import diverged
-from partial_embedding.recipes.predictions import write_predictions
 from partial_embedding.recipes.prepare_texts import TextSettings
 from partial_embedding.recipes.report_command import write_page
 from partial_embedding.recipes.resume import RandomState
-from partial_embedding.recipes.run_folder import RunLogger
-from partial_embedding.recipes.settings import read_config
+from partial_embedding.recipes.run_folder import (
+    RunLogger,
+    WholeCheckpoints,
+    read_checkpoint,
+    settings_in,
+)
+from partial_embedding.recipes.settings import diverged, find_checkpoint, read_config
 
 # Imported so that configurations can name them without their module.
 from partial_embedding.recipes.text_classifier import TextClassifier, TextData
@@ -50,6 +46,7 @@ _DEFAULT_CLASSES: dict[str, dict[str, Any]] = {
     "data": {"class_path": "TextData"},
     "model": {"class_path": "TextClassifier", "init_args": {"export": "vec"}},
 }
+_CHECKPOINTS = {name: f"**/checkpoints/{name}.ckpt" for name in ("last", "best")}
 _DEFAULTS = {
     "rows.schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},
     # Two callbacks: with a metric to monitor, Lightning refreshes `last` only when it improves.
@@ -105,7 +102,6 @@ class _SaveConfig(SaveConfigCallback):
         """Do nothing: the run may still be refused."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
         super().setup(trainer, pl_module, "fit")
 
 
@@ -113,7 +109,6 @@ class _ConfigFile(ActionConfigFile):
     """Names the file in which something is wrong."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        """Apply a file, or YAML."""
         # What a checkpoint says comes as YAML, of several lines.
         if "\n" not in values:
             read_config(values)
@@ -126,16 +121,29 @@ class _StopDiverged(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Look at the loss.
-
-        Raises:
-            InputError: It is infinite or not a number, in any of the processes.
-        """
         finite = math.isfinite(loss.item())
         if trainer.world_size > 1:  # one that stopped alone would leave the others waiting
             finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
         if not finite:
             raise diverged(loss.item(), trainer.global_step, trainer.current_epoch)
+
+
+class _OneLineBar(RichProgressBar):
+    """Lightning's bar, short enough for one line of a terminal of 80 columns."""
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        return [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+        ]
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        shown = super().get_metrics(trainer, pl_module)
+        shown.pop("v_num", None)  # the folder is said at the end
+        # Of texts, such as that of a stage, the part before a colon.
+        return {k: v.partition(":")[0] if isinstance(v, str) else v for k, v in shown.items()}
 
 
 class RecipeCLI(LightningCLI):
@@ -145,10 +153,6 @@ class RecipeCLI(LightningCLI):
     default. A fit keeps its log, checkpoints and what else it writes in one folder, `version_N`
     below `trainer.default_root_dir`. The other commands take the settings that they are not given
     from the checkpoint.
-
-    Raises:
-        InputError: A checkpoint is refused, or a class refuses its arguments.
-        jsonargparse.ArgumentError: An option is unknown or has a wrong value.
     """
 
     trainer: Trainer
@@ -157,14 +161,12 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, command: str, args: Sequence[str]) -> None:
         self.command = command
+        self.log: RunLogger | None = None
         # With the classes known, the parser knows their options, and lists them.
         known = "--help" in args or "-h" in args
-        model, data = (
-            (TextClassifier, TextData) if known else (LightningModule, LightningDataModule)
-        )
         super().__init__(
-            model,
-            data,
+            TextClassifier if known else LightningModule,
+            TextData if known else LightningDataModule,
             subclass_mode_model=not known,
             subclass_mode_data=not known,
             save_config_callback=_SaveConfig if command == "fit" else None,
@@ -222,14 +224,10 @@ class RecipeCLI(LightningCLI):
         # Not the parent's, which warns of arguments that come from Python.
         self.config = self._parsed(parser, args)
         self.ckpt_path: Path | None = None
-        if (named := self.config.ckpt_path) is None:
-            if self.command != "fit":
-                raise InputError(
-                    f"{self.command} is of a checkpoint. Received no --ckpt_path. Pass best, last "
-                    "or the path of one."
-                )
+        named, root = self.config.ckpt_path, Path(self.config.trainer.default_root_dir)
+        if named is None and self.command == "fit":
             return
-        self.ckpt_path = find_checkpoint(named, Path(self.config.trainer.default_root_dir))
+        self.ckpt_path = find_checkpoint(self.command, named, root, _CHECKPOINTS)
         checkpoint = read_checkpoint(self.ckpt_path, to_go_on=self.command == "fit")
         if self.command != "fit":
             settings = yaml.safe_dump(settings_in(checkpoint))
@@ -248,7 +246,6 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, whose log is the folder of the run."""
         config = self.config_init.trainer
-        self.log: RunLogger | None = None
         if self.command != "fit":
             # Several processes would measure some texts twice, to have equally many.
             kwargs |= {"logger": False, "devices": 1, "num_nodes": 1}
@@ -256,19 +253,13 @@ class RecipeCLI(LightningCLI):
             went_on = self.ckpt_path if self.config.ckpt_path == "last" else None
             self.log = RunLogger(config.default_root_dir, went_on and went_on.parents[1])
             kwargs["logger"] = self.log
-        callbacks = config.callbacks or []
-        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
-        callbacks.append(_StopDiverged())
-        if config.enable_progress_bar is not False and find_spec("rich") is not None:
-            from partial_embedding.recipes.progress_bar import OneLineBar
-
-            if not any(isinstance(callback, ProgressBar) for callback in callbacks):
-                callbacks.append(OneLineBar())
-        kwargs["callbacks"] = callbacks
-        plugins = config.plugins or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        kwargs["callbacks"] = callbacks = [*_as_list(config.callbacks), _StopDiverged()]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if config.enable_progress_bar is not False and not has_bar:
+            callbacks.append(_OneLineBar())
+        kwargs["plugins"] = [*_as_list(config.plugins), WholeCheckpoints()]
         try:
-            return super().instantiate_trainer(plugins=[*plugins, WholeCheckpoints()], **kwargs)
+            return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
             reason = str(error).rstrip(".")
             raise InputError(
@@ -315,35 +306,27 @@ class RecipeCLI(LightningCLI):
         measure(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
 
     def _predict(self) -> None:
-        config = self.config
-        if not hasattr(self.datamodule, "given_texts"):
+        config, data = self.config, self.datamodule
+        if not hasattr(data, "given_texts"):
             raise InputError(
-                "predict is of texts. Received: the data of a "
-                f"{type(self.datamodule).__name__}. Call the trainer's predict for others."
+                f"predict is of texts. Received: the data of a {type(data).__name__}. Call the "
+                "trainer's predict for others."
             )
         if config.text is not None:
-            self.datamodule.given_texts = [config.text]
-        batches = self.trainer.predict(
-            self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path
-        )
-        typed = config.text is not None or self.datamodule.hparams.get("test_path") == "-"
+            data.given_texts = [config.text]
+        batches = self.trainer.predict(self.model, datamodule=data, ckpt_path=self.ckpt_path)
+        typed = config.text is not None or data.hparams.get("test_path") == "-"
         file = Path(config.trainer.default_root_dir) / "predictions.csv"
         output = config.output or ("-" if typed else file)
-        if not isinstance(self.model, TextClassifier):
-            self.model.write_predictions(output, self.datamodule.given_texts or (), batches)
-            return
-        probabilities = torch.cat(batches).numpy()  # type: ignore[arg-type]  # one for each batch
-        write_predictions(
-            output,
-            self.datamodule.given_texts or (),
-            probabilities,
-            self.model.names,
-            config.top_k,
-        )
+        self.model.write_predictions(output, data.given_texts, batches, config.top_k)
+
+
+def _as_list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given] if given else []
 
 
 def run_lightning(command: str, args: Sequence[str]) -> RecipeCLI:
-    """Run a command that trains or measures.
+    """Run a command that trains or measures, and say in one line what Lightning refuses.
 
     Raises:
         InputError: An argument, the data, the schedule or a checkpoint are refused.
@@ -376,6 +359,9 @@ def _in_one_line(command: str, message: str) -> str:
     given = re.findall(r"(?:Got|Given) value: (.*)", message)
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.M))
     refused = re.search(r"^ +- (.+)\n", message, re.M)
+    # Of a key with a mapping under it, it names the keys below too.
+    if in_group := re.search(r"Group '(.+?)' does not accept option '([^.']+)", message):
+        message = f"unrecognized arguments: --{in_group[1]}.{in_group[2]}"
     unknown = re.search(
         r"Option '(.+?)' is not accepted|unrecognized arguments: (--[^\s=]+)", message
     )
@@ -399,7 +385,7 @@ def _in_one_line(command: str, message: str) -> str:
 
 def _known_options() -> list[str]:
     own = ["--config", "--ckpt_path", "--text", "--output", "--top_k", "--seed_everything"]
-    for part, made in {**_PARTS, "data": TextSettings}.items():
+    for part, made in {**_PARTS, "data": TextSettings, "rows": row_unfreezing}.items():
         own += [f"--{part}.{name}" for name in signature(made).parameters]
     return own
 

@@ -8,10 +8,9 @@ from collections import Counter
 from importlib import import_module
 from typing import Any
 
-from partial_embedding.recipes.causal_model import CausalModel, pretrained, vocabulary_of
+from partial_embedding.recipes.causal_model import CausalModel, TextLines, pretrained
 from partial_embedding.recipes.small_language_model import small_language_model, small_tokenizer
 from partial_embedding.recipes.text import stdlib_docstrings
-from partial_embedding.recipes.text_lines import TextLines
 from partial_embedding.torch import transfer_vocabulary
 
 _MODULES = """
@@ -61,10 +60,6 @@ class NewTokenizer(CausalModel):
         weight_decay: The weight decay of AdamW.
         max_new_tokens: How many tokens `predict` adds to a prompt.
         seed: Of the small model.
-
-    Raises:
-        InputError: An argument is out of its range. When training starts: the data are of another
-            kind, or there is no such model.
     """
 
     def __init__(
@@ -102,12 +97,9 @@ class NewTokenizer(CausalModel):
         )
         rows = transfer_vocabulary(self.model, self.tokenizer, new)
         self.tokenizer = new
-        num_rows = self.train_tables(own["body"])
         counts = Counter(row for text in data.training for row in new(text)["input_ids"])
-        self.vocabulary = vocabulary_of(
-            new, num_rows, rows, [counts[row] for row in range(num_rows)]
-        )
-        self.print(f"{num_rows} tokens, of which {len(rows)} are new")
+        self.train_tables(rows, counts, own["body"])
+        self.print(f"{len(self.vocabulary)} tokens, of which {len(rows)} are new")
 
     def _measure(self, when: str) -> None:
         data = self.data_of(FieldTexts)
@@ -140,10 +132,7 @@ class NewTokenizer(CausalModel):
 
 
 def stdlib_code() -> list[str]:
-    """Give paragraphs of the source code of the standard library.
-
-    Returns:
-        Some thousand texts of one line each, always in the same order.
+    """Give some thousand paragraphs of the standard library's source code, always in one order.
 
     Example:
         >>> all(40 <= len(text) <= 160 for text in stdlib_code())

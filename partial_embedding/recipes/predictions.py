@@ -1,4 +1,4 @@
-"""What a classifier says of texts, as a CSV file."""
+"""What a model says of texts, as a CSV file."""
 
 from __future__ import annotations
 
@@ -22,18 +22,7 @@ def write_predictions(
     names: Sequence[str],
     top_k: int = 1,
 ) -> None:
-    """Write the most likely classes of each text, and their probabilities.
-
-    Args:
-        output: The file, or `"-"` for the terminal.
-        texts: N texts.
-        probabilities: Of each class, shape (N, C).
-        names: The names of the C classes.
-        top_k: How many classes of each text; the columns of the second are `label_2` and
-            `probability_2`, and so on.
-
-    Raises:
-        InputError: `top_k` is below 1.
+    """Write the `top_k` likeliest classes of each text, given their probabilities, shape (N, C).
 
     Example:
         >>> write_predictions("-", ["a joy"], np.array([[0.25, 0.75]]), ["neg", "pos"], top_k=2)
@@ -53,15 +42,7 @@ def write_predictions(
 
 
 def write_table(output: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a CSV file, or show it.
-
-    On standard output, `-`, a person looks at it without what would move the cursor.
-
-    Example:
-        >>> write_table("-", ["text", "continuation"], [["the cat", "sat on a mat"]])
-        text,continuation
-        the cat,sat on a mat
-    """
+    """Write a CSV file; for `-` to the terminal, without what would move the cursor there."""
     if str(output) == "-":
         table = csv.writer(sys.stdout, lineterminator="\n")
         seen = sys.stdout.isatty()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,16 +17,15 @@ from partial_embedding.recipes.text import (
     LabelledTexts,
     count_tokens,
     read_labelled,
+    read_texts,
     split,
     stdlib_docstrings,
     tokenize,
 )
+from partial_embedding.recipes.text.reading import Say
 from partial_embedding.recipes.vectors import build_table, read_vectors, train_vectors
 from partial_embedding.rows.token_text import printable
 from partial_embedding.rows.vocabulary import Vocabulary
-
-# What takes a line to print.
-Say = Callable[[str], object]
 
 PADDING_ID = 0
 # Of the convolutions over words.
@@ -93,10 +92,8 @@ class TextSettings:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(base) / "partial_embedding"
 
-    def read_labelled(
-        self, path: str, least_classes: int = 2, say: Say | None = None
-    ) -> LabelledTexts:
-        """Read texts with labels from the columns of these settings; see `read_labelled`."""
+    def read_labelled(self, path: str, least_classes: int, say: Say | None) -> LabelledTexts:
+        """Read texts with labels from the columns of these settings."""
         return read_labelled(path, self.text_column, self.label_column, least_classes, say)
 
     def encode(self, texts: Sequence[str], vocabulary: Vocabulary) -> list[list[int]]:
@@ -123,14 +120,7 @@ def padded(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class PreparedTexts:
-    """Labelled texts on two sides, and a table of word vectors for the training side.
-
-    Args:
-        vocabulary: The tokens of the rows, their counts and which were missing from the vectors.
-        table: The vectors, shape (V, D), float32.
-        training: The texts to train on.
-        validation: Those that were held out.
-    """
+    """Labelled texts on two sides, and a table of word vectors, (V, D), for the training side."""
 
     vocabulary: Vocabulary
     table: NDArray[np.float32]
@@ -138,43 +128,49 @@ class PreparedTexts:
     validation: LabelledTexts = field(repr=False)
 
 
-def read_sides(
-    settings: TextSettings, say: Say | None = None
-) -> tuple[LabelledTexts, LabelledTexts]:
-    """Read the texts to train on and those to validate on.
-
-    Raises:
-        InputError: Files are missing or malformed, or a class is on the validation side alone.
-    """
+def _read_sides(settings: TextSettings, say: Say | None) -> tuple[LabelledTexts, LabelledTexts]:
     if settings.path is None:
         examples = stdlib_docstrings()
     else:
-        examples = settings.read_labelled(settings.path, say=say)
+        examples = settings.read_labelled(settings.path, 2, say)
     if settings.validation_path is None:
         return split(examples, settings.validation_share, settings.seed)
-    return examples, read_known(settings.validation_path, settings, examples.names, say)
+    validation = settings.read_labelled(settings.validation_path, 1, say)
+    return examples, _with_names(validation, examples.names, settings.validation_path)
 
 
-def read_known(
-    path: str, settings: TextSettings, names: Sequence[str], say: Say | None = None
+def texts_to_validate(
+    settings: TextSettings, names: Sequence[str], say: Say, known: PreparedTexts | None = None
 ) -> LabelledTexts:
-    """Read texts whose classes are known.
+    """The validation side in the classes of a model, read anew where it is not known.
 
     Raises:
-        InputError: The file is refused, or has a class that is not among them.
+        InputError: The texts are refused, or are of a class that is not among them.
     """
-    texts = settings.read_labelled(path, least_classes=1, say=say)
-    return with_names(texts, names, path)
+    validation = known.validation if known else _read_sides(settings, say)[1]
+    return _with_names(validation, names, settings.validation_path or "the texts")
 
 
-def with_names(
-    texts: LabelledTexts, names: Sequence[str], path: str = "the texts"
+def texts_to_test(
+    settings: TextSettings, names: Sequence[str], say: Say, known: PreparedTexts | None = None
 ) -> LabelledTexts:
-    """The same texts, with labels that count in other names.
+    """The texts of `test_path`, or else those of `texts_to_validate`."""
+    if (path := settings.test_path) is None:
+        return texts_to_validate(settings, names, say, known)
+    return _with_names(settings.read_labelled(path, 1, say), names, path)
 
-    Raises:
-        InputError: The texts have a class that is not among them; the message names `path`.
-    """
+
+def texts_to_predict(
+    settings: TextSettings, names: Sequence[str], say: Say, known: PreparedTexts | None = None
+) -> Sequence[str]:
+    """The texts of `test_path`, with labels or without, or else those of `texts_to_validate`."""
+    if (path := settings.test_path) is None:
+        return texts_to_validate(settings, names, say, known).texts
+    return read_texts(path, settings.text_column, say)
+
+
+def _with_names(texts: LabelledTexts, names: Sequence[str], path: str) -> LabelledTexts:
+    """The same texts, with labels that count in other names."""
     if unknown := [name for name in texts.names if name not in names]:
         count = sum(texts.names[label] in unknown for label in texts.labels)
         raise InputError(
@@ -187,12 +183,7 @@ def with_names(
 
 
 def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTexts:
-    """Read, split and count texts, and find their vectors.
-
-    Args:
-        settings: What is read, and how.
-        say: Called with each line that there is to say: classes and their sizes, and what was
-            passed over or mended.
+    """Read, split and count texts, and find their vectors; `say` takes each line about them.
 
     Raises:
         InputError: Files are missing, malformed or do not fit.
@@ -202,19 +193,17 @@ def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTex
         >>> texts.vocabulary.tokens[:2], texts.table.shape == (len(texts.vocabulary), 8)
         (('<pad>', '<unk>'), True)
     """
-    training, validation = read_sides(settings, say)
+    training, validation = _read_sides(settings, say)
     if say is not None:
         say(classes_text(training, validation))
     documents = [tokenize(text, settings.lowercase) for text in training.texts]
     vocabulary = count_tokens(documents, settings.min_count)
     cache, seed = settings.cache_folder, settings.seed
-    found = (
-        read_vectors(settings.vectors, settings.dimension, cache)
-        if settings.vectors
-        else train_vectors(
-            documents, settings.dimension or _TRAINED_DIMENSION, seed=seed, cache=cache
-        )
-    )
+    if settings.vectors:
+        found = read_vectors(settings.vectors, settings.dimension, cache)
+    else:
+        dimension = settings.dimension or _TRAINED_DIMENSION
+        found = train_vectors(documents, dimension, seed=seed, cache=cache)
     if say is not None:
         for note in found.notes:
             say(f"{settings.vectors}: {note}")
@@ -223,19 +212,10 @@ def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTex
 
 
 def classes_text(training: LabelledTexts, validation: LabelledTexts) -> str:
-    """The classes and how many texts each has, as a line to print.
-
-    Example:
-        >>> one = LabelledTexts(("a joy", "a bore"), np.array([1, 0]), ("neg", "pos"))
-        >>> classes_text(one, one)
-        'texts: 2 to train on, 2 to validate on; of 2 classes: neg 1 + 1, pos 1 + 1'
-    """
-    counts = [
-        np.bincount(side.labels, minlength=len(side.names)) for side in (training, validation)
-    ]
-    each = [
-        f"{printable(n)} {a:,} + {b:,}" for n, a, b in zip(training.names, *counts, strict=True)
-    ]
+    """The classes and how many texts each has, as a line to print."""
+    sides, names = (training, validation), training.names
+    counts = [np.bincount(side.labels, minlength=len(names)) for side in sides]
+    each = [f"{printable(n)} {a:,} + {b:,}" for n, a, b in zip(names, *counts, strict=True)]
     return (
         f"texts: {len(training):,} to train on, {len(validation):,} to validate on; "
         f"of {len(each):,} classes: {_listed(each, 12)}"

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import write_atomically
+from partial_embedding.files import newest, write_text
 from partial_embedding.monitor.page import comparison, page
 from partial_embedding.monitor.record import RECORD, read_record
-from partial_embedding.recipes.command import CommandParser
+from partial_embedding.recipes.settings import CommandParser
 
 PAGE = "report.html"
 
 
 def report_command(args: Sequence[str]) -> None:
-    """Write the page of a run into its folder, or that of several into the one around them.
-
-    Raises:
-        InputError: An argument is refused, or a folder holds no record of a run.
-    """
-    given = _parser().parse_args(args)
+    """Write the page of a run into its folder, or that of several into the one around them."""
+    parser = CommandParser(
+        prog="partial-embedding report",
+        description="Write one HTML page of what a run did to its rows, or several side by side.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run", type=Path, nargs="+", help="the folder of a run, or one that holds some: the newest"
+    )
+    parser.add_argument("--title", help="the title of the page, by default the folder")
+    given = parser.parse_args(args)
     if len(given.run) == 1:
         print(f"report: {write_page(find_run(given.run[0]), given.title)}")
         return
@@ -35,51 +39,25 @@ def report_command(args: Sequence[str]) -> None:
     around = Path(os.path.commonpath([run.resolve().parent for run in runs.values()]))
     path = Path(os.path.relpath(around)) / PAGE
     records = {name: read_record(run) for name, run in runs.items()}
-    html = comparison(records, given.title or f"{len(runs)} runs")
-    with write_atomically(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    write_text(path, comparison(records, given.title or f"{len(runs)} runs"))
     print(f"report: {path}")
 
 
 def write_page(run: Path, title: str | None = None) -> Path:
-    """Write the page of one run into its folder; by default it is called as that is from here.
-
-    Raises:
-        InputError: The folder holds no record of a run.
-    """
+    """Write the page of one run into its folder; by default it is called as that is from here."""
     config = run / "config.yaml"
     settings = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    html = page(read_record(run), title or os.path.relpath(run), settings)
-    with write_atomically(run / PAGE) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    write_text(run / PAGE, page(read_record(run), title or os.path.relpath(run), settings))
     return run / PAGE
 
 
 def find_run(folder: Path) -> Path:
-    """The folder itself, if it is that of a run, or the newest run in it.
-
-    Raises:
-        InputError: There is no run.
-    """
+    """The folder itself, if it is that of a run, or the newest run in it."""
     if (folder / RECORD).is_file():
         return folder
-    found = list(folder.glob(f"*/{RECORD}"))
-    if not found:
+    if (found := newest(folder, f"*/{RECORD}")) is None:
         raise InputError(
             f"a report is made of a run that had a RowMonitor, which leaves {RECORD}. Received: "
             f"{folder}, which holds none. Name the folder of such a run."
         )
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="partial-embedding report",
-        description="Write one HTML page of what a run did to its rows, or several side by side.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "run", type=Path, nargs="+", help="the folder of a run, or one that holds some: the newest"
-    )
-    parser.add_argument("--title", help="the title of the page, by default the folder")
-    return parser
+    return found.parent

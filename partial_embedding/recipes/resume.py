@@ -55,14 +55,9 @@ class ReplayableLoader(Generic[Batch]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.make_batch = make_batch
-        self.size = size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self._epoch = 0
-        self._batch = 0
+        self.make_batch, self.size, self.batch_size = make_batch, size, batch_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self._epoch = self._batch = 0
         self._resume: dict[str, int] | None = None
 
     @property
@@ -89,11 +84,9 @@ class ReplayableLoader(Generic[Batch]):
             yield self.make_batch(order[batch * self.batch_size : (batch + 1) * self.batch_size])
 
     def _order(self) -> NDArray[np.int64]:
-        order: NDArray[np.int64] = (
-            np.arange(self.size)
-            if self.seed is None
-            else np.random.default_rng([self.seed, self._epoch]).permutation(self.size)
-        )
+        order = np.arange(self.size)
+        if self.seed is not None:
+            np.random.default_rng([self.seed, self._epoch]).shuffle(order)
         even = -(-self.size // self.world_size) * self.world_size
         return np.resize(order, even)[self.rank :: self.world_size]
 

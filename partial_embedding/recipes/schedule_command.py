@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import read_yaml, write_atomically
+from partial_embedding.files import read_yaml, write_text
 from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
-from partial_embedding.recipes.command import CommandParser, positive
 from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
-from partial_embedding.recipes.settings import checked, read_config
+from partial_embedding.recipes.settings import CommandParser, checked, positive, read_config
 from partial_embedding.recipes.text import count_tokens, read_texts, tokenize
 from partial_embedding.recipes.vectors import build_table, read_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
@@ -29,11 +28,7 @@ _MOST_LINES = 1000
 
 
 def schedule_command(args: Sequence[str]) -> None:
-    """Print, and draw on request, which rows a schedule trains when.
-
-    Raises:
-        InputError: The schedule, the vocabulary or an argument is refused.
-    """
+    """Print, and draw on request, which rows a schedule trains when."""
     given = _parser().parse_args(args)
     config = read_yaml(given.file, "schedule")
     if not isinstance(config, Mapping):
@@ -74,26 +69,23 @@ def schedule_command(args: Sequence[str]) -> None:
     try:
         planned = plan(schedule, num_rows, vocabulary, epochs, steps or 1, padding, new)
     except InputError as error:
-        # Nothing has grown yet here.
-        advice = " To plan it, pass --new." if new is None and "grow_table" in str(error) else ""
+        advice = ""
+        if new is None and "grow_table" in str(error):  # nothing has grown yet here
+            advice = " To plan it, pass --new."
+        elif vocabulary is None and "no vocabulary" in str(error):
+            advice = " To plan it, pass --vocab or --texts."
         raise InputError(f"{given.file}: {error}{advice}") from None
     lines = plan_text(schedule, planned, num_rows, epochs)
     print(*lines[:_MOST_LINES], sep="\n")
     if len(lines) > _MOST_LINES:
         print(f"and {len(lines) - _MOST_LINES:,} changes more")
     if given.picture is not None:
-        by_step = schedule.moves_within_epochs
-        points = [
-            (float(step.position.step if by_step else step.position.epoch), step.trainable)
-            for step in planned
-        ]
-        end = float(epochs * (steps or 1) if by_step else epochs)
+        unit = "step" if schedule.moves_within_epochs else "epoch"
+        points = [(float(getattr(change.position, unit)), change.trainable) for change in planned]
+        end = float(epochs * (steps or 1) if unit == "step" else epochs)
         drawn = [Line("as planned", lasting(points, end), stepped=True)]
-        svg = trainable_figure(
-            drawn, num_rows, end, "step" if by_step else "epoch", str(given.file)
-        )
-        with write_atomically(given.picture) as temporary:
-            temporary.write_text(standalone(svg), encoding="utf-8")
+        figure = trainable_figure(drawn, num_rows, end, unit, str(given.file))
+        write_text(given.picture, standalone(figure))
         print(f"picture: {given.picture}")
 
 
@@ -138,7 +130,8 @@ def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedul
     if table not in schedules:
         named = sorted(str(name) for name in schedules if name is not None)
         raise InputError(
-            f"{path}: --table is one of {named}. Received: {table!r}. Pass one of these."
+            f"{path}: --table is one of {named}. Received: {table!r}. Pass --table {named[0]}, for "
+            "example."
             if named
             else f"{path}: there is one schedule for all tables. Received --table {table!r}. "
             "Leave it out."

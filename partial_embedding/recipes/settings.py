@@ -1,17 +1,36 @@
-"""Settings from a configuration: what is read without LightningCLI, and ranges of numbers."""
+"""What both frameworks' commands share: settings, checkpoints that are meant, what is refused."""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import math
 import os
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 from partial_embedding.errors import InputError, did_you_mean
-from partial_embedding.files import read_yaml
+from partial_embedding.files import newest, read_yaml
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Raises what it refuses, so that every command says it in the same way, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments."""
+        _, unknown, given = message.partition("unrecognized arguments: ")
+        meant = did_you_mean(given.split("=")[0], self._option_string_actions) if unknown else ""
+        raise InputError(f"{message}.{meant} See {self.prog} --help.")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, as the type of an option."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 up. Received: {text!r}")
+    return int(text)
 
 
 def read_config(
@@ -42,24 +61,13 @@ def read_config(
         elif part in parts and keys is not None:
             raise InputError(
                 f"{path}: {part} is a mapping of its settings. Received: {keys!r}. Write them "
-                f"below it, each on a line of its own."
+                "below it, each on a line of its own."
             )
     return config
 
 
 def check_range(name: str, value: float, least: float, below: float = math.inf) -> None:
-    """Refuse a number that is out of its range.
-
-    Raises:
-        InputError: It is less than `least`, not less than `below`, or not a number.
-
-    Example:
-        >>> check_range("channels", 0, 1)
-        Traceback (most recent call last):
-            ...
-        partial_embedding.errors.InputError: channels is at least 1. Received: 0. Leave it out for \
-the default.
-    """
+    """Refuse a number that is out of its range."""
     if not least <= value < below:
         rule = f"is at least {least}" if below == math.inf else f"lies in [{least}, {below})"
         raise InputError(f"{name} {rule}. Received: {value}. Leave it out for the default.")
@@ -84,11 +92,6 @@ def checked(made: Callable[..., Any], given: Mapping[str, Any], part: str) -> di
     Raises:
         InputError: There is no such argument, or its value is of another type; the message names
             the part of the configuration.
-
-    Example:
-        >>> def model(lr: float = 1e-3, encoder: Literal["cnn", "mean"] = "cnn") -> None: ...
-        >>> checked(model, {"lr": 1}, "model")
-        {'lr': 1.0}
     """
     # Those of a dataclass stand at the class.
     hints = typing.get_type_hints(made)
@@ -121,3 +124,39 @@ def _checked(place: str, value: Any, hint: Any) -> Any:
         for kind in kinds
     )
     raise InputError(f"{place} is {wanted}. Received: {value!r}. Leave it out for the default.")
+
+
+def find_checkpoint(
+    command: str, named: str | None, root: Path, patterns: Mapping[str, str]
+) -> Path:
+    """The checkpoint that is meant: of the newest run in a folder, by a name, or at a path.
+
+    Raises:
+        InputError: There is none.
+    """
+    names = ", ".join(patterns)
+    if named is None:
+        raise InputError(
+            f"{command} is of a checkpoint. Received no --ckpt_path. Pass {names} or the path of "
+            "one."
+        )
+    found = newest(root, patterns[named]) if named in patterns else Path(named)
+    if found is None:
+        raise InputError(
+            f"{named} is the checkpoint of a run. Received: {root}, which holds none. Pass the "
+            "--trainer.default_root_dir of that run, or the path of a checkpoint."
+        )
+    if not found.is_file():
+        raise InputError(
+            f"a checkpoint is a file. Received: {named}, which is missing. Pass {names}, or the "
+            "path of one."
+        )
+    return found
+
+
+def diverged(loss: float, step: int, epoch: int) -> InputError:
+    """The error of a run whose loss is no finite number after some steps."""
+    return InputError(
+        f"a loss is a finite number. Received: {loss} after {step:,} steps, in epoch {epoch}. "
+        "Lower model.lr and start anew."
+    )

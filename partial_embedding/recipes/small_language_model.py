@@ -8,6 +8,10 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+# Token ids, which of them are no padding, and which count in the loss, each of shape (B, L), int64.
+TokenBatch = dict[str, Tensor]
 
 _WIDTH = 64
 _TOKENS = 600
@@ -16,15 +20,9 @@ _BATCH = 32
 
 
 def small_language_model(texts: Sequence[str], steps: int = 300, seed: int = 0) -> tuple[Any, Any]:
-    """Train a tokenizer and a Llama of two layers with a tied head.
+    """Train a tokenizer and a Llama of two layers with a tied head on texts.
 
-    Args:
-        texts: What both are trained on.
-        steps: Optimizer steps; 300 take less than a minute on two cores.
-        seed: Where the random numbers come from; those of the process are left alone.
-
-    Returns:
-        The model, in evaluation mode, and its tokenizer.
+    300 steps take less than a minute on two cores. Random numbers of the process are left alone.
 
     Example:
         >>> model, tokenizer = small_language_model(["the cat sat", "the dog ran"], steps=2)
@@ -54,12 +52,7 @@ def small_language_model(texts: Sequence[str], steps: int = 300, seed: int = 0) 
 
 
 def small_tokenizer(texts: Sequence[str], num_tokens: int = _TOKENS) -> Any:
-    """Train a fast tokenizer of `transformers`, of so many tokens at most.
-
-    Example:
-        >>> small_tokenizer(["the cat sat", "the dog sat"]).tokenize("the cat")
-        ['the', 'cat']
-    """
+    """Train a fast tokenizer of `transformers`, of so many tokens at most."""
     # No word pieces: their training numbers pieces differently in each process.
     pieces = Tokenizer(models.BPE(unk_token="[UNK]"))
     pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -75,11 +68,18 @@ def small_tokenizer(texts: Sequence[str], num_tokens: int = _TOKENS) -> Any:
 def _train(model: Any, rows: list[list[int]], steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
-        chosen = [rows[i] for i in torch.randint(len(rows), (_BATCH,)).tolist()]
-        width = max(2, *map(len, chosen))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in chosen])
+        chosen = torch.randint(len(rows), (_BATCH,)).tolist()
         optimizer.zero_grad()
-        model(
-            input_ids=ids, attention_mask=(ids != 0).long(), labels=ids.masked_fill(ids == 0, -100)
-        ).loss.backward()
+        model(**batch_of([rows[i] for i in chosen])).loss.backward()
         optimizer.step()
+
+
+def batch_of(rows: Sequence[Sequence[int]]) -> TokenBatch:
+    """A batch of texts, given the ids of each; of the labels, padding is -100."""
+    width = max(2, *map(len, rows))  # a loss of the next token needs two
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -5,37 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pytorch_lightning import Callback, LightningDataModule, LightningModule
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from partial_embedding.errors import InputError
-from partial_embedding.recipes.export import ExportVectors, VectorSuffix
+from partial_embedding.files import shown
+from partial_embedding.recipes.predictions import write_predictions
 from partial_embedding.recipes.prepare_texts import (
     PADDING_ID,
     WIDTHS,
+    PreparedTexts,
     TextSettings,
     padded,
     prepare_texts,
-    read_known,
-    read_sides,
-    with_names,
+    texts_to_predict,
+    texts_to_test,
+    texts_to_validate,
 )
 from partial_embedding.recipes.resume import ReplayableLoader
 from partial_embedding.recipes.settings import check_range
-from partial_embedding.recipes.text import LabelledTexts, read_texts
+from partial_embedding.recipes.vectors import save_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
+from partial_embedding.rows.vocabulary_file import write_vocabulary
 from partial_embedding.torch import PartialEmbedding
 
 # Token ids, shape (B, L), and labels, shape (B,), both int64.
 TextBatch = tuple[Tensor, Tensor]
+VectorSuffix = Literal["vec", "txt", "bin", "vec.gz", "txt.gz", "bin.gz"]
 
 
 class TextData(LightningDataModule):
@@ -51,10 +56,6 @@ class TextData(LightningDataModule):
 
     Args:
         **settings: Those of `TextSettings`.
-
-    Raises:
-        InputError: A setting is out of its range. When the data are set up or a side is asked for:
-            files are missing, malformed or do not fit.
 
     Example:
         >>> data = TextData(dimension=8, cache="")
@@ -72,7 +73,7 @@ class TextData(LightningDataModule):
         # A checkpoint holds them, so that it is enough to measure it on other texts.
         self.save_hyperparameters(logger=False)
         self.settings = TextSettings(**settings)
-        self._sides: tuple[LabelledTexts, LabelledTexts] | None = None
+        self._texts: PreparedTexts | None = None
         # What `predict` is asked for: lines of a file by default, or these.
         self.given_texts: Sequence[str] | None = None
 
@@ -83,46 +84,36 @@ class TextData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read, split and count texts, and make the table, once and only to fit."""
-        if stage != "fit" or self._sides is not None:
+        if stage != "fit" or self._texts is not None:
             return
-        texts = prepare_texts(self.settings, self._say)
-        self._sides = texts.training, texts.validation
+        self._texts = texts = prepare_texts(self.settings, self._say)
         self.vocabulary, self.table = texts.vocabulary, texts.table
         self.names = texts.training.names
 
     def train_dataloader(self) -> ReplayableLoader[TextBatch]:
         """The training side, shuffled anew for each epoch."""
-        if self._sides is None:
+        if self._texts is None:
             raise InputError("the data are set up first. Received none. Call setup('fit').")
-        return self._loader(self._sides[0], self.settings.seed)
+        training = self._texts.training
+        return self._loader(training.texts, training.labels, self.settings.seed)
 
     def val_dataloader(self) -> ReplayableLoader[TextBatch]:
         """The validation side, in order."""
-        return self._loader(self._sides[1] if self._sides else self._validation(), None)
+        side = texts_to_validate(self.settings, self._meaning[1], self._say, self._texts)
+        return self._loader(side.texts, side.labels)
 
     def test_dataloader(self) -> ReplayableLoader[TextBatch]:
         """The texts of `test_path`, or the validation side, in order."""
-        if (path := self.settings.test_path) is None:
-            return self.val_dataloader()
-        return self._loader(read_known(path, self.settings, self._meaning[1], self._say), None)
+        side = texts_to_test(self.settings, self._meaning[1], self._say, self._texts)
+        return self._loader(side.texts, side.labels)
 
     def predict_dataloader(self) -> ReplayableLoader[TextBatch]:
         """The texts of `test_path`, whether or not they have labels, in order."""
-        if self.given_texts is None:
-            path = self.settings.test_path
-            self.given_texts = (
-                self._validation().texts
-                if path is None
-                else read_texts(path, self.settings.text_column, self._say)
-            )
-        texts = tuple(self.given_texts)
-        unknown = np.zeros(len(texts), np.int64)
-        return self._loader(LabelledTexts(texts, unknown, self._meaning[1]), None)
-
-    def _validation(self) -> LabelledTexts:
-        sides = self._sides or read_sides(self.settings, self._say)
-        names = self._meaning[1]
-        return with_names(sides[1], names)
+        texts = self.given_texts
+        if texts is None:
+            texts = texts_to_predict(self.settings, self._meaning[1], self._say, self._texts)
+        self.given_texts = texts
+        return self._loader(texts, np.zeros(len(texts), np.int64))
 
     def _say(self, line: str) -> None:
         if self.trainer is not None and self.trainer.is_global_zero:
@@ -134,19 +125,21 @@ class TextData(LightningDataModule):
         module = self.trainer and self.trainer.lightning_module
         if isinstance(module, TextClassifier) and module.vocabulary is not None:
             return module.vocabulary, module.names
-        if self._sides is None:
+        if self._texts is None:
             raise InputError(
                 "texts become rows by the vocabulary of a model that was trained. Received none. "
                 "Pass ckpt_path, or call fit or setup('fit') first."
             )
         return self.vocabulary, self.names
 
-    def _loader(self, texts: LabelledTexts, seed: int | None) -> ReplayableLoader[TextBatch]:
-        rows = self.settings.encode(texts.texts, self._meaning[0])
+    def _loader(
+        self, texts: Sequence[str], labels: NDArray[np.int64], seed: int | None = None
+    ) -> ReplayableLoader[TextBatch]:
+        rows = self.settings.encode(texts, self._meaning[0])
 
         def batch(chosen: NDArray[np.int64]) -> TextBatch:
             ids = padded([rows[i] for i in chosen])
-            return torch.from_numpy(ids), torch.from_numpy(texts.labels[chosen])
+            return torch.from_numpy(ids), torch.from_numpy(labels[chosen])
 
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
@@ -169,10 +162,6 @@ class TextClassifier(LightningModule):
         weight_decay: The weight decay of AdamW.
         export: The suffix of the file of word vectors that `fit` writes in the end, as for
             `ExportVectors`; None writes none.
-
-    Raises:
-        InputError: A number is out of its range. When `fit` or `test` starts: the datamodule has no
-            table, or the checkpoint is of another vocabulary.
     """
 
     embedding: PartialEmbedding
@@ -194,12 +183,9 @@ class TextClassifier(LightningModule):
         check_range("weight_decay", weight_decay, 0)
         # Loggers would open their files before the data are accepted.
         self.save_hyperparameters(logger=False)
-        self.encoder_kind = encoder
-        self.channels = channels
+        self.encoder_kind, self.channels, self.export = encoder, channels, export
         self.dropout = nn.Dropout(dropout)
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.export = export
+        self.lr, self.weight_decay = lr, weight_decay
         self.vocabulary: Vocabulary | None = None
 
     def setup(self, stage: str) -> None:
@@ -220,12 +206,11 @@ class TextClassifier(LightningModule):
 
     def _build(self, vocabulary: Vocabulary, names: tuple[str, ...], table: Tensor) -> None:
         self.vocabulary, self.names = vocabulary, names
-        dimension = table.shape[1]
         self.embedding = PartialEmbedding.from_pretrained(table, padding_idx=PADDING_ID)
+        dimension, channels = table.shape[1], self.channels
         cnn = self.encoder_kind == "cnn"
-        self.encoder = _Convolutions(dimension, self.channels) if cnn else _Mean()
-        features = len(WIDTHS) * self.channels if cnn else dimension
-        self.head = nn.Linear(features, len(names))
+        self.encoder = _Convolutions(dimension, channels) if cnn else _Mean()
+        self.head = nn.Linear(len(WIDTHS) * channels if cnn else dimension, len(names))
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             MulticlassAccuracy(len(names), average="micro") for _ in range(3)
         )
@@ -263,6 +248,12 @@ class TextClassifier(LightningModule):
         probabilities: Tensor = self(batch[0]).softmax(dim=1)
         return probabilities
 
+    def write_predictions(
+        self, output: str | Path, texts: Sequence[str], batches: Sequence[Any], top_k: int = 1
+    ) -> None:
+        """Write the likeliest classes of texts, given what `predict_step` said of each batch."""
+        write_predictions(output, texts, torch.cat([*batches]).numpy(), self.names, top_k)
+
     def configure_callbacks(self) -> list[Callback]:
         """The export of vectors, where it was asked for."""
         return [ExportVectors(self.export)] if self.export else []
@@ -277,11 +268,7 @@ class TextClassifier(LightningModule):
         checkpoint["text"] = {"tokens": list(self.vocabulary.tokens), "names": list(self.names)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another vocabulary; build the layers where there are none yet.
-
-        Raises:
-            InputError: The tokens, the classes or the width of the vectors are others.
-        """
+        """Refuse a checkpoint of another vocabulary; build the layers where there are none yet."""
         saved = checkpoint.get("text")
         if saved is None:
             raise InputError(
@@ -342,3 +329,36 @@ def _refuse_another(what: str, units: str, saved: list[str], given: tuple[str, .
         f"data with {len(given):,}, the first other one at {differ}. Pass the data and the seed "
         "that it was trained with; texts of your own to test go to data.test_path."
     )
+
+
+class ExportVectors(Callback):
+    """Writes the trained table as word vectors, which gensim loads, when `fit` ends.
+
+    The file is `vectors.vec`, or of another suffix, in the run's log folder. Beside it lies
+    `vocabulary.tsv`: each token with its count and whether it had a vector, which
+    `partial-embedding schedule` reads. The module has a `PartialEmbedding` named `embedding`, and
+    the `vocabulary` of its rows.
+
+    Args:
+        suffix: Which of word2vec's formats: `vec` and `txt` are text, `bin` is binary.
+
+    Raises:
+        InputError: A value of the table is not finite, or a token has a tab or line break.
+    """
+
+    def __init__(self, suffix: VectorSuffix = "vec") -> None:
+        self.suffix = suffix
+        self.path: Path | None = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        if not trainer.is_global_zero:
+            return
+        module: Any = pl_module  # with the two that the docstring asks for
+        path = Path(trainer.log_dir or trainer.default_root_dir) / f"vectors.{self.suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = module.embedding.weight.detach().float().cpu().numpy()
+        save_vectors(path, module.vocabulary.tokens, table)
+        write_vocabulary(path.with_name("vocabulary.tsv"), module.vocabulary)
+        self.path = path
+        print(f"vectors: {shown(path)}")

@@ -9,14 +9,7 @@ Vectors = NDArray[np.floating]
 
 
 def cosines_of(queries: Vectors, vectors: Vectors) -> Vectors:
-    """The cosine of the angle between vectors; a vector of zeros has no direction, and 0.
-
-    Args:
-        queries: Shape (q, D).
-        vectors: Shape (n, D).
-
-    Returns:
-        Shape (q, n), of the dtype of the vectors.
+    """The cosines, shape (q, n), of the angles between (q, D) and (n, D) vectors; of zeros, 0.
 
     Example:
         >>> cosines_of(np.array([[2.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]))

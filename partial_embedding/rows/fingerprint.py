@@ -12,11 +12,7 @@ from partial_embedding.rows.vocabulary import Ids
 def fingerprint_of(ids: Ids) -> int:
     """A number that tells row ids apart, by what they are and by their order.
 
-    Args:
-        ids: Row ids, integers, shape (K,).
-
-    Returns:
-        A number in [0, 2^63), which an int64 of any framework holds.
+    It lies in [0, 2^63), so that an int64 of any framework holds it.
 
     Example:
         >>> one, other = fingerprint_of(np.array([1, 2])), fingerprint_of(np.array([2, 1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +77,7 @@ class Growth:
         if not isinstance(self.shape, str) or self.shape not in _SHAPES:
             raise InputError(
                 f"rows grow by one of {list(_SHAPES)}. Received: {self.shape!r}."
-                f"{did_you_mean(self.shape, _SHAPES, ' Take one of these.')}"
+                f"{did_you_mean(self.shape, _SHAPES, ' Leave it out for linear.')}"
             )
         if not isinstance(self.order, str):
             object.__setattr__(self, "order", _given_order(self.order))
@@ -84,7 +85,7 @@ class Growth:
             raise InputError(
                 f"rows are unfrozen in one of the orders {list(_ORDERS)}, or in that of a list of "
                 f"ids or tokens. Received: {self.order!r}."
-                f"{did_you_mean(self.order, _ORDERS, ' Take one of these.')}"
+                f"{did_you_mean(self.order, _ORDERS, ' Leave it out for most_frequent.')}"
             )
         if self.increments is not None and not (is_whole(self.increments) and self.increments >= 1):
             raise InputError(
@@ -117,7 +118,7 @@ class Growth:
         if not isinstance(given, Mapping) or not set(given) <= set(keys):
             raise InputError(
                 f"growth is one of {list(_SHAPES)}, or a mapping with the keys {keys}. "
-                f"Received: {value!r}.{did_you_mean(given, keys, ' Take one of these.')}"
+                f"Received: {value!r}.{did_you_mean(given, keys, ' Write linear, for example.')}"
             )
         return Growth(**given)
 
@@ -187,17 +188,7 @@ class Growth:
 class GrownRows(Rows):
     """Rows on their way from one choice to another: those of the first, and some that join.
 
-    A schedule makes them; they are not named in YAML.
-
-    Args:
-        before: The rows that train at first, and stay so.
-        after: The rows that will train at last.
-        growth: How many train, and in which order they are unfrozen.
-        increment: The increments that have begun, 0 to `increments`.
-        increments: In how many increments the rows are unfrozen.
-
-    Raises:
-        InputError: There is no such increment.
+    A schedule makes them; they are not named in YAML. Of the increments, 0 to all have begun.
 
     Example:
         >>> before, growth = Rows.parse([9]), Growth(order="ids")
@@ -224,11 +215,7 @@ class GrownRows(Rows):
     def resolve(
         self, num_rows: int, vocabulary: Vocabulary | None = None, *, new: Ids | None = None
     ) -> Ids:
-        """Evaluate the choice for one table, as `Rows.resolve` does.
-
-        Raises:
-            InputError: As for `Rows.resolve`, or the order does not fit.
-        """
+        """Evaluate the choice for one table, as `Rows.resolve` does."""
         before = self.before.resolve(num_rows, vocabulary, new=new)
         after = self.after.resolve(num_rows, vocabulary, new=new)
         joining = np.setdiff1d(after, before, assume_unique=True)
@@ -256,10 +243,12 @@ def _given_order(order: Any) -> tuple[int, ...] | tuple[str, ...]:
     if not listed or not (whole or all(isinstance(entry, str) for entry in listed)):
         raise InputError(
             f"an order is one of {list(_ORDERS)}, or a list of ids or tokens. "
-            f"Received: {shown(order)}. Take one of these."
+            f"Received: {shown(order)}. Write [the, of] or [3, 7] for an order of your own."
         )
     if len(set(listed)) < len(listed):
+        twice = next(entry for entry, number in Counter(listed).items() if number > 1)
         raise InputError(
-            f"an order names each row once. Received: {shown(order)}. Leave out the second."
+            f"an order names each row once. Received {twice!r} twice in {shown(order)}. Leave out "
+            "the second."
         )
     return listed

@@ -16,15 +16,10 @@ from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
 
 class Choice(NamedTuple):
-    """One kind of choice.
-
-    Args:
-        check: Takes the argument as written, and returns it normalized.
-        select: Takes a checked argument, the number of rows V and the vocabulary, and returns
-            sorted ids without duplicates.
-    """
+    """One kind of choice: `check` normalizes its argument, `select` gives sorted ids of a table."""
 
     check: Callable[[Any], Any]
+    # From what `check` gave, the number of rows V and the vocabulary.
     select: Callable[[Any, int, Vocabulary | None], Ids]
 
 
@@ -39,12 +34,7 @@ def _no_argument(argument: Any) -> None:
         )
 
 
-def check_ids(argument: Any) -> Ids:
-    """Sorted ids of a flat list, each named once.
-
-    Raises:
-        InputError: One is negative, repeated or no integer.
-    """
+def _check_ids(argument: Any) -> Ids:
     array = flat_array(argument)
     if array.dtype.kind not in "iu":
         raise InputError(
@@ -87,12 +77,8 @@ def _check_range(argument: Any) -> tuple[int | None, ...]:
     return (*parts, None)[:3]
 
 
-def check_amount(argument: Any) -> int | float:
-    """An amount of rows: a number of them, or a share of all.
-
-    Raises:
-        InputError: It is neither.
-    """
+def _check_amount(argument: Any) -> int | float:
+    """A number of rows, or a share of all."""
     if is_whole(argument) and argument >= 1:
         return int(argument)
     return _check_share(argument, "an amount is a whole number of rows from 1 up, or ")
@@ -162,7 +148,7 @@ def _check_random(argument: Any) -> tuple[int | float, int]:
             "a random choice is an amount, or {amount: …, seed: …} with a seed from 0 up. "
             f"Received: {argument!r}. 0.1 is a tenth of the rows."
         )
-    return check_amount(amount), seed
+    return _check_amount(amount), seed
 
 
 def _check_nearest(argument: Any) -> tuple[tuple[str, ...], int | float]:
@@ -170,7 +156,7 @@ def _check_nearest(argument: Any) -> tuple[tuple[str, ...], int | float]:
         raise InputError(
             f"nearest rows are {{tokens: […], amount: …}}. Received: {argument!r}. Write both keys."
         )
-    return _check_tokens(argument["tokens"]), check_amount(argument["amount"])
+    return _check_tokens(argument["tokens"]), _check_amount(argument["amount"])
 
 
 # Selections
@@ -217,11 +203,11 @@ def _select_new(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
 
 
 def _select_most_frequent(amount: int | float, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    return np.sort(by_frequency(vocabulary)[: number_of_rows(amount, num_rows)])
+    return np.sort(by_frequency(vocabulary)[: _number_of_rows(amount, num_rows)])
 
 
 def _select_least_frequent(amount: int | float, num_rows: int, v: Vocabulary | None) -> Ids:
-    return np.sort(by_frequency(v)[num_rows - number_of_rows(amount, num_rows) :])
+    return np.sort(by_frequency(v)[num_rows - _number_of_rows(amount, num_rows) :])
 
 
 def _select_covering(share: float, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
@@ -245,7 +231,7 @@ def _select_random(argument: tuple[int | float, int], num_rows: int, _: Vocabula
     amount, seed = argument
     # A larger amount of the same seed has all rows of a smaller one.
     order = np.random.default_rng(seed).permutation(num_rows)
-    return np.sort(order[: number_of_rows(amount, num_rows)])
+    return np.sort(order[: _number_of_rows(amount, num_rows)])
 
 
 def _select_tokens(tokens: tuple[str, ...], _: int, vocabulary: Vocabulary | None) -> Ids:
@@ -272,22 +258,22 @@ def _select_nearest(
     closeness[lengths == 0] = -np.inf  # padding is near to nothing
     closeness[own] = np.inf
     order = np.argsort(-closeness, kind="stable")
-    return np.sort(order[: number_of_rows(amount, num_rows)])
+    return np.sort(order[: _number_of_rows(amount, num_rows)])
 
 
 # The leaves; `rows` adds the choices that are made of others.
 CHOICES: Mapping[str, Choice] = {
     "all": Choice(_no_argument, lambda _, num_rows, __: np.arange(num_rows, dtype=np.int64)),
     "none": Choice(_no_argument, lambda _, __, ___: np.zeros(0, np.int64)),
-    "ids": Choice(check_ids, _select_ids),
+    "ids": Choice(_check_ids, _select_ids),
     "mask": Choice(_check_mask, _select_mask),
     "range": Choice(_check_range, _select_range),
     "tokens": Choice(_check_tokens, _select_tokens),
     "matching": Choice(_check_pattern, _select_matching),
     "missing": Choice(_no_argument, _select_missing),
     "new": Choice(_no_argument, _select_new),
-    "most_frequent": Choice(check_amount, _select_most_frequent),
-    "least_frequent": Choice(check_amount, _select_least_frequent),
+    "most_frequent": Choice(_check_amount, _select_most_frequent),
+    "least_frequent": Choice(_check_amount, _select_least_frequent),
     "covering": Choice(_check_covered, _select_covering),
     "min_count": Choice(_check_count, _select_min_count),
     "random": Choice(_check_random, _select_random),
@@ -299,21 +285,13 @@ CHOICES: Mapping[str, Choice] = {
 
 
 def by_frequency(vocabulary: Vocabulary | None) -> Ids:
-    """All rows, the most frequent first; among equals, lower ids come first.
-
-    Raises:
-        InputError: There are no counts.
-    """
+    """All rows, the most frequent first; among equals, lower ids come first."""
     # A stable sort, so that the order is a function of the counts.
     return np.argsort(-_known("counts", vocabulary), kind="stable")
 
 
 def rows_of(tokens: Iterable[str], vocabulary: Vocabulary | None) -> Ids:
-    """The row of each token, in the order of the tokens.
-
-    Raises:
-        InputError: There is no vocabulary, or a token is not in it.
-    """
+    """The row of each token, in the order of the tokens."""
     _known("tokens", vocabulary)
     index = vocabulary.index  # type: ignore[union-attr]  # checked just now
     tokens = list(tokens)
@@ -326,12 +304,7 @@ def rows_of(tokens: Iterable[str], vocabulary: Vocabulary | None) -> Ids:
     return np.array([index[token] for token in tokens], np.int64)
 
 
-def number_of_rows(amount: int | float, num_rows: int) -> int:
-    """How many rows an amount is.
-
-    Raises:
-        InputError: The table has fewer rows.
-    """
+def _number_of_rows(amount: int | float, num_rows: int) -> int:
     number = amount if isinstance(amount, int) else round(amount * num_rows)
     if number > num_rows:
         raise InputError(
@@ -356,14 +329,7 @@ def _known(what: str, vocabulary: Vocabulary | None) -> Any:
 
 
 def read_ids(path: str | Path) -> Any:
-    """Read ids or a mask from a file.
-
-    Args:
-        path: A `.npy` file of integers or booleans, shape (n,), or a text file of one id per line.
-
-    Raises:
-        InputError: The file cannot be read, or holds something else.
-    """
+    """Read ids or a mask from a `.npy` file, or ids from a text of one a line."""
     path = Path(path)
     try:
         if path.suffix == ".npy":
@@ -379,11 +345,7 @@ def read_ids(path: str | Path) -> Any:
 
 
 def read_tokens(path: str | Path) -> list[str]:
-    """Read tokens from a text file, one a line; empty lines are left out.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
+    """Read tokens from a text file, one a line; empty lines are left out."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
@@ -409,22 +371,13 @@ def is_number(value: Any) -> bool:
 
 
 def flat_array(values: Any) -> np.ndarray[Any, Any]:
-    """A flat array of what was given; numpy reads tensors of every framework on the CPU.
-
-    Args:
-        values: A list, an array, or any other iterable of integers or booleans.
-
-    Raises:
-        InputError: It is none of these, or empty.
-    """
+    """A flat array, not empty, of what was given, also of a tensor of any framework on the CPU."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise InputError(f"rows are listed as [3, 7, …]. Received: {values!r}. Write [3] for one.")
     try:
         array = np.asarray(values if hasattr(values, "__array__") else list(values))
     except ValueError:  # numpy's word for a ragged list
-        raise InputError(
-            f"rows are a flat list. Received: {shown(values)}. Write all ids in one list."
-        ) from None
+        array = np.empty((0, 0))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "biuf"):
         raise InputError(
             f"rows are a flat list of integers. Received: {shown(values)}. "

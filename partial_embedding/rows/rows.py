@@ -235,7 +235,7 @@ def _make(kind: str, argument: Any) -> Rows:
         named = sorted([*_CHOICES, *_READ])
         raise InputError(
             f"rows are chosen by one of {named}. Received: {kind!r}."
-            f"{did_you_mean(kind, named, ' Take one of these.')}"
+            f"{did_you_mean(kind, named, ' Write [3, 7] for ids, or {tokens: [the]} for words.')}"
         )
     return Rows(kind, _CHOICES[kind].check(argument))
 

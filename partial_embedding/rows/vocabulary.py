@@ -50,9 +50,10 @@ class Vocabulary:
     ) -> None:
         set_ = object.__setattr__
         set_(self, "tokens", tuple(tokens))
-        if not all(isinstance(token, str) for token in self.tokens):
-            other = next(token for token in self.tokens if not isinstance(token, str))
-            raise InputError(f"tokens are text. Received: {other!r}. Pass map(str, …) for numbers.")
+        if others := [token for token in self.tokens if not isinstance(token, str)]:
+            raise InputError(
+                f"tokens are text. Received: {others[0]!r}. Pass map(str, …) for numbers."
+            )
         set_(self, "counts", None if counts is None else _integers("counts", counts))
         set_(self, "missing", None if missing is None else np.unique(_integers("missing", missing)))
         set_(self, "vectors", None if vectors is None else _matrix(vectors, len(self)))

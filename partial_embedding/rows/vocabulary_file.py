@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import write_atomically
+from partial_embedding.files import refuse_no_file, write_text
 from partial_embedding.rows.token_text import escaped, unescaped
 from partial_embedding.rows.vocabulary import Vocabulary
 
@@ -16,15 +16,12 @@ _HEADER = ("token", "count", "missing")
 def write_vocabulary(path: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
     r"""Write the tokens of a table's rows, and what is known of them, in columns.
 
-    Args:
-        path: The file to write: UTF-8, columns separated by tabs, with the header `token`, `count`
-            (where there are counts) and `missing` (1 or 0, where that is known). Tokens alone have
-            no header. Controls and escapes of terminals are written as `\x1b`, for example.
-        vocabulary: What to write.
+    The file is UTF-8, its columns are separated by tabs, with the header `token`, `count` (where
+    there are counts) and `missing` (1 or 0, where that is known). Tokens alone have no header.
+    Controls and escapes of terminals are written as `\x1b`, for example.
 
     Raises:
         InputError: A token has a tab or a line break.
-        OSError: The file cannot be written.
     """
     for row, token in enumerate(vocabulary.tokens):
         if token.splitlines() != [token] or "\t" in token:
@@ -32,27 +29,19 @@ def write_vocabulary(path: str | os.PathLike[str], vocabulary: Vocabulary) -> No
                 f"a token in a file has no tab or line break, and is not empty. Received {token!r} "
                 f"in row {row}. Rename it."
             )
-    columns = [[escaped(token) for token in vocabulary.tokens]]
-    names = [_HEADER[0]]
+    columns = {"token": [escaped(token) for token in vocabulary.tokens]}
     if vocabulary.counts is not None:
-        names.append(_HEADER[1])
-        columns.append([str(count) for count in vocabulary.counts])
+        columns["count"] = [str(count) for count in vocabulary.counts]
     if vocabulary.missing is not None:
-        names.append(_HEADER[2])
         missing = set(vocabulary.missing.tolist())
-        columns.append([str(int(row in missing)) for row in range(len(vocabulary))])
-    lines = ["\t".join(row) for row in zip(*columns, strict=True)]
-    if len(names) > 1:
-        lines.insert(0, "\t".join(names))
-    with write_atomically(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        columns["missing"] = [str(int(row in missing)) for row in range(len(vocabulary))]
+    header = [tuple(columns)] if len(columns) > 1 else []
+    rows = [*header, *zip(*columns.values(), strict=True)]
+    write_text(path, "".join("\t".join(row) + "\n" for row in rows))
 
 
 def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
-    """Read a vocabulary that `write_vocabulary` wrote, or a plain list of tokens.
-
-    Args:
-        path: A file in UTF-8. Without the header, each line is one token.
+    """Read a vocabulary that `write_vocabulary` wrote, or a list of tokens, one a line.
 
     Raises:
         InputError: The file cannot be read, has no token, or a line does not fit the header.
@@ -66,9 +55,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         >>> vocabulary.tokens, vocabulary.counts.tolist(), vocabulary.missing.tolist()
         (('the', 'zyzzyva'), [9, 1], [1])
     """
-    if Path(path).exists() and not Path(path).is_file():
-        kind = "folder" if Path(path).is_dir() else "device"
-        raise InputError(f"{path}: a vocabulary is a file. Received a {kind}. Name a file.")
+    refuse_no_file(path, "a vocabulary is a file")
     try:
         # Not `splitlines`, which also breaks at characters that tokens may have.
         lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
@@ -92,7 +79,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         if len(row) != len(header):
             raise InputError(
                 f"{path}: line {number}: the columns are {header}. Received {len(row)} values. "
-                "Begin the file with that header where tokens have counts."
+                "Where tokens have counts, begin the file with the line token<TAB>count."
             )
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
     counts = _whole_numbers(path, "count", columns.get("count"))
@@ -116,6 +103,6 @@ def _whole_numbers(
         if not value.isascii() or not value.isdigit():
             raise InputError(
                 f"{path}: line {number}: {name} is a whole number from 0 up. Received: {value!r}. "
-                "Correct the line."
+                f"Write {'1 or 0' if name == 'missing' else 'how often the token occurs'}."
             )
     return [int(value) for value in values]

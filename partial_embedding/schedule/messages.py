@@ -49,20 +49,9 @@ def table_line(table: str, trainable: int, num_rows: int, width: int, elsewhere:
 
 
 def stage_line(
-    table: str,
-    place: str,
-    ids: Ids,
-    num_rows: int,
-    vocabulary: Vocabulary | None = None,
+    table: str, place: str, ids: Ids, num_rows: int, vocabulary: Vocabulary | None = None
 ) -> str:
-    """One line for a stage, or an increment of one, that begins.
-
-    Args:
-        table: The table's name.
-        place: Where that is, as `place_text` says it.
-        ids: The rows that train, shape (K,).
-        num_rows: All rows V.
-        vocabulary: Where counts say how many training tokens the rows cover.
+    """One line for a stage, or an increment of one, that begins at a place of `place_text`.
 
     Example:
         >>> import numpy as np
@@ -117,12 +106,6 @@ def resumed_lines(
         before: Where the checkpoint's rows were set last.
         position: The same place, as the run sees it: its length may have changed.
         resolve: Evaluates rows for the table.
-
-    Returns:
-        One line for each change; none where nothing was changed.
-
-    Raises:
-        InputError: Other rows train there now.
 
     Example:
         >>> then = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": "all"}])
@@ -211,10 +194,7 @@ def percent(part: int, whole: int) -> str:
 
 
 def changes(before: Schedule, after: Schedule) -> list[str]:
-    """List what is not the same in two schedules, in the order of their keys.
-
-    Returns:
-        One line for each key that was changed, added or removed; none where nothing was.
+    """List the keys that are not the same in two schedules, in their order.
 
     Example:
         >>> before = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": "all"}])

@@ -54,15 +54,10 @@ class Position:
     def to_state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         evaluations = [[one.epoch, one.step, dict(one.metrics)] for one in self.evaluations]
-        return {
-            "epoch": self.epoch,
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "evaluations": evaluations,
-        }
+        return {**vars(self), "evaluations": evaluations}
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Position:
         """The inverse of `to_state`."""
         evaluations = tuple(Evaluation(*one) for one in state.get("evaluations", ()))
-        return Position(state["epoch"], state["step"], state.get("total_steps"), evaluations)
+        return Position(**{**state, "evaluations": evaluations})

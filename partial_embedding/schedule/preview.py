@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import refused_at
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 from partial_embedding.schedule import (
     Evaluation,
@@ -57,17 +57,8 @@ def plan(
 ) -> list[Planned]:
     """List what a schedule does in a run, in order, as `boundaries` finds it.
 
-    Args:
-        schedule: The schedule.
-        num_rows: The rows V of the table.
-        vocabulary: What rows mean, for schedules that ask for it.
-        epochs: The epochs of the run.
-        steps_per_epoch: Optimizer steps in an epoch.
-        padding: A row that never trains, also when it is among those of a stage.
-        new: The rows by which the table grew last, sorted ids, int64, for schedules that name them.
-
-    Raises:
-        InputError: The rows do not fit the table or the vocabulary.
+    The row of padding never trains, also when it is among those of a stage; `new` are the rows by
+    which the table grew last.
 
     Example:
         >>> schedule = Schedule([{"epoch": 0, "rows": [7]}, {"epoch": 2, "rows": "all"}])
@@ -77,13 +68,9 @@ def plan(
     planned: list[Planned] = []
     before = np.zeros(0, np.int64)
     for position, stage_state in boundaries(schedule, epochs, steps_per_epoch):
-        try:
+        # Rows that grow are asked for by the stage that they grow into.
+        with refused_at(f"stages[{stage_state.stage + bool(stage_state.increment)}]"):
             ids = schedule.rows_at(stage_state).resolve(num_rows, vocabulary, new=new)
-        except InputError as error:
-            # Rows that grow are asked for by the stage that they grow into.
-            raise InputError(
-                f"stages[{stage_state.stage + bool(stage_state.increment)}]: {error}"
-            ) from None
         ids = ids[ids != padding]
         joining = np.setdiff1d(ids, before, assume_unique=True).size
         planned.append(
@@ -124,12 +111,7 @@ def plan_text(
             text += f", {100 * step.covered:.1f} % of training tokens"
         text += f", {step.joining:,} join" if step.joining else ""
         text += f", {step.leaving:,} leave" if step.leaving else ""
-        text += f", lr × {step.rate_scale.lr_scale:.3g}" if step.rate_scale.lr_scale != 1 else ""
-        text += (
-            f", warm-up of {step.rate_scale.warmup_steps:,} steps"
-            if step.rate_scale.warmup_steps
-            else ""
-        )
+        text += "".join(f", {said}" for said in rate_texts(step.rate_scale))
         lines.append(text)
     reached = {schedule.state_at(step.position).stage for step in planned}
     for i, stage in enumerate(schedule.stages):
@@ -151,11 +133,6 @@ def boundaries(
     No plan can foresee when a metric stops improving: a stage that waits for it begins where
     `max_wait` lets it at the latest, with one validation an epoch, and not at all without it.
 
-    Args:
-        schedule: The schedule.
-        epochs: The epochs of the run.
-        steps_per_epoch: Optimizer steps in an epoch.
-
     Example:
         >>> schedule = Schedule([{"step": 0, "rows": "none"}, {"step": 9_999_999, "rows": "all"}])
         >>> [position.step for position, _ in boundaries(schedule, 10, 10**6)]
@@ -170,22 +147,18 @@ def boundaries(
         here = Position(epoch, step, total, evaluations)
         now = schedule.state_at(here)
         yield here, now
-        wait, end = _wait_in(schedule, now.stage), total
-        if wait is not None and wait.max_wait is not None:
-            end = min(total, (epoch + wait.max_wait) * steps_per_epoch)
+        wait, end = schedule.plateau_after(now.stage), total
+        most = None if wait is None else wait.max_wait
+        if most is not None:
+            end = min(total, (epoch + most) * steps_per_epoch)
         later = range(step + stride, end, stride)
         step += stride * (1 + _first_other(schedule, now, here, later, steps_per_epoch))
-        if wait is not None and wait.max_wait is not None:
+        if wait is not None and most is not None:
             better = (1 + wait.min_delta) * (1 if wait.mode == "max" else -1)
             evaluations += tuple(
                 Evaluation(e, (e + 1) * steps_per_epoch, {wait.monitor: e * better})
                 for e in range(epoch, step // steps_per_epoch)
             )
-
-
-def _wait_in(schedule: Schedule, stage: int) -> Plateau | None:
-    following = schedule.stages[stage + 1].start if stage + 1 < len(schedule.stages) else None
-    return following if isinstance(following, Plateau) else None
 
 
 def _first_other(
@@ -201,7 +174,14 @@ def _first_other(
     return bisect_left(later, True, key=is_over)
 
 
+def rate_texts(rate_scale: RateScale) -> list[str]:
+    """How fast rows learn, where it is not at the optimizer's own rate."""
+    rate, warmup = rate_scale.lr_scale, rate_scale.warmup_steps
+    return [f"lr × {rate:.3g}"] * (rate != 1) + [f"warm-up of {warmup:,} steps"] * bool(warmup)
+
+
 def _covered(ids: Ids, vocabulary: Vocabulary | None) -> float | None:
-    if vocabulary is None or vocabulary.counts is None or not vocabulary.counts.sum():
+    counts = None if vocabulary is None else vocabulary.counts
+    if counts is None or not (total := counts.sum()):
         return None
-    return float(vocabulary.counts[ids].sum() / vocabulary.counts.sum())
+    return float(counts[ids].sum() / total)

@@ -40,17 +40,10 @@ def digest(ids: Ids) -> str:
 
 
 def check_ranks(views: Sequence[RankView]) -> None:
-    """Refuse processes that differ.
+    """Refuse processes that differ; all of them raise the same.
 
     All of them must call this at the same points: one that differs would otherwise go on alone, and
     the others wait for it without end.
-
-    Raises:
-        InputError: They differ; all raise the same.
-
-    Example:
-        >>> view = RankView(None, {"words": StageState(0)}, {"words": "2 rows (02719806)"})
-        >>> check_ranks([view, view])
     """
     first = views[0]
     for rank, other in enumerate(views):

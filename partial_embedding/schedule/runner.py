@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from partial_embedding.errors import InputError, did_you_mean
+from partial_embedding.errors import InputError, did_you_mean, refused_at
 from partial_embedding.rows.rows import Rows
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 from partial_embedding.schedule.adapter import Adapter, Audit
@@ -45,8 +45,7 @@ class Runner:
         adapter: The tables, as their framework hands them in.
         schedules: A schedule for each table's name; the key None is for all other tables.
         vocabulary: What rows mean, for schedules that ask for it.
-        audit: Compare the bits of frozen rows at the end of each stage; a number n compares them
-            every n optimizer steps too.
+        audit: As the callbacks take it.
         say: What takes the lines that tell of the run.
 
     Raises:
@@ -106,10 +105,8 @@ class Runner:
             if stage.growth is not None:
                 stage_states.append(StageState(i - 1, increment=1, increments=2))
             for stage_state in stage_states:
-                try:
+                with refused_at(f"{name}: stages[{i}].rows"):
                     self.adapter.check_rows(name, self._ids_at(name, stage_state))
-                except InputError as error:
-                    raise InputError(f"{name}: stages[{i}].rows: {error}") from None
 
     def _ids_at(self, name: str, stage_state: StageState) -> Ids:
         return self._resolve(name, self.schedules[name].rows_at(stage_state))
@@ -124,17 +121,11 @@ class Runner:
         """Refuse stages whose learning rate the optimizers cannot keep."""
         for name, schedule in self.schedules.items():
             for i, stage in enumerate(schedule.stages):
-                try:
+                with refused_at(f"{name}: stages[{i}]"):
                     self.adapter.check_rate_scale(name, stage.rate_scale)
-                except InputError as error:
-                    raise InputError(f"{name}: stages[{i}]: {error}") from None
 
     def refuse_to_wait(self, reason: str) -> None:
-        """Refuse stages that wait for a metric, in a run that measures none.
-
-        Raises:
-            InputError: A stage waits.
-        """
+        """Refuse stages that wait for a metric, in a run that measures none."""
         if self.metrics:
             raise InputError(
                 f"a stage waits for {self.metrics[0]!r}, which validation measures. Received a run "
@@ -147,12 +138,10 @@ class Runner:
             warnings.warn(stopper_text(stopper, monitor), stacklevel=2)
 
     def place(self, position: Position | None = None) -> None:
-        """Set rows without beginning a stage, for an optimizer to load the state that belongs them.
+        """Set rows without beginning a stage, for an optimizer to load the state that is theirs.
 
-        They are those of the restored state, where there is one; all of them join there.
-
-        Args:
-            position: Where training stands; by default where the state was kept, or at the start.
+        They are those of the position, by default of where a state was kept, or of the start. All
+        of them join there.
         """
         if position is None and self._saved:
             position = self.position
@@ -168,9 +157,6 @@ class Runner:
 
     def start(self, total_steps: float = math.inf) -> None:
         """Know the length of the run, and tell how schedules were changed since a state was kept.
-
-        Args:
-            total_steps: Optimizer steps of the whole run, where they are known.
 
         Raises:
             InputError: A schedule asks for the length, and it is not known; or other rows train now
@@ -201,14 +187,7 @@ class Runner:
     def advance(self, epoch: int, step: int) -> bool:
         """Set the rows of where training stands; tell and audit where a stage or increment begins.
 
-        It costs next to nothing where rows cannot have changed.
-
-        Returns:
-            Whether anything began.
-
-        Raises:
-            FrozenRowsMoved: A row that was frozen until now changed a bit.
-            InputError: Processes differ.
+        It costs next to nothing where rows cannot have changed, and gives whether anything began.
         """
         place = (epoch, step if self._within_epochs else 0, len(self.evaluations))
         if place == self._advanced:
@@ -255,11 +234,7 @@ class Runner:
     def next_change(self, steps: int | None) -> int:
         """The step at which rows may change next, while neither the epoch nor what was seen does.
 
-        Args:
-            steps: Optimizer steps until then at most, or None where that is not known.
-
-        Returns:
-            A step beyond the position's; one that is out of reach if no rows change.
+        One out of reach if none change in so many steps, or ever where their number is not known.
         """
         end = self.position.step + steps if steps is not None else NEVER
         return min(one.next_change(self.position, end) for one in self.schedules.values())
@@ -281,13 +256,8 @@ class Runner:
     ) -> None:
         """Take what a validation measured, for stages that wait for a metric.
 
-        What is measured again after the same step takes the place of what was measured first.
-
-        Args:
-            epoch: The epoch that the validation belongs to.
-            step: Optimizer steps completed.
-            logged: All numbers that are known, by name.
-            expected: The metrics that must be among them; by default all that stages wait for.
+        What is measured again after the same step takes the place of what was measured first. The
+        metrics that are expected, by default all that stages wait for, must be among those logged.
 
         Raises:
             InputError: A metric is lacking, or processes saw different values of it.
@@ -324,22 +294,14 @@ class Runner:
         return every > 0 and step // every > self._audited_step // every
 
     def after_step(self, step: int) -> None:
-        """Compare the bits of frozen rows, if that is due.
-
-        Raises:
-            FrozenRowsMoved: A frozen row changed a bit.
-        """
+        """Compare the bits of frozen rows, if that is due."""
         if self.is_audit_due(step):
             self._audited_step = step
             for audit in self._audits.values():
                 audit.check(step)
 
     def finish(self, step: int) -> None:
-        """Close the last stage; tell which stages were not reached, and what the audit found.
-
-        Raises:
-            FrozenRowsMoved: A frozen row changed a bit.
-        """
+        """Close the last stage; tell which stages were not reached, and what the audit found."""
         for name in self._stage_states:
             self._close(name, step)
             schedule = self.schedules[name]
@@ -366,12 +328,7 @@ class Runner:
         }
 
     def restore(self, state: Mapping[str, Any], before_epoch: int | None = None) -> None:
-        """Go on where a state was kept.
-
-        Args:
-            state: What `state` gave.
-            before_epoch: Forget what was kept of this epoch and later ones.
-        """
+        """Go on where a state was kept, forgetting what it has of an epoch and later ones."""
         position = Position.from_state(state["position"])
         evaluations, acted_on = position.evaluations, position.evaluations[: state["acted_on"]]
         if before_epoch is not None and before_epoch <= position.epoch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, refused_at
 from partial_embedding.files import read_yaml
 from partial_embedding.rows.growth import GrownRows
 from partial_embedding.rows.rows import Rows
@@ -112,7 +113,8 @@ class Schedule:
             StageState(stage=0, increment=3, increments=4, cycle_index=0)
         """
         position = _position(position)
-        stage = self._stage_at(position)
+        passed = self._passed(position.evaluations, position.total_steps)
+        stage = self._latest(position, passed[-1])
         cycle_index = _whole(place_in(self.units[0], position) / self.cycle) if self.cycle else 0
         if stage + 1 == len(self.stages) or (growth := self.stages[stage + 1].growth) is None:
             return StageState(stage, cycle_index=cycle_index)
@@ -125,10 +127,6 @@ class Schedule:
         increment = _whole((self._place(first.unit, position) - first.at) * increments / length)
         return StageState(stage, increment, increments, cycle_index)
 
-    def _stage_at(self, position: Position) -> int:
-        passed = self._passed(position.evaluations, position.total_steps)
-        return self._latest(position, passed[-1])
-
     def _passed(self, history: tuple[Evaluation, ...], total_steps: int | None) -> tuple[int, ...]:
         """The stages in which measurements were made, and the one that the last of them started."""
         if not history or not self.metrics:
@@ -138,16 +136,16 @@ class Schedule:
         if known is not None and known[0] is history and known[1] == total_steps:
             answer: tuple[int, ...] = known[2]
             return answer
-        passed, wait = [0], self._wait_in(0)
+        passed, wait = [0], self._wait_after(0)
         for evaluation in history:
             # What is measured after a step belongs to the stage that the step was made in.
             there = Position(evaluation.epoch, evaluation.step - 1, total_steps)
             if (later := self._latest(there, passed[-1])) != passed[-1]:
                 passed.append(later)
-                wait = self._wait_in(later)
+                wait = self._wait_after(later)
             if wait is not None and wait.is_over(evaluation):
                 passed.append(passed[-1] + 1)
-                wait = self._wait_in(passed[-1])
+                wait = self._wait_after(passed[-1])
         object.__setattr__(self, "_known", (history, total_steps, tuple(passed)))
         return tuple(passed)
 
@@ -172,10 +170,14 @@ class Schedule:
             if i > state.stage or (isinstance(stage.start, Plateau) and i not in passed)
         ]
 
-    def _wait_in(self, stage: int) -> Wait | None:
-        """The wait that begins with a stage, where a plateau starts the next one."""
+    def plateau_after(self, stage: int) -> Plateau | None:
+        """What a stage waits for, where a plateau starts the next one."""
         following = self.stages[stage + 1].start if stage + 1 < len(self.stages) else None
-        return Wait(following) if isinstance(following, Plateau) else None
+        return following if isinstance(following, Plateau) else None
+
+    def _wait_after(self, stage: int) -> Wait | None:
+        plateau = self.plateau_after(stage)
+        return None if plateau is None else Wait(plateau)
 
     def _latest(self, position: Position, stage: int) -> int:
         """The last stage from `stage` on that has started."""
@@ -206,14 +208,11 @@ class Schedule:
         def is_over(step: int) -> bool:
             return self.state_at(replace(position, step=step)) != now
 
-        # A stage state that is over does not come back, so the step is found by halving.
-        before, after = position.step, end
-        if not self.moves_within_epochs or not is_over(after):
+        if not self.moves_within_epochs or not is_over(end):
             return NEVER
-        while after - before > 1:
-            middle = (before + after) // 2
-            before, after = (before, middle) if is_over(middle) else (middle, after)
-        return after
+        # A stage state that is over does not come back, so the step is found by halving.
+        later = range(position.step + 1, end)
+        return later.start + bisect_left(later, True, key=is_over)
 
     def _place(self, unit: str, position: Position) -> float:
         place = place_in(unit, position)
@@ -222,35 +221,17 @@ class Schedule:
         return place
 
     def stage_at(self, position: Position | int) -> int:
-        """The index of the stage at a position in training.
-
-        Args:
-            position: A `Position`, or an epoch.
-
-        Raises:
-            InputError: As for `state_at`.
-        """
+        """The index of the stage at a position; arguments and errors are those of `state_at`."""
         return self.state_at(position).stage
 
     # What happens there
 
     def trainable_rows(self, position: Position | int) -> Rows:
-        """The rows that train at a position in training; depends on nothing else.
-
-        Args:
-            position: A `Position`, or an epoch.
-
-        Raises:
-            InputError: As for `state_at`.
-        """
+        """The rows that train at a position; arguments and errors are those of `state_at`."""
         return self.rows_at(self.state_at(position))
 
     def rows_at(self, stage_state: StageState) -> Rows:
-        """The rows that train in a stage state.
-
-        Args:
-            stage_state: One that `state_at` gave.
-        """
+        """The rows that train in a stage state, as `state_at` gives it."""
         rows = self.stages[stage_state.stage].rows
         if not stage_state.increment:
             return rows
@@ -261,11 +242,7 @@ class Schedule:
         )
 
     def rate_scale_at(self, stage_state: StageState) -> RateScale:
-        """How fast the rows learn that join in a stage state.
-
-        Args:
-            stage_state: One that `state_at` gave.
-        """
+        """How fast the rows learn that join in a stage state, as `state_at` gives it."""
         return self.stages[stage_state.stage + bool(stage_state.increment)].rate_scale
 
     # What it needs
@@ -326,15 +303,13 @@ class Schedule:
                 f"Received: {value!r}. Write stages as {{'stages': […]}}."
             )
         loaded = read_yaml(value, "schedule")
-        try:
+        with refused_at(str(value)):
             if not isinstance(loaded, Mapping):
                 raise InputError(
                     "a schedule is a mapping with the key 'stages' or 'preset'. "
                     f"Received: {loaded!r}. Put stages under 'stages:'."
                 )
             return Schedule.parse(loaded)
-        except InputError as error:
-            raise InputError(f"{value}: {error}") from None
 
 
 # What `Schedule.parse` reads.
@@ -357,16 +332,13 @@ def schedules_by_table(value: Any) -> dict[str | None, Schedule]:
         >>> sorted(schedules_by_table({"items": {"stages": [{"epoch": 0, "rows": "all"}]}}))
         ['items']
     """
-    if isinstance(value, Mapping) and value and not {"stages", "preset"} & value.keys():
-        return {str(name): _of_table(str(name), schedule) for name, schedule in value.items()}
-    return {None: Schedule.parse(value)}
-
-
-def _of_table(name: str, value: Any) -> Schedule:
-    try:
-        return Schedule.parse(value)
-    except InputError as error:
-        raise InputError(f"schedule of the table {name!r}: {error}") from None
+    if not isinstance(value, Mapping) or not value or {"stages", "preset"} & value.keys():
+        return {None: Schedule.parse(value)}
+    schedules: dict[str | None, Schedule] = {}
+    for name, schedule in value.items():
+        with refused_at(f"schedule of the table {str(name)!r}"):
+            schedules[str(name)] = Schedule.parse(schedule)
+    return schedules
 
 
 def _whole(number: float) -> int:

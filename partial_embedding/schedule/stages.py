@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from partial_embedding.errors import InputError, did_you_mean
+from partial_embedding.errors import InputError, did_you_mean, refused_at
 from partial_embedding.rows.growth import Growth
 from partial_embedding.rows.kinds import is_number, is_whole
 from partial_embedding.rows.rows import Rows
@@ -61,16 +61,12 @@ class RateScale:
 
     def factor(self, steps: int) -> float:
         """The factor on the learning rate after so many steps of these rows."""
-        return (
-            self.lr_scale * min(1.0, (steps + 1) / self.warmup_steps)
-            if self.warmup_steps
-            else self.lr_scale
-        )
+        risen = min(1.0, (steps + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.lr_scale * risen
 
     def to_config(self) -> dict[str, Any]:
         """Write what differs from the optimizer's own rate as plain YAML values."""
-        config = {"lr_scale": self.lr_scale, "warmup_steps": self.warmup_steps}
-        return {key: value for key, value in config.items() if value != getattr(_PLAIN, key)}
+        return {key: value for key, value in vars(self).items() if value != getattr(_PLAIN, key)}
 
 
 _PLAIN = RateScale()
@@ -123,11 +119,7 @@ class Stage:
 
 
 def parsed(stages: object, cycle: object) -> tuple[Stage, ...]:
-    """Read the stages of a schedule.
-
-    Raises:
-        InputError: As for `Schedule`.
-    """
+    """Read the stages of a schedule."""
     if isinstance(stages, str | Mapping) or not isinstance(stages, Sequence) or not stages:
         raise InputError(
             "stages are a list of {epoch: …, rows: …} with at least one entry. "
@@ -164,10 +156,7 @@ def _stage(value: Stage | Mapping[str, Any], place: str) -> Stage:
         _at(f"{place}.{start}", lambda: _start(start, value[start])),
         _at(f"{place}.rows", lambda: Rows.parse(value["rows"])),
         None if grow is None else _at(f"{place}.grow", lambda: Growth.parse(grow)),
-        _at(
-            f"{place}.warmup_steps",
-            lambda: RateScale(lr_scale, value.get("warmup_steps", 0)),
-        ),
+        _at(f"{place}.warmup_steps", lambda: RateScale(lr_scale, value.get("warmup_steps", 0))),
     )
 
 
@@ -176,11 +165,8 @@ def _start(key: str, value: Any) -> Start | Plateau:
 
 
 def _at(place: str, make: Callable[[], T]) -> T:
-    """Make something, and name the place where it is refused."""
-    try:
+    with refused_at(place):
         return make()
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from None
 
 
 def _check_first(stage: Stage) -> None:
@@ -254,11 +240,7 @@ def _check_cycle(cycle: Any, stages: Sequence[Stage]) -> None:
 def only_keys(
     value: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str], place: str
 ) -> None:
-    """Refuse a mapping with other keys, or without one that is needed.
-
-    Raises:
-        InputError: A key is unknown or lacking.
-    """
+    """Refuse a mapping with other keys, or without one that is needed."""
     known = sorted([*needed, *optional])
     if unknown := [key for key in value if key not in known]:
         raise InputError(

@@ -157,10 +157,8 @@ class Plateau:
 
     def to_config(self) -> dict[str, Any]:
         """Write the plateau as plain YAML values."""
-        fields = Plateau.__dataclass_fields__
-        given = {name: getattr(self, name) for name in fields}
-        changed = {n: v for n, v in given.items() if n == "monitor" or v != fields[n].default}
-        return {"plateau": changed}
+        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        return {"plateau": {n: v for n, v in vars(self).items() if v != defaults[n]}}
 
     def __str__(self) -> str:
         return f"a plateau of {self.monitor}"

@@ -28,10 +28,7 @@ from partial_embedding.tensorflow import gradients
 from partial_embedding.tensorflow.audit import FrozenRowAudit
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.grow import grow_table
-from partial_embedding.tensorflow.models import (
-    plain_weights,
-    set_plain_weights,
-)
+from partial_embedding.tensorflow.models import plain_weights, set_plain_weights
 from partial_embedding.tensorflow.optimizer import rowwise
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 

@@ -18,14 +18,7 @@ from partial_embedding.tensorflow.row_optimizer import Rowwise
 
 
 class KerasTables:
-    """The tables of a model; an `Adapter` of the runner.
-
-    Args:
-        model: The `keras.Model`.
-
-    Raises:
-        InputError: It has no table, or two of one name.
-    """
+    """The tables of a `keras.Model`; an `Adapter` of the runner."""
 
     # Replicas of a strategy are in one process.
     processes = 1

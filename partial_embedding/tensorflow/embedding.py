@@ -124,15 +124,8 @@ class PartialEmbedding(OneTable):
                 "a table is a matrix of real numbers, of shape (V, D). Received the shape "
                 f"{shape}, {dtype.name}. Reshape or convert it."
             )
-        num_rows, width = shape
-        return cls(
-            num_rows,
-            width,
-            trainable_rows=trainable_rows,
-            reserve_rows=reserve_rows,
-            weights=given,
-            **kwargs,
-        )
+        options = {"trainable_rows": trainable_rows, "reserve_rows": reserve_rows, **kwargs}
+        return cls(shape[0], shape[1], weights=given, **options)
 
     @classmethod
     def from_layer(
@@ -335,6 +328,7 @@ class PartialEmbedding(OneTable):
         is_other = not np.array_equal(reserved, self._reserved)
         self._reserved, self.reserves_rows = reserved, True
         if self.built and (is_other or self.table_state is None):
+            # Keras lets no layer that is built make variables.
             self._tracker.unlock()
             self._split(reserved, self._first_rows)
             self._tracker.lock()
@@ -385,7 +379,13 @@ class PartialEmbedding(OneTable):
         if self.built or self.quantization_mode or is_plain:
             super().build(input_shape)
             return
-        _refuse_model_parallel()
+        if isinstance(keras.distribution.distribution(), keras.distribution.ModelParallel):
+            raise InputError(
+                "a table lies whole on each device. Received keras.distribution.ModelParallel, "
+                "which on TensorFlow Keras accepts and does not follow. Call "
+                "keras.distribution.set_distribution(None), and take "
+                "tf.distribute.MirroredStrategy."
+            )
         # A model without a fixed input is built while its first step is traced, and XLA cannot
         # lift the second variable, which begins with rows of the first, out of that.
         with tf.init_scope():
@@ -488,12 +488,3 @@ class PartialEmbedding(OneTable):
 # parent's name, files of plain models fit and plain models load the files of partial ones.
 PartialEmbedding.__name__ = keras.layers.Embedding.__name__
 PartialEmbedding.__module__ = "partial_embedding.tensorflow"
-
-
-def _refuse_model_parallel() -> None:
-    if isinstance(keras.distribution.distribution(), keras.distribution.ModelParallel):
-        raise InputError(
-            "a table lies whole on each device. Received keras.distribution.ModelParallel, which "
-            "on TensorFlow Keras accepts and does not follow. Call "
-            "keras.distribution.set_distribution(None), and take tf.distribute.MirroredStrategy."
-        )

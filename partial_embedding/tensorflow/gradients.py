@@ -75,7 +75,13 @@ def keep_rows(gradient: Any, rows: RowsLike, num_rows: int | None = None) -> Any
     """
     _check_sparse(gradient)
     if num_rows is None:
-        num_rows = _rows_of(gradient)
+        shape = None if gradient.dense_shape is None else tf.get_static_value(gradient.dense_shape)
+        if shape is None:
+            raise InputError(
+                "the number of rows is read from the gradient's dense_shape. Received a gradient "
+                "without. Pass num_rows=."
+            )
+        num_rows = int(shape[0])
     kept = tf.gather(_mask(rows, num_rows), gradient.indices)
     return tf.IndexedSlices(
         tf.boolean_mask(gradient.values, kept),
@@ -157,16 +163,6 @@ def _write(variable: Any, rows: RowsLike, values: Any, method: str) -> None:
 def _mask(rows: RowsLike, num_rows: int) -> Any:
     ids = Rows.parse(rows).resolve(num_rows)
     return tf.constant(np.isin(np.arange(num_rows), ids, assume_unique=True))
-
-
-def _rows_of(gradient: Any) -> int:
-    shape = None if gradient.dense_shape is None else tf.get_static_value(gradient.dense_shape)
-    if shape is None:
-        raise InputError(
-            "the number of rows is read from the gradient's dense_shape. Received a gradient "
-            "without. Pass num_rows=."
-        )
-    return int(shape[0])
 
 
 def _check_sparse(gradient: Any) -> None:

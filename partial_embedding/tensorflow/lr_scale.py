@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 
 
+@dataclass(eq=False)
 class RowScales:
     """When each reserved row joined, and how fast it learns, in variables assigned without tracing.
 
@@ -20,10 +22,9 @@ class RowScales:
         warmup_steps: The steps of each row's warm-up, from 1 up, int64, shape (R,).
     """
 
-    def __init__(self, joined_at: Any, lr_scale: Any, warmup_steps: Any) -> None:
-        self.joined_at = joined_at
-        self.lr_scale = lr_scale
-        self.warmup_steps = warmup_steps
+    joined_at: Any
+    lr_scale: Any
+    warmup_steps: Any
 
     @property
     def are_plain(self) -> bool:
@@ -33,11 +34,9 @@ class RowScales:
     def begin(self, slots: Ids, rate_scale: RateScale) -> None:
         """Set the rate scale of those at these places whose first step is still to come."""
         begins = np.isin(np.arange(self.lr_scale.shape[0]), slots) & (self.joined_at.numpy() < 0)
-        for variable, value in (
-            (self.lr_scale, rate_scale.lr_scale),
-            (self.warmup_steps, max(rate_scale.warmup_steps, 1)),
-        ):
-            variable.assign(np.where(begins, value, variable.numpy()))
+        warmup = max(rate_scale.warmup_steps, 1)
+        self.lr_scale.assign(np.where(begins, rate_scale.lr_scale, self.lr_scale.numpy()))
+        self.warmup_steps.assign(np.where(begins, warmup, self.warmup_steps.numpy()))
 
     def leave(self, slots: Ids) -> None:
         """Forget when those at these places joined, so that they begin where they join again."""
@@ -49,10 +48,8 @@ class RowScales:
     def rates(self, learning_rate: Any, ages: Any, slots: Any = None) -> Any:
         """The learning rate of each row, as `RateScale.factor` gives it; float32, shape (N, 1).
 
-        Args:
-            learning_rate: That of the optimizer.
-            ages: The steps that each row has made, int64, shape (N, 1).
-            slots: Places of these rows among the reserved ones, shape (N,); by default all.
+        It is that of rows that have made so many steps, int64, shape (N, 1), and lie at these
+        places among the reserved ones, shape (N,); by default of all.
         """
         scale, warmup = (
             tf.convert_to_tensor(v) if slots is None else tf.gather(v.value, slots)

@@ -12,7 +12,7 @@ import tensorflow as tf
 from partial_embedding.errors import InputError
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.tensorflow.row_files import KEYS, load_rows, save_rows
-from partial_embedding.tensorflow.table_state import TableState, split_table
+from partial_embedding.tensorflow.table_state import TableState
 from partial_embedding.tensorflow.table_variable import TableVariable, WeightList
 
 
@@ -134,16 +134,17 @@ class OneTable(keras.layers.Embedding):
     def _split(self, reserved: Ids, unfrozen: Ids) -> None:
         """Give rows variables of their own; the table may be split already, by other rows."""
         if (state := self.table_state) is not None:
-            state.write_back()
+            state.write_back(state.trainable_rows)
             self._untrack_variable(state.rows)
             self._untrack_variable(state.unfrozen)
         elif self._embeddings.trainable:
+            # Keras sorts variables into those that train and the others when it takes them.
             self._untrack_variable(self._embeddings)
             self._embeddings.trainable = False
             self._track_variable(self._embeddings)
         self.table_state = None
         if reserved.size:
-            self.table_state = split_table(self, self._embeddings, reserved, unfrozen)
+            self.table_state = TableState(self, self._embeddings, reserved, unfrozen)
             # As attributes, where `tf.train.Checkpoint` finds them.
             self._rows, self._unfrozen = self.table_state.rows, self.table_state.unfrozen
 

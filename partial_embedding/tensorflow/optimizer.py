@@ -62,9 +62,7 @@ def rowwise(optimizer: Any, lazy: bool = False) -> Any:
 class TableOptimizers:
     """Chooses the optimizer of a variable for a `MultiOptimizer`, wrapped where it is of a table.
 
-    Args:
-        choose: A `keras.optimizers.OptimizerMap`, or a function of the variable.
-        lazy: As for `rowwise`.
+    It asks a `keras.optimizers.OptimizerMap`, or a function of the variable.
     """
 
     def __init__(self, choose: Any, lazy: bool = False) -> None:
@@ -95,12 +93,7 @@ class TableOptimizers:
 
 
 def optimizer_of(model: Any, variable: Any) -> Any:
-    """The optimizer that was built to step a variable, and so counts its steps; None if none was.
-
-    Args:
-        model: A `keras.Model`, whose optimizers are its attributes.
-        variable: A Keras variable.
-    """
+    """The optimizer that was built to step a variable, and so counts its steps; None without."""
     for optimizer in optimizers_in(model):
         if any(v is variable for v in optimizer._trainable_variables):
             return optimizer
@@ -108,20 +101,14 @@ def optimizer_of(model: Any, variable: Any) -> Any:
 
 
 def optimizers_in(model: Any) -> Iterator[Any]:
-    """The optimizers of a model that step variables, not those that hold other ones."""
+    """The optimizers among a model's attributes that step variables, not those that hold others."""
     for value in vars(model).values():
         if isinstance(value, keras.optimizers.Optimizer):
             yield from steppers(value)
 
 
 def steppers(optimizer: Any) -> Iterator[Any]:
-    """The optimizer itself, or those that it holds and that step variables in its place.
-
-    Example:
-        >>> inner = keras.optimizers.SGD()
-        >>> list(steppers(keras.optimizers.LossScaleOptimizer(inner))) == [inner]
-        True
-    """
+    """The optimizer itself, or those that it holds and that step variables in its place."""
     held = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
     if held := [one for one in held if one is not None]:
         for one in held:

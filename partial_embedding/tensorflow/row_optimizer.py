@@ -34,29 +34,22 @@ class _Table:
     """A partial table, and the optimizer of its rows."""
 
     state: TableState
-    rows: Any
     optimizer: Any
-    # The optimizer step at which each reserved row joined, or -1; shape (R,).
-    joined_at: Any
     scales: RowScales
     # The sum of squares of each row's last gradient, float32, shape (R,), where it is measured.
     squares: Any = None
 
 
 @dataclass
-class _Parts:
-    """The optimizers behind the wrapper, whose variables are its own."""
+class _Hidden:
+    """What Keras would track as state, or refuse to change, were it an attribute of its own."""
 
-    rest: Any
-    # One entry for each variable; None for one that is no table.
-    tables: list[_Table | None]
-
-
-@dataclass
-class _Step:
-    """What is known of a step while it is traced. Nothing of it is state, so none is tracked."""
-
-    is_made: bool = False
+    # The optimizers behind the wrapper, whose variables are its own: of all variables that are no
+    # table, and one entry for each variable, None for one of these.
+    rest: Any = None
+    tables: list[_Table | None] = field(default_factory=list)
+    # What is known of a step while it is traced.
+    is_stepping: bool = False
     variables: list[Any] = field(default_factory=list)
     # A variable; None where nothing ever measures.
     is_measured: Any = None
@@ -99,8 +92,7 @@ class Rowwise(keras.optimizers.Optimizer):
         for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
             if name in vars(optimizer):
                 self.__dict__[name] = vars(optimizer)[name]
-        self._parts: _Parts | None = None
-        self._step = _Step()
+        self._hidden = _Hidden()
 
     def build(self, variables: list[Any]) -> None:
         """Make the state of each table and of all other variables."""
@@ -113,10 +105,9 @@ class Rowwise(keras.optimizers.Optimizer):
                 "lazy=True on several replicas needs an optimizer that is built before the first "
                 "step. Received one that is not. Call optimizer.build(model.trainable_variables)."
             )
-        states = [state_in(variable) for variable in variables]
+        states = list(map(state_in, variables))
         for state in states:
-            constrained = state is not None and state.layer.embeddings_constraint is not None
-            if self.lazy and constrained:
+            if self.lazy and state is not None and state.layer.embeddings_constraint is not None:
                 raise InputError(
                     "lazy=True steps touched rows only, a constraint looks at all. Received a "
                     "PartialEmbedding with embeddings_constraint. Use one of the two."
@@ -124,19 +115,16 @@ class Rowwise(keras.optimizers.Optimizer):
         super().build(variables)
         rest = self._copy()
         rest.build([v for v, state in zip(variables, states, strict=True) if state is None])
-        tables = [
-            None if state is None else self._table(v, state)
-            for v, state in zip(variables, states, strict=True)
-        ]
-        for optimizer in (*(table.optimizer for table in tables if table), rest):
+        self._hidden.rest = rest
+        self._hidden.tables = [None if state is None else self._table(state) for state in states]
+        for optimizer in (*(table.optimizer for table in self._tables), rest):
             for variable in state_of(optimizer):
                 # As a variable of its own: whatever saves, restores or counts an optimizer's
                 # variables finds all of them in the one list that every Keras optimizer has.
                 self._track_variable(variable)
-        self._parts = _Parts(rest, tables)
 
-    def _table(self, rows: Any, state: TableState) -> _Table:
-        optimizer = self._copy()
+    def _table(self, state: TableState) -> _Table:
+        rows, optimizer = state.rows, self._copy()
         optimizer.build([rows])
         shape, name = (rows.shape[0],), rows.path.replace("/", "_")
         never = keras.initializers.Constant(-1)
@@ -145,16 +133,16 @@ class Rowwise(keras.optimizers.Optimizer):
         warmup = self.add_variable(shape, "ones", "int64", name=f"{name}_warmup_steps")
         state.optimizer = self
         state.optimizers.add(self)
-        return _Table(state, rows, optimizer, joined_at, RowScales(joined_at, scale, warmup))
+        return _Table(state, optimizer, RowScales(joined_at, scale, warmup))
 
     @property
     def _tables(self) -> list[_Table]:
-        return [table for table in self._parts.tables if table] if self._parts else []
+        return [table for table in self._hidden.tables if table]
 
     @property
     def is_stepping(self) -> bool:
         """Whether a step of this optimizer is being traced or made."""
-        return self._step.is_made
+        return self._hidden.is_stepping
 
     def row_scales(self, rows: Any) -> RowScales:
         """What factors the learning rates of the rows of a table that this was built with have."""
@@ -186,20 +174,20 @@ class Rowwise(keras.optimizers.Optimizer):
         Pinning reads all reserved rows, while lazily no other row than unfrozen ones move. Keras
         asks for constraints while it traces the step, so nothing remains changed.
         """
-        constraints = [table.rows.constraint for table in self._tables]
-        self._step.is_made = True
-        if self.lazy:
-            for table in self._tables:
-                table.rows.constraint = None
+        pinned = [table.state.rows for table in self._tables if self.lazy]
+        constraints = [rows.constraint for rows in pinned]
+        self._hidden.is_stepping = True
+        for rows in pinned:
+            rows.constraint = None
         try:
             yield
         finally:
-            self._step.is_made = False
-            for table, constraint in zip(self._tables, constraints, strict=True):
-                table.rows.constraint = constraint
+            self._hidden.is_stepping = False
+            for rows, constraint in zip(pinned, constraints, strict=True):
+                rows.constraint = constraint
 
     def _backend_apply_gradients(self, grads: list[Any], variables: list[Any]) -> None:
-        self._step.variables = variables
+        self._hidden.variables = variables
         super()._backend_apply_gradients(grads, variables)
 
     def _clip_gradients(self, grads: list[Any]) -> list[Any]:
@@ -230,8 +218,8 @@ class Rowwise(keras.optimizers.Optimizer):
         """Step one variable."""
         table = self._table_of(variable)
         if table is None:
-            helper = worker(self._optimizers.rest, self.iterations)
-            helper.update_step(gradient, variable, learning_rate)
+            rest = worker(self._hidden.rest, self.iterations)
+            rest.update_step(gradient, variable, learning_rate)
         elif self.lazy:
             if not isinstance(gradient, tf.IndexedSlices):
                 # Of a head tied to the table, or of a step that was traced before this was built.
@@ -247,7 +235,7 @@ class Rowwise(keras.optimizers.Optimizer):
                 gradient = tf.math.unsorted_segment_sum(
                     gradient.values, gradient.indices, variable.shape[0]
                 )
-            ages = self._ages(table.joined_at)[:, tf.newaxis]
+            ages = self._ages(table)
             rates = table.scales.rates(learning_rate, ages)
             worker(table.optimizer, ages).update_step(gradient, variable, rates)
 
@@ -255,10 +243,8 @@ class Rowwise(keras.optimizers.Optimizer):
         if not self.use_ema:
             return
         averages = self._model_variables_moving_average
-        for variable, average, table in zip(
-            variables, averages, self._optimizers.tables, strict=True
-        ):
-            steps = self.iterations if table is None else self._ages(table.joined_at)[:, tf.newaxis]
+        for variable, average, table in zip(variables, averages, self._hidden.tables, strict=True):
+            steps = self.iterations if table is None else self._ages(table)
             kept = tf.cast(steps != 0, average.dtype) * self.ema_momentum
             average.assign(kept * average + (1 - kept) * variable)
 
@@ -270,23 +256,19 @@ class Rowwise(keras.optimizers.Optimizer):
         What keeps them is part of a step that is traced after the first call; later calls trace
         nothing again.
         """
-        if self._step.is_measured is None:
-            self._step.is_measured = tf.Variable(measure, trainable=False)
-        self._step.is_measured.assign(measure)
+        if self._hidden.is_measured is None:
+            self._hidden.is_measured = tf.Variable(measure, trainable=False)
+        self._hidden.is_measured.assign(measure)
 
     @property
     def is_measurable(self) -> bool:
         """Whether steps that are traced now can be measured."""
-        return self._step.is_measured is not None
+        return self._hidden.is_measured is not None
 
     def row_squares(self, layer: Any) -> tuple[Ids, NDArray[np.float32]] | None:
-        """The rows whose last measured gradient is not zero, and the sums of its squares.
+        """The rows of a layer whose last measured gradient is not zero, and the sums of squares.
 
-        Args:
-            layer: A `PartialEmbedding`.
-
-        Returns:
-            Sorted ids, int64, shape (n,), and float32, shape (n,); None if none was measured.
+        They are sorted ids, int64, and float32, both of shape (n,); None if none was measured.
         """
         for table in self._tables:
             if table.squares is not None and table.state is layer.table_state:
@@ -300,36 +282,34 @@ class Rowwise(keras.optimizers.Optimizer):
             return
         pairs = [
             (table, gradient)
-            for gradient, variable in zip(grads, self._step.variables, strict=True)
+            for gradient, variable in zip(grads, self._hidden.variables, strict=True)
             if (table := self._table_of(variable)) is not None
         ]
         for table, _ in pairs:
             if table.squares is None:
                 with tf.init_scope():
-                    table.squares = tf.Variable(tf.zeros(table.rows.shape[0]), trainable=False)
+                    table.squares = tf.Variable(
+                        tf.zeros_like(table.state.unfrozen), trainable=False
+                    )
 
         def note() -> None:
             for table, gradient in pairs:
-                table.squares.assign(row_squares(gradient, table.rows.shape[0]))
+                table.squares.assign(row_squares(gradient, len(table.state.reserved)))
 
-        tf.cond(self._step.is_measured, note, lambda: None)
+        tf.cond(self._hidden.is_measured, note, lambda: None)
 
     # Rows
 
     def _table_of(self, variable: Any) -> _Table | None:
         index: int = self._get_variable_index(variable)
-        return self._optimizers.tables[index]
+        return self._hidden.tables[index]
 
-    @property
-    def _optimizers(self) -> _Parts:
-        assert self._parts is not None  # Keras builds before it steps
-        return self._parts
-
-    def _ages(self, joined_at: Any) -> Any:
-        """The steps that each row has made; 0 for rows that do not train."""
-        joined_at = tf.convert_to_tensor(joined_at)
+    def _ages(self, table: _Table, slots: Any = None) -> Any:
+        """The steps that rows have made, or those in some slots; 0 for rows that do not train."""
+        kept = table.scales.joined_at
+        joined_at = tf.convert_to_tensor(kept) if slots is None else tf.gather(kept.value, slots)
         now = tf.cast(self.iterations, tf.int64)
-        return tf.where(joined_at >= 0, now - joined_at, 0)
+        return tf.where(joined_at >= 0, now - joined_at, 0)[:, tf.newaxis]
 
     def _each(self, variables: list[Any], step: Any) -> None:
         """Call `step` for the table of each variable, on every replica."""
@@ -343,14 +323,15 @@ class Rowwise(keras.optimizers.Optimizer):
                     )
 
         values = [v.value if isinstance(v, keras.Variable) else v for v in variables]
+        # As Keras does around its own steps: one replica's trace may not update variables of all.
         tf.__internal__.distribute.interim.maybe_merge_call(
             update, self._distribution_strategy, values
         )
 
     def _welcome(self, table: _Table, weights: Any) -> None:
         """Begin afresh for rows that train since the last step."""
-        trains = table.state.is_unfrozen()
-        joined_at = tf.convert_to_tensor(table.joined_at)
+        trains, kept = table.state.is_unfrozen(), table.scales.joined_at
+        joined_at = tf.convert_to_tensor(kept)
 
         def begin() -> None:
             joins = trains & (joined_at < 0)
@@ -358,7 +339,7 @@ class Rowwise(keras.optimizers.Optimizer):
                 first = first_value(table.optimizer, state, weights)
                 state.assign(tf.where(joins[:, tf.newaxis], first, state))
             since = tf.where(joins, tf.cast(self.iterations, tf.int64), joined_at)
-            table.joined_at.assign(tf.where(trains, since, -1))
+            kept.assign(tf.where(trains, since, -1))
 
         # From the two variables alone, so that it is right after either of them was restored.
         tf.cond(tf.reduce_any(trains != (joined_at >= 0)), begin, lambda: None)
@@ -367,8 +348,7 @@ class Rowwise(keras.optimizers.Optimizer):
         """Decay weights as Keras does, at the learning rate of each row."""
         if not self._use_weight_decay(weights):
             return
-        ages = self._ages(table.joined_at)[:, tf.newaxis]
-        rates = table.scales.rates(self.learning_rate, ages)
+        rates = table.scales.rates(self.learning_rate, self._ages(table))
         decay = tf.cast(self.weight_decay, weights.dtype)
         weights.assign_sub(weights * decay * tf.cast(rates, weights.dtype))
 
@@ -379,12 +359,12 @@ class Rowwise(keras.optimizers.Optimizer):
         slots = tf.maximum(gradient.indices, 0)
         key = self._var_key(variable)
         weights, *held = (HeldRows(tf.gather(v, slots), key) for v in (variable, *states))
-        ages = self._ages(tf.gather(table.joined_at.value, slots))[:, tf.newaxis]
+        ages = self._ages(table, slots)
         rate = table.scales.rates(rate, ages, slots)
         if self.weight_decay is not None and self._use_weight_decay(variable):
             decay = tf.cast(self.weight_decay, weights.dtype)
             weights.assign_sub(weights * decay * tf.cast(rate, weights.dtype))
-        pairs = list(zip(state_of(table.optimizer), held, strict=True))
+        pairs = zip(state_of(table.optimizer), held, strict=True)
         worker(table.optimizer, ages, pairs).update_step(gradient.values, weights, rate)
         for target, new in zip((variable, *states), (weights, *held), strict=True):
             write_rows(target, gradient.indices, new.value)

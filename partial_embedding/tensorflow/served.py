@@ -47,12 +47,7 @@ def settings_of(optimizer: Any) -> dict[str, Any]:
 
 
 def check_served(optimizer: Any, lazy: bool) -> None:
-    """Refuse an optimizer that cannot begin afresh for some rows, or step touched ones only.
-
-    Raises:
-        InputError: It looks across rows, keeps other state, or is built; or an option of it needs
-            every row at every step.
-    """
+    """Refuse an optimizer that cannot begin afresh for some rows, or step touched ones only."""
     name = type(optimizer).__name__
     if type(optimizer) is not getattr(keras.optimizers, name, None) or name not in SERVED:
         raise InputError(

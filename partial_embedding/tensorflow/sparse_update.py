@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 # The most float32 that a processor's vectors hold, AVX-512's.
 _LANES = 16
@@ -26,7 +26,8 @@ def _gradient_of_rows(operation: Any, upstream: Any, *others: Any) -> tuple[Any,
 
 def _is_compiled() -> bool:
     """Whether what is traced now is for XLA, which needs to know how many entries there are."""
-    return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+    # There is no public name for it; here stands what TensorFlow keeps for Keras.
+    return tf.__internal__.get_enclosing_xla_context() is not None
 
 
 def _entries(upstream: Any, slots: Any, shape: Any) -> Any:
@@ -50,9 +51,6 @@ def choose_rows(variable: Any, slots: Any, others: Any, sparse: bool) -> Any:
         others: What to take at -1, shape (N, D); it gets no gradient.
         sparse: Make the gradient of the variable `tf.IndexedSlices`, for `summed`, rather than a
             dense one.
-
-    Returns:
-        A tensor of shape (N, D).
     """
     # It takes whole rows, which `tf.where` does one element at a time.
     choose = partial(tf.raw_ops.Select, condition=slots >= 0, y=others)
@@ -99,13 +97,10 @@ def _carry_eagerly(weights: Any, rows: Any, slots: Any) -> tuple[Any, Any]:
 
 
 def summed(slices: Any) -> Any:
-    """`tf.IndexedSlices` with one entry for each row; entries of negative rows are void.
+    """The same `tf.IndexedSlices` with one entry for each row; entries of row -1 are void.
 
     There is a whole number of a processor's vectors of entries, so that the last are void: behind
     the last full one TensorFlow's float32 `pow` rounds otherwise.
-
-    Args:
-        slices: Entries of shape (N, D) for rows that may occur several times, or for row -1.
     """
     if _is_compiled():
         # `tf.unique` gives wrong numbers under XLA. Of equal ones the earlier comes first.
@@ -144,12 +139,7 @@ def row_squares(gradient: Any, num_rows: int) -> Any:
 
 
 class HeldRows:
-    """Rows of a variable that an optimizer may take for the variable.
-
-    Args:
-        rows: The rows, shape (N, D).
-        unique_id: The id by which a Keras optimizer knows the variable.
-    """
+    """Rows of a variable that an optimizer, which knows it by an id, may take for the variable."""
 
     def __init__(self, rows: Any, unique_id: str) -> None:
         self.value = tf.convert_to_tensor(rows)
@@ -187,15 +177,16 @@ tf.register_tensor_conversion_function(
 )
 
 
-def worker(optimizer: Any, steps: Any, states: list[tuple[Any, Any]] | None = None) -> Any:
-    """An optimizer that counts steps in its own way and may hold rows for its state.
+def worker(optimizer: Any, steps: Any, states: Iterable[tuple[Any, Any]] = ()) -> Any:
+    """A built Keras optimizer that counts steps in its own way and may hold rows for its state.
 
     Args:
-        optimizer: A built Keras optimizer, which stays as it is.
-        steps: What it takes for its `iterations`; broadcast over the rows.
+        optimizer: The optimizer, which stays as it is.
+        steps: What the other takes for its `iterations`; broadcast over the rows.
         states: Pairs of a variable of its state and what it takes for it.
     """
-    held = {id(state): stand_in for state, stand_in in states or []}
+    held = {id(state): stand_in for state, stand_in in states}
+    # Past Keras's constructor and attributes: these would make and track variables.
     made = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():
         if isinstance(value, list) and any(id(entry) in held for entry in value):
@@ -217,8 +208,7 @@ def first_value(optimizer: Any, state: Any, weights: Any) -> Any:
     """What one of `state_of(optimizer)` holds before the first step of the weights."""
     if state.name.endswith("_accumulator") and hasattr(optimizer, "initial_accumulator_value"):
         return tf.constant(optimizer.initial_accumulator_value, state.dtype)
-    if isinstance(optimizer, keras.optimizers.ScheduleFreeAdamW) and state.name.endswith(
-        "_momentum"
-    ):
+    is_averaged = isinstance(optimizer, keras.optimizers.ScheduleFreeAdamW)
+    if is_averaged and state.name.endswith("_momentum"):
         return tf.convert_to_tensor(weights)
     return tf.constant(0, state.dtype)

@@ -22,35 +22,6 @@ from partial_embedding.schedule import RateScale
 from partial_embedding.tensorflow.sparse_update import choose_rows, summed
 
 
-def split_table(layer: Any, table: Any, reserved: Ids, unfrozen: Ids) -> TableState:
-    """Give the reserved rows of a layer's table, and which are unfrozen, weights of their own."""
-    state = TableState(layer, table, reserved)
-    shape = (reserved.size, layer.output_dim)
-    # What each replica computes is the same, and a mean of more than two could round.
-    settings = {"autocast": False, "aggregation": "only_first_replica"}
-    state.rows = layer.add_weight(
-        shape=shape,
-        initializer=lambda *_, **__: state.kept(),
-        name="embeddings",  # Muon knows an embedding by its name
-        regularizer=state.regularize if layer.embeddings_regularizer else None,
-        # Optimizers apply a constraint last, after decay and moving averages.
-        constraint=state.constrain,
-        **settings,
-    )
-    state.unfrozen = layer.add_weight(
-        shape=shape[:1],
-        initializer=lambda *_, **__: tf.constant(np.isin(reserved, unfrozen), tf.float32),
-        # A number, so that code which averages weights can average it.
-        dtype="float32",
-        name="unfrozen",
-        trainable=False,
-        **settings,
-    )
-    # Where optimizers find it.
-    state.rows.table_state = state
-    return state
-
-
 def state_in(variable: Any) -> TableState | None:
     """The table that a variable is the reserved rows of."""
     return getattr(variable, "table_state", None)
@@ -65,17 +36,14 @@ class TableState:
     step all the same, since some optimizers look across rows.
 
     Args:
-        layer: The layer, whose regularizer and constraint apply to the reserved rows.
+        layer: The layer, which gets the variables; its regularizer and constraint apply to the
+            reserved rows.
         table: The frozen table, a Keras variable of shape (V, D).
         reserved: Ids of the reserved rows, sorted, int64, shape (R,).
+        unfrozen: Ids of those of them that train.
     """
 
-    # The reserved rows in rising order, a Keras variable of shape (R, D), and one of shape (R,),
-    # above 0 for those that train.
-    rows: Any
-    unfrozen: Any
-
-    def __init__(self, layer: Any, table: Any, reserved: Ids) -> None:
+    def __init__(self, layer: Any, table: Any, reserved: Ids, unfrozen: Ids) -> None:
         self.layer = layer
         self.table = table
         self.reserved = reserved
@@ -88,6 +56,30 @@ class TableState:
             self._reserved = tf.constant(reserved, tf.int64)
             # Ids are searched for among all but the last, so that none is found beyond the last.
             self._all_but_last = self._reserved[:-1][tf.newaxis]
+        # What each replica computes is the same, and a mean of more than two could round.
+        settings = {"autocast": False, "aggregation": "only_first_replica"}
+        # The reserved rows in rising order, shape (R, D).
+        self.rows = layer.add_weight(
+            shape=(reserved.size, layer.output_dim),
+            initializer=lambda *_, **__: self.kept(),
+            name="embeddings",  # Muon knows an embedding by its name
+            regularizer=self.regularize if layer.embeddings_regularizer else None,
+            # Optimizers apply a constraint last, after decay and moving averages.
+            constraint=self.constrain,
+            **settings,
+        )
+        # Above 0 for those that train, shape (R,).
+        self.unfrozen = layer.add_weight(
+            shape=(reserved.size,),
+            initializer=lambda *_, **__: tf.constant(np.isin(reserved, unfrozen), tf.float32),
+            # A number, so that code which averages weights can average it.
+            dtype="float32",
+            name="unfrozen",
+            trainable=False,
+            **settings,
+        )
+        # Where optimizers find it.
+        self.rows.table_state = self
 
     @property
     def trainable_rows(self) -> Ids:
@@ -201,10 +193,6 @@ class TableState:
         self.table.value.scatter_update(tf.IndexedSlices(rows, tf.constant(ids)))
         self.rows.assign(self.kept())
 
-    def write_back(self) -> None:
-        """Write the unfrozen rows into the table, which then holds every row."""
-        self._keep(self.trainable_rows)
-
     def move(self, after: Ids, begin: Ids, rate_scale: RateScale) -> None:
         """Make `after` the unfrozen rows, without retracing anything.
 
@@ -218,7 +206,7 @@ class TableState:
             )
         before = self.trainable_rows
         leaving = np.setdiff1d(before, after, assume_unique=True)
-        self._keep(leaving)
+        self.write_back(leaving)
         if (joining := np.setdiff1d(after, before, assume_unique=True)).size:
             # Assigned as a whole: a scatter would make every later read of the variable a copy.
             joins = np.isin(self.reserved, joining, assume_unique=True)[:, np.newaxis]
@@ -230,7 +218,8 @@ class TableState:
             scales.leave(np.searchsorted(self.reserved, leaving))
             scales.begin(np.searchsorted(self.reserved, begin), rate_scale)
 
-    def _keep(self, ids: Ids) -> None:
+    def write_back(self, ids: Ids) -> None:
+        """Write unfrozen rows into the table."""
         if ids.size:
             rows = tf.gather(self.rows.value, np.searchsorted(self.reserved, ids))
             self.table.value.scatter_update(tf.IndexedSlices(rows, tf.constant(ids)))
@@ -247,13 +236,10 @@ def _empty(handle: Any, dtype: Any) -> None:
 
 
 def over_ids(rows: Callable[[Any], Any], inputs: Any, num_rows: int) -> Any:
-    """Look up dense, ragged or sparse ids as `keras.layers.Embedding` does.
+    """Look up dense, ragged or sparse ids of any shape as `keras.layers.Embedding` does.
 
-    Args:
-        rows: Maps a dense tensor of ids in [0, V) to their rows.
-        inputs: Ids of any shape; negative ones count from the end, absent ones of a sparse tensor
-            are 0.
-        num_rows: The number of rows V.
+    Negative ones count from the end, absent ones of a sparse tensor are 0. `rows` maps a dense
+    tensor of ids in [0, V) to their rows.
     """
     if isinstance(inputs, tf.RaggedTensor):
         return tf.ragged.map_flat_values(lambda ids: over_ids(rows, ids, num_rows), inputs)
@@ -263,14 +249,7 @@ def over_ids(rows: Callable[[Any], Any], inputs: Any, num_rows: int) -> Any:
 
 
 def compact(ids: Ids, num_rows: int) -> Config:
-    """Rows as plain values, short where they can be: configs of layers are stored as JSON.
-
-    Args:
-        ids: Sorted ids without duplicates, shape (n,).
-        num_rows: The number of rows V of the table.
-
-    Returns:
-        What `Rows.parse` reads.
+    """Sorted rows as `Rows.parse` reads them, and short: configs of layers are stored as JSON.
 
     Example:
         >>> compact(np.array([2, 3]), 5), compact(np.array([1, 3]), 5), compact(np.arange(5), 5)

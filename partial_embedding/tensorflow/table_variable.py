@@ -18,10 +18,6 @@ class TableVariable(Variable, tf.__internal__.types.Tensor):
 
     It holds nothing itself: it is read from the frozen table and the reserved rows, and assigned to
     both. Its gradient is that of the reserved rows, as `tf.IndexedSlices`.
-
-    Args:
-        state: What rows are where.
-        path: The variable's path in the model.
     """
 
     # For tapes, which take it for a variable then.

@@ -61,11 +61,6 @@ class TorchTables:
     ) -> None:
         """Make optimizers step the trainable rows alone; those that were told how stay so.
 
-        Args:
-            names: The tables that follow schedules.
-            optimizers: All optimizers of the model.
-            lazy: Step only rows that a batch touched.
-
         Raises:
             InputError: A table belongs to none of them, or one cannot keep frozen rows exact.
         """
@@ -97,25 +92,13 @@ class TorchTables:
         return dist.get_world_size() if there else 1
 
     def gather(self, view: RankView) -> Sequence[RankView]:
-        """What all processes hand in, by rank; each of them calls this.
-
-        Args:
-            view: What this process hands in.
-        """
+        """What all processes hand in, by rank; each of them calls this."""
         views: list[Any] = [None] * self.processes
         dist.all_gather_object(views, view)
         return views
 
     def check_rows(self, name: str, ids: Ids) -> None:
-        """Refuse rows that cannot train, since their weight takes no gradient.
-
-        Args:
-            name: The table's name.
-            ids: Sorted ids, int64, shape (K,).
-
-        Raises:
-            InputError: There are some, and the weight does not require gradients.
-        """
+        """Refuse rows that cannot train, since their weight takes no gradient."""
         if len(ids) and not self.tables[name].weight.requires_grad:
             raise InputError(
                 f"rows train where the weight requires gradients. Received {len(ids):,} rows to "
@@ -125,45 +108,22 @@ class TorchTables:
             )
 
     def check_rate_scale(self, name: str, rate_scale: RateScale) -> None:
-        """Refuse a rate that the optimizer of a table cannot keep.
-
-        Args:
-            name: The table's name.
-            rate_scale: How fast rows would learn.
-
-        Raises:
-            InputError: It cannot.
-        """
+        """Refuse a rate that the optimizer of a table cannot keep."""
         self.tables[name].check_rate_scale(rate_scale)
 
     def trainable_rows(self, name: str) -> Ids:
-        """The rows that train now, rising, int64, shape (K,).
-
-        Args:
-            name: The table's name.
-        """
+        """The rows that train now, rising, int64, shape (K,)."""
         ids: Ids = self.tables[name].row_set.ids.cpu().numpy()
         return ids
 
     def new_rows(self, name: str) -> Ids | None:
-        """The rows by which the table grew last, rising, int64, or None.
-
-        Args:
-            name: The table's name.
-        """
+        """The rows by which the table grew last, rising, int64, or None."""
         return self.tables[name].new_rows
 
     def set_rows(
         self, name: str, ids: Ids, rate_scale: RateScale, *, all_join: bool = False
     ) -> None:
-        """Train these rows and no others.
-
-        Args:
-            name: The table's name.
-            ids: Sorted ids, int64, shape (K,).
-            rate_scale: How fast those of them learn that join.
-            all_join: Whether rows that train already join, too.
-        """
+        """Train these rows and no others; with `all_join` those that train already join, too."""
         table = self.tables[name]
         if all_join and (table.rate_scales or not rate_scale.is_plain):
             # Rows that train already would keep the rate that they joined with.
@@ -171,19 +131,11 @@ class TorchTables:
         table.set_trainable_ids(ids, rate_scale)
 
     def watch(self, name: str) -> FrozenRowAudit:
-        """Keep what the frozen rows hold now.
-
-        Args:
-            name: The table's name.
-        """
+        """Keep what the frozen rows hold now."""
         return FrozenRowAudit(self.tables[name], name)
 
     def parameters_elsewhere(self, names: Iterable[str]) -> int:
-        """How many parameters train outside of these tables.
-
-        Args:
-            names: The tables' names.
-        """
+        """How many parameters train outside of these tables."""
         own = {id(self.tables[name].leaf_weight) for name in names}
         others = (p for p in self.model.parameters() if p.requires_grad and id(p) not in own)
         return sum(p.numel() for p in others)

@@ -21,8 +21,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.replace import ADAPTER
 from partial_embedding.torch.table import PartialTable
+
+# The name of the part by which `peft` knows a table; its own wrapper has one of this name.
+ADAPTER = "token_adapter"
 
 # The rows of each parameter in peft's files, where those of weights have the name that its own
 # trainable tokens have; and their ids.
@@ -34,11 +36,7 @@ Rows = dict[str, Tensor]
 
 
 def stand_beside_adapters(model: Any) -> None:
-    """Let `peft` know the tables of a model that it adapts.
-
-    Args:
-        model: The model, with or without `peft`'s wrappers around it.
-    """
+    """Let `peft` know the tables of a model that it adapts, within its wrappers or without."""
     configs: dict[str, Any] | None = getattr(model, "peft_config", None)
     while isinstance(model, PeftModel | BaseTuner):
         model = model.base_model if isinstance(model, PeftModel) else model.model
@@ -77,12 +75,7 @@ def stand_beside_adapters(model: Any) -> None:
 
 
 def know_wrapper(table: PartialTable, wrapper: nn.Module) -> None:
-    """Serve a table that `peft` has put into a module of its own.
-
-    Args:
-        table: The table.
-        wrapper: What it is in.
-    """
+    """Serve a table that `peft` has put into a module of its own."""
     if _copies(wrapper):
         table._modules.pop(ADAPTER, None)
         vars(table)["is_copy"] = True  # of the two it is the one that is not to train
@@ -103,11 +96,7 @@ def know_wrapper(table: PartialTable, wrapper: nn.Module) -> None:
 
 
 def leave_adapters(model: nn.Module) -> None:
-    """Take from a model what `stand_beside_adapters` put there.
-
-    Args:
-        model: The model, with or without `peft`'s wrappers around it.
-    """
+    """Take from a model what `stand_beside_adapters` put there."""
     for module in model.modules():
         hooks = module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is _follow_layers]:
@@ -117,11 +106,7 @@ def leave_adapters(model: nn.Module) -> None:
 
 
 def let_rows_learn(model: nn.Module) -> None:
-    """Let rows learn on where `peft` has just put adapters on, and frozen all else.
-
-    Args:
-        model: What `peft` has adapted.
-    """
+    """Let rows learn on where `peft` has just put adapters on, and frozen all else."""
     for module in model.modules():
         if isinstance(module, AdapterRows):
             module.let_learn()
@@ -148,15 +133,7 @@ def _follow_layers(model: nn.Module, args: Any) -> None:
 
 
 def serve_tokens(table: PartialTable, wrapper: Any) -> nn.Module:
-    """Let a table itself serve what `peft` would wrap it in: its trainable tokens.
-
-    Args:
-        table: The table.
-        wrapper: A `TrainableTokensWrapper` around it.
-
-    Returns:
-        The table.
-    """
+    """Let a table itself, which is returned, serve the trainable tokens of a wrapper around it."""
     part = table._modules.get(ADAPTER)
     if isinstance(part, AdapterRows):
         for adapter, ids in wrapper.token_adapter.token_indices.items():

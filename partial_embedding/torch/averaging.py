@@ -7,6 +7,7 @@ rows of the averaged model drift.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -14,28 +15,35 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from partial_embedding.torch.table import row_parameters_in
-
-_update_parameters = AveragedModel.update_parameters
+from partial_embedding.torch.hooks import tables_of
 
 
-@wraps(_update_parameters)
-@torch.no_grad()
-def _keep_what_is_equal(averaged: AveragedModel, model: nn.Module) -> Any:
-    own = {name: parameter for name, _, parameter in row_parameters_in(averaged.module)}
-    source = model.module if isinstance(model, AveragedModel) else model
-    pairs = [
-        (own[name], parameter)
-        for name, table, parameter in row_parameters_in(source)
-        if table.has_frozen_rows and name in own and own[name].shape == parameter.shape
-    ]
-    equal = [_equal_rows(average, parameter) for average, parameter in pairs]
-    result = _update_parameters(averaged, model)
-    for (average, parameter), rows in zip(pairs, equal, strict=True):
-        now = average.detach()
-        mask = rows.view(-1, *[1] * (now.dim() - 1))
-        now.copy_(torch.where(mask, parameter.detach().to(now.device, now.dtype), now))
-    return result
+def keep_equal_rows(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what averages a model, so that rows of tables that are equal in both keep their bits.
+
+    Args:
+        update: Called with the averaged model, the model, and whatever else it takes.
+    """
+
+    @wraps(update)
+    @torch.no_grad()
+    def updated(averaged: nn.Module, model: nn.Module, *args: Any, **options: Any) -> Any:
+        # By their places, as averages pair them: wrappers change names, and a copy may be plain.
+        pairs = [
+            (average, parameter)
+            for average, parameter in zip(averaged.parameters(), model.parameters(), strict=False)
+            if average.shape == parameter.shape
+            and any(table.has_frozen_rows for table in tables_of(parameter))
+        ]
+        equal = [_equal_rows(average, parameter) for average, parameter in pairs]
+        result = update(averaged, model, *args, **options)
+        for (average, parameter), rows in zip(pairs, equal, strict=True):
+            now = average.detach()
+            mask = rows.view(-1, *[1] * (now.dim() - 1))
+            now.copy_(torch.where(mask, parameter.detach().to(now.device, now.dtype), now))
+        return result
+
+    return updated
 
 
 def _equal_rows(one: Tensor, other: Tensor) -> Tensor:
@@ -48,4 +56,4 @@ def _equal_rows(one: Tensor, other: Tensor) -> Tensor:
 
 
 # In the class itself: whoever averages, a plain loop or a callback, makes the object on his own.
-AveragedModel.update_parameters = _keep_what_is_equal  # type: ignore[method-assign, assignment]
+AveragedModel.update_parameters = keep_equal_rows(AveragedModel.update_parameters)  # type: ignore[method-assign]

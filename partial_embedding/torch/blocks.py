@@ -14,17 +14,12 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
-from partial_embedding.torch.inspection import (
-    Group,
-    State,
-    StateLayout,
-    first_state,
-    untouched_row_state,
-)
+from partial_embedding.torch.dry_run import Group, State
+from partial_embedding.torch.inspection import StateLayout, first_state, state_of_one_row
 from partial_embedding.torch.row_gradient import as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, run_of, sum_rows, write_rows
 from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.shards import as_block, is_sharded, local
+from partial_embedding.torch.shards import is_sharded, local, sharded_like
 
 _FEW = 1000
 # As many numbers of a tensor as an optimizer can go over several times within the cache of a CPU;
@@ -62,11 +57,7 @@ class Cohort:
         return run_of(self.ids)
 
     def values_of(self, weight: Tensor) -> Tensor:
-        """The rows' values, shape (k, D), in memory that is kept for the next step.
-
-        Args:
-            weight: The table, shape (V, D).
-        """
+        """The rows' values, shape (k, D), in memory that is kept for the next step."""
         values = read_rows(weight, self.ids, self.run, self._values)
         self._values = values if self.run is None else None  # what may be the table's own memory
         return values
@@ -125,12 +116,7 @@ class Blocks:
         return self._own_rows
 
     def blocks(self, optimizer: Optimizer, group: Group) -> Iterator[Block]:
-        """Make the compact parameters of this step, with their gradients and state.
-
-        Args:
-            optimizer: The optimizer.
-            group: Its parameter group that holds the table.
-        """
+        """Make the compact parameters of this step, with their gradients and state."""
         grad = None if self.parameter.grad is None else local(self.parameter.grad)
         if grad is None and not self.layout.flat and not self.layout.in_group:
             return  # without a gradient the optimizer neither moves a parameter nor counts the step
@@ -213,7 +199,7 @@ class Blocks:
 
     def _shared(self, own: Tensor, num_rows: int) -> Tensor:
         """Rows of this process, as a part of those of all that share the table."""
-        return as_block(own, self.parameter, num_rows) if is_sharded(self.parameter) else own
+        return sharded_like(own, self.parameter, num_rows) if is_sharded(self.parameter) else own
 
     def _compact(self, rows: RowSet, ids: Tensor, values: Tensor) -> Tensor:
         """The gradient of the trainable rows by slot, shape (K, D)."""
@@ -252,15 +238,7 @@ class Blocks:
         return state
 
     def check_state(self, state: State, optimizer: Optimizer) -> None:
-        """Refuse state that the optimizer did not keep when it was tried.
-
-        Args:
-            state: What it keeps of a block.
-            optimizer: The optimizer.
-
-        Raises:
-            InputError: There is a key of which nothing is known.
-        """
+        """Refuse state that the optimizer did not keep when it was tried."""
         # A set, since torch.compile of older releases cannot take keys from a view of keys.
         if not self.layout.flat and (unknown := set(state) - self.layout.keys):
             raise InputError(
@@ -270,14 +248,7 @@ class Blocks:
             )
 
     def scatter(self, block: Block, state: State, optimizer: Optimizer, group: Group) -> None:
-        """Put the values and the state of a block back where they belong.
-
-        Args:
-            block: A block that `blocks` made.
-            state: The optimizer's state of it.
-            optimizer: The optimizer.
-            group: Its parameter group that holds the table, with the block's learning rate.
-        """
+        """Put the values and the state of a block, stepped with the options of `group`, back."""
         state = {k: local(v) if is_sharded(v) else v for k, v in state.items()}
         if self._summed is not None and _keeps(state, self._summed):
             self._summed = None
@@ -285,9 +256,11 @@ class Blocks:
         if block.places is not None and state:
             whole = block.cohort.state
             if not whole:
-                row = untouched_row_state(optimizer, self.layout, group, self.values)
+                row = state_of_one_row(optimizer, self.layout, group, self.values)
                 rows = len(block.cohort.ids)
-                whole = {k: v.expand(rows, *v.shape[1:]).clone() for k, v in row.items()}
+                whole = {
+                    k: row[k].expand(rows, *row[k].shape[1:]).clone() for k in self._per_row(row)
+                }
             for key in self._per_row(state):
                 if isinstance(block.places, slice):
                     whole[key][block.places] = state[key]  # mostly the same memory

@@ -20,23 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.averaged import Group, average_over, leave_to_ddp
 from partial_embedding.torch.hooks import after_backward, tables_of
 from partial_embedding.torch.row_average import average, begin_alike, check_max_norm
 from partial_embedding.torch.shards import is_sharded
-from partial_embedding.torch.table import PartialTable, tables_in
+from partial_embedding.torch.table import Group, PartialTable, tables_in
 
 # By what wraps them, of which a copy finds its own tables.
 _wrapped: weakref.WeakKeyDictionary[nn.Module, _Tables] = weakref.WeakKeyDictionary()
 
 
 class _Tables:
-    """The tables that are averaged beside one `DistributedDataParallel`.
-
-    Args:
-        ddp: What wraps the model.
-        model: The model.
-    """
+    """The tables of a model that are averaged beside the `DistributedDataParallel` around it."""
 
     def __init__(self, ddp: DistributedDataParallel, model: nn.Module) -> None:
         alive = weakref.ref(ddp)
@@ -53,7 +47,7 @@ class _Tables:
 
         for table in self.tables.values():
             for tied in tables_of(table.leaf_weight):
-                average_over(tied, ["weight"], group)
+                tied.average_over(["weight"], group)
         # Whether the backward pass that runs will average.
         self.is_queued = False
 
@@ -75,9 +69,6 @@ def _take_tables_out(ddp: nn.Module, part: str, model: nn.Module | None) -> None
 
     All processes begin with the rows of the first one. Biases of heads stay, and where nothing but
     tables trains one table does, since `DistributedDataParallel` refuses to have nothing to do.
-
-    Raises:
-        InputError: A table has `max_norm`, or another shape or dtype in another process.
     """
     if model is None or part != "module" or not isinstance(ddp, DistributedDataParallel):
         return
@@ -102,25 +93,20 @@ def _take_tables_out(ddp: nn.Module, part: str, model: nn.Module | None) -> None
 
 
 def _what_stays(tables: Mapping[str, PartialTable], group: Group) -> set[int]:
-    """The weight that is left to `DistributedDataParallel`, by its id.
-
-    Raises:
-        InputError: Its gradient is sparse and the group is NCCL's.
-    """
+    """The weight that is left to `DistributedDataParallel`, by its id."""
     trained = {n: table for n, table in tables.items() if table.leaf_weight.requires_grad}
     # Of embeddings alone it takes sparse gradients.
     lookups = [n for n, table in trained.items() if not isinstance(table, nn.Linear)]
     for name in [*lookups, *trained][:1]:
         table = trained[name]
-        sparse = name in lookups and getattr(table, "sparse", False)
-        if sparse and dist.get_backend(group) == "nccl":
+        if name in lookups and table.sparse and dist.get_backend(group) == "nccl":
             raise InputError(
                 "NCCL cannot reduce sparse gradients, and a table stays with "
                 "DistributedDataParallel where nothing else trains. Received the sparse table "
                 f"{name!r}. Make it with sparse=False."
             )
         for tied in tables_of(table.leaf_weight):
-            leave_to_ddp(tied)
+            tied.leave_to_ddp()
         return {id(table.leaf_weight)}
     return set()
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from partial_embedding.torch.inspection import Group, State
+# A parameter group of an optimizer, and what it remembers of a parameter.
+Group = dict[str, Any]
+State = dict[str, Any]
 
 # Marks the copy that is stepped.
 _DRY = "_is_dry_run"
@@ -23,11 +24,7 @@ LISTS = {"params", "param_names"}
 
 
 def is_dry_run(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is the copy that a dry run steps.
-
-    Args:
-        optimizer: Any optimizer.
-    """
+    """Whether an optimizer is the copy that a dry run steps."""
     return _DRY in vars(optimizer)
 
 
@@ -110,12 +107,7 @@ class DryRun:
 
 
 def differ(a: Any, b: Any) -> bool:
-    """Whether two values of a state, group or attribute differ.
-
-    Args:
-        a: Tensors, numbers, or lists and dictionaries of them; other objects differ by identity.
-        b: Likewise.
-    """
+    """Whether two values of a state differ; what is no number or collection does by identity."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape != b.shape or not torch.equal(a, b)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):

@@ -94,21 +94,10 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         Returns:
             Rows, shape (*, D).
         """
-        if is_scripting():
-            return F.embedding(
-                input,
-                self.weight,
-                self.padding_idx,
-                self.max_norm,
-                self.norm_type,
-                self.scale_grad_by_freq,
-                self.sparse,
-            )
-        return self._look_up(input)
-
-    @torch.jit.unused
-    def _look_up(self, input: Tensor) -> Tensor:  # noqa: A002  # as in `forward`
-        weight, max_norm, sparse = _looked_up(self, input)
+        if not is_scripting():
+            weight, max_norm, sparse = _looked_up(self, input)
+        else:
+            weight, max_norm, sparse = self.weight, self.max_norm, self.sparse
         return F.embedding(
             input,
             weight,
@@ -248,30 +237,10 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         Returns:
             One vector per bag, shape (B, D).
         """
-        if is_scripting():
-            return F.embedding_bag(
-                input,
-                self.weight,
-                offsets,
-                self.max_norm,
-                self.norm_type,
-                self.scale_grad_by_freq,
-                self.mode,
-                self.sparse,
-                per_sample_weights,
-                self.include_last_offset,
-                self.padding_idx,
-            )
-        return self._reduce(input, offsets, per_sample_weights)
-
-    @torch.jit.unused
-    def _reduce(
-        self,
-        input: Tensor,  # noqa: A002  # as in `forward`
-        offsets: Tensor | None,
-        per_sample_weights: Tensor | None,
-    ) -> Tensor:
-        weight, max_norm, sparse = _looked_up(self, input)
+        if not is_scripting():
+            weight, max_norm, sparse = _looked_up(self, input)
+        else:
+            weight, max_norm, sparse = self.weight, self.max_norm, self.sparse
         return F.embedding_bag(
             input,
             weight,
@@ -358,8 +327,7 @@ def _looked_up(
     """The weight to look rows up in, the norm to scale them to, and whether it may be sparse."""
     in_use = table._weight_in_use()
     weight, max_norm = table.weight if in_use is None else in_use, table.max_norm
-    # Engines that shard a weight reduce dense gradients.
-    sparse = table.sparse and in_use is None and not table.is_sharded
+    sparse = in_use is None and table.gives_sparse_gradient()
     if max_norm is not None and (table._row_set is not None or table.padding_idx is not None):
         # Not by the lookup, which would scale frozen rows too.
         if is_rewritten(ids, weight):

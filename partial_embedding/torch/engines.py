@@ -5,15 +5,10 @@ They are known by what they leave on modules and parameters, since none of them 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
-
-if TYPE_CHECKING:
-    from partial_embedding.torch.table import PartialTable
 
 _LEAVE_OUT = (
     "Take fully_shard; or leave the table out: FullyShardedDataParallel(model, "
@@ -22,15 +17,7 @@ _LEAVE_OUT = (
 
 
 def refuse_flat(weight: Tensor, table: nn.Module) -> None:
-    """Refuse a part of a long vector in the place of a matrix, as FSDP1 puts it there.
-
-    Args:
-        weight: The weight of a table.
-        table: The table, which has frozen rows, or is about to.
-
-    Raises:
-        InputError: It is no matrix.
-    """
+    """Refuse a part of a long vector in the place of a matrix, as FSDP1 puts it there."""
     if weight.dim() == 1:
         raise InputError(
             "the rows of a table are those of a matrix. Received a vector of "
@@ -40,22 +27,14 @@ def refuse_flat(weight: Tensor, table: nn.Module) -> None:
 
 
 def is_flattened(table: nn.Module) -> bool:
-    """Whether FSDP1 has made the weight of a table a part of a long vector.
-
-    Args:
-        table: Any table.
-    """
+    """Whether FSDP1 has made the weight of a table a part of a long vector."""
     weight = table._parameters.get("weight")
     is_managed = bool(vars(table).get("_is_fsdp_managed_module"))
     return is_managed and (weight is None or weight.dim() == 1)
 
 
 def lost_weight(table: nn.Module) -> InputError:
-    """What to say of a table without any weight.
-
-    Args:
-        table: The table.
-    """
+    """What to say of a table without any weight."""
     if is_flattened(table):
         return InputError(
             f"the weight of a table is a parameter. Received a {type(table).__name__} whose weight "
@@ -68,40 +47,26 @@ def lost_weight(table: nn.Module) -> InputError:
     )
 
 
-def refuse_zero(parameter: nn.Parameter, table: PartialTable) -> None:
-    """Refuse a weight that DeepSpeed's ZeRO steps in a flat copy, where all rows decay alike.
-
-    Args:
-        parameter: The weight, or another parameter of the table.
-        table: The table.
-
-    Raises:
-        InputError: It is one of ZeRO's, and some of its rows are frozen.
-    """
-    if hasattr(parameter, "ds_id") and table.has_frozen_rows:
-        raise InputError(
+def zero_error(parameter: nn.Parameter, table: nn.Module) -> InputError | None:
+    """What to say where DeepSpeed's ZeRO steps a weight in a flat copy, in which all rows decay."""
+    if hasattr(parameter, "ds_id"):
+        return InputError(
             "ZeRO-3 parts all parameters of a model among processes, and leaves none out. Received "
             f"a {type(table).__name__} with frozen rows in it. Use ZeRO-1 or ZeRO-2 with the "
             "tables in an optimizer of their own, or fully_shard."
         )
-    if hasattr(parameter, "_hp_mapping") and table.has_frozen_rows:
-        raise InputError(
+    if hasattr(parameter, "_hp_mapping"):
+        return InputError(
             "DeepSpeed's ZeRO steps flat copies of parameters, without hooks. Received a "
             f"{type(table).__name__} with frozen rows among them. Take its weight out of "
             "model_parameters and step it by an optimizer of its own: whole = keep_whole(model); "
             "AdamW(whole)."
         )
+    return None
 
 
 def refuse_zero_redundancy(optimizer: Optimizer) -> None:
-    """Refuse torch's optimizer that steps other parameters in each process.
-
-    Args:
-        optimizer: An optimizer that holds tables.
-
-    Raises:
-        InputError: It is that one.
-    """
+    """Refuse torch's optimizer that steps other parameters in each process."""
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise InputError(
             "tables are stepped alike in each process. Received ZeroRedundancyOptimizer, which "

@@ -14,18 +14,11 @@ _WORDS = (torch.int32, torch.int16, torch.uint8)
 
 @torch.no_grad()
 def fingerprints(weight: Tensor, ids: Tensor) -> Tensor:
-    """A number for each row that differs when any bit of the row does.
+    """A number, int64, for each of some rows that differs when any bit of the row does.
 
     The row's words of 32 bits, or fewer where it is no whole number of them, are summed with fixed
     odd factors modulo 2⁶⁴, so that a change of one word is always seen, and one of several words
     but for a rare chance.
-
-    Args:
-        weight: Shape (V, D), any dtype.
-        ids: The rows, int64, shape (n,).
-
-    Returns:
-        int64, shape (n,).
     """
     prints = torch.empty(len(ids), dtype=torch.int64, device=weight.device)
     step = _rows_at_once(weight)
@@ -36,15 +29,9 @@ def fingerprints(weight: Tensor, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def table_fingerprint(weight: Tensor, num_rows: int, dtype: torch.dtype | None = None) -> int:
-    """One number for many rows, to which each row adds its own: see `rows_fingerprint`.
+    """One number, of 64 bits, for the first rows of a table, as if they were cast to a dtype.
 
-    Args:
-        weight: Shape (V, D).
-        num_rows: How many rows of it count, from the top.
-        dtype: Read the rows as if they were cast to this dtype; None is their own.
-
-    Returns:
-        A signed integer of 64 bits.
+    Each row adds its own to it: see `rows_fingerprint`.
     """
     total, step = 0, _rows_at_once(weight)
     for start in range(0, num_rows, step):
@@ -56,14 +43,7 @@ def table_fingerprint(weight: Tensor, num_rows: int, dtype: torch.dtype | None =
 
 @torch.no_grad()
 def rows_fingerprint(rows: Tensor, ids: Tensor) -> int:
-    """What rows add to the fingerprint of their table: a number that knows their places too.
-
-    Args:
-        rows: The values of the rows, shape (n, D).
-        ids: Where they are in the table, int64, shape (n,).
-
-    Returns:
-        A signed integer of 64 bits.
+    """What rows, with these ids, add to the fingerprint of their table.
 
     Example:
         >>> table, ids = torch.eye(4), torch.tensor([1, 3])

@@ -12,19 +12,16 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from partial_embedding.torch.averaged import is_left_to_ddp
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.unheld import used_frozen
-
-if TYPE_CHECKING:
-    from partial_embedding.torch.head import PartialLinear
+from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.trainable_rows import used_frozen
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -77,7 +74,7 @@ def _by_row(backward: Backward, names: tuple[str, ...]) -> Backward:
         saved = ctx.saved_tensors
         head = _head_of(saved[1])
         if head is not None and not weight:
-            used_frozen(head)
+            used_frozen.add(head)
         if head is None or not weight or torch.is_grad_enabled():
             return backward(ctx, *grads)
 
@@ -91,7 +88,7 @@ def _by_row(backward: Backward, names: tuple[str, ...]) -> Backward:
         of_features = asked_for(saved, True, False, False)[0] if features else None
         if of_weight is not None:  # there may be no gradient to take it from
             of_weight = RowGradient(head.row_set.order, of_weight, len(saved[1]))
-            of_weight = of_weight.to_sparse() if is_left_to_ddp(head) else of_weight
+            of_weight = of_weight.to_sparse() if head.is_left_to_ddp else of_weight
         if of_bias is not None:
             of_bias = torch.zeros_like(saved[2]).index_copy(0, head.row_set.order, of_bias)
         return of_features, of_weight, of_bias, *others
@@ -99,12 +96,11 @@ def _by_row(backward: Backward, names: tuple[str, ...]) -> Backward:
     return of_rows
 
 
-def _head_of(weight: Tensor) -> PartialLinear | None:
+def _head_of(weight: Tensor) -> PartialTable | None:
     """The head whose weight it is, if gradients of its rows are enough."""
     for table in tables_of(weight):
         if isinstance(table, nn.Linear):
-            head = cast("PartialLinear", table)
-            return head if head.has_frozen_rows and head.gives_sparse_gradient() else None
+            return table if table.has_frozen_rows and table.gives_sparse_gradient() else None
     return None
 
 

@@ -78,10 +78,7 @@ def grow_table(
     for parameter, values in made:
         put_rows(parameter, values)
     for table, row_set in zip(tables, trained, strict=True):
-        for _, user in users_of(model, table):
-            for attribute in ("num_embeddings", "out_features"):
-                if hasattr(user, attribute):
-                    setattr(user, attribute, size + rows)
+        note_height(model, table)
         table.note_growth(size, new)
         table.row_set = row_set.resized_to(size + rows)
         if trainable:
@@ -94,10 +91,6 @@ def put_rows(parameter: nn.Parameter, rows: Tensor) -> None:
 
     It stays the same object, so that optimizers and ties go on holding it. Its gradient, which is
     of the old shape, is let go.
-
-    Args:
-        parameter: The parameter, shape (V, …).
-        rows: What it will be, shape (V', …).
     """
     # As long as an earlier graph lives, torch keeps what accumulates the gradient, and with it the
     # old shape. It makes another one where the dtype changes.
@@ -105,6 +98,19 @@ def put_rows(parameter: nn.Parameter, rows: Tensor) -> None:
     parameter.data = parameter.data.new_empty(0, dtype=other)
     parameter.data = rows
     parameter.grad = None
+
+
+def note_height(model: nn.Module, table: Any) -> None:
+    """Let all modules that have a table's weight know how many rows it has now."""
+    for _, user in users_of(model, table):
+        for attribute in ("num_embeddings", "out_features"):
+            if hasattr(user, attribute):
+                setattr(user, attribute, len(table.weight))
+
+
+def mean_row(rows: Tensor) -> Tensor:
+    """The mean of rows, shape (1, …), in their dtype."""
+    return rows.float().mean(0, keepdim=True).to(rows)
 
 
 def _tables(model: nn.Module, name: Name | Sequence[Name] | None) -> list[PartialTable]:
@@ -183,4 +189,4 @@ def _begun(before: Tensor, rows: int, init: Init) -> Tensor:
             "init is 'mean', vectors, or a function that fills them, such as "
             f"torch.nn.init.normal_. Received: {init!r}. Take one of these."
         )
-    return before.float().mean(0, keepdim=True).to(before).expand(shape)
+    return mean_row(before).expand(shape)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from partial_embedding.rows.rows import RowsLike
-from partial_embedding.torch.averaged import is_left_to_ddp
 from partial_embedding.torch.fused_losses import serve_fused_losses
 from partial_embedding.torch.hooks import by_rows, is_rewritten, tables_of
 from partial_embedding.torch.shards import is_sharded
@@ -147,17 +146,12 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def gives_sparse_gradient(self) -> bool:
-        """Whether its weight gets a gradient of the trainable rows alone."""
-        if not self.sparse or self.is_sharded:
-            return False
-        if not is_left_to_ddp(self):
-            return True
-        # DDP asks the kind of module whether a gradient will be sparse, and an embedding says so.
-        return any(
-            getattr(t, "sparse", False)
-            for t in tables_of(self.weight)
-            if not isinstance(t, nn.Linear)
-        )
+        """Whether the weight gets a gradient of the trainable rows alone."""
+        sparse = super().gives_sparse_gradient()
+        if sparse and self.is_left_to_ddp:
+            # DDP asks the kind of module whether a gradient will be, and an embedding says so.
+            return any(t.sparse for t in tables_of(self.weight) if not isinstance(t, nn.Linear))
+        return sparse
 
     def _masked_bias(self) -> Tensor | None:
         if self.bias is None or not self.has_frozen_rows:

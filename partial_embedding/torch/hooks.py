@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from partial_embedding.torch.averaged import is_left_to_ddp
-from partial_embedding.torch.engines import refuse_zero
+from partial_embedding.torch.engines import zero_error
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.shards import (
     Shard,
@@ -29,12 +28,7 @@ _living: weakref.WeakSet[RowHook] = weakref.WeakSet()
 
 
 class RowHook:
-    """Keeps frozen rows out of the gradient of one parameter, and sparse gradients from view.
-
-    Args:
-        table: The table whose rows they are.
-        parameter: Its weight, or another parameter with an entry for each row.
-    """
+    """Keeps frozen rows out of the gradient of one parameter, and sparse gradients from view."""
 
     def __init__(self, table: PartialTable, parameter: nn.Parameter) -> None:
         # Weak, since the parameter may outlive the module, and must not keep it alive. The table is
@@ -65,11 +59,7 @@ class RowHook:
         return None
 
     def is_of(self, table: PartialTable) -> bool:
-        """Whether it is this table's.
-
-        Args:
-            table: Any table.
-        """
+        """Whether it is this table's."""
         return self._table() is table
 
     def remove(self) -> None:
@@ -84,18 +74,23 @@ class RowHook:
             return grad  # autograd may hand a hook None
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
         if (parameter := self._parameter_of(table)) is not None:
-            refuse_zero(parameter, table)
+            error = zero_error(parameter, table)
+            if error is not None and table.has_frozen_rows:
+                raise error
         if is_sharded(grad):
-            return self._zero_in_shard(grad, table)
-        self._localise(parameter)
+            return _zero_in_shard(grad, parameter, table)
+        held = None if parameter is None else parameter.grad
+        if parameter is not None and held is not None and is_sharded(held):
+            # Backward adds to it, and it was made a `DTensor` for a norm.
+            parameter.grad = held = local(held)
         if isinstance(grad, RowGradient) and (entries := grad.entries()) is not None:
-            for held in entries if grad.is_cuda else ():
+            for one in entries if grad.is_cuda else ():
                 # Autograd tells the allocator of a tensor's own memory where streams differ.
-                held.record_stream(torch.cuda.current_stream(grad.device))
+                one.record_stream(torch.cuda.current_stream(grad.device))
             return grad  # by way of `by_rows`, which left out the frozen ones
         if grad.layout == torch.sparse_coo:
-            if is_left_to_ddp(table):
-                self._give_ddp_its_own(parameter)
+            if table.is_left_to_ddp and parameter is not None and isinstance(held, RowGradient):
+                parameter.grad = held.to_sparse()  # its own, which it adds to
             return _sparse_without_frozen(grad, table)
         if not grad.requires_grad:
             table.take_dense(grad)
@@ -105,31 +100,12 @@ class RowHook:
         grad, table = parameter.grad, self._table()
         if grad is None or grad.layout != torch.sparse_coo:
             return
-        if table is not None and is_left_to_ddp(table):
+        if table is not None and table.is_left_to_ddp:
             # It is called next, and takes sparse gradients as such. What it puts in their place
             # it puts there when backward ends, in a call that is queued after this one.
             after_backward(lambda: after_backward(lambda: _hold_rows_of(parameter)))
         else:
             _hold_rows_of(parameter)
-
-    def _zero_in_shard(self, grad: Tensor, table: PartialTable) -> Tensor:
-        parameter = self._parameter_of(table)
-        if parameter is None or not (table.has_frozen_rows or table.padding_row is not None):
-            return grad
-        if isinstance(local(grad), RowGradient):
-            return grad  # of rows that are split, which are asked for those that train
-        grad = as_placed(grad, parameter)
-        return sharded_like(_zero_where_frozen(local(grad), table, shard_of(parameter)), grad)
-
-    def _localise(self, parameter: nn.Parameter | None) -> None:
-        """Let backward add to a gradient that was made a `DTensor` for a norm."""
-        grad = None if parameter is None else parameter.grad
-        if parameter is not None and grad is not None and is_sharded(grad):
-            parameter.grad = local(grad)
-
-    def _give_ddp_its_own(self, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and isinstance(parameter.grad, RowGradient):
-            parameter.grad = parameter.grad.to_sparse()
 
 
 def is_any_hook() -> bool:
@@ -138,21 +114,13 @@ def is_any_hook() -> bool:
 
 
 def hooks_on(parameter: Tensor) -> list[RowHook]:
-    """The hooks of tables on a parameter; tied tables have one each.
-
-    Args:
-        parameter: Any parameter.
-    """
+    """The hooks of tables on a parameter; tied tables have one each."""
     hooks = parameter._backward_hooks
     return [hook for hook in hooks.values() if isinstance(hook, RowHook)] if hooks else []
 
 
 def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
-    """The living tables whose rows a parameter holds.
-
-    Args:
-        parameter: Any parameter.
-    """
+    """The living tables whose rows a parameter holds."""
     for hook in hooks_on(parameter):
         if (table := hook.table) is not None:
             yield table
@@ -201,12 +169,17 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable, shard: Shard | None = 
     return grad.index_fill(0, ids if shard is None else shard.own(ids), 0)
 
 
-def after_backward(call: Callable[[], None]) -> None:
-    """Do something when the backward pass ends that runs now.
+def _zero_in_shard(grad: Tensor, parameter: nn.Parameter | None, table: PartialTable) -> Tensor:
+    if parameter is None or not (table.has_frozen_rows or table.padding_row is not None):
+        return grad
+    if isinstance(local(grad), RowGradient):
+        return grad  # of rows that are split, which are asked for those that train
+    grad = as_placed(grad, parameter)
+    return sharded_like(_zero_where_frozen(local(grad), table, shard_of(parameter)), grad)
 
-    Args:
-        call: What is done.
-    """
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Do something when the backward pass ends that runs now."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
@@ -229,14 +202,10 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
 
     A hook on the weight may not put a dense gradient in the place of a sparse one, so that
     `torch.autograd.grad` would give what hardly any code for gradients takes.
-
-    Args:
-        weight: The weight, shape (V, D).
-        table: Its table.
     """
     if torch.compiler.is_compiling() or is_rewritten(weight):
         return weight
-    if not (weight.requires_grad and torch.is_grad_enabled()) or is_left_to_ddp(table):
+    if not (weight.requires_grad and torch.is_grad_enabled()) or table.is_left_to_ddp:
         return weight
     # Kept, since to apply a function takes half as long as a small lookup.
     through: Tensor
@@ -250,20 +219,12 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
 
 
 def close_passage(table: PartialTable) -> None:
-    """Forget the way to a weight that a table may no longer have.
-
-    Args:
-        table: The table.
-    """
+    """Forget the way to a weight that a table may no longer have."""
     vars(table).pop("_passage", None)
 
 
 def is_rewritten(*tensors: Tensor) -> bool:
-    """Whether something reads the graph or transforms it, and knows torch's functions alone.
-
-    Args:
-        tensors: What goes into the function.
-    """
+    """Whether something reads the graph or transforms it, and knows torch's functions alone."""
     for tensor in tensors:
         if isinstance(tensor, torch.fx.Proxy):
             return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,11 +15,8 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils._pytree import tree_leaves
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.dry_run import LISTS, TORCHS_OWN, DryRun
+from partial_embedding.torch.dry_run import LISTS, TORCHS_OWN, DryRun, Group, State
 from partial_embedding.torch.engines import refuse_zero_redundancy
-
-Group = dict[str, Any]
-State = dict[str, Any]
 
 # Refused by the package that they come from, since no probe on a small tensor shows what is wrong.
 _REFUSED = {
@@ -36,6 +34,9 @@ _STEPS = 8
 KEY = "rowwise"
 # The rate may start at zero, and is none of what decides which state there is.
 _NO_OPTIONS = {*LISTS, KEY, "lr", "initial_lr", "max_lr", "min_lr"}
+
+# A dry run of the options of a group, from the values of a parameter.
+DryRunOf = Callable[[Group, Tensor], DryRun]
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,7 @@ class StateLayout:
 
 
 def inspect_optimizer(optimizer: Optimizer, group: Group, weight: Tensor) -> StateLayout:
-    """Find out how an optimizer keeps its state, without touching it.
-
-    Args:
-        optimizer: The optimizer, stepped or not.
-        group: The options of the parameter group that holds the table.
-        weight: The table, for its device and dtype.
+    """Find out how an optimizer keeps its state of a weight, without touching either.
 
     Raises:
         InputError: Frozen rows, or late ones, could not be kept exact under this optimizer.
@@ -99,19 +95,12 @@ def kind_of(group: Group) -> tuple[Any, ...]:
 
     A momentum that a scheduler turns on makes state that was not there, one that it changes does
     not.
-
-    Args:
-        group: A parameter group.
     """
     return tuple((key, _kind(value)) for key, value in options_of(group).items())
 
 
 def options_of(group: Group) -> Group:
-    """What of a group can change how state is kept.
-
-    Args:
-        group: A parameter group.
-    """
+    """What of a group can change how state is kept."""
     return {key: value for key, value in group.items() if key not in _NO_OPTIONS}
 
 
@@ -124,51 +113,19 @@ def _kind(value: Any) -> Any:
 
 
 def first_state(optimizer: Optimizer, group: Group, block: nn.Parameter) -> State:
-    """The state that the optimizer's constructor makes for a parameter.
-
-    Args:
-        optimizer: An optimizer whose layout is eager.
-        group: The parameter group whose options count.
-        block: The parameter.
-    """
+    """The state that an optimizer's constructor makes for a parameter."""
     return dict(_constructed(optimizer, group, block).state.get(block, {}))
-
-
-def untouched_row_state(
-    optimizer: Optimizer, layout: StateLayout, group: Group, weight: Tensor
-) -> dict[str, Tensor]:
-    """The state of a row that training has not touched yet.
-
-    Args:
-        optimizer: The optimizer.
-        layout: What `inspect_optimizer` found.
-        group: The parameter group whose options count.
-        weight: The table, for device, dtype and width.
-
-    Returns:
-        One row, of shape (1, …), for each key of `layout.per_row`.
-    """
-    state = state_of_one_row(optimizer, layout, group, weight)
-    return {key: state[key] for key in layout.per_row}
 
 
 def state_of_one_row(
     optimizer: Optimizer, layout: StateLayout, group: Group, weight: Tensor
 ) -> State:
-    """The state of a parameter of one row that was stepped once, with a gradient of zero.
-
-    Args:
-        optimizer: The optimizer.
-        layout: What `inspect_optimizer` found.
-        group: The parameter group whose options count.
-        weight: The table, for device, dtype and width.
-    """
-    block = nn.Parameter(weight.new_zeros(1, *weight.shape[1:]))
-    state = first_state(optimizer, group, block) if layout.eager else None
-    dry_run = DryRun(optimizer, group, block, layout.sparse, state)
+    """The state of a parameter of one row that was stepped once, with a gradient of zero."""
+    row = weight.new_zeros(1, *weight.shape[1:])
+    dry_run = _dry_run_of(optimizer, layout.sparse, layout.eager, group, row)
     # A zero row with a zero gradient stays what the optimizer starts from.
     with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-        dry_run.step(torch.zeros_like(block))
+        dry_run.step(torch.zeros_like(row))
     return dry_run.state
 
 
@@ -193,23 +150,23 @@ def _refuse_by_sight(name: str, optimizer: Optimizer) -> None:
 def _inspected(name: str, optimizer: Optimizer, group: Group, weight: Tensor) -> StateLayout:
     sparse = isinstance(optimizer, SparseAdam)
     eager = is_eager(optimizer, group, weight)
-    dry_run_of = partial(_dry_run_of, optimizer, group, sparse, eager)
+    dry_run_of = partial(_dry_run_of, optimizer, sparse, eager)
     states = []
     for height in _HEIGHTS:
         # In the table's own dtype: some optimizers keep more for a half-precision parameter.
-        dry_run = dry_run_of(_scratch(height, weight).to(weight.dtype))
+        dry_run = dry_run_of(group, _scratch(height, weight).to(weight.dtype))
         for _ in range(_STEPS):
             dry_run.step()
         if dry_run.changed_attributes():
             raise _refusal(name, "it remembers something outside its state and groups")
         states.append(dry_run.state)
     per_row = _keys_by_row(name, *states)
-    _check_closure(name, dry_run_of(_scratch(2, weight)))
+    _check_closure(name, dry_run_of(group, _scratch(2, weight)))
     counted = dry_run.changed_options()
     # A count in the group is the same for every row; anything else there came from all of them.
     counts_alone = all(_is_count(dry_run.group[key]) for key in counted)
     group = _without_warm_up(group)
-    elementwise = counts_alone and _is_elementwise(optimizer, group, weight, sparse, eager)
+    elementwise = counts_alone and _is_elementwise(dry_run_of, group, weight)
     return StateLayout(
         keys=frozenset(states[0].keys() | states[1].keys()),
         per_row=per_row,
@@ -218,13 +175,13 @@ def _inspected(name: str, optimizer: Optimizer, group: Group, weight: Tensor) ->
         begun=_begun(optimizer, dry_run.block, counted),
         eager=eager,
         elementwise=elementwise,
-        rests=elementwise and not sparse and _rests(optimizer, group, weight, eager, per_row),
+        rests=elementwise and not sparse and _rests(dry_run_of, group, weight, per_row),
         sparse=sparse,
     )
 
 
 def _dry_run_of(
-    optimizer: Optimizer, group: Group, sparse: bool, eager: bool, values: Tensor
+    optimizer: Optimizer, sparse: bool, eager: bool, group: Group, values: Tensor
 ) -> DryRun:
     block = nn.Parameter(values.clone())
     state = first_state(optimizer, group, block) if eager else None
@@ -232,16 +189,10 @@ def _dry_run_of(
 
 
 def is_eager(optimizer: Optimizer, group: Group, weight: Tensor) -> bool:
-    """Whether an optimizer's constructor makes state, which its step looks for.
-
-    Args:
-        optimizer: The optimizer.
-        group: The parameter group whose options count.
-        weight: A parameter of it, for its axes and device.
-    """
+    """Whether an optimizer's constructor makes state, which its step looks for."""
     sparse = isinstance(optimizer, SparseAdam)
     try:
-        _dry_run_of(optimizer, group, sparse, False, _scratch(2, weight)).step()
+        _dry_run_of(optimizer, sparse, False, group, _scratch(2, weight)).step()
     except KeyError:  # the step looks for state that the constructor should have made
         return True
     return False
@@ -307,16 +258,14 @@ def _check_closure(name: str, dry_run: DryRun) -> None:
         raise _refusal(name, "it touches parameters before its closure runs")
 
 
-def _is_elementwise(
-    optimizer: Optimizer, group: Group, weight: Tensor, sparse: bool, eager: bool
-) -> bool:
-    if not _begins_alike(optimizer, group, weight, sparse, eager):
+def _is_elementwise(dry_run_of: DryRunOf, group: Group, weight: Tensor) -> bool:
+    if not _begins_alike(dry_run_of, group, weight):
         return False
     scales = torch.tensor([[1.0], [10.0], [0.1], [3.0]], device=weight.device)
     values = (_scratch(4, weight).view(4, -1) * scales).view_as(_scratch(4, weight))
 
     def moved(rows: Tensor) -> Tensor:
-        dry_run = _dry_run_of(optimizer, group, sparse, eager, rows)
+        dry_run = dry_run_of(group, rows)
         for _ in range(_STEPS):
             dry_run.step(dry_run.gradient() * rows)
         return dry_run.block.detach()
@@ -335,9 +284,7 @@ def _without_warm_up(group: Group) -> Group:
     return {**group, "lr": torch.full_like(lr, 0.01) if isinstance(lr, Tensor) else 0.01}
 
 
-def _rests(
-    optimizer: Optimizer, group: Group, weight: Tensor, eager: bool, per_row: frozenset[str]
-) -> bool:
+def _rests(dry_run_of: DryRunOf, group: Group, weight: Tensor, per_row: frozenset[str]) -> bool:
     """Whether a gradient of zero leaves rows, and the state of each, as they are to the bit."""
     values = _scratch(4, weight).to(weight.dtype)
     values[2], values[3] = 0.0, -0.0
@@ -345,7 +292,7 @@ def _rests(
     loud = {k: 0.5 if type(v) is float and v else v for k, v in group.items()}
     try:
         return all(
-            _rests_after(_dry_run_of(optimizer, options, False, eager, values), steps, per_row)
+            _rests_after(dry_run_of(options, values), steps, per_row)
             for options in (group, loud)
             for steps in (0, _STEPS)  # from the first step on, and after others
         )
@@ -369,16 +316,14 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.detach().view(torch.uint8), other.detach().view(torch.uint8))
 
 
-def _begins_alike(
-    optimizer: Optimizer, group: Group, weight: Tensor, sparse: bool, eager: bool
-) -> bool:
+def _begins_alike(dry_run_of: DryRunOf, group: Group, weight: Tensor) -> bool:
     """Whether a row's first state is the same whatever its values; slow weights are not."""
     # With decay, a step without a gradient would not leave the row where it is.
     still = {k: 0.0 if "decay" in k and type(v) is float else v for k, v in group.items()}
     blocks = []
     for value in (0.0, 1.0):
         start = torch.full_like(_scratch(2, weight), value)
-        dry_run = _dry_run_of(optimizer, still, sparse, eager, start)
+        dry_run = dry_run_of(still, start)
         dry_run.step(torch.zeros_like(start))
         first = dry_run.state.keys()
         dry_run.block.data.fill_(1.0)

@@ -11,7 +11,6 @@ from torch.optim import SGD, Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.beside_shards import replicate_gradients
 from partial_embedding.torch.dry_run import is_dry_run
 from partial_embedding.torch.hooks import is_any_hook
 from partial_embedding.torch.inspection import KEY, first_state, is_eager
@@ -24,8 +23,8 @@ from partial_embedding.torch.row_optimizer import (
     with_gradients,
 )
 from partial_embedding.torch.saving import take_from
-from partial_embedding.torch.shards import is_sharded, local, sharded_like
-from partial_embedding.torch.table import PartialTable, row_parameters_in
+from partial_embedding.torch.shards import is_sharded, local, replicate_gradients, sharded_like
+from partial_embedding.torch.table import row_parameters_in
 from partial_embedding.torch.unheld import refuse_unheld
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
@@ -176,27 +175,19 @@ def average_gradients(optimizer: Optimizer) -> None:
     states = {} if handle is None else handle.tables
     names = {key: state.name for key, state in states.items()}
     optimizer = _inside(optimizer)
-    tables = _held_tables(optimizer)
+    tables = [(parameter, table) for _, parameter, table in held_tables(optimizer)]
     average(tables, names)
     others = (parameter for group in optimizer.param_groups for parameter in group["params"])
     replicate_gradients((parameter for parameter, _ in tables), others)
 
 
 def prepared(optimizer: Optimizer) -> Rowwise | None:
-    """What keeps the frozen rows of an optimizer's tables exact, or None before it is prepared.
-
-    Args:
-        optimizer: Any optimizer, wrapped or not.
-    """
+    """What keeps the frozen rows of an optimizer's tables exact, or None before it is prepared."""
     return vars(_inside(optimizer)).get("_rowwise")
 
 
 def is_left_alone(optimizer: Optimizer) -> bool:
-    """Whether `masked_gradient_only` was called for an optimizer.
-
-    Args:
-        optimizer: Any optimizer, wrapped or not.
-    """
+    """Whether `masked_gradient_only` was called for an optimizer, wrapped or not."""
     return bool(vars(_inside(optimizer)).get("_masked_gradient_only"))
 
 
@@ -211,10 +202,6 @@ def _inside(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _held_tables(optimizer: Optimizer) -> list[tuple[nn.Parameter, PartialTable]]:
-    return [(parameter, table) for _, parameter, table in held_tables(optimizer)]
-
-
 # Without a call
 
 
@@ -224,8 +211,8 @@ def _before_any_step(
     """Prepare an optimizer that is about to step frozen rows; runs before each step of each."""
     if is_dry_run(optimizer) or not is_any_hook():
         return None
-    prepared_now: Arguments | None = _prepare(optimizer, args, kwargs)
-    return prepared_now
+    given: Arguments | None = _prepare(optimizer, args, kwargs)
+    return given
 
 
 @_disable_dynamo  # which sees no table behind a parameter; torch.optim does so too
@@ -236,7 +223,7 @@ def _prepare(
     if (handle := vars(optimizer).get("_rowwise")) is not None:
         handle.stand_closest()  # its own hook comes after those of others
         return None
-    tables = _held_tables(optimizer)
+    tables = [(parameter, table) for _, parameter, table in held_tables(optimizer)]
     exact = not is_left_alone(optimizer)
     loaded = any(isinstance(one, dict) and KEY in one for one in optimizer.state.values())
     by_rows = any(table.has_frozen_rows or table.earlier_sizes for _, table in tables)

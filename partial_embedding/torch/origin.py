@@ -37,12 +37,7 @@ class Origin:
 
     @torch.no_grad()
     def include(self, weight: Tensor, ids: Tensor) -> None:
-        """Remember what rows hold that are about to train for the first time.
-
-        Args:
-            weight: The table.
-            ids: Rows that train from here on, int64, shape (k,).
-        """
+        """Remember what rows hold that are about to train for the first time."""
         ids = ids.cpu()
         if not len(joining := ids[~torch.isin(ids, self.ids)]):
             return
@@ -52,23 +47,15 @@ class Origin:
 
     @torch.no_grad()
     def return_rows(self, weight: Tensor) -> None:
-        """Give all rows the values that they began with.
-
-        Args:
-            weight: The table.
-        """
+        """Give all rows the values that they began with."""
         weight.index_copy_(0, self.ids.to(weight.device), self.values.to(weight))
 
     def fingerprint_without(
         self, weight: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype
     ) -> int:
-        """A number for what the table held at first, but for some rows.
+        """A number for what the table held at first, but for rows that ever trained.
 
-        Args:
-            weight: The table.
-            ids: Rows that ever trained, int64, shape (n,).
-            num_rows: The rows that count, from the top.
-            dtype: What the rows are cast to.
+        The first `num_rows` rows count, as if they were cast to the dtype.
         """
         places = torch.searchsorted(self.ids, ids)
         left_out = _fingerprint(self.values[places], ids, num_rows, dtype)
@@ -104,12 +91,7 @@ class SavedRows:
 
     @staticmethod
     def of(weight: Tensor, origin: Origin) -> SavedRows:
-        """What is to be saved of a table.
-
-        Args:
-            weight: The table.
-            origin: What it held before.
-        """
+        """What is to be saved of a table that held what `origin` knows."""
         num_first = min(origin.num_rows, weight.shape[0])
         origin.include(weight, torch.arange(num_first, weight.shape[0]))
         others = origin.fingerprint_without(weight, origin.ids, num_first, weight.dtype)
@@ -117,12 +99,7 @@ class SavedRows:
         return SavedRows(ids, _rows(weight, ids), weight.shape[0], num_first, others)
 
     def put_into(self, state_dict: dict[str, Any], name: str) -> None:
-        """Take the place of the whole weight.
-
-        Args:
-            state_dict: Where the weight is.
-            name: Its key.
-        """
+        """Take the place of the whole weight in a `state_dict`."""
         state_dict.pop(name, None)
         about = torch.tensor([self.num_rows, self.num_first, self.others])
         entries = {"ids": self.ids, "rows": self.rows, "others": about}
@@ -133,12 +110,7 @@ class SavedRows:
 
     @staticmethod
     def taken_from(state_dict: dict[str, Any], name: str) -> SavedRows | None:
-        """What `put_into` put there, which is there no longer; or None.
-
-        Args:
-            state_dict: Where it may be.
-            name: The key of the weight.
-        """
+        """What `put_into` put there, which is there no longer; or None."""
         if f"{name}.others" not in state_dict:
             return None
         ids, rows, about = (state_dict.pop(f"{name}.{key}") for key in ("ids", "rows", "others"))
@@ -149,12 +121,6 @@ class SavedRows:
         self, weight: Tensor, origin: Origin, name: str, earlier_sizes: Collection[int] = ()
     ) -> None:
         """Make a table what it was when it was saved.
-
-        Args:
-            weight: The table.
-            origin: What it held before.
-            name: Its key, for messages.
-            earlier_sizes: How many rows it had before it grew.
 
         Raises:
             InputError: It is another table. It is then as it was.

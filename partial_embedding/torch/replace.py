@@ -19,14 +19,15 @@ from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.table import PartialTable
 
-# The name of the part by which `peft` knows a table; its own wrapper has one of this name.
-ADAPTER = "token_adapter"
-
 _PARTIAL: dict[type[nn.Module], type[PartialTable]] = {
     nn.Embedding: PartialEmbedding,
     nn.EmbeddingBag: PartialEmbeddingBag,
     nn.Linear: PartialLinear,
 }
+
+
+# What has loaded this may have adapted a model.
+_PEFT = "peft.tuners.tuners_utils"
 
 
 def replace_embedding(
@@ -107,7 +108,7 @@ def restore_embedding(model: nn.Module) -> list[str]:
     """
     tables = {n: m for n, m in model.named_modules() if isinstance(m, PartialTable)}
     plain = {name: _plain_class(name, type(table)) for name, table in tables.items()}
-    if any(ADAPTER in table._modules for table in tables.values()):
+    if _PEFT in sys.modules:
         from partial_embedding.torch.adapter_rows import leave_adapters
 
         leave_adapters(model)
@@ -120,11 +121,7 @@ def restore_embedding(model: nn.Module) -> list[str]:
 
 
 def find_table(model: nn.Module, name: str | nn.Module | None) -> Any:
-    """The embedding or head that is meant, with a weight whose rows can be frozen.
-
-    Args:
-        model: The model.
-        name: As for `replace_embedding`.
+    """The embedding or head that is meant, as for `replace_embedding`.
 
     Raises:
         InputError: There is none, there are several, or its weight is no plain matrix.
@@ -143,7 +140,7 @@ def find_table(model: nn.Module, name: str | nn.Module | None) -> Any:
     else:
         fitting = _input_embeddings(model, candidates)
     if len({id(module.weight) for module in fitting.values()}) != 1:
-        asked = "no name" if name is None else f"{_told(name)}"
+        asked = "no name" if name is None else _told(name)
         embeddings = [n for n, m in candidates.items() if not isinstance(m, nn.Linear)]
         listed = ", ".join(map(repr, fitting or embeddings)) or "none"
         raise InputError(
@@ -174,12 +171,7 @@ def _told(name: str | nn.Module) -> str:
 
 
 def users_of(model: nn.Module, table: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that have a table's weight, by name, the table itself first.
-
-    Args:
-        model: The model.
-        table: A module of it.
-    """
+    """The modules that have a table's weight, by name, the table itself first."""
     having = [
         (name, module)
         for name, module in model.named_modules()
@@ -221,16 +213,7 @@ def _check_weight(name: str, module: Any) -> None:
 
 
 def check_replaceable(model: nn.Module, table: Any, sparse: bool) -> None:
-    """Refuse a table that could not be replaced with all that has its weight.
-
-    Args:
-        model: The model.
-        table: A module that `find_table` gave.
-        sparse: As for `replace_embedding`.
-
-    Raises:
-        InputError: An option of a module needs a dense gradient, or `max_norm` is out of reach.
-    """
+    """Refuse a table that could not be replaced with all that has its weight."""
     for name, module in users_of(model, table):
         if isinstance(module, PartialTable):
             continue
@@ -283,16 +266,9 @@ def _padding_row(model: nn.Module, table: Any) -> int:
 
 
 def train_only(model: nn.Module, table: Any, ids: Ids, sparse: bool) -> dict[str, nn.Module]:
-    """Make a table and all that has its weight partly trainable, if they are not yet.
+    """Make a table and all that has its weight, which are returned, partly trainable.
 
-    Args:
-        model: The model.
-        table: A module that `find_table` and `check_replaceable` have passed.
-        ids: The rows that train from here on, sorted, int64, shape (K,).
-        sparse: As for `replace_embedding`.
-
-    Returns:
-        Every module that has the weight, by name.
+    `find_table` and `check_replaceable` come first, and `ids` are sorted.
     """
     users = dict(users_of(model, table))
     for module in users.values():
@@ -386,13 +362,13 @@ def _stay_partial(parent: nn.Module, name: str, new: Any) -> None:
     if len(rows) == len(before) or rows.shape[1:] != before.shape[1:] or rows.is_meta:
         return
     if torch.equal(rows[:count], before[:count].to(rows)):
-        _make_partial(new, old.sparse)  # type: ignore[arg-type]  # every kind of table has it
+        _make_partial(new, old.sparse)
         new.row_set = old.row_set.resized_to(len(rows)).to(rows.device)
 
 
 def _meet_peft(parent: nn.Module, name: str, part: nn.Module | None) -> nn.Module | None:
     """Let `peft` know the tables of a model before it adapts it, and let their rows learn after."""
-    if "peft.tuners.tuners_utils" not in sys.modules:
+    if _PEFT not in sys.modules:
         return None
     tuner, tokens = (
         getattr(sys.modules[f"peft.{module}"], kind, ())

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.averaged import Group, averaging_group
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
 from partial_embedding.torch.shards import local
-from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.table import Group, PartialTable
 
 _NONE, _SPARSE, _DENSE = 0, 1, 2
 
@@ -26,14 +25,7 @@ _NONE, _SPARSE, _DENSE = 0, 1, 2
 
 
 def check_max_norm(tables: Mapping[str, PartialTable]) -> None:
-    """Refuse what would make processes part.
-
-    Args:
-        tables: Tables by name.
-
-    Raises:
-        InputError: A table has `max_norm`, and there are several processes.
-    """
+    """Refuse `max_norm` among several processes, which would part."""
     for name, table in tables.items():
         if getattr(table, "max_norm", None) is not None and dist.get_world_size() > 1:
             raise InputError(
@@ -42,47 +34,16 @@ def check_max_norm(tables: Mapping[str, PartialTable]) -> None:
             )
 
 
-def is_averaged_here(parameter: nn.Parameter, table: PartialTable) -> bool:
-    """Whether a gradient is averaged here, and not by an engine.
-
-    Args:
-        parameter: The weight of a table, or another of its parameters.
-        table: The table.
-    """
-    return _group_of(parameter, table) is not None
-
-
-def _group_of(parameter: nn.Parameter, table: PartialTable) -> Group | None:
-    group = averaging_group(table, parameter)
-    return None if group is None or dist.get_world_size(group) == 1 else group
-
-
 @torch.no_grad()
 def begin_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
-    """Give all processes the values of the first one; each of them calls this.
-
-    Args:
-        parameters: Those of tables, by name.
-        group: The processes.
-
-    Raises:
-        InputError: One has another shape or dtype in another process.
-    """
+    """Give all processes the values of the first one; each of them calls this."""
     check_alike(parameters, group)
     for parameter in parameters.values():
         dist.broadcast(parameter.detach(), dist.get_global_rank(group, 0), group=group)
 
 
 def check_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
-    """Refuse processes that made tables of other sizes; each of them calls this.
-
-    Args:
-        parameters: Those of tables, by name.
-        group: The processes.
-
-    Raises:
-        InputError: One has another shape or dtype in another process; all raise the same.
-    """
+    """Refuse processes that made tables of other sizes; each of them calls this."""
     shapes = {name: (*one.shape, str(one.dtype)) for name, one in parameters.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, shapes, group=group)
@@ -128,7 +89,7 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]], names: Mapping[
     """
     found: dict[Any, list[_Gradient]] = {}
     for parameter, table in tables:
-        if (group := _group_of(parameter, table)) is not None:
+        if (group := table.averaging_group(parameter)) is not None:
             found.setdefault(group, []).append(
                 _Gradient(names.get(id(parameter), repr(table)), parameter, table)
             )
@@ -144,13 +105,7 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]], names: Mapping[
 
 
 class _Gradient:
-    """What this process has for the mean of one table.
-
-    Args:
-        name: Its name in messages.
-        weight: Its weight.
-        table: The table.
-    """
+    """What this process has for the mean of one table, with its name in messages."""
 
     def __init__(self, name: str, weight: nn.Parameter, table: PartialTable) -> None:
         self.name = name

@@ -400,7 +400,8 @@ def _check_parts(
                 f"{path}: {key!r} has rows of shape {tuple(values.shape[1:])}. Received a model "
                 f"where they are {tuple(here.shape[1:])}. Pass the one that they were saved of."
             )
-        if ids.dtype != torch.int64 or ids.shape != values.shape[:1] or _has_twice(ids):
+        is_one_each = ids.shape == values.shape[:1] and len(ids.unique()) == len(ids)
+        if ids.dtype != torch.int64 or not is_one_each:
             raise InputError(
                 f"{path}: each row of {key!r} has one id, an int64. Received {len(values)} rows "
                 f"and {ids.dtype} ids of shape {tuple(ids.shape)}: {shown(ids.flatten())}. "
@@ -430,10 +431,6 @@ def _check_parts(
             f"{', '.join(map(str, sorted(lacking)))}. Pass the model that they were trained with."
         )
     return int(max(lacking, default=0))
-
-
-def _has_twice(ids: Tensor) -> bool:
-    return len(ids.unique()) < len(ids)
 
 
 def _check_overlap(model: nn.Module, path: Path_, parts: Parts, overwrite: bool) -> None:

@@ -116,11 +116,7 @@ class RowGradient(Tensor):
         self._summed()
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        """The dense gradient, a tensor of its own.
-
-        Args:
-            dtype: Its dtype.
-        """
+        """The dense gradient, a tensor of its own."""
         held = self._held
         if held.ids is None:
             dense = held.values.clone()
@@ -143,12 +139,7 @@ class RowGradient(Tensor):
         return self.to_sparse()
 
     def to_sparse(self, sparse_dim: int = 1, **options: Any) -> Tensor:
-        """A sparse tensor.
-
-        Args:
-            sparse_dim: How many axes are sparse, by default that of the rows.
-            options: As for `torch.Tensor.to_sparse`.
-        """
+        """A sparse tensor, by default along the axis of the rows alone."""
         held = self._held
         if sparse_dim != 1 or options or held.ids is None:
             return self.to_dense().to_sparse(sparse_dim, **options)
@@ -243,11 +234,7 @@ class RowGradient(Tensor):
 
 
 def entries_of(grad: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The rows of a gradient, which may repeat, and what to add to each; None for a dense one.
-
-    Args:
-        grad: A gradient of any kind.
-    """
+    """The rows of a gradient, which may repeat, and what to add to each; None for a dense one."""
     if isinstance(grad, RowGradient):
         return grad.entries()
     if grad.layout == torch.sparse_coo:
@@ -257,11 +244,7 @@ def entries_of(grad: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def as_tensor(grad: Tensor) -> Tensor:
-    """A dense gradient as a tensor with memory of its own.
-
-    Args:
-        grad: A gradient for which `entries_of` gives None.
-    """
+    """A gradient for which `entries_of` gives None as a tensor with memory of its own."""
     return grad.become_dense() if isinstance(grad, RowGradient) else grad
 
 
@@ -292,38 +275,35 @@ def _values(value: Any) -> Any:
     return value._summed().values if isinstance(value, RowGradient) else value
 
 
-def _are_numbers(values: Iterable[Any]) -> bool:
-    """Whether all tensors hold one finite number, so that zero stays zero under a product."""
+_DIVISIONS = {aten.div.Tensor, aten.div_.Tensor}
+_DIVISIONS |= {aten._foreach_div_.Tensor, aten._foreach_div_.Scalar}
+
+
+def _keep_zero(func: Any, values: Iterable[Any]) -> bool:
+    """Whether all tensors hold one number by which zero, times or through it, stays zero."""
     for value in tree_leaves(list(values)):
         if isinstance(value, Tensor):
-            # A GPU would have to wait for the answer. There a factor that is not finite spoils the
-            # rows that are held and no others.
             if value.dim() > 1 or value.numel() != 1:
                 return False
-            if not (value.is_cuda or bool(value.isfinite())):
+            # A GPU would have to wait for the answer. There a factor that is not finite spoils the
+            # rows that are held and no others.
+            if value.is_cuda:
+                continue
+            if not value.isfinite():
                 return False
         elif isinstance(value, float) and not math.isfinite(value):
+            return False
+        if func in _DIVISIONS and value is not None and not value:
             return False
     return True
 
 
 def _mapped(func: Any, grad: Any, *others: Any, **options: Any) -> Any:
     """A function of each element that leaves zero as it is."""
-    if not isinstance(grad, RowGradient) or not _are_numbers(others):
+    if not isinstance(grad, RowGradient) or not _keep_zero(func, others):
         return NotImplemented
     held = grad._summed()
     return RowGradient(held.ids, func(held.values, *others, **options), len(grad), True)
-
-
-def _divided(func: Any, grad: Any, *others: Any, **options: Any) -> Any:
-    if not isinstance(grad, RowGradient) or not _are_divisors(others):
-        return NotImplemented
-    return _mapped(func, grad, *others, **options)
-
-
-def _are_divisors(others: Iterable[Any]) -> bool:
-    leaves = tree_leaves(list(others))
-    return all((isinstance(x, Tensor) and x.is_cuda) or bool(x) for x in leaves if x is not None)
 
 
 def _copied(func: Any, grad: RowGradient, **options: Any) -> Any:
@@ -338,14 +318,10 @@ def _copied(func: Any, grad: RowGradient, **options: Any) -> Any:
 
 def _changed(func: Any, target: Any, *others: Any, **options: Any) -> Any:
     """A function that writes into a tensor or a list of them, and leaves zero as it is."""
-    if not _are_numbers(others):
+    if not _keep_zero(func, others):
         return NotImplemented
     func(tree_map(_values, target), *others, **options)
     return None if isinstance(target, list) else target
-
-
-def _divided_in_place(func: Any, target: Any, *others: Any, **options: Any) -> Any:
-    return _changed(func, target, *others, **options) if _are_divisors(others) else NotImplemented
 
 
 def _clamped(
@@ -441,13 +417,12 @@ def _added_lists(func: Any, targets: list[Any], others: list[Any], alpha: Any = 
 
 def _table() -> Iterator[tuple[Callable[..., Any], list[Any]]]:
     yield _mapped, [aten.mul.Tensor, aten.neg.default, aten.abs.default, aten.isnan.default]
-    yield _divided, [aten.div.Tensor]
+    yield _mapped, [aten.div.Tensor]
     yield _copied, [aten.clone.default, aten._to_copy.default]
     yield _changed, [aten.mul_.Tensor, aten.neg_.default]
     yield _changed, [aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar]
     yield _changed, [aten._amp_foreach_non_finite_check_and_unscale_.default]
-    yield _divided_in_place, [aten.div_.Tensor]
-    yield _divided_in_place, [aten._foreach_div_.Tensor, aten._foreach_div_.Scalar]
+    yield _changed, [aten.div_.Tensor, aten._foreach_div_.Tensor, aten._foreach_div_.Scalar]
     yield _clamped, [aten.clamp_.default]
     yield _clamped_list, [aten._foreach_clamp_min_.Scalar, aten._foreach_clamp_max_.Scalar]
     yield _emptied, [aten.zero_.default, aten._foreach_zero_.default]

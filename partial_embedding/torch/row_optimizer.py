@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,17 @@ from torch.optim import LBFGS, Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.blocks import Block
+from partial_embedding.torch.dry_run import LISTS, Group, State
 from partial_embedding.torch.engines import refuse_flat
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.inspection import (
     KEY,
-    Group,
-    State,
     StateLayout,
     first_state,
     inspect_optimizer,
     kind_of,
     options_of,
 )
-from partial_embedding.torch.row_average import is_averaged_here
 from partial_embedding.torch.saving import (
     Entries,
     check,
@@ -38,12 +36,9 @@ from partial_embedding.torch.saving import (
 from partial_embedding.torch.shards import check_sharding, is_sharded, local
 from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.table_state import TableState, clear_history
-from partial_embedding.torch.unheld import no_longer_await
+from partial_embedding.torch.trainable_rows import waiting
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-# What a group has one of for each parameter.
-_LISTS = ("params", "param_names")
 
 
 class Rowwise:
@@ -100,12 +95,12 @@ class Rowwise:
             if id(parameter) not in self.tables
         ]
         for *_, table in new:
-            no_longer_await(table)
+            waiting.discard(table)
         # All of them or none.
         made = [self._state_of(parameter, table, group) for group, parameter, table in new]
         for (group, parameter, table), state in zip(new, made, strict=True):
             self.tables[id(parameter)] = state
-            table.stepped_by(state)
+            table.steppers.add(state)
             if hasattr(self, "_hooks"):
                 state.adopt_from(self.optimizer, group)
 
@@ -153,16 +148,15 @@ class Rowwise:
         return with_gradients(args, kwargs, lambda: self._gather(stand_in, places), self._scatter)
 
     def _find_tables(self) -> list[list[int]]:
-        """Where in each group the tables stand.
-
-        Raises:
-            InputError: One of them is gone, or no longer what it was.
-        """
+        """Where in each group the tables stand; refuses to go on without one of them."""
         groups = [group["params"] for group in self.optimizer.param_groups]
         # Once a step, and by what costs next to nothing: a model may have thousands of parameters.
         hooked = (p for group in groups for p in group if p._backward_hooks)
         if any(id(p) not in self.tables and any(tables_of(p)) for p in hooked):
             self._add_tables()  # a group came, or a parameter became a table's
+        for state in self.tables.values():
+            if not state.parameter.requires_grad or not any(tables_of(state.parameter)):
+                self._check_still_trains(state)
         places = [[i for i, p in enumerate(group) if id(p) in self.tables] for group in groups]
         all_there = sum(map(len, places)) == len(self.tables)
         if all_there and all(s.parameter.shape[1:] == s.row_shape for s in self.tables.values()):
@@ -181,12 +175,33 @@ class Rowwise:
             "detach_rowwise(optimizer) if it is to go."
         )
 
+    def _check_still_trains(self, state: TableState) -> None:
+        """Refuse rows that were set to train, and that no step moves any more.
+
+        Raises:
+            InputError: Their weight takes no gradients, or is not what the optimizer holds.
+        """
+        if any(tables_of(state.parameter)):
+            refuse_what_cannot_train(state.table, state.name)
+            return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if isinstance(state.table, PartialTable) and id(state.table.leaf_weight) in held:
+            return  # tied since to another table
+        raise InputError(
+            "a prepared optimizer steps the weights that its tables have. Received "
+            f"{type(self.optimizer).__name__} with one that {state.name!r} no longer has, since "
+            "another was put in its place (an assignment, load_state_dict(assign=True)), or the "
+            "table is a plain one now. Make the optimizer after that; or, for a table that is "
+            "plain, call detach_rowwise(optimizer)."
+        )
+
     def _make_stand_in(self, places: list[list[int]]) -> Optimizer:
         """The same optimizer, but for groups of its own where there are tables."""
         groups = [
             {**group, "params": list(group["params"])} if has_tables else group
             for group, has_tables in zip(self.optimizer.param_groups, places, strict=True)
         ]
+        # Not by its constructor, of which nothing is known, and which may make state.
         stand_in: Optimizer = object.__new__(type(self.optimizer))
         self._attributes = {**vars(self.optimizer), "param_groups": groups}
         if isinstance(self.optimizer, LBFGS):
@@ -199,18 +214,15 @@ class Rowwise:
         for key, value in vars(self._stand_in).items():
             if value is not self._attributes.get(key):
                 vars(self.optimizer)[key] = value
+        # Not strict: the groups of blocks that step by themselves come after the user's.
         groups = zip(self.optimizer.param_groups, self._stand_in.param_groups, strict=False)
         for group, seen in groups:
             if group is not seen:
-                group.update({key: v for key, v in seen.items() if key not in _LISTS})
+                group.update({key: v for key, v in seen.items() if key not in LISTS})
 
     @torch.no_grad()
     def _gather(self, stand_in: Optimizer, places: list[list[int]]) -> None:
-        """Put compact parameters in the place of the tables.
-
-        Raises:
-            InputError: A gradient that the processes should share was not averaged.
-        """
+        """Put compact parameters in the place of the tables."""
         for state in self.tables.values():
             _check_averaged(state)
         own, lent = self.optimizer.param_groups, stand_in.param_groups
@@ -218,7 +230,7 @@ class Rowwise:
             if not at:
                 continue
             # A closure may have set a rate.
-            seen.update({key: value for key, value in group.items() if key not in _LISTS})
+            seen.update({key: value for key, value in group.items() if key not in LISTS})
             params, names = list(group["params"]), list(group.get("param_names", ()))
             for i in reversed(at):
                 made = self._blocks_of(self.tables[id(params[i])], group, lent)
@@ -357,7 +369,7 @@ class Rowwise:
             hook.remove()
         del vars(self.optimizer)["_rowwise"]
         for state in self.tables.values():
-            state.table.no_longer_stepped_by(state)
+            state.table.steppers.discard(state)
         if any(state.layout.flat for state in self.tables.values()):
             clear_history(self.optimizer)
         take_from(self.optimizer)
@@ -368,21 +380,13 @@ class Rowwise:
                     self.optimizer.state[param] = first_state(self.optimizer, group, param)
 
 
-class _Lent:
-    """A block that the stand-in steps.
+class _Lent(NamedTuple):
+    """A block that the stand-in steps, with the user's group that holds its table."""
 
-    Args:
-        state: The state of its table.
-        block: The block.
-        group: The user's group that holds the table.
-        alone: The group that the block steps in by itself, if it does.
-    """
-
-    def __init__(self, state: TableState, block: Block, group: Group, alone: Group | None) -> None:
-        self.state = state
-        self.block = block
-        self.group = group
-        self.alone = alone
+    state: TableState
+    block: Block
+    group: Group
+    alone: Group | None  # the group that the block steps in by itself, if it does
 
     @property
     def options(self) -> Group:
@@ -398,13 +402,9 @@ def with_gradients(
     then: Callable[[], None],
     before: Callable[[], None] = lambda: None,
 ) -> Arguments:
-    """The arguments of a step that does something when it has its gradients.
+    """The arguments of a step that calls `then` when it has its gradients.
 
-    Args:
-        args: The positional arguments of the step.
-        kwargs: The others.
-        then: Called where there are gradients: now, or after each call of a closure.
-        before: Called before each call of a closure.
+    That is now, or after each call of a closure, `before` which something may be called, too.
     """
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None:
@@ -426,11 +426,7 @@ def with_gradients(
 
 
 def held_tables(optimizer: Optimizer) -> Iterator[tuple[Group, nn.Parameter, PartialTable]]:
-    """The parameters of tables among those of an optimizer, with their groups.
-
-    Args:
-        optimizer: Any optimizer, not wrapped.
-    """
+    """The parameters of tables among those of an optimizer, not wrapped, with their groups."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for table in tables_of(parameter):
@@ -444,15 +440,7 @@ def _name_in(group: Group, parameter: nn.Parameter) -> str | None:
 
 
 def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
-    """Refuse a table whose rows are to train while its weight gets no gradient.
-
-    Args:
-        table: The table.
-        name: Its name.
-
-    Raises:
-        InputError: The weight does not require gradients, and some rows are to train.
-    """
+    """Refuse a table whose rows are to train while its weight gets no gradient."""
     if table.leaf_weight.requires_grad or not table.has_frozen_rows or not len(table.row_set):
         return
     if table.is_copy:
@@ -468,7 +456,7 @@ def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
 
 def _check_averaged(state: TableState) -> None:
     is_own = state.parameter.grad is not None and state.table.awaits_average
-    if is_own and is_averaged_here(state.parameter, state.table):
+    if is_own and state.table.averaging_group(state.parameter) is not None:
         raise InputError(
             "gradients of tables are averaged over all processes before a step. Received "
             f"that of {state.name!r} as this process made it. Call "

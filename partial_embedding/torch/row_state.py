@@ -13,14 +13,7 @@ CHECKPOINTS = ("table", "rows")
 
 
 def check_checkpoint(checkpoint: object) -> str:
-    """What a checkpoint holds of a table.
-
-    Args:
-        checkpoint: `"table"`, or `"rows"` that ever trained.
-
-    Raises:
-        InputError: It is neither.
-    """
+    """What a checkpoint is to hold of a table, `"table"` or `"rows"`; refuses all else."""
     if checkpoint not in CHECKPOINTS:
         raise InputError(
             f"checkpoint is what of a table it holds, 'table' or 'rows'. Received: {checkpoint!r}. "

@@ -40,16 +40,9 @@ def run_of(ids: Tensor) -> slice | None:
 
 
 def read_rows(source: Tensor, ids: Tensor, run: slice | None, into: Tensor | None = None) -> Tensor:
-    """Rows of a matrix as a contiguous one, which shares its memory where they lie side by side.
+    """Rows of a matrix, shape (k, D), contiguous, and in its memory where they lie side by side.
 
-    Args:
-        source: Shape (V, D).
-        ids: The rows, int64, shape (k,).
-        run: What `run_of` gave for them.
-        into: A tensor whose memory is used again if it fits.
-
-    Returns:
-        Shape (k, D).
+    `run` is what `run_of` gave for their ids; the memory of `into` is used again if it fits.
     """
     if run is not None and source.is_contiguous():
         return source[run]
@@ -59,14 +52,7 @@ def read_rows(source: Tensor, ids: Tensor, run: slice | None, into: Tensor | Non
 
 
 def write_rows(target: Tensor, ids: Tensor, run: slice | None, values: Tensor) -> None:
-    """Put rows where `read_rows` took them; nothing is copied where the memory is shared.
-
-    Args:
-        target: Shape (V, D).
-        ids: The rows, int64, shape (k,).
-        run: What `run_of` gave for them.
-        values: Shape (k, D).
-    """
+    """Put rows where `read_rows` took them; nothing is copied where the memory is shared."""
     if run is not None:
         target[run].copy_(values)  # does nothing where both are the same memory
         return
@@ -83,14 +69,7 @@ def write_rows(target: Tensor, ids: Tensor, run: slice | None, values: Tensor) -
 def sum_rows(slots: Tensor, values: Tensor, height: int, into: Tensor | None = None) -> Tensor:
     """Sum rows by slot, in the order in which a dense embedding's own backward pass sums them.
 
-    Args:
-        slots: Where each row goes, any integers, shape (n,).
-        values: Shape (n, D).
-        height: The number of slots.
-        into: A tensor whose memory is used again if it fits.
-
-    Returns:
-        Shape (height, D).
+    Gives (height, D) numbers, in the memory of `into` if it fits.
     """
     total = (
         into.zero_() if _fits(into, values, height) else values.new_zeros(height, *values.shape[1:])

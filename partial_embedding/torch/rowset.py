@@ -81,23 +81,14 @@ class RowSet:
         return fingerprint_of(self.order.cpu().numpy()) ^ self.num_rows
 
     def is_trainable(self, ids: Tensor) -> Tensor:
-        """Whether each row trains.
-
-        Args:
-            ids: Row ids of any integer dtype and shape.
-
-        Returns:
-            Booleans of the same shape.
-        """
+        """Whether each row trains, for ids of any integer dtype and shape."""
         # The mask and not the slots: a quarter of the memory, so that more of it is in the cache.
         return self.mask.index_select(0, ids.flatten().long()).view(ids.shape)
 
     def changed_to(self, ids: Tensor, rate_scale: RateScale | None = None) -> RowSet:
-        """The row set in which exactly `ids` train: rows that stay keep their cohort.
+        """The row set in which exactly `ids`, sorted, train: rows that stay keep their cohort.
 
-        Args:
-            ids: Sorted ids, int64, on this row set's device.
-            rate_scale: How fast the rows learn that join.
+        Those that join learn at this rate.
         """
         wanted = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
         wanted[ids] = True
@@ -119,8 +110,7 @@ class RowSet:
     def followed_by(self, later: RowSet) -> RowSet:
         """The row set in which exactly the rows of a later one train, and keep their cohort here.
 
-        Args:
-            later: Rows of the same table; those that are not here join by its cohorts.
+        Those that are not here join by its cohorts.
         """
         cohorts = {n: ids[later.is_trainable(ids)] for n, ids in self.cohorts.items()}
         if sum(map(len, cohorts.values())) == len(self) == len(later):
@@ -141,11 +131,7 @@ class RowSet:
         return RowSet(num_rows, cohorts, self.next_number, self.device, self.rate_scales)
 
     def within(self, shard: Shard) -> RowSet:
-        """The rows that one process has, numbered from its first; no cohort is left out.
-
-        Args:
-            shard: The rows that it has.
-        """
+        """The rows that one process has, numbered from its first; no cohort is left out."""
         own = {number: shard.own(ids) for number, ids in self.cohorts.items()}
         rows = shard.stop - shard.start
         return RowSet(rows, own, self.next_number, self.device, self.rate_scales, keep_empty=True)
@@ -160,10 +146,6 @@ class RowSet:
 
 def shown(ids: Tensor, most: int = 6) -> str:
     """The first of some rows, for messages.
-
-    Args:
-        ids: Row ids, shape (K,).
-        most: How many of them to show.
 
     Example:
         >>> shown(torch.arange(10), most=2)

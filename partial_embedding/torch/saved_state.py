@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.blocks import Cohort
-from partial_embedding.torch.inspection import State
+from partial_embedding.torch.dry_run import State
 
 # What a cohort has under a key: nothing, a tensor by row, or what all of its rows share.
 _NOTHING, _ROWS, _TENSOR, _NONE, _FLOAT, _INT, _BOOL = range(7)
@@ -107,11 +107,7 @@ def _put(whole: State, part: State, places: Tensor) -> None:
 
 
 def cohorts_of(entry: State) -> dict[int, Cohort]:
-    """The cohorts that were saved, by number, in memory of their own.
-
-    Args:
-        entry: What `by_row` gave, on any device and cast to any dtype.
-    """
+    """The cohorts in what `by_row` gave, cast or moved since, in memory of their own."""
     # What flattens nested dictionaries loses empty ones.
     ids, of_row = rows_in(entry), _from_bytes(entry["cohorts"])
     numbers, sizes = of_row.unique_consecutive(return_counts=True)
@@ -131,20 +127,12 @@ def cohorts_of(entry: State) -> dict[int, Cohort]:
 
 
 def rows_in(entry: State) -> Tensor:
-    """The rows that were saved, in the order of cohorts, int64, shape (K,).
-
-    Args:
-        entry: As for `cohorts_of`.
-    """
+    """The rows that were saved, in the order of cohorts, int64, shape (K,)."""
     return _from_bytes(entry["rows"])
 
 
 def rate_scales_in(entry: State) -> list[RateScale]:
-    """The rates that were saved, each once.
-
-    Args:
-        entry: As for `cohorts_of`.
-    """
+    """The rates that were saved, each once."""
     rates = _from_bytes(entry["rate_scales"], torch.float64).view(-1, 3)[:, :2].unique(dim=0)
     return [RateScale(lr_scale, int(warmup)) for lr_scale, warmup in rates.tolist()]
 

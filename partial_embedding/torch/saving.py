@@ -27,7 +27,8 @@ from torch.optim import Optimizer
 from partial_embedding.errors import InputError
 from partial_embedding.torch import shards
 from partial_embedding.torch.blocks import Cohort
-from partial_embedding.torch.inspection import KEY, Group, State, state_of_one_row
+from partial_embedding.torch.dry_run import Group, State
+from partial_embedding.torch.inspection import KEY, state_of_one_row
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.saved_state import (
     by_row,
@@ -45,23 +46,15 @@ Entries = dict[tuple[int, int], State]
 
 
 def into_state_dict(optimizer: Optimizer, tables: Tables, state_dict: State) -> State:
-    """Add the tables to what the optimizer saves of itself.
-
-    Args:
-        optimizer: The optimizer.
-        tables: Its tables, by the id of the parameter.
-        state_dict: The optimizer's own.
-    """
+    """Add the tables, by the id of the parameter, to what the optimizer saves of itself."""
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         listed: list[State] = []
         for i, (parameter, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if (table := tables.get(id(parameter))) is None:
                 continue
             entry = _dumped(table, optimizer, group)
-            if table.layout.flat:
-                listed.append({"position": i, **entry})
-                continue
-            state_dict["state"].pop(key, None)
+            if not table.layout.flat:
+                state_dict["state"].pop(key, None)
             if table.layout.keys:
                 state_dict["state"][key] = {**table.shared_state, KEY: entry}
             else:
@@ -81,10 +74,6 @@ def mark(optimizer: Optimizer, tables: Tables) -> None:
 
     torch.distributed.checkpoint makes a step of an optimizer without any state before it saves, and
     loads only what it sees in the optimizer that it loads into.
-
-    Args:
-        optimizer: The optimizer.
-        tables: Its tables, by the id of the parameter.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -102,9 +91,7 @@ def mark(optimizer: Optimizer, tables: Tables) -> None:
 def without_tables(state_dict: State) -> tuple[State, Entries]:
     """What is the optimizer's own in a `state_dict`, and what was saved of tables.
 
-    Args:
-        state_dict: As `into_state_dict` gave it; or an optimizer's attributes, after one that is
-            not prepared has loaded that.
+    It may be an optimizer's attributes, too, after one that is not prepared has loaded that.
     """
     state, groups, entries = dict(state_dict["state"]), [], Entries()
     for g, saved in enumerate(state_dict["param_groups"]):
@@ -126,11 +113,7 @@ def without_tables(state_dict: State) -> tuple[State, Entries]:
 
 
 def take_from(optimizer: Optimizer) -> Entries:
-    """Take what was saved of tables out of an optimizer that has loaded it.
-
-    Args:
-        optimizer: The optimizer.
-    """
+    """Take what was saved of tables out of an optimizer that has loaded it."""
     own, entries = without_tables(vars(optimizer))
     for key in optimizer.state.keys() - own["state"].keys():
         del optimizer.state[key]
@@ -144,16 +127,8 @@ def check(
 ) -> None:
     """Refuse state of other rows before anything is loaded.
 
-    Args:
-        optimizer: The optimizer.
-        tables: Its tables, by the id of the parameter.
-        entries: What would be loaded.
-        before_steps: It was loaded by then, and rows may have joined and left since; only if none
-            of those that were saved trains it is a mistake for sure.
-
-    Raises:
-        InputError: A table has another size, place or set of rows than the one that was saved, or
-            the optimizer cannot keep the rate of its rows.
+    With `before_steps` it was loaded by then, and rows may have joined and left since; only if none
+    of those that were saved trains it is a mistake for sure.
     """
     # The number and length of groups are torch's to compare, which it does next.
     groups = [group["params"] for group in optimizer.param_groups]
@@ -167,13 +142,7 @@ def check(
 
 
 def restore(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
-    """Give tables what was saved of them, or what a plain optimizer has of them.
-
-    Args:
-        optimizer: The optimizer, just after it loaded its own.
-        tables: Its tables, by the id of the parameter.
-        entries: What was saved, and has been checked.
-    """
+    """Give tables what was saved of them and checked, or what a plain optimizer has of them."""
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
             if (table := tables.get(id(parameter))) is None:
@@ -189,13 +158,7 @@ def restore(optimizer: Optimizer, tables: Tables, entries: Entries) -> None:
 
 
 class _Kept:
-    """Stands in an optimizer for the state of a table: a copy of it, or a file, has that state.
-
-    Args:
-        table: The table.
-        optimizer: Its optimizer.
-        group: The parameter group that holds it.
-    """
+    """Stands in an optimizer for the state of a table: a copy of it, or a file, has that state."""
 
     def __init__(self, table: TableState, optimizer: Optimizer, group: Group) -> None:
         self._owners = table, optimizer, group

@@ -13,24 +13,15 @@ from partial_embedding.torch.shards import gathered, is_sharded, local, shard_of
 
 
 def is_first(weight: Tensor) -> bool:
-    """Whether this process is the one that writes what `rows_of` gathers.
-
-    Args:
-        weight: A weight, sharded or whole; of a whole one each process has all.
-    """
+    """Whether this process is the one that writes what `rows_of` gathers of a sharded weight."""
     return not is_sharded(weight) or dist.get_rank() == 0
 
 
 @torch.no_grad()
 def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
-    """Rows on the CPU; of a sharded weight all processes call this, and the first one gets them.
+    """Rows on the CPU, shape (n, …); of a sharded weight all processes call this.
 
-    Args:
-        weight: The weight, shape (V, …).
-        ids: The rows, int64, shape (n,).
-
-    Returns:
-        Shape (n, …); of a sharded weight (0, …) in all processes but the first.
+    Of that one the first process gets them, and all others none.
     """
     if (shard := shard_of(weight)) is None:
         return weight.detach()[ids].cpu().contiguous()
@@ -49,13 +40,7 @@ def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put_rows(weight: Tensor, ids: Tensor, values: Tensor) -> None:
-    """Write rows; of a sharded weight each process writes those that it has.
-
-    Args:
-        weight: The weight, shape (V, …).
-        ids: The rows, int64, shape (n,).
-        values: What they become, shape (n, …).
-    """
+    """Write rows; of a sharded weight each process writes those that it has."""
     ids, own = ids.to(weight.device), local(weight)
     if (shard := shard_of(weight)) is not None:
         values, ids = values[shard.has(ids).to(values.device)], shard.own(ids)
@@ -64,15 +49,9 @@ def put_rows(weight: Tensor, ids: Tensor, values: Tensor) -> None:
 
 @torch.no_grad()
 def rows_that_differ(weight: Tensor, ids: Tensor, values: Tensor) -> Tensor:
-    """Which rows hold something else; of a sharded weight all processes call this, and all know.
+    """The rows that hold something else, int64, on the CPU.
 
-    Args:
-        weight: The weight, shape (V, …).
-        ids: The rows, int64, shape (n,).
-        values: What they may hold, shape (n, …).
-
-    Returns:
-        Their ids, int64, on the CPU.
+    Of a sharded weight all processes call this, and all know.
     """
     own, mine, shard = local(weight), ids, shard_of(weight)
     places = ids

@@ -8,7 +8,7 @@ are `DTensor`s again, so that torch's own sums over all processes stay what they
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,37 +40,21 @@ class Shard:
     stop: int
 
     def has(self, ids: Tensor) -> Tensor:
-        """Whether this process has each of some rows, booleans, shape (n,).
-
-        Args:
-            ids: Row ids of the whole weight, int64, shape (n,).
-        """
+        """Whether this process has each of some rows of the whole weight, booleans, shape (n,)."""
         return (ids >= self.start) & (ids < self.stop)
 
     def own(self, ids: Tensor) -> Tensor:
-        """Those of some rows that this process has, numbered from its first.
-
-        Args:
-            ids: As for `has`.
-        """
+        """Those of some rows that this process has, numbered from its first."""
         return ids[self.has(ids)] - self.start
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a `DTensor`.
-
-    Args:
-        tensor: Anything.
-    """
+    """Whether a tensor is a `DTensor`."""
     return type(tensor).__name__ == "DTensor"
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor, in the same memory and past autograd.
-
-    Args:
-        tensor: Any tensor, sharded or whole.
-    """
+    """What this process has of a tensor, in the same memory and past autograd."""
     held: Any = tensor.detach() if tensor.requires_grad else tensor
     # Not `to_local()`, whose view would make a gradient by rows dense.
     own: Tensor = held._local_tensor if is_sharded(held) else held
@@ -79,9 +63,6 @@ def local(tensor: Tensor) -> Tensor:
 
 def shard_of(weight: Tensor) -> Shard | None:
     """The rows of a weight that this process has, or None where it has all.
-
-    Args:
-        weight: The weight, shape (V, …).
 
     Raises:
         InputError: It is not split by rows.
@@ -116,16 +97,7 @@ def shard_of(weight: Tensor) -> Shard | None:
 
 
 def check_sharding(parameter: Tensor, table: nn.Module) -> None:
-    """Refuse a table whose rows cannot be kept exact where its weight is sharded.
-
-    Args:
-        parameter: The weight, or another parameter of the table.
-        table: The table, which has frozen rows.
-
-    Raises:
-        InputError: The weight is sharded, and not by rows; or rows are scaled while they are
-            looked up.
-    """
+    """Refuse a table whose rows cannot be kept exact where its weight is sharded."""
     if not is_sharded(parameter):
         return
     shard_of(parameter)
@@ -138,13 +110,7 @@ def check_sharding(parameter: Tensor, table: nn.Module) -> None:
 
 
 def is_lent(parameter: Tensor, shard: Tensor, table: nn.Module) -> bool:
-    """Whether a parameter takes the place of a shard for a pass of FSDP2, or is that shard again.
-
-    Args:
-        parameter: What is in the place of the shard.
-        shard: The parameter that is stepped.
-        table: The module of both.
-    """
+    """Whether a parameter stands in for a shard during a pass of FSDP2, or is that shard again."""
     if parameter is shard:
         return True
     if not vars(table).get("_is_fsdp_managed_module"):
@@ -157,43 +123,17 @@ def _are_alike(one: DTensor, other: DTensor) -> bool:
     return bool(one.device_mesh == other.device_mesh and one.placements == other.placements)
 
 
-def sharded_like(own: Tensor, whole: Tensor) -> Tensor:
+def sharded_like(own: Tensor, whole: DTensor, num_rows: int | None = None) -> Tensor:
     """What this process has of a tensor, as one that is sharded like another of its shape.
 
-    Args:
-        own: What it has.
-        whole: The other.
+    Of `num_rows` rows, where it is given, processes may have any number each. Memory is shared.
     """
-    return _sharded(own, whole, whole.shape)
-
-
-def as_block(own: Tensor, weight: Tensor, num_rows: int) -> Tensor:
-    """Rows of which each process has some, of any number, as one tensor.
-
-    Args:
-        own: Those of this process, shape (k, …), whose memory is shared.
-        weight: A sharded weight.
-        num_rows: How many rows all processes have.
-
-    Returns:
-        Shape (num_rows, …).
-    """
-    return _sharded(own, weight, torch.Size((num_rows, *own.shape[1:])))
-
-
-def _sharded(own: Tensor, like: DTensor, shape: torch.Size) -> Tensor:
-    return as_dtensor(own, like.device_mesh, like.placements, shape)
+    shape = whole.shape if num_rows is None else torch.Size((num_rows, *own.shape[1:]))
+    return as_dtensor(own, whole.device_mesh, whole.placements, shape)
 
 
 def as_dtensor(own: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> Tensor:
-    """What this process has of a tensor, as a `DTensor` that holds it as it is.
-
-    Args:
-        own: What it has.
-        mesh: The processes.
-        placements: How they share the tensor.
-        shape: The shape of the tensor.
-    """
+    """What this process has of a tensor, as a `DTensor` that holds it as it is."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -203,24 +143,35 @@ def as_dtensor(own: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.S
 
 
 def as_placed(grad: Tensor, weight: Tensor) -> Tensor:
-    """A gradient with the placements of its weight.
-
-    Args:
-        grad: The gradient; tensor parallelism makes one that each process has whole.
-        weight: The weight.
-    """
+    """A gradient, which tensor parallelism makes whole, with the placements of its weight."""
     found: DTensor = grad
     placements = weight.placements  # type: ignore[attr-defined]  # of a DTensor
     placed: Tensor = found.redistribute(placements=placements)
     return placed
 
 
-def gathered(own: Any, weight: Tensor) -> list[Any]:
-    """What each process has that has a shard of a weight; they all call this.
+def replicate_gradients(tables: Iterable[nn.Parameter], others: Iterable[Tensor]) -> None:
+    """Make gradients of whole tables such that torch takes a norm of them and of sharded ones.
 
-    Args:
-        own: What this process has, to be pickled.
-        weight: The weight.
+    It takes none of `DTensor`s and plain ones together. So that of a whole table becomes a
+    `DTensor` that each process has all of, within which it is as it was.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    meshes: Iterator[Any] = (one.device_mesh for one in others if is_sharded(one))  # type: ignore[attr-defined]
+    if (mesh := next(meshes, None)) is None:
+        return
+    from torch.distributed.tensor import Replicate
+
+    for parameter in tables:
+        grad = parameter.grad
+        if grad is not None and not is_sharded(parameter) and not is_sharded(grad):
+            everywhere = [Replicate()] * mesh.ndim
+            parameter.grad = as_dtensor(grad, mesh, everywhere, grad.shape)
+
+
+def gathered(own: Any, weight: Tensor) -> list[Any]:
+    """What each process has, to be pickled, that has a shard of a weight; they all call this.
 
     Raises:
         InputError: A process did not call it within `PATIENCE`.

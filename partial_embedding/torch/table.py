@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.hooks import RowHook, close_passage, hooks_on, tables_of
@@ -17,8 +18,9 @@ from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
-from partial_embedding.torch.trainable_rows import TrainableRows
-from partial_embedding.torch.unheld import await_a_step, no_longer_await, used_frozen
+from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
+
+Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
 _WIRING = (
@@ -43,18 +45,24 @@ class PartialTable(TrainableRows):
 
     if TYPE_CHECKING:  # jit.script reads annotations, and knows few
         weight: nn.Parameter
+        sparse: bool
         _shared: SharedRows
         _hooked: Mapping[str, nn.Parameter]
+        _averaged: Mapping[str, Callable[[], Group | None]] | None
 
     # The parameters with an entry for each row.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
 
-    # Whether backward left a gradient here since `ddp.average` last made it that of all processes.
+    # Whether backward left a gradient here since `average` last made it that of all processes.
     awaits_average = False
 
     _hooked = MappingProxyType({})
 
-    # Nor can it make anything of these.
+    # What gives the processes over which each of these parameters is averaged by row; None where
+    # `DistributedDataParallel` reduces the table itself.
+    _averaged = MappingProxyType({})
+
+    # Of these jit.script can make nothing.
     __jit_unused_properties__ = (
         "trainable_rows",
         "row_set",
@@ -63,18 +71,19 @@ class PartialTable(TrainableRows):
         "has_frozen_rows",
         "padding_row",
         "leaf_weight",
-        "has_leaf_weight",
         "is_sharded",
+        "is_left_to_ddp",
         "new_rows",
         "earlier_sizes",
         "origin",
         "saves_rows",
+        "steppers",
     )
 
     # Tensors in these it would make attributes, which stay behind when the module moves.
     __jit_ignored_attributes__ = ("_hooked", "_passage")
 
-    # The hooks, and all that can make a hook disappear
+    # The parameters with an entry for each row
 
     def hookable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters with an entry for each row, now; and what an engine lends for a pass."""
@@ -95,14 +104,39 @@ class PartialTable(TrainableRows):
         """Whether this process has some rows of the weight only."""
         return "weight" in self._shards
 
+    def gives_sparse_gradient(self) -> bool:
+        """Whether the weight gets a gradient of the trainable rows alone."""
+        return self.sparse and not self.is_sharded  # engines that shard reduce dense gradients
+
+    # Among processes
+
+    def average_over(self, names: Iterable[str], group_of: Callable[[], Group | None]) -> None:
+        """Have parameters averaged by row from now on, until `group_of` gives no processes more."""
+        self.__dict__["_averaged"] = dict.fromkeys(names, group_of)
+
+    def leave_to_ddp(self) -> None:
+        """Know that `DistributedDataParallel` reduces the table itself."""
+        self.__dict__["_averaged"] = None
+
+    @property
+    def is_left_to_ddp(self) -> bool:
+        """Whether `DistributedDataParallel` reduces the table itself."""
+        return self._averaged is None
+
+    def averaging_group(self, parameter: nn.Parameter) -> Group | None:
+        """The processes over which a parameter is averaged by row, or None where it is not."""
+        for name, group_of in (self._averaged or {}).items():
+            if self.row_parameter(name) is parameter:
+                group = group_of()
+                return None if group is None or dist.get_world_size(group) == 1 else group
+        return None
+
+    # The hooks, and all that can make a hook disappear
+
     def take_dense(self, grad: Tensor) -> None:
-        """Know that backward made a dense gradient of the weight; for tables that are to say so.
+        """Know that backward made a dense gradient of the weight; for tables that are to say so."""
 
-        Args:
-            grad: The gradient, of which frozen rows are zeroed next.
-        """
-
-    def _wire(self) -> None:
+    def attach(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
         if not any(self._parameters.get(n) is not None for n in ("weight", "weight_orig")):
             return
@@ -125,11 +159,7 @@ class PartialTable(TrainableRows):
             if (parameter := self.row_parameter(name)) is not None:
                 self._hook_up(name, parameter)
         if rows.row_set is not None:
-            await_a_step(self)  # a copy, too
-
-    def attach(self) -> None:
-        """Begin to freeze rows: for a module whose class was changed after it was made."""
-        self._wire()
+            waiting.add(self)  # a copy, too
 
     def detach(self) -> None:
         """Stop freezing rows: for a module whose class is about to be changed back."""
@@ -137,7 +167,7 @@ class PartialTable(TrainableRows):
             self._unhook(name)
         for name in ("_shared", "is_copy", *_WIRING):
             self.__dict__.pop(name, None)
-        no_longer_await(self)
+        waiting.discard(self)
 
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:
@@ -175,18 +205,15 @@ class PartialTable(TrainableRows):
     def _unhook(self, name: str) -> None:
         for hook in self._hooks_on(self._hooked[name]):
             hook.remove()
-        self._set_hooked({key: value for key, value in self._hooked.items() if key != name})
+        # Past nn.Module's own way of setting attributes, here and below.
+        self.__dict__["_hooked"] = {n: one for n, one in self._hooked.items() if n != name}
 
     def _hook_up(self, name: str, parameter: nn.Parameter) -> None:
         if not (parameter.is_floating_point() or parameter.is_complex()):
             return
         if not self._hooks_on(parameter):
             RowHook(self, parameter)
-        self._set_hooked({**self._hooked, name: parameter})
-
-    def _set_hooked(self, hooked: Mapping[str, nn.Parameter]) -> None:
-        # Past nn.Module's own way of setting attributes.
-        self.__dict__["_hooked"] = hooked
+        self.__dict__["_hooked"] = {**self._hooked, name: parameter}
 
     def _hooks_on(self, parameter: nn.Parameter) -> list[RowHook]:
         return [hook for hook in hooks_on(parameter) if hook.is_of(self)]
@@ -203,7 +230,7 @@ class PartialTable(TrainableRows):
         if weight is not None and (weight is self._hooked.get("weight") or self.is_sharded):
             looks = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             if looks and not weight.requires_grad:
-                used_frozen(self)
+                used_frozen.add(self)
             return None
         if isinstance(weight, nn.Parameter) and torch.compiler.is_exporting():
             return None  # nothing is trained in a graph
@@ -219,15 +246,7 @@ class PartialTable(TrainableRows):
         return torch.where(self.row_set.mask.unsqueeze(-1), in_use, in_use.detach())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Hook a new weight; torch's own way of setting an attribute comes by here too.
-
-        Args:
-            name: The parameter's name.
-            param: The parameter.
-
-        Raises:
-            InputError: It is the weight of a table that trains other rows.
-        """
+        """Hook a new weight; torch's own way of setting an attribute comes by here too."""
         shard = self._shards.get(name)
         if shard is not None and param is not None and is_lent(param, shard, self):
             super().register_parameter(name, param)
@@ -238,14 +257,10 @@ class PartialTable(TrainableRows):
             self._check_tie(param)
         super().register_parameter(name, param)
         if name in self.row_parameters:
-            self._wire()
+            self.attach()
 
     def remember_origin(self) -> None:
-        """Remember, from here on, what rows hold before they train; see `TableFiles`.
-
-        Raises:
-            InputError: Processes share the table.
-        """
+        """Remember, from here on, what rows hold before they train; see `TableFiles`."""
         if self.is_sharded:
             raise InputError(
                 "rows are saved alone of a table that is whole in each process. Received a "
@@ -267,7 +282,7 @@ class PartialTable(TrainableRows):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         self.__dict__["is_copy"] = True
-        self._wire()
+        self.attach()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with self._rewired():
@@ -293,7 +308,7 @@ class PartialTable(TrainableRows):
                 one._backward_hooks = one._backward_hooks
                 one._post_accumulate_grad_hooks = one._post_accumulate_grad_hooks
             for table in tied:
-                table._wire()
+                table.attach()
 
     def extra_repr(self) -> str:
         """The plain module's description, and how many rows train."""
@@ -303,22 +318,14 @@ class PartialTable(TrainableRows):
 
 
 def tables_in(model: nn.Module) -> Iterator[tuple[str, PartialTable]]:
-    """The tables of a model with their names; of those that are tied, only the first.
-
-    Args:
-        model: Any module.
-    """
+    """The tables of a model with their names; of those that are tied, only the first."""
     for name, table, parameter in row_parameters_in(model):
         if parameter is table.leaf_weight:
             yield name, table
 
 
 def row_parameters_in(model: nn.Module) -> Iterator[tuple[str, PartialTable, nn.Parameter]]:
-    """The parameters of a model of which only rows train, each once, with names for messages.
-
-    Args:
-        model: Any module.
-    """
+    """The parameters of a model of which only rows train, each once, with names for messages."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         for attribute in module.row_parameters if isinstance(module, PartialTable) else ():

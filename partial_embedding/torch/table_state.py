@@ -13,11 +13,8 @@ from torch.optim import Optimizer
 from partial_embedding.errors import InputError
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.blocks import Blocks, Cohort
-from partial_embedding.torch.inspection import (
-    Group,
-    State,
-    StateLayout,
-)
+from partial_embedding.torch.dry_run import Group, State
+from partial_embedding.torch.inspection import StateLayout
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import is_sharded, local, shard_of
 from partial_embedding.torch.table import PartialTable
@@ -47,26 +44,19 @@ class TableState(Blocks):
         parameter: nn.Parameter,
         layout: StateLayout,
         lazy: bool,
-        unscaled: str | None = None,
-        options: Group | None = None,
+        unscaled: str | None,
+        options: Group,
     ) -> None:
         super().__init__(parameter, layout, lazy)
         self.name = name
         self.table = table
         self.unscaled = unscaled
-        self._set_layout(layout, options or {})
+        self.change_layout(layout, options)
         for rate_scale in table.row_set.rate_scales.values():
             self.check_rate_scale(rate_scale)
 
     def check_rate_scale(self, rate_scale: RateScale) -> None:
-        """Refuse a rate_scale that the optimizer cannot keep.
-
-        Args:
-            rate_scale: How fast rows would learn.
-
-        Raises:
-            InputError: It is not the optimizer's own rate, and the optimizer has one rate for all.
-        """
+        """Refuse a rate that the optimizer cannot keep, since it has one for all."""
         if self.unscaled is not None and not rate_scale.is_plain:
             raise InputError(
                 f"rows of {self.name!r} learn at the rate of their optimizer. Received "
@@ -75,34 +65,18 @@ class TableState(Blocks):
             )
 
     def change_layout(self, layout: StateLayout, options: Group) -> None:
-        """Go on under options that were changed; what is remembered already stays.
-
-        Args:
-            layout: How the optimizer keeps its state from now on.
-            options: The options that it follows from.
-        """
+        """Go on under options that were changed; what is remembered already stays."""
         keys, per_row = layout.keys | self.layout.keys, layout.per_row | self.layout.per_row
-        self._set_layout(replace(layout, keys=keys, per_row=per_row), options)
-
-    def _set_layout(self, layout: StateLayout, options: Group) -> None:
-        self.layout = layout
+        self.layout = replace(layout, keys=keys, per_row=per_row)
         # What a step itself changes is no option.
         self._options = {k: v for k, v in options.items() if k not in layout.in_group}
 
     def has_options_of(self, group: Group) -> bool:
-        """Whether the layout follows from the options of a group, as far as can be seen at once.
-
-        Args:
-            group: A parameter group.
-        """
+        """Whether the layout follows from the options of a group, as far as can be seen at once."""
         return all(map(is_, map(group.get, self._options), self._options.values()))
 
     def sync(self) -> bool:
-        """Take over the table's row set: new cohorts begin, rows that left lose their state.
-
-        Returns:
-            Whether any row joined or left.
-        """
+        """Take over the table's row set, and say whether any row joined, to begin, or left."""
         rows = self.table.row_set
         if rows is self._rows:
             return False
@@ -122,16 +96,15 @@ class TableState(Blocks):
     def _restricted(self, old: Cohort | None, ids: Tensor, rate_scale: RateScale) -> Cohort:
         if old is None:
             return Cohort(ids, rate_scale=rate_scale)
-        if len(old.ids) == len(ids):
-            return replace(old, ids=ids, state=self._moved(old.state, ids))
-        # Rows only ever leave a cohort, so each id is found among the old ones.
-        stayed = torch.searchsorted(old.ids.to(ids.device), ids)
-        state = self._moved(old.state, ids)
-        state.update({k: state[k].index_select(0, stayed) for k in self._per_row(state)})
+        state = dict(old.state)
+        for key in self._per_row(state):
+            state[key] = state[key].to(ids.device)
+        if len(old.ids) > len(ids):
+            # Rows only ever leave a cohort, so each id is found among the old ones.
+            stayed = torch.searchsorted(old.ids.to(ids.device), ids)
+            for key in self._per_row(state):
+                state[key] = state[key].index_select(0, stayed)
         return replace(old, ids=ids, state=state)
-
-    def _moved(self, state: State, like: Tensor) -> State:
-        return {k: v.to(like.device) if k in self.layout.per_row else v for k, v in state.items()}
 
     # Saving and restoring
 
@@ -143,11 +116,7 @@ class TableState(Blocks):
         return {**self.layout.shared, **own}
 
     def take_cohorts(self, cohorts: dict[int, Cohort]) -> None:
-        """Take over the cohorts of a checkpoint, and with them which rows train.
-
-        Args:
-            cohorts: The cohorts by number.
-        """
+        """Take over the cohorts of a checkpoint, by number, and with them which rows train."""
         now = self.table.row_set
         ids = {number: cohort.ids for number, cohort in cohorts.items()}
         scaled = {n: c.rate_scale for n, c in cohorts.items() if not c.rate_scale.is_plain}
@@ -173,12 +142,7 @@ class TableState(Blocks):
         return own
 
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
-        """Go on with the state of shape V×D that a plain optimizer has for the whole table.
-
-        Args:
-            optimizer: The optimizer, which then has no state of its own for the table.
-            group: Its parameter group that holds the table.
-        """
+        """Go on with the state of shape V×D that a plain optimizer has, and then has no more."""
         self.sync()
         if self.layout.flat:
             clear_history(optimizer)  # as long as the whole table

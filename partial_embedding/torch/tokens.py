@@ -104,14 +104,7 @@ def add_tokens(
 
 
 def tokenizer_of(tokenizer: Any) -> Any:
-    """A tokenizer, or that of a processor.
-
-    Args:
-        tokenizer: Either.
-
-    Raises:
-        InputError: It is neither.
-    """
+    """A tokenizer, or that of a processor; refuses what is neither."""
     for found in (tokenizer, getattr(tokenizer, "tokenizer", None)):
         if callable(getattr(found, "add_tokens", None)):
             return found
@@ -122,12 +115,7 @@ def tokenizer_of(tokenizer: Any) -> Any:
 
 
 def put_into(tokenizer: Any, tokens: Iterable[Any]) -> None:
-    """Add tokens to a tokenizer, special ones as such.
-
-    Args:
-        tokenizer: A tokenizer of `transformers`.
-        tokens: Strings or `AddedToken`s.
-    """
+    """Add tokens, strings or `AddedToken`s, to a tokenizer, special ones as such."""
     for special, some in groupby(tokens, lambda token: bool(getattr(token, "special", False))):
         if special:
             # As an added token alone it would not be one of `all_special_tokens`.
@@ -207,14 +195,10 @@ def _pieces(tokenizer: Any, tokens: Sequence[str], known: int) -> list[list[int]
 def _beginnings(
     tables: VocabularyTables, known: int, pieces: list[list[int]], init: Init
 ) -> dict[tuple[Any, str], Tensor]:
-    """The first values of the new rows, for each parameter that has such rows, once."""
+    """The first values of the new rows, for each parameter that has such rows."""
     begun: dict[tuple[Any, str], Tensor] = {}
-    seen: set[int] = set()
     for table, attribute in tables.parameters():
         parameter = getattr(table, attribute)
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
         if isinstance(init, Tensor) and table is tables.input:
             check_vectors(init, len(pieces), parameter)
             begun[table, attribute] = init
@@ -226,29 +210,13 @@ def _beginnings(
 
 
 def means_of_pieces(rows: Tensor, pieces: list[list[int]]) -> Tensor:
-    """The mean of each token's pieces, or of all rows where a token has none.
-
-    Args:
-        rows: The rows of the tokens that are known, shape (V, …).
-        pieces: The rows of each token's pieces.
-
-    Returns:
-        One row for each token, shape (n, …), float32.
-    """
+    """The mean, float32, of each token's pieces, or of all rows where a token has none."""
     every = None if all(pieces) else rows.float().mean(0)
     return torch.stack([rows[own].float().mean(0) if own else every for own in pieces])  # type: ignore[misc]  # there is one where it is needed
 
 
 def check_init(init: object, names: tuple[str, ...]) -> None:
-    """Refuse what rows cannot begin from.
-
-    Args:
-        init: What was asked for.
-        names: What may be asked for by name.
-
-    Raises:
-        InputError: It is neither one of these nor a tensor.
-    """
+    """Refuse what rows cannot begin from: neither a tensor nor one of these names."""
     if not isinstance(init, Tensor) and init not in names:
         listed = ", ".join(map(repr, names))
         raise InputError(
@@ -257,16 +225,7 @@ def check_init(init: object, names: tuple[str, ...]) -> None:
 
 
 def check_vectors(vectors: Tensor, count: int, weight: Tensor) -> None:
-    """Refuse vectors that new rows cannot begin from.
-
-    Args:
-        vectors: What was given.
-        count: The number n of new rows.
-        weight: The table, shape (V, D).
-
-    Raises:
-        InputError: They are not of the shape (n, D).
-    """
+    """Refuse vectors that are not one for each of `count` new rows."""
     if vectors.shape != (count, weight.shape[1]):
         raise InputError(
             f"init has a vector for each token, {(count, weight.shape[1])}. Received: "

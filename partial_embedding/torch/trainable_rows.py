@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -21,18 +21,18 @@ from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import check_sharding
 from partial_embedding.torch.table_files import TableFiles
-from partial_embedding.torch.unheld import await_a_step
+
+# Tables whose rows were set, and that no optimizer has stepped since; and those of which rows were
+# looked up, to be learned from, while their weights took no gradients. `unheld` judges them.
+waiting: WeakSet[TrainableRows] = WeakSet()
+used_frozen: WeakSet[TrainableRows] = WeakSet()
 
 
 class Stepper(Protocol):
-    """What steps a table's rows, and is asked before they get a rate of their own."""
+    """What steps a table's rows."""
 
     def check_rate_scale(self, rate_scale: RateScale) -> None:
-        """Refuse what it cannot keep.
-
-        Args:
-            rate_scale: How fast rows would learn.
-        """
+        """Refuse a rate that it cannot keep."""
 
 
 class TrainableRows(TableFiles):
@@ -119,17 +119,6 @@ class TrainableRows(TableFiles):
     def _row_set(self) -> RowSet | None:
         return self._shared.row_set
 
-    @_row_set.setter
-    def _row_set(self, row_set: RowSet | None) -> None:
-        self._shared.row_set = row_set
-        if row_set is None:
-            return
-        await_a_step(self)
-        if self._shared.origin is not None:
-            self._shared.origin.include(self.leaf_weight, row_set.ids)
-        for told in self._shared.before_training:
-            told(row_set.ids)
-
     @property
     def row_set(self) -> RowSet:
         """The rows that train, by cohort, on the device of the weight."""
@@ -139,12 +128,17 @@ class TrainableRows(TableFiles):
         if rows is not None and rows.num_rows == weight.shape[0] and rows.device == device:
             return rows
         refuse_flat(weight, self)
-        self._row_set = self._row_set_for(weight.shape[0]).to(device)
-        return self._row_set
+        self.row_set = rows = self._row_set_for(weight.shape[0]).to(device)
+        return rows
 
     @row_set.setter
     def row_set(self, row_set: RowSet) -> None:
-        self._row_set = row_set
+        self._shared.row_set = row_set
+        waiting.add(self)
+        if self._shared.origin is not None:
+            self._shared.origin.include(self.leaf_weight, row_set.ids)
+        for told in self._shared.before_training:
+            told(row_set.ids)
 
     def _row_set_for(self, num_rows: int) -> RowSet:
         rows = self._row_set
@@ -215,16 +209,7 @@ class TrainableRows(TableFiles):
         return Rows.parse(rows).resolve(self.leaf_weight.shape[0], new=self._shared.new_rows)
 
     def set_trainable_ids(self, ids: Ids, rate_scale: RateScale | None = None) -> None:
-        """Train exactly these rows, given as `Rows.resolve` gives them; there may be none.
-
-        Args:
-            ids: Sorted ids without duplicates, int64, shape (K,).
-            rate_scale: How fast the rows learn that join.
-
-        Raises:
-            InputError: The table's optimizer cannot keep the rate_scale, or its weight is sharded
-                in a way that cannot be served.
-        """
+        """Train exactly these rows, given as `Rows.resolve` gives them; there may be none."""
         self.check_rate_scale(rate_scale)
         self.__dict__.pop("is_copy", None)
         if self.padding_row is not None:
@@ -242,42 +227,24 @@ class TrainableRows(TableFiles):
         self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
 
     def check_rate_scale(self, rate_scale: RateScale | None) -> None:
-        """Refuse a rate_scale that the table's optimizer cannot keep.
-
-        Args:
-            rate_scale: How fast rows would learn.
-
-        Raises:
-            InputError: It is none, or the optimizer cannot keep it.
-        """
-        if rate_scale is not None and not isinstance(rate_scale, RateScale):
-            raise InputError(
-                "a rate_scale is a partial_embedding.schedule.RateScale. "
-                f"Received: {rate_scale!r}. Write "
-                "RateScale(lr_scale=0.5), for example."
-            )
+        """Refuse a rate that the table's optimizer cannot keep."""
         if rate_scale is None:
             return
+        if not isinstance(rate_scale, RateScale):
+            raise InputError(
+                "a rate_scale is a partial_embedding.schedule.RateScale. "
+                f"Received: {rate_scale!r}. Write RateScale(lr_scale=0.5), for example."
+            )
         for table in {self, *tables_of(self.leaf_weight)}:
-            for stepper in table.__dict__.get("_steppers", ()):
+            for stepper in table.steppers:
                 stepper.check_rate_scale(rate_scale)
 
-    def stepped_by(self, stepper: Stepper) -> None:
-        """Ask an optimizer, for as long as it exists, before rows get a rate of their own.
-
-        Args:
-            stepper: What steps the rows.
-        """
-        # By a weak reference: a table does not keep its optimizers alive.
-        self.__dict__.setdefault("_steppers", weakref.WeakSet()).add(stepper)
-
-    def no_longer_stepped_by(self, stepper: Stepper) -> None:
-        """Ask it no more.
-
-        Args:
-            stepper: What `stepped_by` was given.
-        """
-        self.__dict__.get("_steppers", weakref.WeakSet()).discard(stepper)
+    @property
+    def steppers(self) -> WeakSet[Stepper]:
+        """What steps the rows, and is asked before they get a rate of their own."""
+        # Weak, since a table does not keep its optimizers alive.
+        found: WeakSet[Stepper] = self.__dict__.setdefault("_steppers", WeakSet())
+        return found
 
     # The parameter that they are rows of
 
@@ -286,21 +253,14 @@ class TrainableRows(TableFiles):
         """The parameter that `weight` is, or that it is computed from.
 
         Pruning and parametrizations, such as `spectral_norm`, put the parameter aside.
-
-        Raises:
-            InputError: There is none with the same rows.
         """
-        weight = self._find_leaf_weight()
+        weight = self.find_leaf_weight()
         if weight is None:
             raise lost_weight(self)
         return weight
 
-    @property
-    def has_leaf_weight(self) -> bool:
-        """Whether there is one parameter with the rows of the weight."""
-        return self._find_leaf_weight() is not None
-
-    def _find_leaf_weight(self) -> nn.Parameter | None:
+    def find_leaf_weight(self) -> nn.Parameter | None:
+        """The same, or None where no one parameter has the rows of the weight."""
         weight = self._shards.get("weight") if self._shards else None
         if weight is None:
             weight = self._parameters.get("weight")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
@@ -18,68 +18,29 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.engines import is_flattened
+from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
 
-if TYPE_CHECKING:
-    from partial_embedding.torch.trainable_rows import TrainableRows
-
-# Tables whose rows were set, and that no optimizer has stepped since; and those of which rows were
-# looked up, to be learned from, while their weights took no gradients.
-_waiting: WeakSet[TrainableRows] = WeakSet()
-_used_frozen: WeakSet[TrainableRows] = WeakSet()
 _warned: WeakSet[TrainableRows] = WeakSet()
-
-
-def await_a_step(table: TrainableRows) -> None:
-    """Expect an optimizer to hold a table.
-
-    Args:
-        table: A table of which rows were set.
-    """
-    _waiting.add(table)
-
-
-def used_frozen(table: TrainableRows) -> None:
-    """Know that rows of a table were looked up while its weight took no gradients.
-
-    Args:
-        table: The table.
-    """
-    _used_frozen.add(table)
-
-
-def no_longer_await(table: TrainableRows) -> None:
-    """Know that an optimizer holds a table.
-
-    Args:
-        table: The table.
-    """
-    _waiting.discard(table)
 
 
 def refuse_unheld(optimizer: Optimizer) -> None:
     """Refuse to step a model with a table whose rows are to train, and that no optimizer holds.
 
     Where the weight takes gradients, its owner may mean to train it later, or never: that is a
-    warning, once for each table.
-
-    Args:
-        optimizer: What is about to step.
-
-    Raises:
-        InputError: There is one whose weight takes no gradients. Nothing has moved then.
+    warning, once for each table. Where it is refused nothing has moved.
     """
-    if not _waiting:
+    if not waiting:
         return
     own = _held_by(optimizer)
     judged: WeakKeyDictionary[TrainableRows, object] = vars(optimizer).setdefault(
         "_judged_tables", WeakKeyDictionary()
     )
     # What FSDP1 has flattened is refused where it is used, and not by other optimizers.
-    standing = [t for t in _waiting if t.has_leaf_weight and not is_flattened(t)]
+    standing = [t for t in waiting if t.find_leaf_weight() is not None and not is_flattened(t)]
     for table in standing:
-        if id(table.leaf_weight) in own or vars(table).get("_steppers"):
-            no_longer_await(table)  # by this optimizer, or by one that has prepared itself
-    suspects = [t for t in standing if t in _waiting and _is_to_train(t) and t not in _warned]
+        if id(table.leaf_weight) in own or table.steppers:
+            waiting.discard(table)  # by this optimizer, or by one that has prepared itself
+    suspects = [t for t in standing if t in waiting and _is_to_train(t) and t not in _warned]
     unheld = [t for t in suspects if judged.get(t) is not t._row_set]
     if not unheld:
         return
@@ -93,7 +54,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
             owners.setdefault(id(child), []).append(module)
     for table in unheld:
         if id(table.leaf_weight) in held:
-            no_longer_await(table)
+            waiting.discard(table)
             continue
         if (name := _name_beside(table, own, owners)) is None:
             continue
@@ -116,7 +77,7 @@ def refuse_unheld(optimizer: Optimizer) -> None:
 def _is_to_train(table: TrainableRows) -> bool:
     """Whether a table has taken part in training, and rows of it are to learn."""
     has_gradient = bool(vars(table).get("awaits_average"))  # of this pass or one before
-    used = has_gradient if table.leaf_weight.requires_grad else table in _used_frozen
+    used = has_gradient if table.leaf_weight.requires_grad else table in used_frozen
     return used and not table.is_copy and table.has_frozen_rows and len(table.row_set) > 0
 
 

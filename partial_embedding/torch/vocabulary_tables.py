@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.grow import put_rows
-from partial_embedding.torch.replace import find_table, users_of
+from partial_embedding.torch.grow import mean_row, note_height, put_rows
+from partial_embedding.torch.replace import find_table
 
 # What models and configurations call the number of rows.
 _SIZES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "n_words")
@@ -77,10 +77,13 @@ class VocabularyTables:
         return min(len(table.weight) for table in self.tables)
 
     def parameters(self) -> Iterator[tuple[Any, str]]:
-        """Tables and their parameters' names: the weights, and the biases of heads."""
+        """Tables and their parameters' names: the weights, and the biases of heads, each once."""
+        seen = {id(None)}
         for table in self.tables:
             for attribute in ("weight", "bias"):
-                if getattr(table, attribute, None) is not None:
+                parameter = getattr(table, attribute, None)
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
                     yield table, attribute
 
     # Finding
@@ -155,11 +158,7 @@ class VocabularyTables:
     # Changing
 
     def check_can_change(self) -> None:
-        """Refuse a model of which a table is wrapped, and cannot get another size.
-
-        Raises:
-            InputError: An adapter has wrapped a table.
-        """
+        """Refuse a model in which an adapter has wrapped a table, which cannot grow then."""
         for name in ("get_input_embeddings", "get_output_embeddings"):
             found = _asked(self.model, name)
             if hasattr(found, "base_layer") or hasattr(found, "original_module"):
@@ -170,50 +169,32 @@ class VocabularyTables:
                 )
 
     def grow(self, count: int) -> None:
-        """Give each table more rows: the mean of those that it has.
-
-        Args:
-            count: How many.
-
-        Raises:
-            InputError: A table cannot grow.
-        """
-        self.change(lambda rows: torch.cat([rows, _mean(rows).expand(count, *rows.shape[1:])]))
+        """Give each table more rows: the mean of those that it has."""
+        self.change(lambda rows: torch.cat([rows, mean_row(rows).expand(count, *rows.shape[1:])]))
 
     def change(self, make: Callable[[Tensor], Tensor]) -> None:
-        """Replace the rows of all tables.
+        """Replace the rows of all tables, and what else has an entry for each token.
 
-        Args:
-            make: What the new rows are, of the old ones: weights, biases, and what else has an
-                entry for each token.
-
-        Raises:
-            InputError: A table cannot change its size.
+        `make` gives the new rows of the old ones. A model whose tables cannot change is refused.
         """
         self.check_can_change()
         before = {len(table.weight) for table in self.tables}
-        made: dict[int, tuple[Any, Tensor]] = {}
+        parameters = [getattr(table, attribute) for table, attribute in self.parameters()]
         with torch.no_grad():
-            for table, attribute in self.parameters():
-                parameter = getattr(table, attribute)
-                if id(parameter) not in made:
-                    made[id(parameter)] = parameter, make(parameter.data)
+            made = [make(parameter.data) for parameter in parameters]
             beside = [
                 (owner, name, make(getattr(owner, name).data.flatten()))
                 for owner, name in self._beside
             ]
-        sizes = {rows: rows + _gain(made) for rows in before}
-        for parameter, rows in made.values():
+        gain = len(made[0]) - len(parameters[0])
+        for parameter, rows in zip(parameters, made, strict=True):
             put_rows(parameter, rows)
         for owner, name, values in beside:
             old = getattr(owner, name)
             old.data = values.view(*old.shape[:-1], -1)
         for table in self.tables:
-            for _, user in users_of(self.model, table):
-                for attribute in ("num_embeddings", "out_features"):
-                    if hasattr(user, attribute):
-                        setattr(user, attribute, len(table.weight))
-        self._write_sizes(sizes)
+            note_height(self.model, table)
+        self._write_sizes({rows: rows + gain for rows in before})
 
     def _write_sizes(self, sizes: dict[int, int]) -> None:
         owners: dict[int, Any] = {}
@@ -225,15 +206,6 @@ class VocabularyTables:
                 now = vars(owner).get(name)
                 if type(now) is int and now in sizes:
                     setattr(owner, name, sizes[now])
-
-
-def _gain(made: dict[int, tuple[Any, Tensor]]) -> int:
-    parameter, rows = next(iter(made.values()))
-    return len(rows) - len(parameter)
-
-
-def _mean(rows: Tensor) -> Tensor:
-    return rows.float().mean(0, keepdim=True).to(rows)
 
 
 def _asked(module: Any, name: str) -> Any:
@@ -249,11 +221,7 @@ def _parent_of(model: nn.Module, module: nn.Module) -> nn.Module:
 
 
 def configs_of(config: Any) -> Iterator[Any]:
-    """A configuration of `transformers` and those within it.
-
-    Args:
-        config: The configuration, or anything else, which has none.
-    """
+    """A configuration of `transformers` and those within it; of anything else none."""
     if not hasattr(config, "to_dict"):
         return
     yield config

@@ -9,7 +9,6 @@ from torch import distributed as dist
 from torch import nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.averaged import average_over
 from partial_embedding.torch.row_average import begin_alike, check_max_norm
 from partial_embedding.torch.shards import is_sharded
 from partial_embedding.torch.split import SplitEmbedding
@@ -80,7 +79,7 @@ def keep_whole(model: nn.Module, processes: Any = None) -> set[nn.Parameter]:
     begin_alike(parameters, group)
     for module in model.modules():
         if isinstance(module, PartialTable) and not isinstance(module, SplitEmbedding):
-            average_over(module, module.row_parameters, lambda: group)
+            module.average_over(module.row_parameters, lambda: group)
     return _InOrder(parameters.values())
 
 

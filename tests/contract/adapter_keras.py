@@ -1,4 +1,4 @@
-"""The contract's verbs in Keras on TensorFlow."""
+"""The contract's verbs in Keras on TensorFlow; `adapter_torch.py` says what each of them does."""
 
 import json
 from collections.abc import Sequence
@@ -19,17 +19,6 @@ FRAMEWORK = "tensorflow"
 
 
 class Training:
-    """One table that is trained step by step under an optimizer that `rowwise` wraps.
-
-    Args:
-        matrix: The table, shape (V, D).
-        rows: What trains from the start.
-        optimizer: What steps it.
-        ever: What may ever train, and is reserved.
-        padded: Whether row 0 is the padding row.
-        scaled: Whether rows may have a rate scale of their own; Keras need not know.
-    """
-
     def __init__(
         self,
         matrix: Array,
@@ -37,7 +26,6 @@ class Training:
         optimizer: Optimizer,
         ever: object = "all",
         padded: bool = False,
-        scaled: bool = False,
     ) -> None:
         self._layer = PartialEmbedding.from_matrix(
             matrix,
@@ -51,32 +39,25 @@ class Training:
 
     @property
     def table(self) -> Array:
-        """The table, shape (V, D)."""
         return np.array(self._layer.get_weights()[0])
 
     @property
     def trainable_rows(self) -> list[int]:
-        """The rows that train, rising."""
         return [int(row) for row in self._layer.trainable_rows]
 
     def look_up(self, ids: Array) -> Array:
-        """The rows of ids of any shape."""
         return np.array(self._layer(ids))
 
     def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
-        """Train these rows and no others."""
         self._layer.set_trainable_rows(rows, **vars(rate_scale or RateScale()))
 
     def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
-        """Train these rows too."""
         self._layer.unfreeze_rows(rows, **vars(rate_scale or RateScale()))
 
     def freeze(self, rows: object) -> None:
-        """Train these rows no longer."""
         self._layer.freeze_rows(rows)
 
     def step(self, ids: Array, upstream: Array) -> None:
-        """Look up, go back with given gradients, and step."""
         variables = self._layer.trainable_variables
         with tf.GradientTape() as tape:
             rows = self._layer(ids)
@@ -86,31 +67,25 @@ class Training:
     # Doors
 
     def plain(self) -> Array:
-        """The table of a plain layer that was given the weights of this one."""
         plain = keras.layers.Embedding(self._layer.input_dim, self._layer.output_dim)
         plain.build()
         plain.set_weights(self._layer.get_weights())
         return np.array(plain.get_weights()[0])
 
     def take_plain(self, table: Array) -> None:
-        """Take the weights of a plain layer with this table."""
         plain = keras.layers.Embedding(*table.shape, weights=[table])
         self._layer.set_weights(plain.get_weights())
 
     def keep(self) -> Any:
-        """What a run keeps of the best weights."""
         return keras.Sequential([self._layer]).get_weights()
 
     def restore(self, kept: Any) -> None:
-        """Put back what was kept."""
         keras.Sequential([self._layer]).set_weights(kept)
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint of weights and optimizer."""
         self._checkpoint.write(folder / "state")
 
     def load(self, folder: Path) -> None:
-        """Read it."""
         self._checkpoint.read(folder / "state").assert_consumed()
 
     @property
@@ -118,7 +93,6 @@ class Training:
         return tf.train.Checkpoint(model=self._layer, optimizer=self._optimizer)
 
     def average(self, batches: Sequence[Batch]) -> Array:
-        """Step along batches, and give the table with the average of all steps for weights."""
         variables = self._layer.trainable_variables
         averages = [np.zeros(v.shape, np.float32) for v in variables]
         for count, batch in enumerate(batches, 1):
@@ -143,24 +117,6 @@ def fit(
     folder: Path | None = None,
     trains: bool = True,
 ) -> tuple[list[Array], Any]:
-    """Train a table named "words" along a schedule with the callback, and its audit.
-
-    Args:
-        matrix: The table, shape (V, D).
-        schedule: A YAML file.
-        optimizer: What steps it.
-        batches: Of each epoch.
-        epochs: How many.
-        ever: What may ever train, and is reserved.
-        measured: What validations log as `val_measured`, epoch by epoch.
-        audit: As the callback takes it.
-        write: A step and a row; the row is written to before the step.
-        folder: Where the run is kept, and goes on if it was kept there before.
-        trains: Whether the table's weight may train.
-
-    Returns:
-        The table after each epoch, and what is kept of the schedule.
-    """
     layer = PartialEmbedding.from_matrix(
         matrix, reserve_rows=ever, trainable_rows=ever, name="words", trainable=trains
     )

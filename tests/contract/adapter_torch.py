@@ -33,7 +33,6 @@ class Training:
         optimizer: What steps it.
         ever: What may ever train; PyTorch need not know.
         padded: Whether row 0 is the padding row.
-        scaled: Whether rows may have a rate_scale of their own; PyTorch need not know.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class Training:
         optimizer: Optimizer,
         ever: object = "all",
         padded: bool = False,
-        scaled: bool = False,
     ) -> None:
         self._embedding = PartialEmbedding.from_pretrained(
             torch.tensor(matrix), padding_idx=0 if padded else None, trainable_rows=rows

@@ -21,9 +21,11 @@ Each framework keeps within `TOLERANCE` of these numbers, and so within twice th
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from partial_embedding import Schedule
@@ -318,6 +320,19 @@ _RULES: dict[str, _Rule] = {
     "AdamW": _adam,
     "Adamax": _adamax,
 }
+
+
+def written(folder: Path, schedule: Schedule | dict[str, Any]) -> Path:
+    """A file of a schedule."""
+    config = schedule.to_config() if isinstance(schedule, Schedule) else schedule
+    path = folder / "schedule.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def told(said: str) -> list[str]:
+    """The lines that a schedule and its audit print."""
+    return [line for line in said.splitlines() if line.startswith(("words:", "audit:"))]
 
 
 def rows_that_differ(before: Array, after: Array) -> list[int]:

@@ -18,6 +18,7 @@ from reference import (
     ever_trained,
     rows_that_differ,
     walk,
+    written,
 )
 
 from partial_embedding import InputError
@@ -103,8 +104,8 @@ def test_averaged_weights_have_the_bits_of_frozen_rows(adapter: Any, name: str) 
 def test_a_weight_that_may_not_train_is_refused_under_a_schedule(
     adapter: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "schedule.yaml").write_text("stages: [{epoch: 0, rows: [2]}]")
-    arguments = MATRIX, tmp_path / "schedule.yaml", OPTIMIZERS["SGD"], batches_of(0), 1, [2]
+    schedule = written(tmp_path, {"stages": [{"epoch": 0, "rows": [2]}]})
+    arguments = MATRIX, schedule, OPTIMIZERS["SGD"], batches_of(0), 1, [2]
     with pytest.raises(InputError, match=r"rows train .*Received .*words"):
         adapter.fit(*arguments, trains=False)
     tables, _ = adapter.fit(*arguments)

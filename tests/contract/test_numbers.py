@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from reference import (
     EPOCHS,
     HISTORIES,
@@ -30,6 +29,7 @@ from reference import (
     positions,
     rows_that_differ,
     walk,
+    written,
 )
 
 from partial_embedding.schedule import RateScale
@@ -60,11 +60,9 @@ def test_the_callback_follows_the_schedule_of_a_file(
     adapter: Any, tmp_path: Path, optimizer: Optimizer
 ) -> None:
     schedule = HISTORIES["leaving_and_returning"]
-    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule.to_config()))
     batches = batches_of(0)
-    tables, _ = adapter.fit(
-        MATRIX, tmp_path / "schedule.yaml", optimizer, batches, EPOCHS, [1, 2, 4, 6, 7]
-    )
+    path = written(tmp_path, schedule)
+    tables, _ = adapter.fit(MATRIX, path, optimizer, batches, EPOCHS, [1, 2, 4, 6, 7])
     assert len(tables) == EPOCHS
     reference, before = Reference(MATRIX, optimizer), MATRIX
     for epoch, table in enumerate(tables):
@@ -92,10 +90,8 @@ def test_the_callback_moves_rows_at_steps_shares_and_plateaus_and_at_their_pace(
 ) -> None:
     optimizer, batches = OPTIMIZERS[name], batches_of(0)
     schedule = for_optimizer(SCHEDULES[way], optimizer)
-    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule.to_config()))
-    tables, _ = adapter.fit(
-        MATRIX, tmp_path / "schedule.yaml", optimizer, batches, EPOCHS, [1, 2, 4, 5, 6, 7], MEASURED
-    )
+    path, ever = written(tmp_path, schedule), [1, 2, 4, 5, 6, 7]
+    tables, _ = adapter.fit(MATRIX, path, optimizer, batches, EPOCHS, ever, MEASURED)
     reference = Reference(MATRIX, optimizer)
     trained: set[int] = set()
     for position in positions(len(batches)):
@@ -106,12 +102,12 @@ def test_the_callback_moves_rows_at_steps_shares_and_plateaus_and_at_their_pace(
         trained |= set(rows.tolist())
         if (position.step + 1) % len(batches) == 0:
             assert_same_numbers(tables[position.epoch], reference.table)
-    assert rows_that_differ(MATRIX, tables[-1]) == sorted(trained) == [1, 2, 4, 5, 6, 7]
+    assert rows_that_differ(MATRIX, tables[-1]) == sorted(trained) == ever
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "AdamW-weight_decay", "Adam-lazy"])
 def test_a_loop_gives_rows_that_join_a_pace(adapter: Any, name: str) -> None:
-    training = adapter.Training(MATRIX, "none", OPTIMIZERS[name], "all", scaled=True)
+    training = adapter.Training(MATRIX, "none", OPTIMIZERS[name], "all")
     reference = Reference(MATRIX, OPTIMIZERS[name])
     moves = [
         ([2, 7], RateScale(lr_scale=0.5)),

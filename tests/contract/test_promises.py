@@ -203,7 +203,7 @@ def _within(batch: tuple[Array, Array]) -> tuple[Array, Array]:
 
 @each_optimizer
 def test_a_plain_pace_changes_no_bit(adapter: Any, optimizer: Optimizer) -> None:
-    with_paces = adapter.Training(MATRIX, [2, 7], optimizer, scaled=True)
+    with_paces = adapter.Training(MATRIX, [2, 7], optimizer)
     without = adapter.Training(MATRIX, [2, 7], optimizer)
     for batch in BATCHES:
         with_paces.step(*batch)

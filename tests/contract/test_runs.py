@@ -6,27 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from reference import HISTORIES, MATRIX, MEASURED, OPTIMIZERS, SCHEDULES, batches_of, same_bits
+from reference import (
+    HISTORIES,
+    MATRIX,
+    MEASURED,
+    OPTIMIZERS,
+    SCHEDULES,
+    batches_of,
+    same_bits,
+    told,
+    written,
+)
 
-from partial_embedding import InputError, Schedule
+from partial_embedding import InputError
 from partial_embedding.errors import FrozenRowsMoved
 
 SGD = OPTIMIZERS["SGD"]
 EVER = [1, 2, 4, 5, 6, 7]
 BATCHES = batches_of(0)
 CALLBACKS = Path(__file__).parents[2] / "callbacks"
-
-
-def told(lines: str) -> list[str]:
-    return [line for line in lines.splitlines() if line.startswith(("words:", "audit:"))]
-
-
-def written(folder: Path, schedule: Any) -> Path:
-    config = schedule.to_config() if isinstance(schedule, Schedule) else schedule
-    path = folder / "schedule.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
 
 
 # Audits

@@ -5,10 +5,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from reference import HISTORIES, MATRIX, MEASURED, NUM_ROWS, OPTIMIZERS, SCHEDULES, batches_of
+from reference import (
+    HISTORIES,
+    MATRIX,
+    MEASURED,
+    OPTIMIZERS,
+    SCHEDULES,
+    batches_of,
+    told,
+    written,
+)
 
-from partial_embedding import InputError
+from partial_embedding import InputError, Schedule
 
 SGD = OPTIMIZERS["SGD"]
 BEYOND = "rows must lie in [0, 10). Received: 140. Was the vocabulary resized?"
@@ -44,7 +52,8 @@ REFUSED: dict[str, tuple[object, str]] = {
         "rows are chosen by one of ['all', 'covering', 'difference', 'ids', 'ids_file', "
         "'intersection', 'least_frequent', 'mask', 'matching', 'min_count', 'missing', "
         "'most_frequent', 'nearest', 'new', 'none', 'not', 'random', 'range', 'token_file', "
-        "'tokens', 'union']. Received: 'some'. Take one of these.",
+        "'tokens', 'union']. Received: 'some'. Write [3, 7] for ids, or "
+        "{tokens: [the]} for words.",
     ),
     "without_vocabulary": (
         "missing",
@@ -76,71 +85,65 @@ def test_a_schedule_that_does_not_fit_is_refused_before_it_starts(
     adapter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = [{"epoch": 0, "rows": [2]}, {"epoch": 3, "rows": [2, 140]}]
-    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump({"stages": stages}))
     with pytest.raises(InputError) as refused:
-        adapter.fit(MATRIX, tmp_path / "schedule.yaml", SGD, batches_of(0), 1, "all")
+        adapter.fit(MATRIX, written(tmp_path, {"stages": stages}), SGD, batches_of(0), 1, "all")
     assert str(refused.value).startswith("words: ")
     assert str(refused.value).endswith(BEYOND)
     assert "stage 0" not in capsys.readouterr().out
 
 
+# What begins, how many rows then train, and what was compared.
+TOLD = {
+    "leaving_and_returning": (
+        HISTORIES["leaving_and_returning"],
+        [
+            ("0 from epoch 0", 3),
+            ("1 from epoch 1", 0),
+            ("2 from epoch 2", 2),
+            ("3 from epoch 3", 4),
+        ],
+        "7, 10, 8, 6",
+    ),
+    "growing_shares": (
+        SCHEDULES["growing_shares"],
+        [
+            ("0 from step 0", 1),
+            ("0 from step 3, increment 1 of 3 towards stage 1", 3),
+            ("0 from step 6, increment 2 of 3 towards stage 1", 4),
+            ("1 from step 9", 6),
+        ],
+        "9, 4",
+    ),
+    "plateau": (
+        SCHEDULES["plateau"],
+        [
+            ("0 from step 0", 3),
+            ("1 from step 9 after a plateau of val_measured", 4),
+            ("2 from step 10", 3),
+        ],
+        "7, 6, 7",
+    ),
+}
+
+
+@pytest.mark.parametrize(("schedule", "stages", "frozen"), TOLD.values(), ids=TOLD)
 def test_stages_and_the_audit_are_told_in_the_same_words(
-    adapter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    schedule = HISTORIES["leaving_and_returning"]
-    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule.to_config()))
-    adapter.fit(MATRIX, tmp_path / "schedule.yaml", SGD, batches_of(0), 4, [1, 2, 4, 6, 7])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith(("words:", "audit:"))] == [
-        f"words: 3 of {NUM_ROWS} rows train (9 of 30 parameters), 0 parameters elsewhere",
-        "words: stage 0 from epoch 0: 3 rows train, 30.0 % of the table",
-        "words: stage 1 from epoch 1: 0 rows train, 0.0 % of the table",
-        "words: stage 2 from epoch 2: 2 rows train, 20.0 % of the table",
-        "words: stage 3 from epoch 3: 4 rows train, 40.0 % of the table",
-        "audit: words: frozen rows by stage: 7, 10, 8, 6; changed a bit: 0",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "lines"),
-    [
-        (
-            "growing_shares",
-            [
-                "words: 1 of 10 rows train (3 of 30 parameters), 0 parameters elsewhere",
-                "words: stage 0 from step 0: 1 rows train, 10.0 % of the table",
-                "words: stage 0 from step 3, increment 1 of 3 towards stage 1: 3 rows train, "
-                "30.0 % of "
-                "the table",
-                "words: stage 0 from step 6, increment 2 of 3 towards stage 1: 4 rows train, "
-                "40.0 % of "
-                "the table",
-                "words: stage 1 from step 9: 6 rows train, 60.0 % of the table",
-                "audit: words: frozen rows by stage: 9, 4; changed a bit: 0",
-            ],
-        ),
-        (
-            "plateau",
-            [
-                "words: 3 of 10 rows train (9 of 30 parameters), 0 parameters elsewhere",
-                "words: stage 0 from step 0: 3 rows train, 30.0 % of the table",
-                "words: stage 1 from step 9 after a plateau of val_measured: 4 rows train, 40.0 % "
-                "of the table",
-                "words: stage 2 from step 10: 3 rows train, 30.0 % of the table",
-                "audit: words: frozen rows by stage: 7, 6, 7; changed a bit: 0",
-            ],
-        ),
-    ],
-)
-def test_parts_and_plateaus_are_told_in_the_same_words(
     adapter: Any,
-    name: str,
-    lines: list[str],
+    schedule: Schedule,
+    stages: list[tuple[str, int]],
+    frozen: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(SCHEDULES[name].to_config()))
-    ever = [1, 2, 4, 5, 6, 7]
-    adapter.fit(MATRIX, tmp_path / "schedule.yaml", SGD, batches_of(0), 4, ever, MEASURED)
-    told = capsys.readouterr().out.splitlines()
-    assert [line for line in told if line.startswith(("words:", "audit:"))] == lines
+    measured = MEASURED if schedule.metrics else ()
+    path, ever = written(tmp_path, schedule), [1, 2, 4, 5, 6, 7]
+    adapter.fit(MATRIX, path, SGD, batches_of(0), 4, ever, measured)
+    first = stages[0][1]
+    assert told(capsys.readouterr().out) == [
+        f"words: {first} of 10 rows train ({3 * first} of 30 parameters), 0 parameters elsewhere",
+        *(
+            f"words: stage {place}: {n} rows train, {10 * n}.0 % of the table"
+            for place, n in stages
+        ),
+        f"audit: words: frozen rows by stage: {frozen}; changed a bit: 0",
+    ]

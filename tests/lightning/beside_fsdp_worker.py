@@ -13,7 +13,19 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy as FabricStrategy
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
-from small_runs import CLASSES, SCHEDULE, STAGES, Net, V, data, loader, loss_of, trainer
+from small_runs import (
+    CLASSES,
+    SCHEDULE,
+    STAGES,
+    Net,
+    ShardWitness,
+    V,
+    data,
+    loader,
+    loss_of,
+    trainer,
+    weights_of,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Subset
@@ -33,24 +45,6 @@ BY_STEP = {
     ]
 }
 SIZES = {"data_parallel_size": 2, "tensor_parallel_size": 1}
-
-
-def whole_of(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    return {n: whole_of(p).detach().clone() for n, p in module.named_parameters()}
-
-
-class Watched(pl.Callback):
-    """Keeps all weights as they were after each batch."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Tensor]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.seen.append(weights_of(pl_module))
 
 
 class Whole(Net):
@@ -93,56 +87,49 @@ def run(name: str, folder: Path) -> None:
     strategy: Any = (
         DDPStrategy if name.startswith("ddp") else partial(ModelParallelStrategy, **SIZES)
     )
-    callback, watched = RowUnfreezing(SCHEDULE, audit=1), Watched()
+    callback, witness = RowUnfreezing(SCHEDULE, audit=1), ShardWitness()
     made = trainer(
         callback,
-        watched,
+        witness,
         strategy=strategy(process_group_backend="gloo"),
         devices=2,
         use_distributed_sampler=False,
         **options,
     )
     made.fit(net, own_batches())
-    kept = {"weights": watched.seen, "reports": [r.changed for r in callback.audit_results]}
+    kept = {"weights": witness.seen, "reports": [r.changed for r in callback.audit_results]}
     torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
 
 
 class Replayed(pl.Callback):
-    """Gives each step the batch of its number, and saves in the middle."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    """Gives each step the batch of its number."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
         drawn = torch.Generator().manual_seed(2 * trainer.global_step + trainer.global_rank)
         for part, height in zip(batch, (V, CLASSES), strict=True):
             part.copy_(torch.randint(height, part.shape, generator=drawn))
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if self.path is not None and trainer.global_step == SAVED_AT:
-            trainer.save_checkpoint(self.path)
-
 
 def run_and_resume(kind: str, distributed: bool, folder: Path) -> None:
     """Weights after each step, of a run and of one that goes on from its middle."""
     path, seen = folder / f"{kind}-{distributed}.ckpt", {}
-    for name, saves, begins in (("whole", path, None), ("resumed", None, path)):
+    for name, save_at, begins in (("whole", SAVED_AT, None), ("resumed", None, path)):
         net = (Whole if kind == "whole" else Split)().build()
-        watched, callback = Watched(), RowUnfreezing(BY_STEP, audit=1)
+        witness = ShardWitness(save_at, path)
         strategy = ModelParallelStrategy(
             save_distributed_checkpoint=distributed, process_group_backend="gloo", **SIZES
         )
         made = trainer(
-            callback,
-            watched,
-            Replayed(saves),
+            RowUnfreezing(BY_STEP, audit=1),
+            witness,
+            Replayed(),
             strategy=strategy,
             devices=2,
             use_distributed_sampler=False,
             gradient_clip_val=0.05,
         )
         made.fit(net, own_batches(), ckpt_path=begins)
-        seen[name] = watched.seen
+        seen[name] = witness.seen
     torch.save(seen, folder / f"resumed-{kind}-{distributed}-{made.global_rank}.pt")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
 from partial_embedding.torch import PartialLinear, rowwise
 from partial_embedding.torch import ddp as ddp_module
-from partial_embedding.torch.row_average import average, is_averaged_here
+from partial_embedding.torch.row_average import average
 
 rowwise_module = importlib.import_module("partial_embedding.torch.optimizer")
 
@@ -241,7 +241,7 @@ def counting() -> Iterator[list[int]]:
 
     def counted(tables: Any, names: Any) -> None:
         tables = list(tables)
-        if new := [p for p, t in tables if t.awaits_average and is_averaged_here(p, t)]:
+        if new := [p for p, t in tables if t.awaits_average and t.averaging_group(p) is not None]:
             calls.append(len(new))
         average(tables, names)
 

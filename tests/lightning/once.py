@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 
@@ -31,7 +33,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]
         said = make(folder)
         (folder / "writing").write_text(said)
         (folder / "writing").rename(outcome)
-    patience = time.monotonic() + 300
+    patience = time.monotonic() + 440
     while not outcome.exists() and time.monotonic() < patience:
         time.sleep(0.2)
     assert outcome.read_text() == "", outcome.read_text()
@@ -50,10 +52,10 @@ def failure_of(*command: object) -> str:
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=280)
+        said, _ = process.communicate(timeout=420)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        said = f"it took more than 280 s\n{process.communicate()[0]}"
+        said = f"it took more than 420 s\n{process.communicate()[0]}"
     return (said[-6000:] or "it said nothing") if process.returncode else ""
 
 
@@ -62,8 +64,31 @@ def run_script(name: str, *arguments: object) -> str:
     return failure_of(HERE / "scripts" / name, *arguments)
 
 
-def run_both_ranks(script: str, folder: Path) -> str:
-    """Run all cases on two ranks, whose files and logs go to a folder."""
-    said = failure_of(HERE / "forked.py", script, folder)
-    logs = [log.read_text()[-6000:] for log in sorted(folder.glob("*.log"))]
+# What runs on two ranks: importing Lightning takes longer than most cases, so all of it is forked
+# from one process.
+WORKERS = ("ddp_worker", "disagree_worker", "beside_fsdp_worker", "sharded_runs_worker")
+
+
+ON_TWO_RANKS = pytest.mark.skipif(
+    not (torch.distributed.is_available() and hasattr(os, "fork")),
+    reason="two ranks need torch.distributed, and are forked from one process",
+)
+
+
+def run_ranks(factory: pytest.TempPathFactory, worker: str) -> Path:
+    """The folder in which both ranks left what they saw of the cases of a worker."""
+    return once(factory, "ranks", _run_workers) / worker
+
+
+def _run_workers(folder: Path) -> str:
+    said = failure_of(HERE / "forked.py", folder, *WORKERS)
+    logs = [log.read_text()[-6000:] for log in sorted(folder.glob("*/*.log"))]
     return "\n".join([said, *logs]) if said else ""
+
+
+def seen_by_ranks(folder: Path, cases: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """What each of the two ranks wrote, for each case."""
+    return {
+        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for case in cases
+    }

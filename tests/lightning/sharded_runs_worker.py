@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
+from small_runs import ShardWitness, trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
@@ -61,11 +62,6 @@ def optimizer_of(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    held: Any = parameter.detach()
-    return (held.full_tensor() if hasattr(held, "full_tensor") else held).clone()
-
-
 class Net(pl.LightningModule):
     """Trains on batches that follow from the step, so that a resumed run sees the same ones."""
 
@@ -73,7 +69,6 @@ class Net(pl.LightningModule):
         super().__init__()
         self.inner = Inner()
         self.tensor = tensor
-        self.seen: list[dict[str, Tensor]] = []
 
     def configure_model(self) -> None:
         mesh = self.device_mesh
@@ -93,46 +88,31 @@ class Net(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return optimizer_of(self.parameters())
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seen.append({name: whole(p) for name, p in self.inner.named_parameters()})
-
-
-class Save(pl.Callback):
-    """Saves in the midst of a stage."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == SAVED_AT:
-            trainer.save_checkpoint(self.path)
-
 
 def fit(folder: Path, in_folder: bool, resume: bool, tensor: bool = False) -> dict[str, Any]:
     path = folder / ("saved" if in_folder else "saved.ckpt")
     unfreezing, monitor = RowUnfreezing(SCHEDULE, audit=1), RowMonitor(every_n_steps=2)
+    witness = ShardWitness(None if resume or tensor else SAVED_AT, path)
     strategy = ModelParallelStrategy(
         data_parallel_size=1 if tensor else 2,
         tensor_parallel_size=2 if tensor else 1,
         save_distributed_checkpoint=in_folder,
     )
-    made = pl.Trainer(
-        accelerator="cpu",
+    made = trainer(
+        unfreezing,
+        monitor,
+        witness,
         devices=2,
         strategy=strategy,
+        max_epochs=1,
         max_steps=STEPS,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
         default_root_dir=folder,
-        callbacks=[unfreezing, monitor, *([] if resume or tensor else [Save(path)])],
     )
     net = Net(tensor)
     loader = DataLoader(torch.arange(2 * STEPS), batch_size=1)  # type: ignore[arg-type]
     made.fit(net, loader, ckpt_path=path if resume else None)
     return {
-        "seen": net.seen,
+        "seen": [{k.removeprefix("inner."): v for k, v in at.items()} for at in witness.seen],
         "rows": net.inner.table.trainable_rows,
         "audit": [(one.table, one.frozen, one.changed) for one in unfreezing.audit_results],
         "record": json.loads(monitor.path.read_text()) if monitor.path else None,

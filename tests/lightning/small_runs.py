@@ -27,7 +27,12 @@ V, D, CLASSES = 12, 4, 3
 STAGES = {0: (1, 4, 6), 1: (1, 2, 4, 6, 8), 3: (2, 8, 9)}
 NEVER_TRAINED = (0, 3, 5, 7, 10, 11)
 EPOCHS, BATCHES, BATCH = 4, 3, 4
-SCHEDULE = {"stages": [{"epoch": epoch, "rows": list(rows)} for epoch, rows in STAGES.items()]}
+OTHER_STAGES = {0: (0, 11), 2: (0, 5, 11)}
+SCHEDULE, OTHER = (
+    {"stages": [{"epoch": epoch, "rows": list(rows)} for epoch, rows in stages.items()]}
+    for stages in (STAGES, OTHER_STAGES)
+)
+BY_NAME = {"words": SCHEDULE, "items": OTHER}
 
 Parts = Mapping[str, list[nn.Parameter]]
 MakeOptimizers = Callable[[Parts], list[torch.optim.Optimizer]]
@@ -40,6 +45,17 @@ def bits(tensor: Tensor) -> Tensor:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """The places at which two nested states differ in a bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return [] if same_bits(a, b) else [place]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in differences(a[key], b[key], f"{place}/{key}")]
+    return [] if type(a) is type(b) and a == b else [f"{place}: {a!r}, {b!r}"]
 
 
 def rows_that_differ(a: Tensor, b: Tensor) -> list[int]:
@@ -137,6 +153,28 @@ class Witness(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.seen.append({k: v.detach().clone() for k, v in pl_module.state_dict().items()})
         self.epochs.append(trainer.current_epoch)
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """A tensor, or all that the ranks hold of a sharded one."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {n: whole_of(p).detach().clone() for n, p in module.named_parameters()}
+
+
+class ShardWitness(pl.Callback):
+    """Keeps all weights as they were after each batch, whole; saves after a step where told to."""
+
+    def __init__(self, save_at: int | None = None, path: Any = None) -> None:
+        self.save_at, self.path = save_at, path
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen.append(weights_of(pl_module))
+        if trainer.global_step == self.save_at:
+            trainer.save_checkpoint(self.path)
 
 
 def trainer(*callbacks: pl.Callback, package: Any = pl, **options: Any) -> Any:

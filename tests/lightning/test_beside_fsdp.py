@@ -8,12 +8,10 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 
 import torch
 from beside_fsdp_worker import CASES, EPOCHS, SAVED_AT
-from once import once, run_both_ranks
+from once import ON_TWO_RANKS, run_ranks, seen_by_ranks
 from small_runs import BATCHES, STAGES, rows_that_differ, same_bits, starting_table
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
-)
+pytestmark = ON_TWO_RANKS
 ALL = [*CASES, "fabric"]
 SAVED = [("whole", True), ("split", False)]
 
@@ -21,16 +19,8 @@ SAVED = [("whole", True), ("split", False)]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of the two ranks saw, for each case."""
-    folder = once(
-        tmp_path_factory,
-        "beside_fsdp",
-        lambda made: run_both_ranks("beside_fsdp_worker", made),
-    )
-    names = [*ALL, *(f"resumed-{kind}-{distributed}" for kind, distributed in SAVED)]
-    return {
-        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for case in names
-    }
+    resumed = [f"resumed-{kind}-{distributed}" for kind, distributed in SAVED]
+    return seen_by_ranks(run_ranks(tmp_path_factory, "beside_fsdp_worker"), [*ALL, *resumed])
 
 
 @pytest.mark.parametrize("case", ALL)

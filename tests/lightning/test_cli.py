@@ -1,6 +1,5 @@
 """The command `partial-embedding`: what it leaves behind, and what it says to bad input."""
 
-import csv
 import errno
 import os
 import re
@@ -67,22 +66,6 @@ def test_a_command_that_is_none_is_refused_with_the_list(
     assert "fit, validate, test, predict, compare, schedule, report" in error
 
 
-def test_validate_test_and_predict_take_a_checkpoint(
-    fitted_run: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    before = files_below(Path())
-    capfd.readouterr()
-    for command in ("validate", "test"):
-        assert main([command, *fitted_run, "--ckpt_path=last"]) == 0
-        assert "accuracy" in capfd.readouterr().out
-    assert main(["predict", *fitted_run, "--ckpt_path=best"]) == 0
-    assert files_below(Path()) - before == {"runs/predictions.csv"}
-    with Path("runs/predictions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert rows
-    assert {row["label"] for row in rows} <= {"neg", "pos"}
-
-
 def test_a_checkpoint_is_enough_to_load_the_model(fitted_run: list[str]) -> None:
     model = TextClassifier.load_from_checkpoint(RUN / "checkpoints/last.ckpt")
     assert model.names == ("neg", "pos")
@@ -135,6 +118,11 @@ def nothing() -> None:
     pass
 
 
+def early_stopping() -> None:
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val_accurracy"}}
+    Path("stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [stopping]}}))
+
+
 def stage(epoch: int, rows: object = "all") -> dict[str, Any]:
     return {"epoch": epoch, "rows": rows}
 
@@ -177,7 +165,35 @@ CASES: dict[str, Case] = {
         "bad.ckpt",
     ),
     "checkpoint_last_of_no_run": (nothing, ["--ckpt_path=last"], "which holds none"),
+    "data_option": (nothing, ["--data.batchsize=3"], "Did you mean '--data.batch_size'?"),
+    "trainer_option": (nothing, ["--trainer.max_epoch=3"], "Did you mean '--trainer.max_epochs'?"),
+    "key_of_a_mapping": (
+        write("typo.yaml", "rows: {schedul: {stages: []}}"),
+        ["--config=typo.yaml"],
+        "--rows.schedul is no option. Did you mean '--rows.schedule'?",
+    ),
+    "number": (nothing, ["--model.lr=fast"], "--model.lr is float. Received: fast"),
+    "choice": (nothing, ["--model.encoder=lstm"], "one of 'cnn', 'mean'. Received: lstm"),
+    "trainer_value": (nothing, ["--trainer.accelerator=abacus"], "abacus"),
+    "trainer_number": (nothing, ["--trainer.max_epochs=-5"], "You passed in -5. See"),
+    "channels": (nothing, ["--model.channels=0"], "channels is at least 1. Received: 0. Leave"),
+    "dropout": (nothing, ["--model.dropout=1"], "dropout lies in [0, 1). Received: 1.0. Leave"),
+    "rate": (nothing, ["--model.lr=-1"], "lr is at least 0. Received: -1.0. Leave"),
+    "audit": (nothing, ["--rows.audit=-3"], "audit is true, false, or the number"),
+    "no_value": (nothing, ["--data.path"], "expected one argument. See"),
+    "class": (nothing, ["--model=NoModel"], "path of a class, as in my_module.MyModel. Received"),
+    "config_list": (
+        write("c.yaml", "[1]"),
+        ["--config=c.yaml"],
+        "a configuration is a mapping with parts",
+    ),
+    "config_part": (write("c.yaml", "model: 3"), ["--config=c.yaml"], "LightningModule. See"),
+    "early_stopping": (early_stopping, ["--config=stop.yaml"], "`val_accurracy` which is not"),
+    "best_monitor": (nothing, ["--best.monitor=val_acc"], "val_acc"),
+    "not_a_number": (nothing, ["--model.lr=1e30"], "loss is a finite number"),
 }
+# What is only found once a run has begun, which leaves a folder.
+BEGUN = ("early_stopping", "best_monitor", "not_a_number")
 
 
 def assert_one_line(code: int, error: str, part: str) -> None:
@@ -189,20 +205,17 @@ def assert_one_line(code: int, error: str, part: str) -> None:
     assert part in lines[0]
 
 
-@pytest.mark.parametrize(("prepare", "args", "part"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_bad_input_gets_one_line_and_leaves_no_file(
-    prepare: Callable[[], object],
-    args: list[str],
-    part: str,
-    small_run: list[str],
-    capfd: pytest.CaptureFixture[str],
+    case: str, small_run: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
+    prepare, args, part = CASES[case]
     prepare()
     before = files_below(Path())
     capfd.readouterr()
-    code = main(["fit", *small_run, *args])
+    code = main(["fit", *small_run, "--trainer.max_epochs=1", *args])
     assert_one_line(code, capfd.readouterr().err, part)
-    assert files_below(Path()) == before
+    assert (files_below(Path()) == before) == (case not in BEGUN)
 
 
 @pytest.mark.parametrize(
@@ -264,15 +277,11 @@ def test_frozen_rows_that_moved_fail_the_command(
     assert "vectors.vec" not in files_below(RUN)
 
 
-def test_bad_input_ends_a_real_process_with_code_2(small_run: list[str]) -> None:
-    prepare, args, part = CASES["vectors_ragged"]
-    prepare()
-    command = [sys.executable, "-m", "partial_embedding.cli", "fit", *small_run, *args]
+def test_bad_input_ends_a_real_process_with_code_2() -> None:
+    command = [sys.executable, "-m", "partial_embedding.cli", "train"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
-    assert_one_line(done.returncode, done.stderr, part)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert_one_line(done.returncode, done.stderr, "fit, validate, test")
 
 
 def test_checkpoints_keep_the_last_epoch_also_when_it_is_not_the_best(

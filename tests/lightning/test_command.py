@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ import torch
 import yaml
 
 from partial_embedding.cli import main
-from partial_embedding.recipes.checkpoints import WholeCheckpoints
-from partial_embedding.recipes.run_folder import RunLogger
+from partial_embedding.recipes.run_folder import RunLogger, WholeCheckpoints
 from partial_embedding.recipes.text_classifier import TextBatch, TextClassifier
 
 RUN = Path("runs/version_0")
@@ -75,10 +74,12 @@ def test_a_checkpoint_is_all_that_test_and_predict_need(
     which: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("new.jsonl").write_text('{"text": "a joy", "label": "pos"}\n')
+    before = set(Path().rglob("*"))
     for command in ("test", "predict"):
         where = [f"--ckpt_path={which}", "--data.test_path=new.jsonl"]
         assert main([command, *where, *QUIET]) == 0
     assert rows_of(Path("runs/predictions.csv"))[0]["text"] == "a joy"
+    assert set(Path().rglob("*")) - before == {Path("runs/predictions.csv")}
 
 
 @pytest.mark.usefixtures("only_the_run")
@@ -115,6 +116,7 @@ def test_texts_to_validate_on_can_stand_in_a_file_of_their_own(
     out = capfd.readouterr().out
     assert "texts: 60 to train on, 2 to validate on; of 2 classes: neg 30 + 1, pos 30 + 1" in out
     assert main(["validate", "--ckpt_path=best", *QUIET]) == 0
+    assert "val_accuracy" in capfd.readouterr().out
 
 
 def test_a_configuration_of_another_class_has_that_classes_defaults(
@@ -151,53 +153,6 @@ def test_help_shows_the_texts_and_the_model_before_lightnings_trainer(
 
 
 # One line
-
-
-def no_files() -> None:
-    pass
-
-
-def early_stopping() -> None:
-    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val_accurracy"}}
-    Path("stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [stopping]}}))
-
-
-def config(text: str) -> Callable[[], object]:
-    return lambda: Path("c.yaml").write_text(text)
-
-
-WRONG: dict[str, tuple[Callable[[], object], list[str], str]] = {
-    "data_option": (no_files, ["--data.batchsize=3"], "Did you mean '--data.batch_size'?"),
-    "trainer_option": (no_files, ["--trainer.max_epoch=3"], "Did you mean '--trainer.max_epochs'?"),
-    "number": (no_files, ["--model.lr=fast"], "--model.lr is float. Received: fast"),
-    "choice": (no_files, ["--model.encoder=lstm"], "one of 'cnn', 'mean'. Received: lstm"),
-    "trainer_value": (no_files, ["--trainer.accelerator=abacus"], "abacus"),
-    "trainer_number": (no_files, ["--trainer.max_epochs=-5"], "You passed in -5. See"),
-    "channels": (no_files, ["--model.channels=0"], "channels is at least 1. Received: 0. Leave"),
-    "dropout": (no_files, ["--model.dropout=1"], "dropout lies in [0, 1). Received: 1.0. Leave"),
-    "rate": (no_files, ["--model.lr=-1"], "lr is at least 0. Received: -1.0. Leave"),
-    "audit": (no_files, ["--rows.audit=-3"], "audit is true, false, or the number"),
-    "no_value": (no_files, ["--data.path"], "expected one argument. See"),
-    "class": (no_files, ["--model=NoModel"], "path of a class, as in my_module.MyModel. Received"),
-    "config_list": (config("[1]"), ["--config=c.yaml"], "a configuration is a mapping with parts"),
-    "config_part": (config("model: 3"), ["--config=c.yaml"], "LightningModule. See"),
-    "early_stopping": (early_stopping, ["--config=stop.yaml"], "`val_accurracy` which is not"),
-    "best_monitor": (no_files, ["--best.monitor=val_acc"], "val_acc"),
-    "not_a_number": (no_files, ["--model.lr=1e30"], "loss is a finite number"),
-}
-
-
-@pytest.mark.parametrize(("prepare", "args", "part"), WRONG.values(), ids=WRONG)
-def test_what_goes_wrong_is_said_in_one_line(
-    prepare: Callable[[], object],
-    args: list[str],
-    part: str,
-    small_run: list[str],
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    prepare()
-    assert main(["fit", *small_run, "--trainer.max_epochs=1", *args]) == 2
-    assert part in error_line(capfd)
 
 
 def test_no_seed_is_refused(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """Two processes: ranks hold the same bits after every batch, and frozen rows keep theirs."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 
 import torch
 from ddp_worker import CASES
-from once import once, run_both_ranks, run_script
+from once import ON_TWO_RANKS, run_ranks, seen_by_ranks
 from small_runs import (
     BATCHES,
     STAGES,
@@ -31,15 +30,13 @@ STAGES_OF = {
 # The reference has an untied head, steps all rows, and begins with some.
 AS_ONE = ["sparse", "dense", "accumulate", "clipped", "built_in_setup", "prepared_early"]
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
-)
+pytestmark = ON_TWO_RANKS
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both ranks left what they saw."""
-    return once(tmp_path_factory, "ranks", lambda made: run_both_ranks("ddp_worker", made))
+    return run_ranks(tmp_path_factory, "ddp_worker")
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +45,7 @@ def ranks(folder: Path) -> dict[str, list[dict[str, Any]]]:
     said = "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
     # Lines are printed once, and not by each rank.
     assert said.count("audit: words") == len(CASES)
-    return {
-        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for case in CASES
-    }
+    return seen_by_ranks(folder, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -168,14 +162,11 @@ DISAGREE = {
 }
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked from one")
 @pytest.mark.parametrize("case", DISAGREE)
 def test_processes_that_would_train_different_rows_stop_together(
     case: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = once(
-        tmp_path_factory, "disagree", lambda made: run_script("disagree.py", made, *DISAGREE)
-    )
+    folder = run_ranks(tmp_path_factory, "disagree_worker")
     zero, one = ((folder / f"{case}-{rank}").read_text() for rank in range(2))
     assert zero == one
     assert re.fullmatch(f".*{DISAGREE[case]}.*", zero)

@@ -1,5 +1,7 @@
 """The language-model recipe: its data, its module, and the command that runs both."""
 
+import contextlib
+import io
 import re
 import sys
 from pathlib import Path
@@ -32,14 +34,30 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def few_steps(texts: list[str]) -> tuple[Any, Any]:
+    """The small model, trained for a few steps only."""
+    return small_language_model(texts, steps=20)
+
+
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train the small model for a few steps only."""
+    monkeypatch.setattr(language_model, "small_language_model", few_steps)
 
-    def small(texts: list[str]) -> tuple[Any, Any]:
-        return small_language_model(texts, steps=20)
 
-    monkeypatch.setattr(language_model, "small_language_model", small)
+def fit(folder: Path, epochs: int, *options: str) -> int:
+    root = [f"--trainer.default_root_dir={folder}", f"--trainer.max_epochs={epochs}"]
+    quiet = ["--trainer.enable_progress_bar=false", "--model.max_new_tokens=4"]
+    return main(["fit", "--config", str(CONFIG), *root, *quiet, *options])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a run of the config, and the lines that it said."""
+    folder, said = tmp_path_factory.mktemp("whole"), io.StringIO()
+    with pytest.MonkeyPatch.context() as quickly, contextlib.redirect_stdout(said):
+        quickly.setattr(language_model, "small_language_model", few_steps)
+        assert fit(folder, 2) == 0
+    return folder / "version_0", said.getvalue().splitlines()
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -55,14 +73,8 @@ def loss_with(line: str) -> float:
     return float(line.split("with new tokens ")[1].split(",")[0])
 
 
-@pytest.mark.usefixtures("quickly")
-def test_the_config_runs_and_says_what_was_learned(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "2"]
-    options += ["--trainer.enable_progress_bar", "false"]
-    assert main(["fit", "--config", str(CONFIG), *options]) == 0
-    lines = lines_of(capsys)
+def test_the_config_runs_and_says_what_was_learned(whole: tuple[Path, list[str]]) -> None:
+    run, lines = whole
     before, after = the(lines, "before: loss on"), the(lines, "after: loss on")
     assert loss_with(after) < loss_with(before) - 0.02
     for when in ("before", "after"):
@@ -71,32 +83,26 @@ def test_the_config_runs_and_says_what_was_learned(
         assert len(re.findall(r" \d\.\d\d", the(lines, f"{when}: near 'mailbox': "))) == 3
     assert "5 rows train" in the(lines, "model.model.embed_tokens: stage 0")
     assert the(lines, "audit: ").endswith("changed a bit: 0")
+    assert Path(the(lines, "rows: ").removeprefix("rows: ")).resolve() == run / "rows.safetensors"
+    assert Path(the(lines, "model: ").removeprefix("model: ")).resolve() == run / "model"
     # The rows alone make another copy of the small model the trained one.
-    rows = Path(the(lines, "rows: ").removeprefix("rows: "))
-    rows = rows if rows.is_absolute() else Path.cwd() / rows
     data = TokenTexts(["python"])
     data.setup("fit")
-    model, tokenizer = small_language_model(data.training, steps=20)
-    written = load_rows(model, rows, tokenizer)
+    model, tokenizer = few_steps(data.training)
+    written = load_rows(model, run / "rows.safetensors", tokenizer)
     assert tokenizer.convert_tokens_to_ids("mailbox") in written["model.embed_tokens.weight"]
-    saved = torch.load(rows.parent / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     table = saved["state_dict"]["model.model.embed_tokens.weight"]
     assert torch.equal(model.get_input_embeddings().weight, table)
 
 
 def test_test_and_predict_need_the_checkpoint_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with monkeypatch.context() as quickly:
-        quickly.setattr(
-            language_model,
-            "small_language_model",
-            lambda texts: small_language_model(texts, steps=20),
-        )
-        options = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "1"]
-        options += ["--trainer.enable_progress_bar", "false", "--model.max_new_tokens", "4"]
-        assert main(["fit", "--config", str(CONFIG), *options]) == 0
-    run = Path(the(lines_of(capsys), "model: ").removeprefix("model: ")).resolve().parent
+    run, _ = whole
     # What plain transformers loads says what the checkpoint says.
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "model").eval()
     words = transformers.AutoTokenizer.from_pretrained(run / "model")
@@ -104,41 +110,34 @@ def test_test_and_predict_need_the_checkpoint_alone(
     ids = torch.tensor([words(prompt)["input_ids"]])
     made = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     checkpoint = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
-    quiet = ["--trainer.default_root_dir", str(tmp_path / "again")]
-    quiet += ["--trainer.enable_progress_bar", "false"]
+    checkpoint += [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
     (tmp_path / "texts.txt").write_text("a mailbox\nthe python iterator\n", encoding="utf-8")
     monkeypatch.setattr(language_model, "small_language_model", None)
-    assert main(["predict", *checkpoint, *quiet, "--text", prompt]) == 0
+    assert main(["predict", *checkpoint, "--text", prompt]) == 0
     continuation = words.decode(made, skip_special_tokens=True)
-    assert f"{prompt},{continuation}" in capsys.readouterr().out.splitlines()
+    assert f"{prompt},{continuation}" in lines_of(capsys)
     texts = ["--data.test_path", str(tmp_path / "texts.txt")]
-    assert main(["test", *checkpoint, *quiet, *texts]) == 0
+    assert main(["test", *checkpoint, *texts]) == 0
     assert "test_loss" in capsys.readouterr().out
-    assert main(["predict", *checkpoint, *quiet, *texts]) == 0
-    rows = (tmp_path / "again" / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert main(["predict", *checkpoint, *texts]) == 0
+    rows = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()
     assert rows[0] == "text,continuation"
     assert [row.partition(",")[0] for row in rows[1:]] == ["a mailbox", "the python iterator"]
 
 
 @pytest.mark.usefixtures("quickly")
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fit(folder: str, epochs: int, *options: str) -> int:
-        root = [f"--trainer.default_root_dir={tmp_path / folder}", f"--trainer.max_epochs={epochs}"]
-        quiet = "--trainer.enable_progress_bar=false"
-        return main(["fit", "--config", str(CONFIG), *root, quiet, *options])
-
-    assert fit("whole", 2) == fit("parts", 1) == fit("parts", 2, "--ckpt_path=last") == 0
-    whole, parts = (
-        load_file(tmp_path / folder / "version_0" / "rows.safetensors")
-        for folder in ("whole", "parts")
+    assert fit(tmp_path, 1) == fit(tmp_path, 2, "--ckpt_path=last") == 0
+    rows, again = (
+        load_file(run / "rows.safetensors") for run in (whole[0], tmp_path / "version_0")
     )
-    assert whole.keys() == parts.keys()
-    for key, value in whole.items():
-        assert torch.equal(value, parts[key]), key
+    assert rows.keys() == again.keys()
+    for key, value in rows.items():
+        assert torch.equal(value, again[key]), key
     capsys.readouterr()
-    assert fit("parts", 3, "--ckpt_path=last", "--data.tokens=[keyword]") == 2
+    assert fit(tmp_path, 3, "--ckpt_path=last", "--data.tokens=[keyword]") == 2
     assert "a checkpoint belongs to the tokens" in capsys.readouterr().err
 
 
@@ -187,8 +186,7 @@ def test_bad_input_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    root = ["--trainer.default_root_dir", str(tmp_path)]
-    assert main(["fit", "--config", str(CONFIG), *root, *options]) == 2
+    assert fit(tmp_path, 1, *options) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert message in line
 

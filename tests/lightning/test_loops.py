@@ -21,8 +21,10 @@ from pytorch_lightning.plugins import MixedPrecision
 from small_runs import (
     BATCH,
     BATCHES,
+    BY_NAME,
     EPOCHS,
     NEVER_TRAINED,
+    OTHER_STAGES,
     SCHEDULE,
     STAGES,
     Core,
@@ -366,13 +368,6 @@ def test_manual_optimization_clips_as_small_tables_would() -> None:
     assert_close_run(witness, expected)
 
 
-OTHER_STAGES = {0: (0, 11), 2: (0, 5, 11)}
-BY_NAME = {
-    "words": SCHEDULE,
-    "items": {"stages": [{"epoch": e, "rows": list(r)} for e, r in OTHER_STAGES.items()]},
-}
-
-
 @pytest.mark.parametrize("split", [True, False], ids=["two_optimizers", "one_optimizer"])
 def test_tables_follow_schedules_of_their_own(split: bool) -> None:
     tables = ("words", "items")
@@ -419,6 +414,16 @@ def test_stochastic_weight_averaging_leaves_frozen_rows_alone() -> None:
     mean = torch.stack([start, *begins]).mean(0)[[1, 4, 6]]
     torch.testing.assert_close(net.words.weight.detach()[[1, 4, 6]], mean)
     assert not same_bits(net.words.weight, witness.seen[-1]["words.weight"])
+
+
+def test_an_average_of_ones_own_that_rounds_leaves_frozen_rows_alone() -> None:
+    net = Net().build()  # with -0.0 in the table, or without
+    start = net.words.weight.detach().clone()
+    averaging = StochasticWeightAveraging(
+        swa_lrs=0.05, swa_epoch_start=1, avg_fn=lambda mean, now, _: 0.7 * mean + 0.3 * now
+    )
+    fit(net, averaging, schedule={"stages": [{"epoch": 0, "rows": [1, 4, 6]}]})
+    assert rows_that_differ(net.words.weight, start) == [1, 4, 6]
 
 
 GROWING = {"stages": [{"epoch": 0, "rows": [1, 4]}, {"epoch": 2, "rows": [1, 2, 4, 6, 8, 9]}]}

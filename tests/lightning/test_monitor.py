@@ -73,10 +73,18 @@ def fit(
     return model
 
 
-def test_it_measures_rows_tokens_and_drift(tmp_path: Path) -> None:
-    monitor = RowMonitor()
-    fit(tmp_path, monitor)
-    (track,) = monitor.tracks.values()
+Run = tuple[Path, RowMonitor, Model]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that is measured at each step: its folder, and what measured and was measured."""
+    folder, monitor = tmp_path_factory.mktemp("usual"), RowMonitor(vocabulary=VOCABULARY)
+    return folder, monitor, fit(folder, monitor)
+
+
+def test_it_measures_rows_tokens_and_drift(usual: Run) -> None:
+    (track,) = usual[1].tracks.values()
     assert track.trainable == [(0.0, 3), (2.0, V - 1)]
     assert [share for place, share in track.token_share if place <= 2] == [0.5] * 10
     assert [share for place, share in track.token_share if place > 2] == [1.0] * 10
@@ -106,11 +114,9 @@ def test_the_tokens_of_all_lookups_of_a_batch_count(tmp_path: Path) -> None:
     assert [share for place, share in track.token_share if place <= 2] == [3 / 7] * 10
 
 
-def test_gradient_norm_and_update_ratio_are_those_of_the_step(tmp_path: Path) -> None:
-    monitor = RowMonitor()
-    start = fit(tmp_path / "none", RowMonitor(), max_epochs=0).tables[0].weight.detach()
-    fit(tmp_path, monitor)
-    (track,) = monitor.tracks.values()
+def test_gradient_norm_and_update_ratio_are_those_of_the_step(usual: Run, tmp_path: Path) -> None:
+    start = fit(tmp_path, RowMonitor(), max_epochs=0).tables[0].weight.detach()
+    (track,) = usual[1].tracks.values()
     numbers = track.cohorts[0].numbers
     # Two of the three rows occur once in a batch, and each of D elements gets the gradient 1.
     assert [norm for _, norm in numbers["gradient_norm"]] == pytest.approx([(2 * D) ** 0.5] * 20)
@@ -203,10 +209,8 @@ def test_nothing_is_measured_between_measurements(
     assert not any(table._forward_pre_hooks for table in model.tables)
 
 
-def test_rows_are_followed_by_how_often_they_occur(tmp_path: Path) -> None:
-    monitor = RowMonitor(vocabulary=VOCABULARY)
-    fit(tmp_path, monitor)
-    (track,) = monitor.tracks.values()
+def test_rows_are_followed_by_how_often_they_occur(usual: Run) -> None:
+    (track,) = usual[1].tracks.values()
     sizes = {name: band.size for name, band in track.bands.items()}
     assert sizes == {"seen_0": 1, "seen_1_to_9": 35, "seen_10_to_99": 2, "seen_100_to_999": 1}
     # Row 1 trains from the start and is in every batch; the only row never seen stays.
@@ -224,9 +228,8 @@ def test_what_would_measure_nothing_is_refused_at_once(options: dict[str, Any]) 
         RowMonitor(**options)
 
 
-def test_the_record_holds_plan_scores_and_audit(tmp_path: Path) -> None:
-    fit(tmp_path, RowMonitor())
-    record = read_record(tmp_path)
+def test_the_record_holds_plan_scores_and_audit(usual: Run) -> None:
+    record = read_record(usual[0])
     (plan,) = record.plans.values()
     assert [(step.place, step.trainable) for step in plan] == [
         ("stage 0 from epoch 0", 3),
@@ -274,9 +277,8 @@ def test_it_changes_neither_training_nor_random_numbers(tmp_path: Path) -> None:
         assert torch.equal(value, without.state_dict()[name])
 
 
-def test_it_goes_on_where_a_checkpoint_stood(tmp_path: Path) -> None:
-    whole = RowMonitor()
-    fit(tmp_path / "whole", whole)
+def test_it_goes_on_where_a_checkpoint_stood(usual: Run, tmp_path: Path) -> None:
+    whole = usual[1]
     seed_everything(0, verbose=False)
     half, rest = RowMonitor(), RowMonitor()
     options: dict[str, Any] = {

@@ -10,8 +10,7 @@ from pytorch_lightning import Callback, Trainer
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.errors import InputError
-from partial_embedding.recipes.export import ExportVectors
-from partial_embedding.recipes.text_classifier import TextClassifier, TextData
+from partial_embedding.recipes.text_classifier import ExportVectors, TextClassifier, TextData
 
 
 @pytest.fixture
@@ -82,14 +81,6 @@ def test_texts_to_test_come_from_their_own_file(small_run: list[str]) -> None:
     assert ids[2].tolist() == [1, 1, 0, 0, 0]
     (_,) = data.predict_dataloader()
     assert data.given_texts == ["a joy", "a bore", "unseen words"]
-
-
-def test_texts_to_test_of_another_class_are_refused(small_run: list[str]) -> None:
-    Path("test.csv").write_text("text,label\na joy,pos\na bore,dull\n")
-    data = TextData(path="texts.csv", vectors="vectors.txt", test_path="test.csv")
-    data.setup("fit")
-    with pytest.raises(InputError, match=r"test\.csv, where 1 of 2 are of 'dull', which training"):
-        data.test_dataloader()
 
 
 @pytest.mark.parametrize("encoder", ["cnn", "mean"])

@@ -1,9 +1,7 @@
 """The command `partial-embedding report`: the page of a run, and what it says to bad input."""
 
-import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,9 +14,6 @@ from partial_embedding.recipes.report_command import report_command
 
 RUN = Path("runs/version_0")
 VOID = {"meta", "link"}
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 
 
 class Page(HTMLParser):
@@ -120,36 +115,14 @@ def test_several_runs_are_compared_in_the_folder_around_them(
     assert {"runs", "others/version_0"} <= set(page.cells)
 
 
-def console_of(html: Path, profile: Path) -> list[str]:
-    """What Chromium says on its console about a page."""
-    if CHROMIUM is None:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing("no Chromium to open the page in; `apt-get install chromium` brings it")
-    flags = [
-        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-        "disable-background-networking", "disable-component-update", "disable-sync",
-        f"user-data-dir={profile}", "enable-logging=stderr", "virtual-time-budget=2000",
-    ]  # fmt: skip
-    done = subprocess.run(
-        [CHROMIUM, *(f"--{flag}" for flag in flags), "--dump-dom", html.absolute().as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "</main>" in done.stdout
-    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-def test_chromium_says_nothing_on_its_console(page: Page, tmp_path: Path) -> None:
-    assert console_of(RUN / "report.html", tmp_path / "profile") == []
-
-
-def test_chromium_would_say_something(page: Page, tmp_path: Path) -> None:
+def test_a_browser_says_nothing_on_its_console(
+    page: Page, console: Callable[..., list[str]]
+) -> None:
+    assert console(RUN, "report.html") == []
     html = (RUN / "report.html").read_text(encoding="utf-8")
     broken = html.replace("</main>", "<script>missing()</script></main>")
     (RUN / "broken.html").write_text(broken, encoding="utf-8")
-    assert console_of(RUN / "broken.html", tmp_path / "profile")
+    assert console(RUN, "broken.html")
 
 
 def write(text: str) -> Callable[[], object]:

@@ -1,7 +1,7 @@
 """Killed at any place of a schedule and resumed, a run ends as the uninterrupted one does."""
 
+import json
 import os
-from typing import Any
 
 import pytest
 
@@ -10,7 +10,7 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 import torch
 from once import once, run_script
 from scripts.kill_and_resume import KINDS, PLACES
-from small_runs import same_bits
+from small_runs import differences
 
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.saved_state import cohorts_of
@@ -20,59 +20,43 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """The places at which two nested states differ in a bit."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.dtype == b.dtype and same_bits(a, b) else [place]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{place}/{key}")]
-    return [] if type(a) is type(b) and a == b else [f"{place}: {a!r}, {b!r}"]
-
-
 # All places and all kinds of checkpoints together in one process; elsewhere each with one other.
 RUNS = {
-    (precision, processes): {
+    name: {
         place: KINDS if number == 0 else (KINDS[(i + number) % len(KINDS)],)
         for i, place in enumerate(PLACES)
     }
-    for number, (precision, processes) in enumerate(
-        [("32-true", 1), ("32-true", 2), ("bf16-true", 1)]
-    )
+    for number, name in enumerate(("32-true-1", "32-true-2", "bf16-true-1"))
 }
-EVERY = dict.fromkeys(PLACES, KINDS)
-FULL = {("32-true", 2): EVERY, ("bf16-true", 1): EVERY, ("bf16-true", 2): EVERY}
+FULL = {name: dict.fromkeys(PLACES, KINDS) for name in ("32-true-2", "bf16-true-1", "bf16-true-2")}
 CASES = [
     pytest.param(
-        precision, processes, places, place, kind, marks=[pytest.mark.full] * full,
-        id=f"{precision}-{processes}-{place}-{kind}{'-full' * full}",
+        runs, run, place, kind, marks=[pytest.mark.full] * full,
+        id=f"{run}-{place}-{kind}{'-full' * full}",
     )
     for full, runs in enumerate((RUNS, FULL))
-    for (precision, processes), places in runs.items()
+    for run, places in runs.items()
     for place, kinds in places.items()
     for kind in kinds
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("precision", "processes", "places", "place", "kind"), CASES)
+@pytest.mark.parametrize(("runs", "run", "place", "kind"), CASES)
 def test_a_killed_run_resumes_exactly(
-    precision: str,
-    processes: int,
-    places: dict[str, tuple[str, ...]],
+    runs: dict[str, dict[str, tuple[str, ...]]],
+    run: str,
     place: str,
     kind: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    wanted = [f"{place}:{','.join(kinds)}" for place, kinds in places.items()]
     folder = once(
         tmp_path_factory,
-        f"killed-{precision}-{processes}{'-full' * (places is EVERY)}",
-        lambda made: run_script("kill_and_resume.py", made, precision, processes, *wanted),
+        f"killed{'-full' * (runs is FULL)}",
+        lambda made: run_script("kill_and_resume.py", made, json.dumps(runs)),
     )
-    for rank in range(processes):
+    for rank in range(int(run[-1])):
         whole, resumed = (
-            torch.load(folder / f"{which}-{rank}.pt", weights_only=True)
+            torch.load(folder / run / f"{which}-{rank}.pt", weights_only=True)
             for which in ("whole", f"{place}-{kind}")
         )
         for part in ("weights", "optimizer", "schedule"):

@@ -7,13 +7,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
-from small_runs import STAGES, Core, V, data, loader, same_bits, trainer
+from small_runs import SCHEDULE, STAGES, Core, V, data, loader, same_bits, trainer
 
 from partial_embedding import InputError
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.torch import PartialEmbedding
 
-SCHEDULE = {"stages": [{"epoch": epoch, "rows": list(rows)} for epoch, rows in STAGES.items()]}
 EVER = sorted({row for rows in STAGES.values() for row in rows})
 
 
@@ -55,13 +54,31 @@ def saved(path: Path) -> dict[str, Any]:
     return dict(torch.load(path, weights_only=True))
 
 
-def test_a_checkpoint_holds_the_rows_that_trained_until_then(tmp_path: Path) -> None:
-    run(tmp_path)
-    for epoch, ever in enumerate([[1, 4, 6], [1, 2, 4, 6, 8], [1, 2, 4, 6, 8], EVER]):
-        state = saved(tmp_path / f"epoch={epoch}.ckpt")["state_dict"]
+Whole = tuple[Path, Any, SmallNet, list[torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A run that nothing interrupted: the folder of its checkpoints, and what it ended with."""
+    folder = tmp_path_factory.mktemp("whole")
+    made, net, kept = run(folder)
+    made.save_checkpoint(folder / "after.ckpt")
+    # Of weights alone, for those who have not the table as it was.
+    made.save_checkpoint(folder / "weights.ckpt", weights_only=True)
+    return folder, made, net, kept.words
+
+
+def test_a_checkpoint_holds_the_rows_that_trained_until_then(whole: Whole) -> None:
+    folder, _, net, _ = whole
+    of_epochs = [f"epoch={epoch}" for epoch in range(4)]
+    trained = [[1, 4, 6], [1, 2, 4, 6, 8], [1, 2, 4, 6, 8], EVER, EVER]
+    for name, ever in zip([*of_epochs, "after"], trained, strict=True):
+        state = saved(folder / f"{name}.ckpt")["state_dict"]
         assert state["words.weight.ids"].tolist() == ever
         assert "words.weight" not in state
         assert "head.weight" in state
+    assert "words.weight" in net.state_dict()
+    assert len(saved(folder / "weights.ckpt")["state_dict"]["words.weight"]) == V
 
 
 def test_the_default_is_the_whole_table(tmp_path: Path) -> None:
@@ -71,49 +88,35 @@ def test_the_default_is_the_whole_table(tmp_path: Path) -> None:
     assert torch.equal(state["words.weight"], net.words.weight)
 
 
-def test_runs_that_resume_end_where_the_whole_one_does_and_modules_load(tmp_path: Path) -> None:
-    _, whole, kept = run(tmp_path / "whole")
-    for epoch in range(3):
-        again = SmallNet()
-        run(tmp_path / f"from {epoch}", again, tmp_path / "whole" / f"epoch={epoch}.ckpt")
-        for key, value in whole.state_dict().items():
-            assert same_bits(value, again.state_dict()[key]), key
-        parts = ("whole", f"from {epoch}")
-        last = [saved(tmp_path / part / "epoch=3.ckpt")["state_dict"] for part in parts]
-        assert last[0].keys() == last[1].keys()
-        for key, value in last[0].items():
-            assert same_bits(value, last[1][key]), key
-    for epoch, words in enumerate(kept.words):
-        net = SmallNet.load_from_checkpoint(tmp_path / "whole" / f"epoch={epoch}.ckpt")
-        assert same_bits(net.words.weight, words)
+@pytest.mark.parametrize("epoch", range(3))
+def test_a_run_that_resumes_ends_where_the_whole_one_does(
+    epoch: int, whole: Whole, tmp_path: Path
+) -> None:
+    folder, _, net, _ = whole
+    again = SmallNet()
+    run(tmp_path, again, folder / f"epoch={epoch}.ckpt")
+    ends = [saved(path / "epoch=3.ckpt")["state_dict"] for path in (folder, tmp_path)]
+    for one, other in ((net.state_dict(), again.state_dict()), ends):
+        assert one.keys() == other.keys()
+        assert all(same_bits(value, other[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize("fresh", [True, False], ids=["a_new_module", "the_one_that_trained_on"])
-def test_test_loads_the_rows_of_its_checkpoint(fresh: bool, tmp_path: Path) -> None:
-    made, net, kept = run(tmp_path)
-    net = SmallNet() if fresh else net
-    (trainer() if fresh else made).test(
-        net, loader(data()), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False
-    )
-    assert same_bits(net.words.weight, kept.words[0])
+def test_modules_load_and_test_reads_the_rows_of_a_checkpoint(whole: Whole, tmp_path: Path) -> None:
+    folder, _, _, words = whole
+    for epoch, kept in enumerate(words):
+        net = SmallNet.load_from_checkpoint(folder / f"epoch={epoch}.ckpt")
+        assert same_bits(net.words.weight, kept)
+    trained_on = run(tmp_path)[:2]
+    for made, net in ((trainer(), SmallNet()), trained_on):
+        made.test(net, loader(data()), ckpt_path=folder / "epoch=0.ckpt", verbose=False)
+        assert same_bits(net.words.weight, words[0])
 
 
-def test_another_table_is_refused_by_name(tmp_path: Path) -> None:
-    run(tmp_path)
+def test_another_table_is_refused_by_name(whole: Whole, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'words\.weight'.*same vectors"):
-        SmallNet.load_from_checkpoint(tmp_path / "epoch=3.ckpt", seed=1)
+        SmallNet.load_from_checkpoint(whole[0] / "epoch=3.ckpt", seed=1)
     with pytest.raises(InputError, match=r"'words\.weight'.*same vectors"):
-        run(tmp_path / "again", SmallNet(seed=1), tmp_path / "epoch=1.ckpt")
-
-
-def test_a_checkpoint_after_fit_holds_rows_too(tmp_path: Path) -> None:
-    made, net, _ = run(tmp_path)
-    made.save_checkpoint(tmp_path / "after.ckpt")
-    assert saved(tmp_path / "after.ckpt")["state_dict"]["words.weight.ids"].tolist() == EVER
-    assert "words.weight" in net.state_dict()
-    # Of weights alone, for those who have not the table as it was.
-    made.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
-    assert len(saved(tmp_path / "weights.ckpt")["state_dict"]["words.weight"]) == V
+        run(tmp_path, SmallNet(seed=1), whole[0] / "epoch=1.ckpt")
 
 
 def test_a_second_fit_goes_on_from_the_same_origin(tmp_path: Path) -> None:

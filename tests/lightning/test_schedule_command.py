@@ -127,7 +127,7 @@ REFUSED = {
     "no_steps": (["by_step.yaml", "--rows=50"], "--steps-per-epoch"),
     "no_such_table": (["tables.yaml", "--rows=5", "--table=x"], "one of ['items', 'users']"),
     "one_table": (["schedule.yaml", "--rows=5", "--table=x"], "one schedule for all tables"),
-    "no_vocabulary": (["schedule.yaml", "--rows=5"], "schedule.yaml: stages[0]: these rows"),
+    "no_vocabulary": (["schedule.yaml", "--rows=5"], "pass --vocab or --texts."),
     "no_such_option": (["schedule.yaml", "--colour=red"], "--colour=red"),
     "nothing": ([], "file"),
     "no_folder": (["schedule.yaml", "--vocab=vocabulary.tsv", "--picture=a/p.svg"], "a/"),

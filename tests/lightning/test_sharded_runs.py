@@ -7,28 +7,21 @@ import pytest
 pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
 
 import torch
-from once import once, run_both_ranks
+from once import ON_TWO_RANKS, run_ranks, seen_by_ranks
 from sharded_runs_worker import SAVED_AT, STEPS, Inner, V, loss_of, optimizer_of
 
 ROWS = {0: [1, 7, 9], 3: [0, 1, 5, 7, 9], 7: [0, 5, 9, 10]}
 KINDS = pytest.mark.parametrize("kind", ["folder", "file"])
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
-)
+pytestmark = ON_TWO_RANKS
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each process saw, of runs that went through and of those that went on from a save."""
-    folder = once(
-        tmp_path_factory, "sharded-runs", lambda made: run_both_ranks("sharded_runs_worker", made)
-    )
+    folder = run_ranks(tmp_path_factory, "sharded_runs_worker")
     names = ["folder-False", "folder-True", "file-False", "file-True", "tensor"]
-    return {
-        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for name in names
-    }
+    return seen_by_ranks(folder, names)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

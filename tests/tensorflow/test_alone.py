@@ -60,35 +60,31 @@ def test_a_file_that_is_opened_without_the_import_names_it_and_numbers_may_be_ch
     assert checked == "no complaint from rowwise, lazy"
 
 
+IMPORT = "import partial_embedding.tensorflow"
+# Without the packages of another backend, Keras itself cannot be imported.
+CONFIGURED = (
+    "import sys, types; config = types.SimpleNamespace(backend=lambda: 'jax')\n"
+    "sys.modules['keras'] = types.SimpleNamespace(config=config)\n"
+)
+
+
 @pytest.mark.parametrize(
-    ("variable", "value"),
-    [("KERAS_BACKEND", "jax"), ("KERAS_BACKEND", "numpy"), ("TF_USE_LEGACY_KERAS", "1")],
+    ("code", "variables", "received"),
+    [
+        (IMPORT, {"KERAS_BACKEND": "jax"}, "KERAS_BACKEND=jax"),
+        (IMPORT, {"KERAS_BACKEND": "numpy"}, "KERAS_BACKEND=numpy"),
+        (IMPORT, {"TF_USE_LEGACY_KERAS": "1"}, "TF_USE_LEGACY_KERAS=1"),
+        (CONFIGURED + IMPORT, {}, "the backend jax of Keras's configuration file"),
+    ],
+    ids=["jax", "numpy", "legacy", "configured"],
 )
 def test_another_backend_is_refused_in_one_line_when_it_is_imported(
-    variable: str, value: str
+    code: str, variables: dict[str, str], received: str
 ) -> None:
-    environment = {**os.environ, variable: value, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(
-        [sys.executable, "-c", "import partial_embedding.tensorflow"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 1
     assert "InputError: partial_embedding.tensorflow is for Keras" in run.stderr
-    assert f"Received {variable}={value}" in run.stderr
-
-
-def test_the_backend_of_a_configuration_file_is_refused_too() -> None:
-    # Without the packages of another backend, Keras itself cannot be imported.
-    told = (
-        "import sys, types; config = types.SimpleNamespace(backend=lambda: 'jax')\n"
-        "sys.modules['keras'] = types.SimpleNamespace(config=config)\n"
-        "import partial_embedding.tensorflow"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    run = subprocess.run(
-        [sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=False
-    )
-    assert "Received the backend jax of Keras's configuration file" in run.stderr
+    assert f"Received {received}" in run.stderr

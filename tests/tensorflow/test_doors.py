@@ -179,6 +179,14 @@ def traced(door: str, kind: str, cut: str) -> Iterator[bool]:
     tf.config.run_functions_eagerly(False)
 
 
+@pytest.fixture
+def eagerly() -> Iterator[None]:
+    """Tracing takes longer than what is trained here, and is no part of it."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
 # Much as another door, so one cut is enough for every day.
 ALIKE = ("tf.train.Checkpoint of a model", "RowCheckpoint")
 
@@ -258,6 +266,7 @@ EXCHANGES = [
 ]
 
 
+@pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_weights_go_to_a_plain_model_and_back(exchange: Any, tmp_path: Path) -> None:
     source, plain, back = trained(), plain_network(), network(partial())
@@ -268,6 +277,7 @@ def test_weights_go_to_a_plain_model_and_back(exchange: Any, tmp_path: Path) -> 
     assert back.get_layer("words").trainable_rows.tolist() == [3, 5]
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_a_checkpoint_without_the_optimizer_holds_the_table_and_which_rows_train(
     tmp_path: Path,
 ) -> None:
@@ -289,6 +299,7 @@ def test_weights_of_another_model_are_refused_before_any_is_set() -> None:
     set_plain_weights(model, plain_network().get_weights())
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_a_layer_is_copied_with_its_rows_and_values() -> None:
     layer = trained().get_layer("words")
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -339,6 +350,7 @@ class Freezing(keras.callbacks.Callback):  # type: ignore[misc]
         self.tables.append(plain_weights(self.model))
 
 
+@pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("best", range(4))
 def test_early_stopping_restores_the_best_weights_after_rows_froze_again(
@@ -358,6 +370,7 @@ def test_early_stopping_restores_the_best_weights_after_rows_froze_again(
     assert model.get_layer("words").trainable_rows.tolist() == freezing.rows[best]
 
 
+@pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_model_checkpoint_keeps_the_best_table(weights_only: bool, tmp_path: Path) -> None:
     freezing, model = Freezing([3.0, 1.0, 2.0, 2.0, 2.0]), fresh("rowwise")
@@ -396,6 +409,7 @@ def test_averages_in_place_of_weights_leave_frozen_bits(swap: bool, wrap: Any) -
     assert changed_rows(model) == [3, 5]
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_averages_by_hand_leave_frozen_bits() -> None:
     model = fresh("rowwise")
     kept = [v.numpy() for v in model.trainable_variables]
@@ -411,6 +425,7 @@ def test_averages_by_hand_leave_frozen_bits() -> None:
     assert changed_rows(model) == [3, 5]
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_weights_of_the_whole_model_can_be_averaged() -> None:
     one, other = trained(), trained()
     train(other, STAGE + 2, STEPS)
@@ -421,25 +436,7 @@ def test_weights_of_the_whole_model_can_be_averaged() -> None:
         np.testing.assert_array_equal(got, wanted)
 
 
-# The table as one variable
-
-
-def test_embeddings_are_read_assigned_and_differentiated_like_a_variable() -> None:
-    layer, plain = partial(), keras.layers.Embedding(NUM_ROWS, WIDTH, weights=[MATRIX])
-    for one in (layer, plain):
-        one.embeddings.assign_add(np.ones_like(MATRIX))
-        assert one.embeddings.shape == (NUM_ROWS, WIDTH)
-        assert one.embeddings.numpy().tobytes() == (MATRIX + 1).tobytes()
-        np.testing.assert_array_equal(one.embeddings[3], MATRIX[3] + 1)
-        np.testing.assert_array_equal(one(IDS[0]), MATRIX[IDS[0]] + 1)
-    gradients = []
-    for one in (layer, plain):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(one(IDS[0]) ** 2)
-        gradients.append(tf.convert_to_tensor(tape.gradient(loss, one.embeddings)).numpy())
-    ours, theirs = gradients
-    np.testing.assert_allclose(ours[[3, 5]], theirs[[3, 5]], rtol=1e-6)
-    assert not np.delete(ours, [3, 5], axis=0).any()
+# Models that use the table as one variable
 
 
 class Tied(keras.layers.Layer):  # type: ignore[misc]
@@ -498,10 +495,3 @@ def test_adversarial_steps_perturb_the_table_and_take_it_back(kind: str) -> None
     model.compile(KINDS[kind](), "mse")
     model.fit(IDS[0], TARGETS[0], epochs=2, verbose=0)
     assert changed_rows(model) == [3, 5]
-
-
-def test_the_size_of_a_layer_is_that_of_its_table() -> None:
-    model = network(partial())
-    assert model.get_layer("words").count_params() == NUM_ROWS * WIDTH
-    trains = sum(int(np.prod(v.shape)) for v in model.get_layer("words").trainable_variables)
-    assert trains == len(RESERVED) * WIDTH

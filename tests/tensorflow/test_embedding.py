@@ -120,18 +120,6 @@ def test_a_regularizer_moves_trainable_rows_only() -> None:
     np.testing.assert_allclose(loss, 0.01 * (MATRIX[[1, 3, 4]] ** 2).sum(), rtol=1e-6)
 
 
-def test_a_tied_head_trains_trainable_rows_only() -> None:
-    layer = _layer()
-    optimizer = keras.optimizers.AdamW(0.1)
-    with tf.GradientTape() as tape:
-        logits = tf.matmul(layer(IDS), layer.embeddings, transpose_b=True)
-        loss = tf.reduce_sum(logits**2)
-    weights = layer.trainable_variables
-    optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
-    changed = (layer.get_weights()[0] != MATRIX).any(axis=1)
-    assert np.flatnonzero(changed).tolist() == [1, 4]
-
-
 def test_gradients_that_are_not_finite_leave_frozen_rows_alone() -> None:
     layer = _layer()
     with tf.GradientTape() as tape:

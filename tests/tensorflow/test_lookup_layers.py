@@ -8,7 +8,7 @@ pytest.importorskip("tensorflow", reason="these tests run in the Keras environme
 
 import keras
 
-from partial_embedding import Rows, Vocabulary
+from partial_embedding import InputError, Rows, Vocabulary
 
 
 def _adapted() -> Any:
@@ -50,6 +50,11 @@ def test_tokens_have_the_rows_that_the_layer_gives_them(
     layer = make()
     vocabulary = Vocabulary.of(layer, layer.vocabulary_size())
     assert vocabulary.tokens == tokens
+    assert all(type(token) is str for token in vocabulary.tokens)
+    with pytest.raises(
+        InputError, match=rf"\[0, {len(tokens) - 1}\)\. Received: {len(tokens) - 1}"
+    ):
+        Vocabulary.of(layer, len(tokens) - 1)
     for token in looked_up:
         # One token a text; a lookup gives a row for each.
         (row,) = keras.ops.convert_to_numpy(layer([token])).flatten().tolist()

@@ -10,6 +10,8 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 pytest.importorskip("tensorboard")  # TensorFlow writes no summaries without
 
+from cohorts import TwoOptimizers  # noqa: E402
+
 from partial_embedding import InputError, Vocabulary  # noqa: E402
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
 from partial_embedding.monitor.record import read_record  # noqa: E402
@@ -29,12 +31,14 @@ class Summed(keras.layers.Layer):  # type: ignore[misc]
         return keras.ops.sum(rows, axis=(1, 2))[:, None]
 
 
-def fit(folder: Path, **options: Any) -> tuple[RowMonitor, Any]:
+def fit(folder: Path, traced: bool = False, **options: Any) -> tuple[RowMonitor, Any]:
+    keras.utils.set_random_seed(0)
     layer = PartialEmbedding.from_matrix(
         np.ones((V, D)), trainable_rows=[6, 7], reserve_rows="all", name="words"
     )
     model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
-    model.compile(rowwise(keras.optimizers.SGD(RATE)), lambda _, value: keras.ops.sum(value))
+    optimizer = rowwise(keras.optimizers.SGD(RATE))
+    model.compile(optimizer, lambda _, value: keras.ops.sum(value), run_eagerly=not traced)
     unfreezing = RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY, audit=True)
     monitor = RowMonitor(folder, vocabulary=VOCABULARY, unfreezing=unfreezing, **options)
     callbacks = [unfreezing, monitor]
@@ -42,6 +46,19 @@ def fit(folder: Path, **options: Any) -> tuple[RowMonitor, Any]:
         IDS, np.zeros((4, 1)), epochs=4, batch_size=2, verbose=0, shuffle=False, callbacks=callbacks
     )
     return monitor, model
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RowMonitor]:
+    """A run that is measured once an epoch."""
+    folder = tmp_path_factory.mktemp("usual")
+    return folder, fit(folder, traced=True)[0]
+
+
+@pytest.fixture(scope="module")
+def each_step(tmp_path_factory: pytest.TempPathFactory) -> tuple[RowMonitor, Any]:
+    """A run that is measured at each step, and its model."""
+    return fit(tmp_path_factory.mktemp("each_step"), every_n_steps=1)
 
 
 def logged(folder: Path) -> dict[str, list[float]]:
@@ -86,9 +103,9 @@ def test_a_model_that_was_not_compiled_is_measured(tmp_path: Path) -> None:
     assert logged(tmp_path)["words/trainable_rows"] == [1]
 
 
-def test_it_logs_the_numbers_of_each_cohort_and_band(tmp_path: Path) -> None:
-    monitor, _ = fit(tmp_path)
-    numbers = logged(tmp_path)
+def test_it_logs_the_numbers_of_each_cohort_and_band(usual: tuple[Path, RowMonitor]) -> None:
+    folder, monitor = usual
+    numbers = logged(folder)
     assert numbers["words/trainable_rows"] == [2, 2, 4, 4]
     assert numbers["words/tokens_covered"] == pytest.approx(
         [2 / 264, 2 / 264, 260 / 264, 260 / 264]
@@ -113,8 +130,8 @@ def test_it_logs_the_numbers_of_each_cohort_and_band(tmp_path: Path) -> None:
     assert numbers["words/cohort_1/gradient_norm"] == pytest.approx([D**0.5] * 2)
 
 
-def test_the_update_ratio_is_that_of_one_step(tmp_path: Path) -> None:
-    monitor, _ = fit(tmp_path, every_n_steps=1)
+def test_the_update_ratio_is_that_of_one_step(each_step: tuple[RowMonitor, Any]) -> None:
+    monitor, _ = each_step
     # In each batch row 6 occurs twice and row 7 once, and every element goes down by the rate.
     gone = np.array([[2.0], [1.0]]) * RATE * np.ones(D)
     before = np.ones((2, D))
@@ -126,9 +143,8 @@ def test_the_update_ratio_is_that_of_one_step(tmp_path: Path) -> None:
     assert ratios == pytest.approx(expected)
 
 
-def test_the_record_holds_plan_scores_and_audit(tmp_path: Path) -> None:
-    fit(tmp_path)
-    record = read_record(tmp_path)
+def test_the_record_holds_plan_scores_and_audit(usual: tuple[Path, RowMonitor]) -> None:
+    record = read_record(usual[0])
     assert [step.trainable for step in record.plans["words"]] == [2, 4]
     assert [result.changed for result in record.audit] == [0, 0]
     assert [score.place for score in record.scores] == [1.0, 2.0, 3.0, 4.0]
@@ -137,23 +153,19 @@ def test_the_record_holds_plan_scores_and_audit(tmp_path: Path) -> None:
     assert record.tables["words"].moved[0].token == "g"
 
 
-def test_a_page_is_made_of_a_run_of_keras(tmp_path: Path) -> None:
+def test_a_page_is_made_of_a_run_of_keras(usual: tuple[Path, RowMonitor]) -> None:
     pytest.importorskip("jinja2")
     from partial_embedding.recipes.report_command import report_command
 
-    fit(tmp_path)
-    report_command([str(tmp_path)])
-    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    report_command([str(usual[0])])
+    html = (usual[0] / "report.html").read_text(encoding="utf-8")
     assert html.count("<svg") == 4
     assert "No frozen row changed a bit." in html
 
 
-def test_it_changes_no_bit_of_training(tmp_path: Path) -> None:
-    keras.utils.set_random_seed(0)
-    _, watched = fit(tmp_path / "a", every_n_steps=1)
-    keras.utils.set_random_seed(0)
-    _, rarely = fit(tmp_path / "b", every_n_steps=10**6)
-    for one, other in zip(watched.get_weights(), rarely.get_weights(), strict=True):
+def test_it_changes_no_bit_of_training(each_step: tuple[RowMonitor, Any], tmp_path: Path) -> None:
+    _, rarely = fit(tmp_path, every_n_steps=10**6)
+    for one, other in zip(each_step[1].get_weights(), rarely.get_weights(), strict=True):
         assert np.array_equal(one, other)
 
 
@@ -200,20 +212,6 @@ def test_rows_are_read_where_they_were_set_or_a_step_is_measured(
     # Before the first batch, twice in setting them and once after, and before the last batch.
     assert len(reads) <= 5
     assert monitor.tracks["words"].trainable == [(0.0, 1), (7 / 20, 2)]
-
-
-class TwoOptimizers(keras.Model):  # type: ignore[misc]
-    """One optimizer for the table, another for the rest; the one of `compile` steps nothing."""
-
-    def train_step(self, data: Any) -> Any:
-        ids, targets = data
-        with tf.GradientTape() as tape:
-            loss = self.compute_loss(y=targets, y_pred=self(ids, training=True))
-        words, *rest = self.trainable_variables
-        gradients = tape.gradient(loss, [words, *rest])
-        self.of_table.apply_gradients([(gradients[0], words)])
-        self.of_rest.apply_gradients(zip(gradients[1:], rest, strict=True))
-        return {"loss": loss}
 
 
 @pytest.mark.parametrize("by_map", [False, True])

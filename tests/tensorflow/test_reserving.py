@@ -8,6 +8,8 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
+from cohorts import TwoOptimizers  # noqa: E402
+
 from partial_embedding import InputError, Vocabulary  # noqa: E402
 from partial_embedding.callbacks.keras import RowUnfreezing  # noqa: E402
 from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
@@ -18,10 +20,10 @@ STAGES = {"stages": [{"epoch": 0, "rows": [6, 7]}, {"epoch": 1, "rows": {"most_f
 VOCABULARY = Vocabulary("abcdefgh", counts=[9, 8, 1, 1, 1, 1, 1, 1])
 
 
-def network(layer: Any = None, optimizer: Any = "adam") -> Any:
+def network(layer: Any = None, optimizer: Any = "adam", traced: bool = False) -> Any:
     layer = layer or PartialEmbedding(NUM_ROWS, WIDTH, name="words")
     model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, keras.layers.Dense(1)])
-    model.compile(optimizer, "mse")
+    model.compile(optimizer, "mse", run_eagerly=not traced)  # tracing takes longer than these runs
     return model
 
 
@@ -38,7 +40,8 @@ def fit(model: Any, schedule: Any = STAGES, **settings: Any) -> list[int]:
 @pytest.mark.parametrize("lazy", [None, False, True])
 def test_the_schedule_alone_reserves_what_it_will_ever_train(lazy: bool | None) -> None:
     optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
-    model = network(optimizer=optimizer if lazy is None else rowwise(optimizer, lazy=lazy))
+    optimizer = optimizer if lazy is None else rowwise(optimizer, lazy=lazy)
+    model = network(optimizer=optimizer, traced=True)
     (table,) = model.layers[0].get_weights()
     assert fit(model) == [0, 1, 6, 7]
     layer = model.layers[0]
@@ -62,7 +65,7 @@ def test_it_reserves_before_a_backup_is_read(tmp_path: Any) -> None:
 
 
 def test_a_model_that_has_predicted_predicts_what_it_learns() -> None:
-    model = network()
+    model = network(traced=True)
     before = model.predict(IDS, verbose=0)
     fit(model)
     after = model.predict(IDS, verbose=0)
@@ -100,7 +103,7 @@ def test_a_layer_that_does_not_train_is_refused_under_a_schedule() -> None:
         fit(model)
     # The remedy: before it is compiled.
     model.layers[0].trainable = True
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", run_eagerly=True)
     assert fit(model) == [0, 1, 6, 7]
 
 
@@ -111,7 +114,7 @@ def test_an_optimizer_that_was_built_without_the_table_is_refused() -> None:
     model.layers[0].trainable = True
     with pytest.raises(InputError, match=r"Adam that was built without it\. Compile the model"):
         fit(model)
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", run_eagerly=True)
     assert fit(model) == [0, 1, 6, 7]
 
 
@@ -137,31 +140,13 @@ def test_a_layer_reserves_rows_and_freezes_all_others(built: bool) -> None:
 # Who counts the steps
 
 
-class TwoOptimizers(keras.Model):  # type: ignore[misc]
-    """One optimizer for the table, another for the rest; the one of `compile` steps nothing."""
-
-    def compile(self, table: Any, rest: Any, **settings: Any) -> None:
-        super().compile(**settings)
-        self.of_table, self.of_rest = table, rest
-
-    def train_step(self, data: Any) -> Any:
-        ids, targets = data
-        with tf.GradientTape() as tape:
-            loss = self.compute_loss(y=targets, y_pred=self(ids, training=True))
-        words = self.get_layer("words").trainable_variables
-        rest = self.get_layer("head").trainable_variables
-        gradients = tape.gradient(loss, [*words, *rest])
-        self.of_table.apply_gradients(zip(gradients[: len(words)], words, strict=True))
-        self.of_rest.apply_gradients(zip(gradients[len(words) :], rest, strict=True))
-        return {"loss": loss}
-
-
 @pytest.mark.parametrize("unit", ["step", "share"])
 def test_steps_are_those_of_the_optimizer_that_steps_the_table(unit: str) -> None:
     layer = PartialEmbedding(NUM_ROWS, WIDTH, name="words")
     inputs = keras.Input((2,), dtype="int64")
-    model = TwoOptimizers(inputs, keras.layers.Dense(1, name="head")(layer(inputs)))
-    model.compile(rowwise("adam"), keras.optimizers.SGD(), loss="mse")
+    model = TwoOptimizers(inputs, keras.layers.Dense(1)(layer(inputs)))
+    model.of_table, model.of_rest = rowwise("adam"), keras.optimizers.SGD()
+    model.compile(loss="mse", run_eagerly=True)
     at = {"step": 3, "share": 0.75}[unit]
     stages = {"stages": [{unit: 0, "rows": [6]}, {unit: at, "rows": [6, 7]}]}
     rows: list[list[int]] = []

@@ -12,6 +12,7 @@ pytest.importorskip("tensorflow")
 from partial_embedding import InputError  # noqa: E402  # after the skip
 from partial_embedding.callbacks.keras import RowCheckpoint, RowUnfreezing  # noqa: E402  # after skip
 from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise  # noqa: E402
+from partial_embedding.tensorflow.row_files import rows_saved_alone  # noqa: E402
 
 V, D = 1000, 4
 SCHEDULE = {"stages": [{"epoch": 0, "rows": [1, 5]}, {"epoch": 2, "rows": [5, 9]}]}
@@ -29,7 +30,7 @@ def model_of(seed: int = 0, reserve: Any = (1, 5, 9)) -> Any:
     return model
 
 
-def fit(model: Any, folder: Path | None = None, **options: Any) -> list[Any]:
+def fit(model: Any, folder: Path) -> list[Any]:
     """The table as each epoch left it."""
     tables: list[Any] = []
 
@@ -38,23 +39,32 @@ def fit(model: Any, folder: Path | None = None, **options: Any) -> list[Any]:
             tables.append(model.layers[0].get_weights()[0])
 
     ids = np.random.default_rng(3).integers(10, size=(24, 3))
-    saving = [] if folder is None else [RowCheckpoint(folder / "{epoch}.weights.h5", **options)]
-    callbacks = [RowUnfreezing(SCHEDULE), Keep(), *saving]
+    saving = RowCheckpoint(folder / "{epoch}.weights.h5")
+    callbacks = [RowUnfreezing(SCHEDULE), Keep(), saving]
     model.fit(ids, np.ones(24), batch_size=8, epochs=4, verbose=0, callbacks=callbacks)
     return tables
 
 
-def test_a_file_of_each_epoch_makes_the_table_of_then(tmp_path: Path) -> None:
-    model = model_of()
-    tables = fit(model, tmp_path)
+Run = tuple[Path, Any, list[Any]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run: the folder of its files, the model, and the table as each epoch left it."""
+    folder, model = tmp_path_factory.mktemp("trained"), model_of()
+    tables = fit(model, folder)
+    model.save_weights(folder / "whole.weights.h5")
+    return folder, model, tables
+
+
+def test_a_file_of_each_epoch_makes_the_table_of_then(trained: Run) -> None:
+    folder, model, tables = trained
     for again in (model_of(), model):  # a new one, and the one that trained on
         for epoch, table in enumerate(tables):
-            again.load_weights(tmp_path / f"{epoch + 1}.weights.h5")
+            again.load_weights(folder / f"{epoch + 1}.weights.h5")
             assert np.array_equal(again.layers[0].get_weights()[0], table)
-    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
-    model.save_weights(tmp_path / "whole.weights.h5")
-    whole = (tmp_path / "whole.weights.h5").stat().st_size
-    assert whole - max(sizes) > 0.9 * V * D * 4
+    whole, *rows = sorted(path.stat().st_size for path in folder.iterdir())[::-1]
+    assert whole - max(rows) > 0.9 * V * D * 4
 
 
 def test_a_file_of_rows_is_no_whole_model(tmp_path: Path) -> None:
@@ -62,42 +72,54 @@ def test_a_file_of_rows_is_no_whole_model(tmp_path: Path) -> None:
         RowCheckpoint(tmp_path / "model.keras", save_weights_only=False)
 
 
-def test_files_outside_of_the_callback_are_whole(tmp_path: Path) -> None:
-    model = model_of()
-    fit(model, tmp_path)
-    model.save_weights(tmp_path / "whole.weights.h5")
+def test_files_outside_of_the_callback_are_whole(trained: Run) -> None:
     other = model_of(seed=1)
-    other.load_weights(tmp_path / "whole.weights.h5")
-    assert np.array_equal(other.layers[0].get_weights()[0], model.layers[0].get_weights()[0])
+    other.load_weights(trained[0] / "whole.weights.h5")
+    assert np.array_equal(other.layers[0].get_weights()[0], trained[2][-1])
 
 
-def test_another_table_is_refused_by_name_and_stays(tmp_path: Path) -> None:
-    fit(model_of(), tmp_path)
-    other = model_of(seed=1)
-    before = other.layers[0].get_weights()[0]
-    with pytest.raises(ValueError, match=r"'words'.*same matrix"):  # Keras collects all errors
-        other.load_weights(tmp_path / "4.weights.h5")
-    assert np.array_equal(other.layers[0].get_weights()[0], before)
+def another_matrix() -> Any:
+    return model_of(seed=1)
 
 
-def test_two_rows_that_changed_places_are_another_table(tmp_path: Path) -> None:
-    fit(model_of(), tmp_path)
+def two_rows_that_changed_places() -> Any:
     other = model_of()
     (matrix,) = other.layers[0].get_weights()
     matrix[[20, 21]] = matrix[[21, 20]]
     other.layers[0].set_weights([matrix])
-    with pytest.raises(ValueError, match="same matrix"):
-        other.load_weights(tmp_path / "4.weights.h5")
+    return other
 
 
-def test_rows_load_into_a_table_that_reserves_others_or_grew(tmp_path: Path) -> None:
-    tables = fit(model_of(), tmp_path)
+@pytest.mark.parametrize("make", [another_matrix, two_rows_that_changed_places])
+def test_another_table_is_refused_by_name_and_stays(make: Any, trained: Run) -> None:
+    other = make()
+    (before,) = other.layers[0].get_weights()
+    with pytest.raises(ValueError, match=r"'words'.*same matrix"):  # Keras collects all errors
+        other.load_weights(trained[0] / "4.weights.h5")
+    assert np.array_equal(other.layers[0].get_weights()[0], before)
+
+
+def test_rows_load_into_a_table_that_reserves_others_or_grew(trained: Run, tmp_path: Path) -> None:
+    folder, _, tables = trained
     for reserve in ([1, 700], "all"):
         other = model_of(reserve=reserve)
-        other.load_weights(tmp_path / "4.weights.h5", skip_mismatch=True)
+        other.load_weights(folder / "4.weights.h5", skip_mismatch=True)
         assert np.array_equal(other.layers[0].get_weights()[0], tables[-1])
     grown = model_of()
     grow_table(grown, "words", 2, init=np.ones((2, D)))
-    grown.load_weights(tmp_path / "4.weights.h5", skip_mismatch=True)
+    grown.load_weights(folder / "4.weights.h5", skip_mismatch=True)
     expected = np.concatenate([tables[-1], np.ones((2, D))])
     assert np.array_equal(grown.layers[0].get_weights()[0], expected)
+    with rows_saved_alone(grown.layers[:1]):
+        grown.save_weights(tmp_path / "grown.weights.h5")
+    with pytest.raises(ValueError, match=rf"shape \({V + 2}, {D}\) for 'words' of the shape"):
+        model_of().load_weights(tmp_path / "grown.weights.h5")
+
+
+def test_rows_load_into_a_table_of_one_variable(tmp_path: Path) -> None:
+    model = model_of()
+    tables = fit(model, tmp_path)
+    plain = PartialEmbedding.from_matrix(model_of().layers[0].get_weights()[0], name="words")
+    whole = keras.Sequential([keras.Input((3,), dtype="int32"), plain, *model.layers[1:]])
+    whole.load_weights(tmp_path / "4.weights.h5", skip_mismatch=True)
+    assert np.array_equal(plain.get_weights()[0], tables[-1])

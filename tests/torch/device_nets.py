@@ -1,6 +1,6 @@
 """Small models and batches for several processes, and what one process makes of all batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,38 +30,47 @@ SIZES = (12, 5, 7)
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.2),
     "AdamW-foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.2, foreach=True),
+    "AdamW-fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.2, fused=True),
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.2),
+    "SGD-plain": lambda p: torch.optim.SGD(p, lr=0.01, weight_decay=0.2),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.2),
 }
 
 
 class Net(nn.Module):
-    """A table, a hidden layer, and no head, or one that is a table too."""
+    """A table, a hidden layer, and no head, or one that is tied to the table or a table too."""
 
-    def __init__(self, head: str = "none", seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        head: str = "none",
+        rows: Any = tuple(ROWS[0]),
+        num_rows: int = V,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.table = PartialEmbedding(V, D, trainable_rows=ROWS[0], **options)
+        self.table = PartialEmbedding(num_rows, D, trainable_rows=rows, **options)
         self.hidden = nn.Linear(D, D)
         self.head: nn.Module = nn.Identity()
-        if head != "none":
-            self.head = PartialLinear(D, V, bias=head == "untied", trainable_rows=ROWS[0])
-        if head == "tied":
+        if head == "tied_dense":
+            self.head = nn.Linear(D, num_rows, bias=False)
+        elif head != "none":
+            self.head = PartialLinear(D, num_rows, bias=head == "untied", trainable_rows=rows)
+        if head.startswith("tied"):
             self.head.weight = self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.hidden(self.table(ids)))
+        return self.loss_of(self.table(ids))
 
+    def loss_of(self, looked_up: Tensor) -> Tensor:
+        loss: Tensor = self.head(self.hidden(looked_up)).square().sum() * 0.05
+        return loss
 
-def loss_of(made: Tensor) -> Tensor:
-    return made.square().sum() * 0.05
-
-
-def set_rows(net: Net, step: int) -> None:
-    if step in ROWS:
-        net.table.set_trainable_rows(ROWS[step])
-        if isinstance(net.head, PartialLinear) and net.head.weight is not net.table.weight:
-            net.head.set_trainable_rows(ROWS[step])
+    def set_rows(self, rows: Any, **rate: Any) -> None:
+        self.table.set_trainable_rows(rows, **rate)
+        if isinstance(self.head, PartialLinear) and self.head.weight is not self.table.weight:
+            self.head.set_trainable_rows(rows, **rate)
 
 
 def batch(step: int, rank: int, part: int = 0, some_empty: bool = False) -> Tensor:
@@ -128,6 +137,35 @@ def load(net: Net, optimizer: torch.optim.Optimizer, path: Path) -> None:
     set_state_dict(net, optimizer, model_state_dict=model, optim_state_dict=states)
 
 
+Step = tuple[dict[str, Tensor], dict[str, Tensor | None], float | None]
+
+
+def make(name: str, net: Net, lazy: bool = False) -> torch.optim.Optimizer:
+    return rowwise(OPTIMIZERS[name](net.parameters()), net, lazy=lazy)
+
+
+def train(
+    net: Net,
+    backward: Callable[[int], object],
+    *optimizers: torch.optim.Optimizer,
+    max_norm: float | None = None,
+    steps: Iterable[int] = range(STEPS),
+) -> Iterator[Step]:
+    """The rows after each step, the gradients that it was made with, and their norm."""
+    for step in steps:
+        if step in ROWS:
+            net.set_rows(ROWS[step])
+        net.zero_grad()
+        backward(step)
+        norm = None
+        if max_norm is not None:
+            norm = float(whole(nn.utils.clip_grad_norm_(net.parameters(), max_norm)))
+        grads = gradients(net)
+        for optimizer in optimizers:
+            optimizer.step()
+        yield snapshot(net), grads, norm
+
+
 def alone(
     name: str,
     head: str,
@@ -135,52 +173,41 @@ def alone(
     accumulate: int = 1,
     max_norm: float | None = None,
     lazy: bool = False,
-) -> Iterator[tuple[dict[str, Tensor], float | None]]:
-    """The rows after each step of one process that has the batches of all, and the norm."""
+) -> Iterator[Step]:
+    """As one process trains that has the batches of all."""
     net = Net(head)
-    optimizer = rowwise(OPTIMIZERS[name](net.parameters()), net, lazy=lazy)
-    for step in range(STEPS):
-        set_rows(net, step)
-        optimizer.zero_grad()
+
+    def backward(step: int) -> None:
         for part in range(accumulate):
             for rank in range(world):
-                (loss_of(net(batch(step, rank, part))) / world).backward()
-        norm = None
-        if max_norm is not None:
-            norm = float(nn.utils.clip_grad_norm_(net.parameters(), max_norm))
-        optimizer.step()
-        yield snapshot(net), norm
+                (net(batch(step, rank, part)) / world).backward()
+
+    return train(net, backward, make(name, net, lazy), max_norm=max_norm)
 
 
 def joined(
     name: str, head: str, world: int, max_norm: float | None = None, lazy: bool = False
-) -> Iterator[tuple[dict[str, Tensor], float | None]]:
+) -> Iterator[Step]:
     """As `alone`, but that the table looks up the batches of all at once."""
     net = Net(head)
-    optimizer = rowwise(OPTIMIZERS[name](net.parameters()), net, lazy=lazy)
-    for step in range(STEPS):
-        set_rows(net, step)
-        optimizer.zero_grad()
+
+    def backward(step: int) -> None:
         ids = [batch(step, rank, some_empty=True) for rank in range(world)]
         parts = net.table(torch.cat(ids)).split([len(one) for one in ids])
-        sum(loss_of(net.head(net.hidden(part))) / world for part in parts).backward()
-        norm = None
-        if max_norm is not None:
-            norm = float(nn.utils.clip_grad_norm_(net.parameters(), max_norm))
-        optimizer.step()
-        yield snapshot(net), norm
+        sum(net.loss_of(part) / world for part in parts).backward()
+
+    return train(net, backward, make(name, net, lazy), max_norm=max_norm)
 
 
 def replayed(
     name: str, head: str, recorded: list[dict[str, Tensor | None]], lazy: bool = False
-) -> Iterator[dict[str, Tensor]]:
-    """The rows after each step of one process that is given the gradients of all steps."""
+) -> Iterator[Step]:
+    """As one process trains that is given the gradients of all steps."""
     net = Net(head)
-    optimizer = rowwise(OPTIMIZERS[name](own_rows(net).values()), net, lazy=lazy)
-    for step, given in enumerate(recorded):
-        set_rows(net, step)
+
+    def backward(step: int) -> None:
         for which, parameter in own_rows(net).items():
-            grad = given[which]
+            grad = recorded[step][which]
             parameter.grad = by_row(grad) if lazy and grad is not None else grad
-        optimizer.step()
-        yield snapshot(net)
+
+    return train(net, backward, rowwise(OPTIMIZERS[name](own_rows(net).values()), net, lazy=lazy))

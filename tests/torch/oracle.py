@@ -20,7 +20,9 @@ Rows that leave are replayed in one of two ways:
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +62,30 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
     rows = rows_that_differ(actual, expected)
     gap = (actual.detach().double() - expected.detach().double()).abs()[rows].max()
     raise AssertionError(f"{what}: rows {rows} differ, by {gap.item():.3g} at most")
+
+
+def assert_alike(model: nn.Module, expected: nn.Module | Mapping[str, Tensor]) -> None:
+    """Fail unless a model has the bits of another one, or of a state_dict."""
+    wanted = expected.state_dict() if isinstance(expected, nn.Module) else expected
+    for name, value in model.state_dict().items():
+        assert_same_bits(value, wanted[name], name)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Fail if a bit of a model, or the class of a module, is another one in the end."""
+    before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    yield
+    assert [type(m) for m in model.modules()] == kinds
+    assert_alike(model, before)
+
+
+def through_a_file(value: Any, weights_only: bool = False) -> Any:
+    """What torch reads of what it has written."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 class Cohort:

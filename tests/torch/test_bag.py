@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import SPARSE_AND_DENSE
 from oracle import assert_same_bits, same_bits
+from steps import take_steps
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
@@ -161,10 +162,7 @@ def test_padding_row_stays_out_of_bags_and_training(mode: str, sparse: bool, pad
     alone = vectors()[[0, 1]]
     expected = alone.sum(0) if mode == "sum" else alone.mean(0)
     torch.testing.assert_close(bags(ids)[0], expected)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        bags(ids).square().sum().backward()
-        optimizer.step()
+    take_steps(optimizer, lambda: bags(ids).square().sum(), STEPS)
     assert row not in bags.trainable_rows.tolist()
     assert_same_bits(bags.weight[row], vectors()[row], "the padding row")
     for touched in (0, 1, 3):

@@ -14,7 +14,7 @@ from oracle import assert_same_bits
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from partial_embedding.torch import PartialEmbedding, averaging, row_gradient, rowwise
+from partial_embedding.torch import PartialEmbedding, row_gradient, rowwise
 from partial_embedding.torch.row_gradient import RowGradient
 
 V, D, STEPS = 12, 4, 8
@@ -317,7 +317,7 @@ def without_restoring(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_averaging(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(AveragedModel, "update_parameters", averaging._update_parameters)
+    patch.setattr(AveragedModel, "update_parameters", AveragedModel.update_parameters.__wrapped__)
 
 
 def without_sums(patch: pytest.MonkeyPatch) -> None:

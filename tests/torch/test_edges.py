@@ -36,6 +36,7 @@ from models import (
     train,
 )
 from oracle import assert_same_bits, same_bits
+from steps import closure_of
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -97,29 +98,11 @@ def test_no_trainable_rows_at_all(case: Case, sparse: bool) -> None:
     assert case.one_history or not same_bits(model.table.weight[2], starting_table()[2])
 
 
-def test_a_table_made_without_memory_keeps_its_rows() -> None:
-    case = case_of("AdamW")
-    with torch.device("meta"):
-        table = PartialEmbedding(V, D, trainable_rows=ROWS)
-    table = table.to_empty(device="cpu")
-    with torch.no_grad():
-        table.weight.copy_(starting_table())
-    assert table.trainable_rows.tolist() == list(ROWS)
-    model, optimizer, oracle = prepared(case, table)
-    follow(case, model, optimizer, oracle, batches(4), {2: (1, 7)})
-
-
 @pytest.mark.parametrize("case", DEFAULTS, ids=by_id)
 def test_nothing_but_a_frozen_table_in_the_optimizer(case: Case) -> None:
     table = partial_table("none")
     optimizer = rowwise(case.make(table.parameters()), table)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        out = table(torch.tensor([1, 2, 2]))
-        out.sum().backward()
-        return out.sum()
-
+    closure = closure_of(optimizer, lambda: table(torch.tensor([1, 2, 2])).sum())
     for _ in range(3):
         optimizer.step(closure)
     assert_same_bits(table.weight, starting_table(), "a table that is all frozen")
@@ -256,16 +239,13 @@ def test_the_closure_runs_with_the_table_in_place(case: Case) -> None:
     model, optimizer, _ = prepared(case, partial_table())
     batch, seen = batches()[0], []
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
+    def loss() -> Tensor:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         seen.append(any(p is model.table.weight for p in held) and len(held))
-        loss = batch.loss(model)
-        loss.backward()
-        return loss
+        return batch.loss(model)
 
-    loss = optimizer.step(closure)
-    assert isinstance(loss, Tensor)
+    closure = closure_of(optimizer, loss)
+    assert isinstance(optimizer.step(closure), Tensor)
     assert set(seen) == {len(list(model.parameters()))}
     assert len(seen) == 1 or case.one_history
     assert optimizer.step(closure=closure) is not None

@@ -22,6 +22,7 @@ from models import (
     starting_table,
 )
 from oracle import Oracle, assert_same_bits, same_bits
+from steps import closure_of
 from torch import Tensor, nn
 
 from partial_embedding.torch import PartialEmbedding, rowwise
@@ -122,14 +123,8 @@ def test_double_precision_is_exact(case: Case) -> None:
     def loss_of(companions: nn.ModuleList, looked_up: Tensor) -> Tensor:
         return companions[1](torch.tanh(companions[0](looked_up))).square().sum()
 
+    closure = closure_of(optimizer, lambda: loss_of(model.companions, model.table(ids)))
     for step in range(5):
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = loss_of(model.companions, model.table(ids))
-            loss.backward()
-            return loss
-
         optimizer.step(closure)
         oracle.step(ids, loss_of)
         assert_same_model(model, oracle, f"after step {step}")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracle import assert_alike, unchanged
 from torch import Tensor, nn
 
 from partial_embedding import InputError, Rows
@@ -113,8 +114,7 @@ def test_old_rows_go_on_and_new_ones_begin_bit_for_bit(
     whole.scores.set_trainable_rows([*late, *begun])
     for model, optimizer in zip((grown, whole), optimizers, strict=True):
         train(model, optimizer)
-    for name, value in grown.state_dict().items():
-        assert torch.equal(value, whole.state_dict()[name]), name
+    assert_alike(grown, whole)
 
 
 def train_on_old(model: Scorer, optimizer: torch.optim.Optimizer, ids: list[int]) -> Tensor:
@@ -171,8 +171,7 @@ def test_a_checkpoint_from_before_loads_into_the_grown_model(
         parameter.data[V:] = ends[name]
     train(old, optimizer)
     train(grown, again)
-    for name, value in grown.state_dict().items():
-        assert torch.equal(value, old.state_dict()[name]), name
+    assert_alike(grown, old)
 
 
 def test_rows_saved_alone_hold_those_by_which_the_table_grew() -> None:
@@ -254,11 +253,9 @@ def test_what_cannot_grow_is_refused_and_stays(change: dict[str, Any], reason: s
     model = Scorer()
     model.plain = nn.Embedding(V, D)
     model.other = PartialEmbedding(V + 1, D)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     arguments: dict[str, Any] = {"name": BOTH, "rows": NEW, **change}
-    with pytest.raises(InputError, match=reason):
+    with unchanged(model), pytest.raises(InputError, match=reason):
         grow_table(model, **arguments)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     # The remedy, followed.
     replace_embedding(model, "plain")
     assert grow_table(model, "plain", NEW) == [12, 13, 14]

@@ -1,7 +1,6 @@
 """Output heads of which only chosen rows train, alone and tied to an embedding."""
 
 import copy
-import io
 import warnings
 from typing import Any
 
@@ -9,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import SPARSE_AND_DENSE
-from oracle import assert_same_bits, rows_that_differ, same_bits
+from made_tensors import MadeTensors
+from oracle import assert_same_bits, rows_that_differ, same_bits, through_a_file
+from steps import closure_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,27 +24,13 @@ FROZEN = [row for row in range(V) if row not in ROWS]
 
 
 class Tied(nn.Module):
-    """A table and a head of one weight."""
+    """A table and a head of one weight; or the same of plain modules."""
 
-    def __init__(self, rows: object = ROWS, bias: bool = True) -> None:
+    def __init__(self, plain: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.table = PartialEmbedding(V, D, trainable_rows=rows)
-        self.head = PartialLinear(D, V, bias=bias)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        scores: Tensor = self.head(torch.tanh(self.table(ids)))
-        return scores
-
-
-class TiedPlain(nn.Module):
-    """The same of plain modules."""
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        self.table = nn.Embedding(V, D)
-        self.head = nn.Linear(D, V, bias=bias)
+        self.table = nn.Embedding(V, D) if plain else PartialEmbedding(V, D, trainable_rows=ROWS)
+        self.head = nn.Linear(D, V) if plain else PartialLinear(D, V)
         self.head.weight = self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -91,7 +78,7 @@ def test_scores_and_gradients_are_those_of_a_plain_head(
 
 
 def test_a_tied_weight_gets_one_sparse_gradient_from_both() -> None:
-    tied, plain = Tied(), TiedPlain()
+    tied, plain = Tied(), Tied(plain=True)
     plain.load_state_dict(tied.state_dict())
     ids = torch.tensor([[1, 2, 2], [5, 0, 10]])
     for model in (tied, plain):
@@ -105,23 +92,9 @@ def test_a_tied_weight_gets_one_sparse_gradient_from_both() -> None:
 def test_no_tensor_of_the_size_of_the_weight_is_made() -> None:
     rows, width = 4096, 64
     head = PartialLinear(width, rows, bias=False, trainable_rows=[1, 2, 3])
-    largest = 0
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, RowGradient):
-                out = out.values()
-            if isinstance(out, Tensor) and out.layout == torch.strided and not out._is_view():
-                storage = out.untyped_storage()
-                if storage.data_ptr() != head.weight.untyped_storage().data_ptr():
-                    largest = max(largest, out.numel())
-            return out
-
-    with Largest():
+    with MadeTensors() as made:
         head(torch.randn(5, width)).sum().backward()
-    assert 0 < largest <= 5 * rows < rows * width
+    assert 0 < made.largest <= 5 * rows < rows * width
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
@@ -134,13 +107,7 @@ def test_only_trainable_rows_of_head_and_bias_move(optimizer: str, bias: bool) -
     before = copy.deepcopy(head.state_dict())
     made = getattr(torch.optim, optimizer)(head.parameters(), lr=0.1, **options)
     rowwise(made, head)
-
-    def closure() -> Tensor:
-        made.zero_grad()
-        loss = head(features(7)).square().sum()
-        loss.backward()
-        return loss
-
+    closure = closure_of(made, lambda: head(features(7)).square().sum())
     for _ in range(3):
         made.step(closure)
     for name, value in head.state_dict().items():
@@ -175,10 +142,8 @@ def test_rows_of_a_bias_that_join_late_begin_afresh_and_a_run_goes_on_from_its_s
             if step == 2:
                 head.unfreeze_rows([0])
             if step == stop:
-                saved = io.BytesIO()
-                torch.save((head.state_dict(), optimizer.state_dict()), saved)
-                saved.seek(0)
-                weights, state = torch.load(saved, weights_only=True)
+                saved = head.state_dict(), optimizer.state_dict()
+                weights, state = through_a_file(saved, weights_only=True)
                 _, head = pair()
                 head.load_state_dict(weights)
                 head.unfreeze_rows([0])
@@ -271,10 +236,7 @@ def test_with_nothing_frozen_it_is_a_plain_head() -> None:
 def test_keys_copies_and_files_are_those_of_a_plain_head() -> None:
     plain, head = pair()
     assert list(head.state_dict()) == list(plain.state_dict())
-    file = io.BytesIO()
-    torch.save(head, file)
-    file.seek(0)
-    for copied in (copy.deepcopy(head), torch.load(file, weights_only=False)):
+    for copied in (copy.deepcopy(head), through_a_file(head)):
         assert copied.trainable_rows.tolist() == ROWS
         copied(features(3)).sum().backward()
         assert set(copied.weight.grad._indices()[0].tolist()) == set(ROWS)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DEFAULTS, ELEMENT_WISE, Case, case_of, crossed
-from models import D, V, starting_table
+from models import D, V, partial_table
 from numpy.typing import NDArray
 from oracle import assert_same_bits, same_bits
 from torch import Tensor, nn
@@ -43,13 +43,6 @@ def batches(count: int = 40) -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-def partial_table(rows: tuple[int, ...] = ROWS) -> PartialEmbedding:
-    table = PartialEmbedding(V, D, trainable_rows=rows)
-    with torch.no_grad():
-        table.weight.copy_(starting_table())
-    return table
-
-
 def lazily(case: Case, table: PartialEmbedding) -> torch.optim.Optimizer:
     optimizer = case.make(table.parameters())
     assert rowwise(optimizer, table, lazy=True) is optimizer
@@ -78,7 +71,7 @@ def summed(ids: Tensor, up: Tensor, rows: tuple[int, ...] = ROWS) -> tuple[list[
 
 @pytest.mark.parametrize("name", ["Adam", "Adam-foreach", "Adam-forloop", "Adam-fused"])
 def test_lazy_adam_equals_sparse_adam_over_the_same_rows(name: str) -> None:
-    table = partial_table()
+    table = partial_table(ROWS)
     optimizer = lazily(case_of(name), table)
     peer = nn.Embedding.from_pretrained(
         table.weight[list(ROWS)].detach(), freeze=False, sparse=True
@@ -168,7 +161,7 @@ LAZY = [case for case in ELEMENT_WISE if not case.sparse_only]
 def test_lazy_steps_equal_full_ones_with_untouched_rows_put_back(
     case: Case, record_property: Callable[[str, object], None]
 ) -> None:
-    table = partial_table()
+    table = partial_table(ROWS)
     optimizer = lazily(case, table)
     peer = PutBack(case, table.weight[list(ROWS)])
     moved: set[int] = set()
@@ -187,7 +180,7 @@ def test_lazy_steps_equal_full_ones_with_untouched_rows_put_back(
 
 
 def test_a_step_without_a_gradient_does_not_count() -> None:
-    tables = [partial_table(), partial_table()]
+    tables = [partial_table(ROWS), partial_table(ROWS)]
     optimizers = [lazily(case_of("Adam"), table) for table in tables]
     for ids, up in batches(12):
         for table, optimizer in zip(tables, optimizers, strict=True):
@@ -198,7 +191,7 @@ def test_a_step_without_a_gradient_does_not_count() -> None:
 
 
 def test_a_lazy_run_that_is_resumed_goes_on_exactly() -> None:
-    table, other = partial_table(), partial_table()
+    table, other = partial_table(ROWS), partial_table(ROWS)
     optimizer = lazily(case_of("Adam"), table)
     steps = batches(24)
     for ids, up in steps[:12]:
@@ -214,7 +207,7 @@ def test_a_lazy_run_that_is_resumed_goes_on_exactly() -> None:
 
 @pytest.mark.parametrize("name", ["Muon", "Adafactor", "LBFGS"])
 def test_optimizers_that_look_at_the_whole_matrix_are_refused(name: str) -> None:
-    table = partial_table()
+    table = partial_table(ROWS)
     optimizer = case_of(name).make(table.parameters())
     with pytest.raises(InputError, match=name):
         rowwise(optimizer, table, lazy=True)

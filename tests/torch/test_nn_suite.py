@@ -10,6 +10,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -74,131 +75,127 @@ def inputs_of(info: ModuleInfo, dtype: torch.dtype, training: bool) -> list[Modu
     return made
 
 
-def build(info: ModuleInfo, case: ModuleInput, training: bool = True, **factory: Any) -> nn.Module:
-    torch.manual_seed(1)
-    arguments = case.constructor_input
-    module: nn.Module = info.module_cls(*arguments.args, **arguments.kwargs, **factory)
-    assert isinstance(module, PartialEmbedding)
-    return module.train(training)
+@dataclass(frozen=True)
+class Entry:
+    """One input of one module, as the checks take it."""
+
+    info: ModuleInfo
+    given: ModuleInput
+    dtype: torch.dtype = torch.float32
+    training: bool = True
+
+    def build(self, **factory: Any) -> nn.Module:
+        torch.manual_seed(1)
+        arguments, factory = self.given.constructor_input, {"dtype": self.dtype, **factory}
+        module: nn.Module = self.info.module_cls(*arguments.args, **arguments.kwargs, **factory)
+        assert isinstance(module, PartialEmbedding)
+        return module.train(self.training)
+
+    def plain_twin(self) -> nn.Module:
+        torch.manual_seed(1)
+        parent = {ours: theirs for theirs, ours in STAND_INS.items()}[self.info.module_cls]
+        arguments = self.given.constructor_input
+        module: nn.Module = parent(*arguments.args, **arguments.kwargs, dtype=self.dtype)
+        return module
+
+    def run(self, module: nn.Module) -> Tensor:
+        out: Tensor = module(*self.given.forward_input.args, **self.given.forward_input.kwargs)
+        return out
+
+    def backward(self, module: nn.Module, up: Tensor | None = None) -> Tensor:
+        module.zero_grad()
+        out = self.run(module)
+        out.backward(torch.ones_like(out) if up is None else up)
+        grad: Tensor = module.weight.grad
+        return grad.clone()
 
 
-def plain_twin(info: ModuleInfo, case: ModuleInput, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(1)
-    parent = {ours: theirs for theirs, ours in STAND_INS.items()}[info.module_cls]
-    arguments = case.constructor_input
-    module: nn.Module = parent(*arguments.args, **arguments.kwargs, dtype=dtype)
-    return module
-
-
-def run(module: nn.Module, case: ModuleInput) -> Tensor:
-    out: Tensor = module(*case.forward_input.args, **case.forward_input.kwargs)
-    return out
-
-
-def backward(module: nn.Module, case: ModuleInput, up: Tensor | None = None) -> Tensor:
-    module.zero_grad()
-    out = run(module, case)
-    out.backward(torch.ones_like(out) if up is None else up)
-    grad: Tensor = module.weight.grad
-    return grad.clone()
-
-
-def check_forward(info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool) -> None:
-    module = build(info, case, training, dtype=dtype)
-    twin = plain_twin(info, case, dtype)
-    out = run(module, case)
-    assert_same_bits(out, run(twin, case), "the output")
-    assert_same_bits(backward(module, case), backward(twin, case), "the gradient")
-    if case.reference_fn is not None:
-        reference = case.reference_fn(module, *case.forward_input.args, **case.forward_input.kwargs)
+def check_forward(entry: Entry) -> None:
+    module, twin = entry.build(), entry.plain_twin()
+    out = entry.run(module)
+    assert_same_bits(out, entry.run(twin), "the output")
+    assert_same_bits(entry.backward(module), entry.backward(twin), "the gradient")
+    if entry.given.reference_fn is not None:
+        given = entry.given.forward_input
+        reference = entry.given.reference_fn(module, *given.args, **given.kwargs)
         torch.testing.assert_close(out, reference)
 
 
-def check_factory_arguments(
-    info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool
-) -> None:
+def check_factory_arguments(entry: Entry) -> None:
     for device in ("cpu", "meta"):
-        module = build(info, case, training, device=device, dtype=dtype)
+        module = entry.build(device=device)
         held = [*module.parameters(), *module.buffers()]
         assert [tensor.device.type for tensor in held] == [device]
-        assert [tensor.dtype for tensor in held] == [dtype]
+        assert [tensor.dtype for tensor in held] == [entry.dtype]
 
 
-def check_device_context(
-    info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool
-) -> None:
+def check_device_context(entry: Entry) -> None:
     with torch.device("meta"):
-        module = build(info, case, training, dtype=dtype)
+        module = entry.build()
     assert {p.device.type for p in module.parameters()} == {"meta"}
 
 
-def check_to_empty(info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool) -> None:
-    module = build(info, case, training, device="meta", dtype=dtype)
+def check_to_empty(entry: Entry) -> None:
+    module = entry.build(device="meta")
     parameters = list(module.parameters())
     module.to_empty(device="meta")
     assert all(old is new for old, new in zip(parameters, module.parameters(), strict=True))
     module.to_empty(device="cpu")
     assert {p.device.type for p in module.parameters()} == {"cpu"}
-    assert run(module, case).shape == run(build(info, case), case).shape
+    assert entry.run(module).shape == entry.run(entry.build()).shape
 
 
-def check_to(info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool) -> None:
-    module = build(info, case, training, dtype=dtype)
+def check_to(entry: Entry) -> None:
+    module = entry.build()
     weight, start = module.weight, module.weight.detach().clone()
-    for target in (torch.float16, torch.bfloat16, torch.float64, dtype):
+    for target in (torch.float16, torch.bfloat16, torch.float64, entry.dtype):
         assert module.to(target) is module
         assert module.weight is weight
         assert module.weight.dtype == target
-        assert run(module, case).dtype == target
+        assert entry.run(module).dtype == target
     module.weight.data.copy_(start)
     assert_same_bits(module.to("cpu").weight, start, "the weight")
 
 
-def check_pickle(info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool) -> None:
-    module = build(info, case, training, dtype=dtype)
+def check_pickle(entry: Entry) -> None:
+    module = entry.build()
     with freeze_rng_state():
-        out = run(module, case)
+        out = entry.run(module)
     loaded = pickle.loads(pickle.dumps(module))
-    assert loaded.training == training
+    assert loaded.training == entry.training
     with freeze_rng_state():
-        assert_same_bits(run(loaded, case), out, "the output")
+        assert_same_bits(entry.run(loaded), out, "the output")
 
 
-def check_deepcopy(info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool) -> None:
-    module = build(info, case, training, dtype=dtype)
+def check_deepcopy(entry: Entry) -> None:
+    module = entry.build()
     copied = copy.deepcopy(module)
-    assert_same_bits(backward(copied, case), backward(module, case), "the gradient")
+    assert_same_bits(entry.backward(copied), entry.backward(module), "the gradient")
     copied.weight.data.zero_()
     assert module.weight.any()
 
 
-def check_repr(info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool) -> None:
-    module = build(info, case, training, dtype=dtype)
-    plain = repr(plain_twin(info, case, dtype))
+def check_repr(entry: Entry) -> None:
+    module, plain = entry.build(), repr(entry.plain_twin())
     assert str(module) == repr(module) == plain.removesuffix(")") + ", trainable_rows=4)"
 
 
-def check_state_dict(
-    info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool
-) -> None:
-    module = build(info, case, training, dtype=dtype)
-    twin = plain_twin(info, case, dtype)
+def check_state_dict(entry: Entry) -> None:
+    module, twin = entry.build(), entry.plain_twin()
     assert list(module.state_dict()) == list(twin.state_dict())
     for source, target in ((module, twin), (twin, module)):
         with torch.no_grad():
             target.weight.zero_()
         target.load_state_dict(source.state_dict(), strict=True)
-        assert_same_bits(run(target, case), run(source, case), "the output")
+        assert_same_bits(entry.run(target), entry.run(source), "the output")
 
 
-def check_not_contiguous(
-    info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool
-) -> None:
-    module = build(info, case, training, dtype=dtype)
-    (ids,) = case.forward_input.args
-    up = torch.randn(*ids.shape, module.embedding_dim, dtype=dtype)
-    expected = backward(module, case, up)
-    out = run(module, case)
+def check_not_contiguous(entry: Entry) -> None:
+    module = entry.build()
+    (ids,) = entry.given.forward_input.args
+    up = torch.randn(*ids.shape, module.embedding_dim, dtype=entry.dtype)
+    expected = entry.backward(module, up)
+    out = entry.run(module)
     spread = noncontiguous_like(ids)
     assert not spread.is_contiguous()
     for given in (ids, spread):
@@ -211,69 +208,61 @@ def check_not_contiguous(
     # A weight that is not contiguous, as a transposed head leaves it.
     module.weight.data = noncontiguous_like(module.weight.detach())
     assert not module.weight.is_contiguous()
-    assert_same_bits(run(module, case), out, "the output")
-    torch.testing.assert_close(backward(module, case, up), expected)
+    assert_same_bits(entry.run(module), out, "the output")
+    torch.testing.assert_close(entry.backward(module, up), expected)
 
 
-def differentiate(
-    check: Callable[..., bool], info: ModuleInfo, case: ModuleInput, training: bool
-) -> None:
-    module = build(info, case, training, dtype=torch.float64)
+def differentiate(check: Callable[..., bool], entry: Entry) -> None:
+    module = entry.build()
 
     def out(weight: Tensor) -> Tensor:
-        return run(module, case)
+        return entry.run(module)
 
-    assert check(out, (module.weight,), nondet_tol=info.gradcheck_nondet_tol, fast_mode=True)
-
-
-def check_grad(info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool) -> None:
-    differentiate(torch.autograd.gradcheck, info, case, training)
+    tolerance = entry.info.gradcheck_nondet_tol
+    assert check(out, (module.weight,), nondet_tol=tolerance, fast_mode=True)
 
 
-def check_gradgrad(info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool) -> None:
-    assert info.supports_gradgrad
-    differentiate(torch.autograd.gradgradcheck, info, case, training)
+def check_grad(entry: Entry) -> None:
+    differentiate(torch.autograd.gradcheck, entry)
 
 
-def check_training_and_eval(
-    info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool
-) -> None:
-    module = build(info, case, training, dtype=dtype)
-    out = run(module, case)
-    module.train(not training)
-    assert module.training != training
-    assert not info.train_and_eval_differ
-    assert_same_bits(run(module, case), out, "the output")
+def check_gradgrad(entry: Entry) -> None:
+    assert entry.info.supports_gradgrad
+    differentiate(torch.autograd.gradgradcheck, entry)
 
 
-def check_full_backward_hooks(
-    info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool
-) -> None:
-    module = build(info, case, training, dtype=dtype)
+def check_training_and_eval(entry: Entry) -> None:
+    module = entry.build()
+    out = entry.run(module)
+    module.train(not entry.training)
+    assert module.training != entry.training
+    assert not entry.info.train_and_eval_differ
+    assert_same_bits(entry.run(module), out, "the output")
+
+
+def check_full_backward_hooks(entry: Entry) -> None:
+    module = entry.build()
     seen: list[str] = []
     handles = [
         module.register_full_backward_hook(lambda *_: seen.append("backward")),
         module.register_full_backward_pre_hook(lambda *_: seen.append("before backward")),
         module.register_forward_hook(lambda *_: seen.append("forward")),
     ]
-    plain = backward(plain_twin(info, case, dtype), case)
-    assert_same_bits(backward(module, case), plain, "the gradient")
+    plain = entry.backward(entry.plain_twin())
+    assert_same_bits(entry.backward(module), plain, "the gradient")
     assert seen == ["forward", "before backward", "backward"]
     for handle in handles:
         handle.remove()
-    assert_same_bits(backward(module, case), plain, "the gradient")
+    assert_same_bits(entry.backward(module), plain, "the gradient")
 
 
-def check_functional(
-    info: ModuleInfo, case: ModuleInput, dtype: torch.dtype, training: bool
-) -> None:
-    module = build(info, case, training, dtype=dtype)
+def check_functional(entry: Entry) -> None:
+    module, given = entry.build(), entry.given.forward_input
     weight = torch.zeros_like(module.weight).requires_grad_()
-    arguments = case.forward_input
-    out = torch.func.functional_call(module, {"weight": weight}, arguments.args, arguments.kwargs)
+    out = torch.func.functional_call(module, {"weight": weight}, given.args, given.kwargs)
     assert not out.any()
     out.sum().backward()
-    assert_same_bits(weight.grad, backward(module, case), "the gradient")
+    assert_same_bits(weight.grad, entry.backward(module), "the gradient")
 
 
 CHECKS = [
@@ -306,12 +295,13 @@ def database_cases() -> list[Any]:
                 if check in DOUBLE_ONLY and dtype != torch.float64:
                     continue  # derivatives by differences need double precision
                 for training in (True, False):
-                    for case in inputs_of(info, dtype, training):
+                    for given in inputs_of(info, dtype, training):
                         mode = "training" if training else "eval"
                         dtype_name = str(dtype).removeprefix("torch.")
                         words = [info.module_cls.__name__, check.__name__, dtype_name, mode]
-                        name = "-".join([*words, case.desc or "plain"])
-                        made.append(pytest.param(info, check, case, dtype, training, id=name))
+                        name = "-".join([*words, given.desc or "plain"])
+                        entry = Entry(info, given, dtype, training)
+                        made.append(pytest.param(check, entry, id=name))
     return made
 
 
@@ -319,17 +309,14 @@ DATABASE = database_cases()
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # said of all embeddings
-@pytest.mark.parametrize(("info", "check", "case", "dtype", "training"), DATABASE)
+@pytest.mark.parametrize(("check", "entry"), DATABASE)
 def test_checks_of_the_module_database_hold(
-    info: ModuleInfo,
-    check: Callable[..., None],
-    case: ModuleInput,
-    dtype: torch.dtype,
-    training: bool,
+    check: Callable[[Entry], None],
+    entry: Entry,
     record_property: Callable[[str, object], None],
     request: pytest.FixtureRequest,
 ) -> None:
-    check(info, case, dtype, training)
+    check(entry)
     record_property(KIND, request.node.callspec.id)
 
 
@@ -361,14 +348,14 @@ def test_errors_of_the_module_database_are_raised(
     record_property: Callable[[str, object], None],
     request: pytest.FixtureRequest,
 ) -> None:
-    case = error.module_error_input
+    entry = Entry(info, error.module_error_input)
     if is_raised_by_constructor(error):
         with pytest.raises(error.error_type, match=error.error_regex):
-            build(info, case)
+            entry.build()
     else:
-        module = build(info, case)
+        module = entry.build()
         with pytest.raises(error.error_type, match=error.error_regex):
-            run(module, case)
+            entry.run(module)
     record_property(KIND, request.node.callspec.id)
 
 

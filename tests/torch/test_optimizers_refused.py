@@ -1,12 +1,13 @@
 """Optimizers built unlike torch's: served exactly, or refused by name before the first step."""
 
-from collections.abc import Callable
 from typing import Any
 
 import optimi
 import pytest
 import pytorch_optimizer
 import torch
+from plain_optimizers import CountsInItsGroup, Plain
+from steps import closure_of, take_steps
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,34 +16,6 @@ from partial_embedding.torch import PartialEmbedding, rowwise
 from partial_embedding.torch.saved_state import cohorts_of
 
 NUM_ROWS, WIDTH = 12, 5
-
-
-class Plain(Optimizer):
-    """The least that an optimizer is; what follows adds one oddity each."""
-
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        self.before_closure()
-        loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            self.count(group)
-            for param in group["params"]:
-                if param.grad is not None:
-                    param.sub_(group["lr"] * self.direction(param, group))
-        return loss
-
-    def before_closure(self) -> None:
-        pass
-
-    def count(self, group: dict[str, Any]) -> None:
-        pass
-
-    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
-        assert param.grad is not None
-        return param.grad.to_dense()
 
 
 class CountsInAnAttribute(Plain):
@@ -63,14 +36,6 @@ class CountsInATensor(Plain):
 
     def count(self, group: dict[str, Any]) -> None:
         self.total.add_(1)
-
-
-class CountsInItsGroup(Plain):
-    def count(self, group: dict[str, Any]) -> None:
-        group["count"] = group.get("count", 0) + 1
-
-    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
-        return super().direction(param, group) / group["count"]
 
 
 class CountsInItsGroupFromTheStart(CountsInItsGroup):
@@ -148,9 +113,7 @@ def table_of(rows: object = (2, 7), dtype: torch.dtype = torch.float32) -> Parti
 def step(table: PartialEmbedding, optimizer: Optimizer, seed: int) -> None:
     ids = torch.randint(NUM_ROWS, (9,), generator=torch.Generator().manual_seed(seed))
     ids[:3] = torch.tensor([2, 7, 4])
-    optimizer.zero_grad()
-    (table(ids) * torch.linspace(-1, 2, WIDTH)).pow(2).sum().backward()
-    optimizer.step()
+    take_steps(optimizer, lambda: (table(ids) * torch.linspace(-1, 2, WIDTH)).pow(2).sum())
 
 
 @pytest.mark.parametrize(
@@ -300,18 +263,6 @@ def test_names_of_parameters_stay_beside_them() -> None:
     assert optimizer.param_groups[0]["param_names"] == names
 
 
-def test_a_table_added_after_rowwise_is_served_from_its_first_step() -> None:
-    table, other = table_of(), table_of()
-    before = other.weight.detach().clone()
-    optimizer = rowwise(torch.optim.AdamW(table.parameters()), table)
-    other.sparse = False
-    optimizer.add_param_group({"params": list(other.parameters())})
-    other(torch.tensor([2])).sum().backward()
-    optimizer.step()
-    moved = (other.weight != before).any(dim=1).nonzero().flatten()
-    assert torch.equal(moved, other.trainable_rows)
-
-
 def test_an_optimizer_with_a_list_of_parameters_of_its_own_is_refused_and_moves_nothing() -> None:
     class Own(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:
@@ -335,14 +286,11 @@ def test_rows_that_change_within_a_closure_of_lbfgs_are_refused() -> None:
     optimizer = torch.optim.LBFGS(table.parameters())
 
     def closure(rows: list[int]) -> Any:
-        def evaluate() -> Tensor:
+        def loss() -> Tensor:
             table.set_trainable_rows(rows)
-            optimizer.zero_grad()
-            loss: Tensor = table(torch.arange(9)).square().sum()
-            loss.backward()
-            return loss
+            return table(torch.arange(9)).square().sum()  # type: ignore[no-any-return]
 
-        return evaluate
+        return closure_of(optimizer, loss)
 
     optimizer.step(closure([1, 2]))
     for rows in ([1, 3], [1, 2, 3]):

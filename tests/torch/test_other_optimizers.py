@@ -1,6 +1,5 @@
 """Optimizers that are not torch's own."""
 
-from collections.abc import Callable
 from typing import Any
 
 import optimi
@@ -11,6 +10,7 @@ import torch
 from cases import SPARSE_AND_DENSE, Case
 from models import batches, follow, partial_table, prepared, starting_table
 from oracle import assert_same_bits, same_bits
+from plain_optimizers import Plain
 from torch import Tensor
 from transformers.optimization import Adafactor as TransformersAdafactor
 
@@ -62,28 +62,17 @@ def test_schedule_free_optimizers_are_refused_by_name() -> None:
     assert_same_bits(table.weight, starting_table(), "after a refusal")
 
 
-class BlockwiseAdam(torch.optim.Optimizer):
+class BlockwiseAdam(Plain):
     """Keeps one scale for 16 elements, as 8-bit optimizers do: neither per row nor per table."""
 
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state, blocks = self.state[p], -(-p.numel() // 16)
-                if not state:
-                    state["absmax"] = torch.zeros(blocks)
-                padded = torch.zeros(blocks * 16)
-                padded[: p.numel()] = p.grad.flatten()
-                state["absmax"] = torch.maximum(
-                    0.9 * state["absmax"], padded.view(blocks, 16).abs().amax(1)
-                )
-                scale = state["absmax"].clamp(min=1e-8).repeat_interleave(16)[: p.numel()]
-                p.sub_(group["lr"] * p.grad / scale.view_as(p))
+    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        grad, blocks = super().direction(param, group), -(-param.numel() // 16)
+        absmax = self.state[param].setdefault("absmax", torch.zeros(blocks))
+        padded = torch.zeros(blocks * 16)
+        padded[: grad.numel()] = grad.flatten()
+        absmax.copy_(torch.maximum(0.9 * absmax, padded.view(blocks, 16).abs().amax(1)))
+        scale = absmax.clamp(min=1e-8).repeat_interleave(16)[: grad.numel()]
+        return grad / scale.view_as(grad)
 
 
 def test_state_in_blocks_of_elements_is_refused_by_name() -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
-from oracle import assert_same_bits
+from oracle import Oracle, assert_same_bits
 from torch import Tensor, nn
 
 from partial_embedding.torch import PartialEmbedding, rowwise
@@ -29,23 +29,8 @@ MAKERS: dict[str, Make] = {
 ROWS = st.lists(st.integers(0, V - 1), max_size=V, unique=True).map(sorted)
 
 
-class Small:
-    """The rows that began to train together, as a plain table with an optimizer of its own."""
-
-    def __init__(self, rows: list[int], values: Tensor, make: Make) -> None:
-        self.rows = list(rows)
-        self.alive = set(rows)
-        self.table = nn.Embedding.from_pretrained(values.clone(), freeze=False)
-        self.optimizer = make(self.table.parameters())
-
-    def receive(self, ids: list[int], up: Tensor) -> None:
-        mine = [i for i, row in enumerate(ids) if row in self.alive]
-        slots = torch.tensor([self.rows.index(ids[i]) for i in mine], dtype=torch.int64)
-        (self.table(slots) * up[mine]).sum().backward()
-
-
 class Program(RuleBasedStateMachine):
-    """One table beside small ones; each rule is done to both."""
+    """One table beside small ones, its cohorts; each rule is done to both."""
 
     make: Make
     sparse = True
@@ -53,20 +38,13 @@ class Program(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.expected = torch.randn(V, D)
-        self.table = PartialEmbedding.from_pretrained(
-            self.expected.clone(), sparse=self.sparse, trainable_rows="none"
-        )
+        self.table = PartialEmbedding(V, D, sparse=self.sparse, trainable_rows="none")
         self.optimizer = type(self).make(self.table.parameters())
-        self.small: list[Small] = []
+        self.oracle = Oracle(type(self).make, self.table.weight, [])
         self.lr = self.optimizer.param_groups[0]["lr"]
 
     def check(self) -> None:
-        for small in self.small:
-            alive = sorted(small.alive)
-            places = [small.rows.index(row) for row in alive]
-            self.expected[alive] = small.table.weight.detach()[places]
-        assert_same_bits(self.table.weight, self.expected, "the table")
+        assert_same_bits(self.table.weight, self.oracle.table, "the table")
 
     @property
     def has_gradient(self) -> bool:
@@ -76,58 +54,46 @@ class Program(RuleBasedStateMachine):
     @rule(rows=ROWS)
     def set_rows(self, rows: list[int]) -> None:
         self.table.set_trainable_rows(rows or "none")
-        trained = set().union(*(small.alive for small in self.small))
-        for small in self.small:
-            small.alive &= set(rows)
-        self.small = [small for small in self.small if small.alive]
-        if joining := sorted(set(rows) - trained):
-            made = Small(joining, self.expected[joining], type(self).make)
-            made.optimizer.param_groups[0]["lr"] = self.lr
-            self.small.append(made)
+        self.oracle.set_rows(rows)
 
     @rule(ids=st.lists(st.integers(0, V - 1), min_size=1, max_size=8), seed=st.integers(0, 99))
     def backward(self, ids: list[int], seed: int) -> None:
         up = torch.randn(len(ids), D, generator=torch.Generator().manual_seed(seed))
         (self.table(torch.tensor(ids)) * up).sum().backward()
-        for small in self.small:
-            small.receive(ids, up)
-
-    def _gradients(self) -> list[Tensor]:
-        return [small.table.weight for small in self.small]
+        for cohort in self.oracle.cohorts:
+            cohort.receive(torch.tensor(ids), up)
 
     @precondition(lambda self: self.has_gradient)
     @rule(limit=st.sampled_from([0.1, 1.0]), foreach=st.booleans())
     def clip_by_value(self, limit: float, foreach: bool) -> None:
         nn.utils.clip_grad_value_(self.table.weight, limit, foreach=foreach)
-        for weight in self._gradients():
-            nn.utils.clip_grad_value_(weight, limit, foreach=foreach)
+        for cohort in self.oracle.cohorts:
+            nn.utils.clip_grad_value_(cohort.weight, limit, foreach=foreach)
 
     @precondition(lambda self: self.has_gradient)
     @rule(factor=st.sampled_from([0.5, 0.3, 3.0]))
     def scale(self, factor: float) -> None:
         self.table.weight.grad.mul_(factor)
-        for weight in self._gradients():
-            weight.grad.mul_(factor)
+        for cohort in self.oracle.cohorts:
+            cohort.weight.grad.mul_(factor)
 
     @precondition(lambda self: self.has_gradient)
     @rule(row=st.integers(0, V - 1))
     def edit_a_row(self, row: int) -> None:
         self.table.weight.grad[row] += 1.0
-        for small in self.small:
-            if row in small.alive:
-                small.table.weight.grad[small.rows.index(row)] += 1.0
+        for cohort in self.oracle.cohorts:
+            cohort.weight.grad[(cohort.rows == row) & cohort.alive] += 1.0
 
     @rule(to_none=st.booleans())
     def zero_grad(self, to_none: bool) -> None:
         self.optimizer.zero_grad(set_to_none=to_none)
-        for small in self.small:
-            small.optimizer.zero_grad(set_to_none=to_none)
+        for cohort in self.oracle.cohorts:
+            cohort.table.zero_grad(set_to_none=to_none)
 
     @rule()
     def step(self) -> None:
         self.optimizer.step()
-        for small in self.small:
-            small.optimizer.step()
+        self.oracle.move()
         self.check()
 
     @rule(ids=st.lists(st.integers(0, V - 1), min_size=1, max_size=4))
@@ -138,8 +104,7 @@ class Program(RuleBasedStateMachine):
             return torch.zeros(())
 
         self.optimizer.step(closure)
-        for small in self.small:
-            small.optimizer.step()
+        self.oracle.move()
         self.check()
 
     @rule()
@@ -157,8 +122,8 @@ class Program(RuleBasedStateMachine):
     @rule(factor=st.sampled_from([0.5, 2.0]))
     def change_the_rate(self, factor: float) -> None:
         self.lr *= factor
-        for optimizer in (self.optimizer, *(small.optimizer for small in self.small)):
-            optimizer.param_groups[0]["lr"] = self.lr
+        self.optimizer.param_groups[0]["lr"] = self.lr
+        self.oracle.group = {"lr": self.lr}
 
     @rule(prepares=st.booleans())
     def resume(self, prepares: bool) -> None:

@@ -17,6 +17,7 @@ from models import (
     train,
 )
 from oracle import assert_same_bits, same_bits
+from plain_optimizers import CountsInItsGroup, Plain
 from torch import Tensor, nn
 
 from partial_embedding import InputError
@@ -169,29 +170,9 @@ def test_steps_are_counted_only_where_rows_warm_up_and_only_when_made() -> None:
     assert steps() == [1, -1]
 
 
-class CountsInGroup(torch.optim.Optimizer):
-    """Counts its steps in the group, also those in which a parameter has no gradient."""
-
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr, "k": 0})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    param.add_(param.grad, alpha=-group["lr"] / (1 + group["k"]))
-            group["k"] += 1
-        return loss
-
-
 def test_a_count_in_the_group_goes_on_without_a_gradient_and_the_warm_up_does_not() -> None:
     table = PartialEmbedding.from_pretrained(starting_table(), trainable_rows="none")
-    optimizer = rowwise(CountsInGroup(table.parameters()), table)
+    optimizer = rowwise(CountsInItsGroup(table.parameters()), table)
     table.set_trainable_rows([1], lr_scale=0.5, warmup_steps=4)
     expected = starting_table()[1]
     for step, factor in enumerate((0.125, None, 0.25)):
@@ -286,32 +267,17 @@ def test_a_lazy_row_that_is_touched_late_begins_as_its_cohort_did() -> None:
 # What is refused
 
 
-def lbfgs(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.LBFGS(params)
-
-
-class NoRate(torch.optim.Optimizer):
+class NoRate(Plain):
     """Has no learning rate in its groups."""
 
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"speed": 0.1})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        if closure is not None:
-            with torch.enable_grad():
-                closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    param.add_(param.grad, alpha=-group["speed"])
+    rate = "speed"
 
 
-@pytest.mark.parametrize("make", [lbfgs, NoRate], ids=["LBFGS", "NoRate"])
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, NoRate])
 def test_an_optimizer_without_a_rate_for_each_group_refuses_a_pace(
-    make: Callable[[Any], torch.optim.Optimizer],
+    make: type[torch.optim.Optimizer],
 ) -> None:
-    name = make([nn.Parameter(torch.ones(1))]).__class__.__name__
+    name = make.__name__
     scaled = PartialEmbedding(6, 4, trainable_rows="none")
     scaled.set_trainable_rows([1], lr_scale=0.5)
     with pytest.raises(InputError, match=rf"lr_scale=0\.5.*{name}"):

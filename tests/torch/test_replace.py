@@ -1,14 +1,14 @@
 """Embeddings and heads of existing models, made partly trainable in place, and plain again."""
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_same_bits, rows_that_differ
+from oracle import assert_same_bits, rows_that_differ, through_a_file
+from steps import take_steps
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -28,6 +28,7 @@ V, D = 11, 6
 ROWS = [2, 5, 9]
 FROZEN = [row for row in range(V) if row not in ROWS]
 IDS = torch.tensor([[1, 2, 2], [5, 0, 10]])
+LABELS = torch.tensor([2, 3, 9, 9, 5, 0])
 
 
 class Scaled(nn.Embedding):
@@ -59,10 +60,11 @@ class Model(nn.Module):
 
 def train(model: Model, steps: int = 3) -> torch.optim.Optimizer:
     optimizer = rowwise(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.3), model)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(IDS).flatten(0, 1), torch.tensor([2, 3, 9, 9, 5, 0])).backward()
-        optimizer.step()
+    take_steps(
+        optimizer,
+        lambda: F.cross_entropy(model(IDS).flatten(0, 1), torch.tensor([2, 3, 9, 9, 5, 0])),
+        steps,
+    )
     return optimizer
 
 
@@ -118,10 +120,7 @@ def test_a_subclass_scales_in_functional_calls_too() -> None:
 def test_it_is_copied_and_pickled_as_it_is(words: Any) -> None:
     model = Model(words() if words else None)
     replace_embedding(model, "words", ROWS)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+    for other in (copy.deepcopy(model), through_a_file(model)):
         table = other.body["words"]
         assert_same_bits(other(IDS), model(IDS), "the scores")
         assert table.weight is other.head.weight is not model.head.weight

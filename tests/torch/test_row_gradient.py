@@ -1,14 +1,13 @@
 """A gradient that holds rows alone is to every tool what the dense one of a plain layer is."""
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from oracle import assert_same_bits
+from oracle import assert_same_bits, through_a_file
 from torch import Tensor, nn
 
 from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, PartialLinear
@@ -66,6 +65,8 @@ ON_DENSE: dict[str, Callable[[Tensor], object]] = {
     "set_a_row": lambda grad: grad.__setitem__(5, 7.0),
     "through_a_view": lambda grad: grad.view(-1)[10:20].fill_(2.0),
     "mul_by_infinity": lambda grad: grad.mul_(float("inf")),
+    "div_by_zero": lambda grad: grad.div_(0.0),
+    "div_by_itself": lambda grad: grad.div_(grad.clone()),
     "clamp_above_zero": lambda grad: grad.clamp_(min=0.1),
     "add_noise": lambda grad: grad.add_(torch.ones(V, D)),
     "copy_": lambda grad: grad.copy_(torch.ones(V, D)),
@@ -101,6 +102,7 @@ READ: dict[str, Callable[[Tensor], Any]] = {
     "row": lambda grad: grad[3],
     "matrix_product": lambda grad: grad @ torch.ones(D, 2),
     "times_two": lambda grad: 2 * grad,
+    "divides": lambda grad: torch.ones(V, D) / grad,
     "equal": lambda grad: grad == 0,
     "half": lambda grad: grad.half(),
     "to": lambda grad: grad.to(torch.float64),
@@ -146,10 +148,7 @@ def test_copies_are_gradients_of_rows_and_share_nothing() -> None:
 
 def test_it_is_saved_and_loaded_with_weights_alone() -> None:
     table, plain = pair()
-    file = io.BytesIO()
-    torch.save({"grad": table.weight.grad}, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)["grad"]
+    loaded = through_a_file({"grad": table.weight.grad}, weights_only=True)["grad"]
     assert_same_bits(loaded.to_dense(), plain.weight.grad, "the gradient")
 
 
@@ -284,39 +283,35 @@ def test_autograd_grad_gives_rows_to_code_for_dense_gradients(kind: str) -> None
     assert_same_bits(module.weight - 0.1 * grad, plain.weight - 0.1 * expected, "an inner step")
 
 
-def test_a_loss_of_an_inner_step_has_the_plain_second_derivative() -> None:
-    table, plain = pair(rows=[1, 3])
-    for module in (table, plain):
-        module.weight.grad = None
-        (first,) = torch.autograd.grad(module(IDS).pow(3).sum(), module.weight, create_graph=True)
-        moved = module.weight - 0.1 * first
-        moved[IDS].pow(2).sum().backward()
-    rows = torch.tensor([1, 3])
-    torch.testing.assert_close(table.weight.grad.to_dense()[rows], plain.weight.grad[rows])
+def by_an_inner_step(module: Any, loss: Tensor) -> None:
+    (first,) = torch.autograd.grad(loss, module.weight, create_graph=True)
+    (module.weight - 0.1 * first)[IDS].pow(2).sum().backward()
 
 
-def test_second_derivatives_pass_through_the_table() -> None:
-    table, plain = pair(rows=[1, 3])
-    grads = []
-    for module in (table, plain):
-        (first,) = torch.autograd.grad(module(IDS).pow(3).sum(), module.weight, create_graph=True)
-        module.weight.grad = None
-        first.to_dense().pow(2).sum().backward()
-        grads.append(module.weight.grad.to_dense())
-    torch.testing.assert_close(grads[0][[1, 3]], grads[1][[1, 3]])
-    assert not grads[0][[0, 7, 19]].any()
+def by_a_gradient_s_gradient(module: Any, loss: Tensor) -> None:
+    (first,) = torch.autograd.grad(loss, module.weight, create_graph=True)
+    first.to_dense().pow(2).sum().backward()
+
+
+def by_backward_twice(module: Any, loss: Tensor) -> None:
+    loss.backward(create_graph=True)
+    first, module.weight.grad = module.weight.grad, None
+    first.pow(2).sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-def test_backward_with_a_graph_leaves_a_gradient_that_has_one() -> None:
-    table, plain = pair(rows=[1, 3])
+@pytest.mark.parametrize("options", [{}, {"sparse": False}], ids=["sparse", "dense"])
+@pytest.mark.parametrize("way", [by_an_inner_step, by_a_gradient_s_gradient, by_backward_twice])
+def test_second_derivatives_are_those_of_a_plain_layer(
+    way: Callable[..., None], options: dict[str, Any]
+) -> None:
+    table, plain = pair(rows=[1, 3], **options)
     for module in (table, plain):
         module.weight.grad = None
-        module(IDS).pow(3).sum().backward(create_graph=True)
-        first, module.weight.grad = module.weight.grad, None
-        first.pow(2).sum().backward()
-    rows = torch.tensor([1, 3])
-    torch.testing.assert_close(table.weight.grad.to_dense()[rows], plain.weight.grad[rows])
+        way(module, module(IDS).pow(3).sum())
+    grad = table.weight.grad.to_dense()
+    torch.testing.assert_close(grad[[1, 3]], plain.weight.grad[[1, 3]])
+    assert not grad[[0, 7, 19]].any()
 
 
 IMPLEMENTATIONS: list[dict[str, bool]] = [

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import SPARSE_AND_DENSE
 from oracle import assert_same_bits, same_bits
+from steps import take_steps
 from torch import Tensor, nn
 
 from partial_embedding.torch import PartialEmbedding, rowcopy, rowwise
@@ -206,8 +207,5 @@ def test_memory_is_used_again_from_step_to_step() -> None:
     table = PartialEmbedding(12, 4, trainable_rows=SCATTERED)
     optimizer = rowwise(Watched(table.parameters()), table)
     places.clear()
-    for _ in range(3):
-        optimizer.zero_grad()
-        table(SCATTERED).sum().backward()
-        optimizer.step()
+    take_steps(optimizer, lambda: table(SCATTERED).sum(), 3)
     assert len(set(places)) == 1

@@ -1,13 +1,15 @@
 """What an optimizer saves of a table, at awkward moments and after a plain run in between."""
 
 import copy
-import io
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from models import D, V, starting_table
-from oracle import assert_same_bits
+from oracle import assert_alike, assert_same_bits, through_a_file
+from plain_optimizers import Plain
+from steps import closure_of, take_steps
 from torch import nn
 
 from partial_embedding import InputError
@@ -27,16 +29,12 @@ def made(name: str, rows: Any) -> tuple[PartialEmbedding, torch.optim.Optimizer]
 
 
 def steps(table: nn.Embedding, optimizer: torch.optim.Optimizer, count: int) -> None:
+    def loss_of(step: int) -> torch.Tensor:
+        upstream = torch.randn(4, D, generator=torch.Generator().manual_seed(step))
+        return (table(torch.tensor([1, 2, 3, 4])) * upstream).square().sum()
+
     for step in range(count):
-
-        def closure(step: int = step) -> torch.Tensor:
-            optimizer.zero_grad()
-            upstream = torch.randn(4, D, generator=torch.Generator().manual_seed(step))
-            loss = (table(torch.tensor([1, 2, 3, 4])) * upstream).square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        optimizer.step(closure_of(optimizer, partial(loss_of, step)))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -100,10 +98,7 @@ def test_a_saved_rate_scale_is_refused_by_an_optimizer_that_cannot_keep_it() -> 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_copy_of_a_model_and_its_optimizer_goes_on_alike(way: str) -> None:
     def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(torch.tensor([1, 4, 5])).square().sum().backward()
-            optimizer.step()
+        take_steps(optimizer, lambda: model(torch.tensor([1, 4, 5])).square().sum(), steps)
 
     torch.manual_seed(0)
     model = nn.Sequential(PartialEmbedding(9, 4, trainable_rows=[1, 4]), nn.Linear(4, 2))
@@ -111,38 +106,25 @@ def test_a_copy_of_a_model_and_its_optimizer_goes_on_alike(way: str) -> None:
     train(model, optimizer, 3)
     model[0].set_trainable_rows([1, 4, 5])
     train(model, optimizer, 2)
-    if way == "deepcopy":
-        again, its_optimizer = copy.deepcopy((model, optimizer))
-    else:
-        buffer = io.BytesIO()
-        torch.save((model, optimizer), buffer)
-        buffer.seek(0)
-        again, its_optimizer = torch.load(buffer, weights_only=False)
+    copied_by = {"deepcopy": copy.deepcopy, "pickle": through_a_file}[way]
+    again, its_optimizer = copied_by((model, optimizer))
     train(model, optimizer, 3)
     train(again, its_optimizer, 3)
-    for name, value in again.state_dict().items():
-        assert_same_bits(value, model.state_dict()[name], name)
+    assert_alike(again, model)
 
 
-class MadeAtOnce(torch.optim.Optimizer):
+class MadeAtOnce(Plain):
     """Its constructor makes the state that its steps look for, as older releases of Adagrad do."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr})
+        super().__init__(params, lr)
         for group in self.param_groups:
             for param in group["params"]:
                 self.state[param]["sum"] = torch.ones_like(param)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            with torch.enable_grad():
-                closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    total = self.state[param]["sum"].addcmul_(param.grad, param.grad)
-                    param.addcdiv_(param.grad, total.sqrt(), value=-group["lr"])
+    def direction(self, param: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
+        grad = super().direction(param, group)
+        return grad / self.state[param]["sum"].addcmul_(grad, grad).sqrt()
 
 
 def test_a_plain_table_begins_afresh_where_the_constructor_makes_the_state() -> None:

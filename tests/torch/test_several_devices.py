@@ -1,12 +1,14 @@
 """Tables among several processes learn what one process does that has the batches of all."""
 
-import re
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from device_nets import (
+    AFTER,
     ALWAYS_FROZEN,
     OPTIMIZERS,
     ROWS,
@@ -14,120 +16,197 @@ from device_nets import (
     STEPS,
     D,
     Net,
+    Step,
     V,
     alone,
     batch,
     joined,
     load,
+    make,
     moments,
     replayed,
-    set_rows,
+    save,
     snapshot,
+    train,
+    whole,
 )
-from device_processes import CASES
-from launch import Seen, run_processes
+from launch import all_same, in_processes, of_all, same, shared_folder
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding import InputError
-from partial_embedding.torch import keep_whole, rowwise
+from partial_embedding.torch import (
+    PartialEmbedding,
+    PartialEmbeddingBag,
+    average_gradients,
+    keep_whole,
+    rowwise,
+    shards,
+    split_rows,
+)
+from partial_embedding.torch.optimizer import prepared
+from partial_embedding.torch.row_files import load_rows, save_rows
 
 pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+    not dist.is_available(), reason="this torch was built without torch.distributed"
 )
 
-TRAINED = [
-    (number, name)
-    for number in (2, 3)
-    for name in CASES[number]
-    if name.startswith(("whole ", "split "))
-]
+
+def mesh() -> Any:
+    return dist.init_device_mesh("cpu", (dist.get_world_size(),))
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
-    return run_processes(tmp_path_factory, "device_processes", 2, 3)
+def begun_apart(head: str) -> Net:
+    """A model with other rows in each process; FSDP2 does not make the other layers alike."""
+    net = Net(head, seed=0 if dist.get_rank() == 0 else 7)
+    net.hidden.load_state_dict(Net(head).hidden.state_dict())
+    return net
 
 
-@pytest.fixture(scope="module")
-def folder(ended: tuple[Path, Seen]) -> Path:
-    """Where two processes have saved what others read."""
-    return ended[0]
+def beside_fsdp2(head: str) -> Net:
+    """A model that FSDP2 shards but for its tables."""
+    net = begun_apart(head)
+    fully_shard(net, mesh=mesh(), ignored_params=keep_whole(net))
+    return net
 
 
-@pytest.fixture(scope="module")
-def seen(ended: tuple[Path, Seen]) -> Seen:
-    """What each of 2 and of 3 processes returned, for each case."""
-    return ended[1]
+def split(head: str) -> Net:
+    """A model whose table is split, whose head is whole, and of which FSDP2 shards the rest."""
+    net = begun_apart(head)
+    ours = keep_whole(net) if head != "none" else set()
+    fully_shard(net, mesh=mesh(), ignored_params=ours | split_rows(net.table, mesh()))
+    return net
 
 
-def options_of(case: str) -> tuple[str, str, dict[str, Any]]:
-    _, name, head, *others = case.split()
-    options = {
-        "accumulate": 2 if "accumulated" in others else 1,
-        "max_norm": 0.05 if "clipped" in others else None,
-        "lazy": "lazy" in others,
-    }
-    return name, head, options
+def train_here(
+    net: Net,
+    *optimizers: torch.optim.Optimizer,
+    model: nn.Module | None = None,
+    some_empty: bool = False,
+    accumulate: int = 1,
+    **options: Any,
+) -> Iterator[Step]:
+    """As `train`, with the batches of this process."""
+
+    def backward(step: int) -> None:
+        for part in range(accumulate):
+            (model or net)(batch(step, dist.get_rank(), part, some_empty)).backward()
+        average_gradients(optimizers[0])
+
+    return train(net, backward, *optimizers, **options)
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize(("number", "case"), TRAINED)
-def test_all_processes_hold_the_same_bits_and_frozen_rows_those_of_before(
-    number: int, case: str, seen: Seen
-) -> None:
-    first, *others = [process["rows"] for process in seen[number][case]]
-    assert len(first) == STEPS
-    for other in others:
-        assert all(same(a, b) for a, b in zip(first, other, strict=True))
-    before, rows = snapshot(Net(options_of(case)[1])), ROWS[0]
-    for step, after in enumerate(first):
-        rows = ROWS.get(step, rows)
-        for name in after:
-            moved = (after[name] != before[name]).view(len(after[name]), -1).any(1)
-            assert set(moved.nonzero().flatten().tolist()) <= set(rows), (step, name)
-        before = after
-    begun = snapshot(Net(options_of(case)[1]))
-    for name, ended in first[-1].items():
-        assert torch.equal(ended[ALWAYS_FROZEN], begun[name][ALWAYS_FROZEN])
-        assert not torch.equal(ended[ROWS[0]], begun[name][ROWS[0]])
-
-
-@pytest.mark.parametrize(("number", "case"), TRAINED)
-def test_the_rows_are_those_of_one_process_with_the_gradients_of_all(
-    number: int, case: str, seen: Seen
-) -> None:
-    (name, head, options), first = options_of(case), seen[number][case][0]
-    steps = zip(
-        first["rows"], replayed(name, head, first["gradients"], options["lazy"]), strict=True
+def beside_fsdp1(name: str, head: str) -> Iterator[Step]:
+    net = Net(head)
+    kept = keep_whole(net)
+    model = FullyShardedDataParallel(
+        net, ignored_states=kept, device_id=torch.device("cpu"), use_orig_params=True
     )
-    for step, (found, wanted) in enumerate(steps):
-        assert same(found, wanted), step
+    return train_here(net, make(name, net), model=model)
 
 
-@pytest.mark.parametrize(("number", "case"), TRAINED)
-def test_the_rows_are_those_of_one_process_with_the_batches_of_all(
-    number: int, case: str, seen: Seen
-) -> None:
-    (name, head, options), first = options_of(case), seen[number][case][0]
-    # Two processes divide by two, which is exact, in which order ever; three do not, nor does the
-    # norm of a sum of squares in another order. A tied gradient is summed in another order.
-    exact = number == 2 and options["max_norm"] is None and head != "tied"
-    if case.startswith("split"):
-        del options["accumulate"]
-        exact = exact and head == "none"  # a head sums what comes of each batch by itself
-        reference = joined(name, head, number, **options)
+def in_optimizers_of_their_own(name: str, head: str) -> Iterator[Step]:
+    """As beside DeepSpeed ZeRO-1: an engine has all but the tables, and steps it by itself."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns where it is imported
+
+    net = Net(head)
+    kept = keep_whole(net)
+    rest = [parameter for parameter in net.parameters() if parameter not in kept]
+    of_rest = ZeroRedundancyOptimizer(rest, torch.optim.AdamW, lr=0.1, weight_decay=0.2)
+    of_tables = rowwise(OPTIMIZERS[name](list(kept)), net)
+
+    def backward(step: int) -> None:
+        net(batch(step, dist.get_rank())).backward()
+        for parameter in rest:  # what the engine does in its backward
+            dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
+        average_gradients(of_tables)
+
+    return train(net, backward, of_tables, of_rest)
+
+
+STOCK = ("AdamW", "AdamW-foreach", "SGD", "Adagrad")
+
+
+def trained(whole_ones: Iterable[str], split_ones: Iterable[str]) -> list[str]:
+    """Whole or split, the optimizer, the head, and what else is done."""
+    return [
+        *(f"whole {name} {head}" for name in whole_ones for head in ("none", "tied", "untied")),
+        "whole AdamW untied clipped",
+        "whole AdamW-foreach tied clipped accumulated",
+        "whole SGD none fsdp1",
+        "whole SGD untied fsdp1",
+        "whole AdamW none zero",
+        "whole AdamW untied zero",
+        "whole AdamW none lazy",
+        *(f"split {name} none{lazy}" for name in split_ones for lazy in ("", " lazy")),
+        "split AdamW untied",
+        "split AdamW-foreach untied clipped",
+    ]
+
+
+def check(case: str) -> None:
+    kind, name, head, *others = case.split()
+    lazy, world = "lazy" in others, dist.get_world_size()
+    options: dict[str, Any] = {"max_norm": 0.05 if "clipped" in others else None}
+    of_parts = {"accumulate": 2} if "accumulated" in others else {}
+    if "fsdp1" in others:
+        steps = beside_fsdp1(name, head)
+    elif "zero" in others:
+        steps = in_optimizers_of_their_own(name, head)
     else:
-        reference = alone(name, head, number, **options)
-    steps = zip(first["rows"], reference, strict=True)
-    for step, (found, (wanted, norm)) in enumerate(steps):
-        if norm is not None:
-            assert first["norms"][step] == pytest.approx(norm, rel=1e-5)
+        net = beside_fsdp2(head) if kind == "whole" else split(head)
+        of_parts = of_parts if kind == "whole" else {"some_empty": True}
+        steps = train_here(net, make(name, net, lazy), **of_parts, **options)
+    seen, grads, norms = zip(*steps, strict=True)
+    assert len(seen) == STEPS
+
+    # All processes hold the same bits, and frozen rows those of before.
+    if any(not all_same(seen, other) for other in of_all(seen)):
+        raise AssertionError("processes hold other rows")
+    begun, rows = snapshot(Net(head)), ROWS[0]
+    for step, (before, after) in enumerate(zip([begun, *seen], seen, strict=False)):
+        rows = ROWS.get(step, rows)
+        for which in after:
+            moved = (after[which] != before[which]).view(len(after[which]), -1).any(1)
+            assert set(moved.nonzero().flatten().tolist()) <= set(rows), (step, which)
+    for which, ended in seen[-1].items():
+        assert torch.equal(ended[ALWAYS_FROZEN], begun[which][ALWAYS_FROZEN])
+        assert not torch.equal(ended[ROWS[0]], begun[which][ROWS[0]])
+    if dist.get_rank():
+        return  # what follows is the same for all
+
+    # They are the rows of one process with the gradients of all.
+    again = [found for found, *_ in replayed(name, head, list(grads), lazy)]
+    assert all_same(list(seen), again)
+
+    # They are the rows of one process with the batches of all. Two processes divide by two, which
+    # is exact, in which order ever; three do not, nor does the norm of a sum of squares in another
+    # order. A tied gradient is summed in another order.
+    exact = world == 2 and options["max_norm"] is None and head != "tied"
+    if kind == "split":
+        exact = exact and head == "none"  # a head sums what comes of each batch by itself
+        reference = joined(name, head, world, lazy=lazy, **options)
+    else:
+        reference = alone(name, head, world, lazy=lazy, **of_parts, **options)
+    for found, norm, (wanted, _, its_norm) in zip(seen, norms, reference, strict=True):
+        assert norm == (None if its_norm is None else pytest.approx(its_norm, rel=1e-5))
+        assert not exact or same(found, wanted)
         for which in wanted:
-            if exact:
-                assert torch.equal(found[which], wanted[which]), (step, which)
             torch.testing.assert_close(found[which], wanted[which], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", trained(STOCK, STOCK))
+@in_processes(2)
+def test_two_processes_train_the_rows_of_one_with_the_batches_of_both(case: str) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", trained(["AdamW"], ["SGD"]))
+@in_processes(3)
+def test_three_processes_train_the_rows_of_one_with_the_batches_of_all(case: str) -> None:
+    check(case)
 
 
 # Refused, and what becomes of faults
@@ -138,132 +217,264 @@ def test_keep_whole_needs_processes_and_tables() -> None:
         keep_whole(Net())
 
 
-MESSAGES = {
-    "other_rows": r"all processes train the same rows of 'table'.* in process 1 than in process 0",
-    "never_averaged": r"Call average_gradients\(optimizer\) after backward",
-    "sharded_first": r"Call keep_whole\(model\) first",
-    "on_meta": "Received 'table' on the meta device",
-    "with_max_norm": "max_norm scales the rows",
-    "looked_up_wrongly": r"ids lie in \[0, 31\). Received others in process 1",
-    "split_with_other_rows": "all processes train the same rows of a table",
+def with_other_rows(net: Net) -> Net:
+    net.table.set_trainable_rows([1 + dist.get_rank()])
+    return net
+
+
+def averaged_with_other_rows() -> None:
+    net = with_other_rows(beside_fsdp2("none"))
+    optimizer = make("AdamW", net)
+    net(batch(0, dist.get_rank())).backward()
+    average_gradients(optimizer)
+
+
+def never_averaged() -> None:
+    net = beside_fsdp2("none")
+    optimizer = make("AdamW", net)
+    net(batch(0, dist.get_rank())).backward()
+    optimizer.step()
+
+
+def on_meta() -> None:
+    with torch.device("meta"):
+        net = Net()
+    keep_whole(net)
+
+
+def split_tied() -> None:
+    net = Net("tied")
+    split_rows(net.table, mesh())
+
+
+def split_twice() -> None:
+    table = Net().table
+    split_rows(table, mesh())
+    split_rows(table, mesh())
+
+
+# What would part processes, and what cannot be split, with what can.
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "other_rows": (
+        averaged_with_other_rows,
+        r"all processes train the same rows of 'table'.* in process 1 than in process 0",
+    ),
+    "never_averaged": (never_averaged, r"Call average_gradients\(optimizer\) after backward"),
+    "sharded_first": (
+        lambda: keep_whole(fully_shard(Net(), mesh=mesh())),
+        r"Call keep_whole\(model\) first",
+    ),
+    "on_meta": (on_meta, "Received 'table' on the meta device"),
+    "with_max_norm": (lambda: keep_whole(Net(max_norm=1.0)), "max_norm scales the rows"),
+    "looked_up_wrongly": (
+        lambda: split("none").table(torch.tensor([V] if dist.get_rank() else [0])),
+        r"ids lie in \[0, 31\). Received others in process 1",
+    ),
+    "split_with_other_rows": (
+        lambda: with_other_rows(split("none")).table(torch.tensor([1])),
+        "all processes train the same rows of a table",
+    ),
+    "split_head": (
+        lambda: split_rows(Net("tied").head, mesh()),
+        "ColwiseParallel and loss_parallel",
+    ),
+    "split_tied": (split_tied, "tied to a head, which needs all of them"),
+    "split_bags": (
+        lambda: split_rows(PartialEmbeddingBag(V, D, trainable_rows=[1]), mesh()),
+        "for bags look rows up and reduce them",
+    ),
+    "split_twice": (split_twice, "Call split_rows before fully_shard"),
+    "split_max_norm": (
+        lambda: split_rows(PartialEmbedding(V, D, max_norm=1.0), mesh()),
+        "max_norm looks at all that is looked up",
+    ),
+    "split_other_size": (
+        lambda: split_rows(PartialEmbedding(V + dist.get_rank(), D), mesh()),
+        "all processes have the same tables",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", MESSAGES)
-def test_what_would_part_processes_is_refused_by_all(case: str, seen: Seen) -> None:
-    for message in seen[2][case]:
-        assert re.search(MESSAGES[case], message)
+@pytest.mark.parametrize("case", REFUSED)
+@in_processes(2)
+def test_what_cannot_be_kept_is_refused_by_all_processes(case: str) -> None:
+    act, rule = REFUSED[case]
+    with pytest.raises(InputError, match=rule):
+        act()
 
 
-@pytest.mark.parametrize("case", ["too_few_batches", "a_process_dies"])
-def test_a_process_that_does_not_step_ends_the_others_with_an_error(case: str, seen: Seen) -> None:
-    stopped = seen[3][case][:2]
-    assert len(stopped) == 2
-    for error, *notes in stopped:
-        assert error != "nothing failed"
-        assert "made fewer steps" in "".join(notes)
-
-
-def test_what_processes_do_together_waits_for_a_while_and_names_who_did_not_come(
-    seen: Seen,
-) -> None:
-    zero, one = seen[2]["called_by_one"]
-    assert "in process 0, for which 0.2 s long process 1 did not come" in zero["alone"]
-    for process in (zero, one):  # later all come, and what one did alone is forgotten
-        assert process["rows"] == len(ROWS[0])
-
-
-WAYS = {
-    "head": "ColwiseParallel and loss_parallel",
-    "tied": "tied to a head, which needs all of them",
-    "bags": "for bags look rows up and reduce them",
-    "twice": "Call split_rows before fully_shard",
-    "max_norm": "max_norm looks at all that is looked up",
-    "other size": "all processes have the same tables",
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_what_cannot_be_split_is_refused_with_what_can(way: str, seen: Seen) -> None:
-    for process in seen[2]["split_in_other_ways"]:
-        assert WAYS[way] in process[way]
+@in_processes(2)
+def test_what_processes_do_together_waits_for_a_while_and_names_who_did_not_come() -> None:
+    net = split("none")
+    optimizer = make("AdamW", net)
+    patience, shards.PATIENCE = shards.PATIENCE, 0.2
+    if dist.get_rank() == 0:  # a state that all have together, asked for by one
+        rule = "in process 0, for which 0.2 s long process 1 did not come"
+        with pytest.raises(InputError, match=rule):
+            optimizer.state_dict()
+    dist.barrier()
+    shards.PATIENCE = patience
+    # Later all come, and what one did alone is forgotten.
+    assert len(optimizer.state_dict()["state"][0]["rowwise"]["rows"]) == len(ROWS[0])
 
 
 # What else is split
 
 
-def test_a_split_table_of_which_all_rows_train_is_stepped_by_a_plain_optimizer(seen: Seen) -> None:
-    touched = torch.cat([batch(0, 0), batch(0, 1)]).unique()
-    for process in seen[2]["split_of_all_rows"]:
-        assert process["is_plain"]
-        moved = process["rows"].any(1).nonzero().flatten()
-        assert torch.equal(moved, touched)
+@in_processes(2)
+def test_a_split_table_of_which_all_rows_train_is_stepped_by_a_plain_optimizer() -> None:
+    table = PartialEmbedding(V, D, _weight=torch.zeros(V, D))
+    split_rows(table, mesh())
+    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.0)
+    table(batch(0, dist.get_rank())).sum().backward()
+    optimizer.step()
+    assert prepared(optimizer) is None
+    moved = whole(table.weight).any(1).nonzero().flatten()
+    assert torch.equal(moved, torch.cat([batch(0, 0), batch(0, 1)]).unique())
 
 
-def test_a_table_is_split_before_it_has_rows(seen: Seen) -> None:
-    processes = seen[2]["split_on_meta"]
-    assert [process["local"] for process in processes] == [16, 15]
-    assert [process["held"] for process in processes] == [16 * 4 * D, 15 * 4 * D]
-    for process in processes:
-        assert process["padding"] == [0.0] * D
-        assert process["moved"] == [1, 29]
-        # As `torch.func` calls it, with a weight that is whole.
-        assert torch.equal(process["given"], torch.eye(V, D))
+@in_processes(2)
+def test_a_table_is_split_before_it_has_rows() -> None:
+    with torch.device("meta"):
+        table = PartialEmbedding(V, D, padding_idx=30, trainable_rows=[1, 29])
+    split_rows(table, mesh())
+    table.to_empty(device="cpu")
+    table.reset_parameters()
+    own = 15 if dist.get_rank() else 16
+    assert len(table.weight.to_local()) == own
+    # As `torch.func` calls it, with a weight that is whole.
+    given = torch.func.functional_call(table, {"weight": torch.eye(V, D)}, (torch.arange(V),))
+    assert torch.equal(given, torch.eye(V, D))
+    before = whole(table.weight).detach().clone()
+    assert before[30].tolist() == [0.0] * D
+    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1)
+    table(torch.arange(V)).sum().backward()
+    optimizer.step()
+    assert (whole(table.weight) != before).any(1).nonzero().flatten().tolist() == [1, 29]
+    given_alike = PartialEmbedding.from_pretrained(torch.ones(V, D))
+    split_rows(given_alike, mesh(), src_data_rank=None)
+    assert given_alike.weight.to_local().untyped_storage().nbytes() == own * 4 * D
 
 
-def test_ddp_leaves_a_split_table_alone(seen: Seen) -> None:
-    zero, one = seen[2]["split_beside_ddp"]
-    assert zero["ignored"] == ["head.weight", "table.weight"]
-    assert all(same(a, b) for a, b in zip(zero["rows"], one["rows"], strict=True))
-    for found, (wanted, _) in zip(zero["rows"], joined("AdamW", "untied", 2), strict=True):
+@in_processes(2)
+def test_ddp_averages_the_rest_and_leaves_a_split_table_alone() -> None:
+    net = Net("untied")
+    split_rows(net.table, mesh())
+    ddp = DistributedDataParallel(net)
+    assert sorted(ddp.parameters_to_ignore) == ["head.weight", "table.weight"]
+    steps = train_here(net, make("AdamW", net), some_empty=True, model=ddp)
+    seen = [found for found, *_ in steps]
+    zero, one = of_all(seen)
+    assert all_same(zero, one)
+    for found, (wanted, *_) in zip(seen, joined("AdamW", "untied", 2), strict=True):
         assert torch.equal(found["table"], wanted["table"])
 
 
-def test_rows_of_a_split_table_are_written_by_one_and_read_by_all(seen: Seen) -> None:
-    rows = ROWS[max(ROWS)]
-    begun = snapshot(Net())["table"]
-    for process in seen[2]["row_files"]:
-        trained = process["trained"]["table"]
-        assert process["written"] == {"table.weight": rows}
-        assert torch.equal(process["alone"]["table"][rows], trained[rows])
-        others = [row for row in range(V) if row not in rows]
-        assert torch.equal(process["alone"]["table"][others], begun[others])
-        torch.testing.assert_close(process["again"], process["alone"]["table"])
-        assert "rows of two files are not the same ones" in process["refused"]
+@in_processes(2)
+def test_rows_of_a_split_table_are_written_by_one_and_read_by_all() -> None:
+    net = split("none")
+    *_, (trained, _, _) = train_here(net, make("AdamW", net))
+    path = shared_folder() / "rows.safetensors"
+    shards.CHUNK_BYTES = 2 * 4 * D  # of two rows
+    save_rows(net, path)
+    dist.barrier()
+    rows, alone, again = ROWS[max(ROWS)], Net(), split("none")
+    begun = alone.table.weight.detach().clone()
+    load_rows(alone, path)
+    found = alone.table.weight.detach()
+    others = [row for row in range(V) if row not in rows]
+    assert torch.equal(found[rows], trained["table"][rows])
+    assert torch.equal(found[others], begun[others])
+    for _ in range(2):  # once more the same
+        assert load_rows(again, path) == {"table.weight": rows}
+    torch.testing.assert_close(whole(again.table.weight).detach(), found)
+    with torch.no_grad():
+        again.table.weight.to_local()[:] += 1  # other rows now than those of the file
+    with pytest.raises(InputError, match="rows of two files are not the same ones"):
+        load_rows(again, path)
 
 
-def test_what_is_kept_whole_comes_in_the_order_of_the_model(seen: Seen) -> None:
-    for process in seen[2]["many_in_order"]:
-        assert process == list(range(40))
+@in_processes(2)
+def test_what_is_kept_whole_comes_in_the_order_of_the_model() -> None:
+    model = nn.ModuleList(PartialEmbedding(2, 2) for _ in range(40))
+    assert [id(one) for one in keep_whole(model)] == [id(table.weight) for table in model]
 
 
-def test_what_is_sent_for_a_split_table_follows_the_ids_and_not_the_table(seen: Seen) -> None:
-    for process in seen[2]["split_traffic"]:
+@in_processes(2)
+def test_what_is_sent_for_a_split_table_follows_the_ids_and_not_the_table() -> None:
+    real, sent = dist.all_to_all_single, []
+
+    def counted(out: Any, given: Any, *others: Any, **options: Any) -> Any:
+        sent.append(given.nbytes)
+        return real(out, given, *others, **options)
+
+    for num_rows in (1_000, 100_000):
         for ids in (40, 50):
+            table = PartialEmbedding(num_rows, D, trainable_rows=range(num_rows // 2))
+            split_rows(table, mesh())
+            sent.clear()
+            dist.all_to_all_single = counted
+            table(torch.arange(ids) * (num_rows // ids)).sum().backward()
+            dist.all_to_all_single = real
             # A header of 32 bytes; ids, rows, and whether each trains; gradients of those, a half.
-            wanted = 32 + ids * (8 + 4 * D + 1) + ids // 2 * 4 * D
-            assert process[f"1000 {ids}"] == process[f"100000 {ids}"] == wanted
+            assert sum(sent) == 32 + ids * (8 + 4 * D + 1) + ids // 2 * 4 * D, num_rows
 
 
 # Checkpoints
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_what_two_processes_saved_is_read_by_as_many_and_by_more(number: int, seen: Seen) -> None:
-    saved = seen[2]["saved"][0]
-    for process in seen[number]["read"]:
-        assert same(process["rows"], saved["rows"])
-        assert same(process["moments"], saved["moments"])
-        if number == 2:
-            pairs = zip(process["later"], saved["later"], strict=True)
-            assert all(same(a, b) for a, b in pairs)
+def state_of(net: Net, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    return {"rows": snapshot(net), "moments": moments(net, optimizer)}
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_two_processes_saved_is_read_by_one(seen: Seen, folder: Path) -> None:
-    net, saved = Net("untied"), seen[2]["saved"][0]
-    set_rows(net, max(step for step in ROWS if step < SAVED_AT))
-    optimizer = rowwise(OPTIMIZERS["AdamW"](net.parameters()), net)
-    load(net, optimizer, folder / "checkpoint")
-    assert same(snapshot(net), saved["rows"])
-    assert same(moments(net, optimizer), saved["moments"])
+@in_processes(2, 3, 1)
+def test_what_two_processes_saved_is_read_by_any_number() -> None:
+    number, path = dist.get_world_size(), shared_folder() / "saved"
+    if number == 2:
+        net = split("untied")
+        optimizer = make("AdamW", net)
+        list(train_here(net, optimizer, steps=range(SAVED_AT)))
+        save(net, optimizer, path / "checkpoint")
+        half = state_of(net, optimizer)
+        later = [found for found, *_ in train_here(net, optimizer, steps=AFTER)]
+        if dist.get_rank() == 0:
+            torch.save([half, later], path / "seen")
+        dist.barrier()
+    if number == 1:
+        dist.destroy_process_group()
+    half, later = torch.load(path / "seen", weights_only=True)
+    net = Net("untied") if number == 1 else split("untied")
+    net.set_rows(ROWS[max(step for step in ROWS if step < SAVED_AT)])
+    optimizer = make("AdamW", net)
+    load(net, optimizer, path / "checkpoint")
+    found = state_of(net, optimizer)
+    assert all(same(found[name], half[name]) for name in half)
+    if number == 2:
+        again = [found for found, *_ in train_here(net, optimizer, steps=AFTER)]
+        assert all_same(again, later)
+
+
+# The last one, since a process ends in it.
+
+
+@pytest.mark.parametrize("how", ["makes_fewer_steps", "dies"])
+@in_processes(3)
+def test_a_process_that_does_not_step_ends_the_others_with_an_error(how: str) -> None:
+    second = timedelta(seconds=1)
+    net = Net()
+    keep_whole(net, dist.new_group(timeout=second) if how == "makes_fewer_steps" else None)
+    optimizer = OPTIMIZERS["AdamW"](net.parameters())
+
+    def step() -> None:
+        net(batch(0, dist.get_rank())).backward()
+        average_gradients(optimizer)
+        optimizer.step()
+
+    step()
+    if dist.get_rank() == 2:
+        if how == "dies":
+            sys.exit()
+        return
+    with pytest.raises(RuntimeError) as stopped:
+        step()
+    assert "made fewer steps" in "".join(stopped.value.__notes__)

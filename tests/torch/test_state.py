@@ -1,8 +1,6 @@
 """State of optimizers: its size, and stopping and going on."""
 
 from collections.abc import Callable
-from io import BytesIO
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +19,8 @@ from models import (
     starting_table,
     train,
 )
-from oracle import assert_same_bits, same_bits
+from oracle import assert_same_bits, same_bits, through_a_file
+from steps import closure_of
 from torch import Tensor, nn
 
 from partial_embedding import InputError
@@ -43,13 +42,8 @@ def test_state_is_as_large_as_the_trainable_rows(case: Case, sparse: bool) -> No
     table = PartialEmbedding(5000, D, trainable_rows=ROWS, sparse=sparse)
     optimizer = rowwise(case.make(table.parameters()), table)
     largest = 4 * (100 * len(ROWS) * D if case.one_history else 2 * len(ROWS) * D)  # bytes
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = table(torch.tensor([1, 4, 4, 77, 6, 9])).square().sum()
-        loss.backward()
-        return loss
-
+    ids = torch.tensor([1, 4, 4, 77, 6, 9])
+    closure = closure_of(optimizer, lambda: table(ids).square().sum())
     for step in range(3):
         if step == 2:
             table.unfreeze_rows([77])
@@ -58,13 +52,6 @@ def test_state_is_as_large_as_the_trainable_rows(case: Case, sparse: bool) -> No
             assert all(t.nbytes <= largest for t in tensors_in(where))
     held = tensors_in(optimizer.state_dict())
     assert sum(t.nbytes for t in held) <= max(largest, 4 * 8 * (len(ROWS) + 1) * (D + 3))
-
-
-def saved_and_loaded(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    buffer = BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +63,7 @@ def test_a_run_that_is_resumed_goes_on_exactly(
     model, optimizer, oracle = prepared(case, partial_table(sparse=sparse))
     # Two cohorts, one of which has lost a row.
     follow(case, model, optimizer, oracle, batches(5), {2: (1, 4, 6, 9, 2, 7), 4: (1, 4, 9, 2, 7)})
-    state = saved_and_loaded(optimizer)
+    state = through_a_file(optimizer.state_dict(), weights_only=True)
 
     fresh = model_of(case, partial_table(model.table.trainable_rows, sparse=sparse))
     fresh.load_state_dict(model.state_dict())
@@ -117,7 +104,7 @@ def test_row_ids_survive_a_resume_in_half_precision(case: Case, rows: int, dim: 
         step(table, optimizer, seed)
     other, resumed = make()
     other.load_state_dict(table.state_dict())
-    resumed.load_state_dict(saved_and_loaded(optimizer))
+    resumed.load_state_dict(through_a_file(optimizer.state_dict(), weights_only=True))
     for seed in range(3, 6):
         step(table, optimizer, seed)
         step(other, resumed, seed)
@@ -147,7 +134,7 @@ def test_saved_state_loads_into_a_stock_optimizer(case: Case) -> None:
     plain = model_of(case, table)
     plain.load_state_dict(model.state_dict())
     stock = case.make(plain.parameters())
-    stock.load_state_dict(saved_and_loaded(optimizer))
+    stock.load_state_dict(through_a_file(optimizer.state_dict(), weights_only=True))
     with torch.no_grad():
         table.weight.nan_to_num_(0.5, 0.5, 0.5)
     companions = [p for name, p in plain.named_parameters() if name != "table.weight"]

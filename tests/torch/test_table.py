@@ -1,6 +1,5 @@
 """The table as a module: its hook, its rows, and tables that share a weight."""
 
-import copy
 import gc
 import weakref
 from typing import Any
@@ -42,20 +41,6 @@ def test_hook_drops_frozen_ids_from_a_sparse_gradient() -> None:
     assert grad.shape == (V, D)
 
 
-def test_hook_leaves_an_empty_sparse_gradient_where_no_looked_up_row_trains() -> None:
-    table = table_of(sparse=True)
-    table(torch.tensor([0, 2])).sum().backward()
-    assert table.weight.grad._nnz() == 0
-    assert table.weight.grad.shape == (V, D)
-
-
-def test_hook_zeroes_frozen_rows_of_a_dense_gradient() -> None:
-    table, plain = table_of(), nn.Embedding.from_pretrained(vectors(), freeze=False)
-    expected = gradient(plain)
-    expected[FROZEN] = 0.0  # selected, so that the sign of zero is known too
-    assert_same_bits(gradient(table), expected, "the gradient")
-
-
 @SPARSE_AND_DENSE
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_hook_keeps_values_that_are_not_finite_out_of_frozen_rows(
@@ -72,31 +57,12 @@ def test_hook_keeps_values_that_are_not_finite_out_of_frozen_rows(
     assert grad[4].tolist() == [3.0] * D
 
 
-@SPARSE_AND_DENSE
-def test_hook_is_idle_while_every_row_trains(sparse: bool) -> None:
-    table = table_of("all", sparse=sparse)
-    plain = nn.Embedding.from_pretrained(vectors(), freeze=False, sparse=sparse)
-    table(IDS).sum().backward()
-    plain(IDS).sum().backward()
-    assert isinstance(table.weight.grad, RowGradient) == plain.weight.grad.is_sparse
-    assert_same_bits(table.weight.grad.to_dense(), plain.weight.grad.to_dense(), "the gradient")
-    assert table._row_set is None  # no bookkeeping at all
-
-
 def test_hook_sees_rows_as_they_are_when_the_gradient_comes() -> None:
     table = table_of()
     loss = table(IDS).sum()
     table.set_trainable_rows([2])
     loss.backward()
     assert moved_rows(table.weight.grad) == [2]
-
-
-def test_hook_works_under_grad_of_grad() -> None:
-    table = table_of()
-    (grad,) = torch.autograd.grad(table(IDS).pow(3).sum(), table.weight, create_graph=True)
-    assert moved_rows(grad) == ROWS
-    grad.square().sum().backward()
-    assert moved_rows(table.weight.grad) == ROWS
 
 
 @pytest.mark.parametrize("kind", [PartialEmbedding, PartialEmbeddingBag])
@@ -267,14 +233,3 @@ def test_a_plain_embedding_that_shares_the_weight_is_masked_too() -> None:
     table, plain = table_of(), nn.Embedding(V, D)
     plain.weight = table.weight
     assert moved_rows(gradient(plain)) == ROWS
-
-
-def test_shared_weights_stay_shared_in_a_deepcopy() -> None:
-    first, second = table_of(), table_of()
-    second.weight = first.weight
-    copied = copy.deepcopy(nn.ModuleList([first, second]))
-    assert copied[0].weight is copied[1].weight
-    assert copied[0].weight is not first.weight
-    copied[0].set_trainable_rows([4, 6])
-    assert moved_rows(gradient(copied[1])) == [4, 6]
-    assert_is_partial(first)

@@ -1,7 +1,6 @@
 """The table in checkpoints, copies, casts and moves."""
 
 import copy
-import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import SPARSE_AND_DENSE
-from oracle import assert_same_bits
+from oracle import assert_same_bits, through_a_file
 from small_tables import (
     IDS,
     ROWS,
@@ -52,35 +51,11 @@ def test_state_dict_loads_strictly_both_ways(assign: bool) -> None:
     assert moved_rows(gradient(other)) == list(range(V))
 
 
-def test_state_dict_of_a_model_round_trips_through_a_file() -> None:
-    model = nn.Sequential(table_of(), nn.Linear(D, 2))
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        torch.save(model.state_dict(), file)
-    file.seek(0)
-    plain = nn.Sequential(nn.Embedding(V, D), nn.Linear(D, 2))
-    plain.load_state_dict(torch.load(file, weights_only=True), strict=True)
-    assert_same_bits(plain[0].weight, vectors(), "the weight")
-
-
 # Copies: the hook does not travel with a tensor, so each of these must put it back
-
-
-def by_deepcopy(table: nn.Module) -> nn.Module:
-    return copy.deepcopy(table)
 
 
 def by_pickle(table: nn.Module) -> nn.Module:
     copied: nn.Module = pickle.loads(pickle.dumps(table))
-    return copied
-
-
-def by_file(table: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(table, file)
-    file.seek(0)
-    copied: nn.Module = torch.load(file, weights_only=False)
     return copied
 
 
@@ -89,7 +64,7 @@ def by_deepcopy_in_a_model(table: nn.Module) -> nn.Module:
     return copied
 
 
-COPIES = [by_deepcopy, by_pickle, by_file, by_deepcopy_in_a_model]
+COPIES = [copy.deepcopy, by_pickle, through_a_file, by_deepcopy_in_a_model]
 
 
 @SPARSE_AND_DENSE
@@ -107,6 +82,7 @@ def test_copies_train_the_same_rows_and_their_own_afterwards(
     assert copied.weight.data_ptr() != table.weight.data_ptr()
     assert_same_bits(copied.weight, table.weight, "the weight")
     assert repr(copied) == repr(table)
+    assert_is_masked_past_the_module(copied)  # before its first lookup
     assert [c.tolist() for c in copied.row_set.cohorts.values()] == [[1], [4]]
     assert_is_partial(copied)
     copied.set_trainable_rows([2])
@@ -115,13 +91,6 @@ def test_copies_train_the_same_rows_and_their_own_afterwards(
     # One hook each: a second one would belong to the other table.
     assert len(copied.weight._backward_hooks) == 1
     assert len(table.weight._backward_hooks) == 1
-
-
-@pytest.mark.parametrize("copied_by", COPIES)
-def test_copies_are_masked_before_their_first_lookup(
-    copied_by: Callable[[nn.Module], nn.Module],
-) -> None:
-    assert_is_masked_past_the_module(copied_by(table_of()))
 
 
 def test_copies_do_not_carry_a_weight_that_was_there_for_one_call() -> None:

@@ -173,26 +173,6 @@ def test_a_frozen_replacement_stays_frozen_until_asked() -> None:
     assert_is_partial(table)
 
 
-def test_a_lookup_past_the_module_is_masked_too() -> None:
-    # PEFT and tied heads use the weight and never call `forward`.
-    table = table_of()
-    assert_is_masked_past_the_module(table)
-    table.weight.grad = None
-    torch.nn.functional.linear(vectors(), table.weight).square().sum().backward()
-    assert moved_rows(table.weight.grad) == ROWS
-
-
-def test_a_parametrized_weight_is_masked_at_the_table() -> None:
-    class Doubled(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            return 2 * weight
-
-    table = table_of()
-    torch.nn.utils.parametrize.register_parametrization(table, "weight", Doubled())
-    table(IDS).square().sum().backward()
-    assert moved_rows(table.parametrizations.weight.original.grad) == ROWS
-
-
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
 @SPARSE_AND_DENSE
 def test_gradient_checkpointing_gives_the_same_gradient(sparse: bool, reentrant: bool) -> None:

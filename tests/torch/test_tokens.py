@@ -10,23 +10,26 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
+from oracle import assert_same_bits, rows_that_differ, same_bits, unchanged  # noqa: E402
+from steps import take_steps  # noqa: E402
 from tiny_language_models import (  # noqa: E402
     FAMILIES,
     NEW,
     NEW_ROWS,
     NEW_TEXT,
     OLD_TEXT,
+    TIED,
     VOCABULARY,
     D,
     V,
     inputs,
     language_model,
+    of_tables,
     tokenizer,
     training_arguments,
+    with_new_tokens,
 )
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
+from torch import nn  # noqa: E402
 
 from partial_embedding.errors import InputError  # noqa: E402
 from partial_embedding.torch import (  # noqa: E402
@@ -52,89 +55,22 @@ MODELS = pytest.mark.parametrize(
 )
 
 
-def only_tables_learn(model: nn.Module) -> None:
-    of_tables = {
-        id(p) for m in model.modules() if isinstance(m, PartialTable) for p in m.parameters()
-    }
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in of_tables)
-
-
-# Three ways to train
-
-
-def plain_loop(model: Any, words: Any, folder: Path) -> None:
+def train(model: Any, words: Any) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        model(**inputs(words, NEW_TEXT)).loss.backward()
-        optimizer.step()
+    take_steps(optimizer, lambda: model(**inputs(words, NEW_TEXT)).loss, STEPS)
     detach_rowwise(optimizer)
 
 
-def hf_trainer(model: Any, words: Any, folder: Path) -> None:
-    pytest.importorskip("accelerate")
-    batch = {name: value[0] for name, value in inputs(words, NEW_TEXT).items()}
-    arguments = training_arguments(
-        folder / "trainer",
-        max_steps=STEPS,
-        per_device_train_batch_size=1,
-        learning_rate=ADAMW["lr"],
-        weight_decay=ADAMW["weight_decay"],
-    )
-    transformers.Trainer(model, arguments, train_dataset=[batch] * STEPS).train()
-
-
-def lightning(model: Any, words: Any, folder: Path) -> None:
-    pl = pytest.importorskip("pytorch_lightning")
-    from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
-
-    class Module(pl.LightningModule):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            loss: Tensor = self.model(**batch).loss
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), **ADAMW)
-
-    schedule = {"stages": [{"epoch": 0, "rows": NEW_ROWS}]}
-    pl.Trainer(
-        max_steps=STEPS,
-        default_root_dir=folder,  # where the monitor writes its record
-        accelerator="cpu",
-        gradient_clip_val=1.0,
-        callbacks=[RowUnfreezing(schedule, audit=True), RowMonitor()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(Module(), DataLoader([inputs(words, NEW_TEXT)] * STEPS, batch_size=None))
-
-
-LOOPS: dict[str, Callable[[Any, Any, Path], None]] = {
-    "plain_loop": plain_loop,
-    "trainer": hf_trainer,
-    "lightning": lightning,
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*train_dataloader.*", "ignore:.*eval mode.*")
-@pytest.mark.parametrize("loop", LOOPS)
 @MODELS
-def test_only_the_new_rows_learn(family: str, tied: bool, loop: str, tmp_path: Path) -> None:
-    model, words = language_model(family, tied), tokenizer()
-    assert add_tokens(model, words, NEW) == NEW_ROWS
-    only_tables_learn(model)
+def test_only_the_new_rows_learn(family: str, tied: bool, tmp_path: Path) -> None:
+    model, words = with_new_tokens(family, tied)
+    tables = of_tables(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in tables)
     before = copy.deepcopy(model.state_dict())
     logits = model(**inputs(words, OLD_TEXT)).logits
     loss = model(**inputs(words, NEW_TEXT)).loss
-    LOOPS[loop](model, words, tmp_path)
-    model.eval()
-    tables = {id(p) for _, table in _tables(model) for p in table.parameters()}
+    train(model, words)
     for name, parameter in model.named_parameters():
         moved = rows_that_differ(before[name], parameter)
         assert moved == (NEW_ROWS if id(parameter) in tables else []), name
@@ -143,19 +79,20 @@ def test_only_the_new_rows_learn(family: str, tied: bool, loop: str, tmp_path: P
     assert_same_bits(after[..., :V], logits[..., :V], "logits of the old tokens")
     assert not same_bits(after[..., V:], logits[..., V:])
 
-    restore_embedding(model)
-    model.save_pretrained(tmp_path / "model")
-    words.save_pretrained(tmp_path / "model")
-    loaded = FAMILIES[family][1].from_pretrained(tmp_path / "model").eval()
-    assert not list(tables_in(loaded))
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert again.convert_tokens_to_ids(NEW) == NEW_ROWS
-    with torch.no_grad():  # attention is another kernel where something learns
-        expected = model(**inputs(words, NEW_TEXT)).logits
-        assert_same_bits(loaded(**inputs(again, NEW_TEXT)).logits, expected, "logits")
+    for folder in (tmp_path / "partly trainable", tmp_path / "plain"):
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
+        loaded = type(model).from_pretrained(folder).eval()
+        assert not list(tables_in(loaded))
+        again = transformers.AutoTokenizer.from_pretrained(folder)
+        assert again.convert_tokens_to_ids(NEW) == NEW_ROWS
+        with torch.no_grad():  # attention is another kernel where something learns
+            expected = model(**inputs(words, NEW_TEXT)).logits
+            assert_same_bits(loaded(**inputs(again, NEW_TEXT)).logits, expected, "logits")
+        restore_embedding(model)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@TIED
 def test_the_callback_follows_a_schedule_in_the_trainers_own_optimizer(
     tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,8 +100,7 @@ def test_the_callback_follows_a_schedule_in_the_trainers_own_optimizer(
     pytest.importorskip("accelerate")
     from partial_embedding.callbacks.transformers import RowUnfreezing
 
-    model, words = language_model("BERT", tied), tokenizer()
-    add_tokens(model, words, NEW)
+    model, words = with_new_tokens("BERT", tied)
     head = model.get_output_embeddings()
     before = copy.deepcopy(head.state_dict())
     batch = {name: value[0] for name, value in inputs(words, NEW_TEXT).items()}
@@ -186,23 +122,6 @@ def test_the_callback_follows_a_schedule_in_the_trainers_own_optimizer(
         assert rows_that_differ(before[name], value) == [3, *NEW_ROWS], name
     tables = 1 if tied else 2
     assert capsys.readouterr().out.count("stage 1 from epoch 1: 3 rows train") == tables
-
-
-def _tables(model: nn.Module) -> list[tuple[str, PartialTable]]:
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, PartialTable)]
-
-
-@MODELS
-def test_a_model_that_is_partly_trainable_is_saved_as_a_plain_one(
-    family: str, tied: bool, tmp_path: Path
-) -> None:
-    model, words = language_model(family, tied), tokenizer()
-    add_tokens(model, words, NEW)
-    plain_loop(model, words, tmp_path)
-    model.save_pretrained(tmp_path)
-    loaded = FAMILIES[family][1].from_pretrained(tmp_path).eval()
-    expected = model(**inputs(words, NEW_TEXT)).logits
-    assert_same_bits(loaded(**inputs(words, NEW_TEXT)).logits, expected, "logits")
 
 
 @MODELS
@@ -233,7 +152,7 @@ def test_input_and_head_are_partly_trainable_and_ties_stay(family: str, tied: bo
 
 
 @pytest.mark.parametrize("family", ["GPT-2", "BERT"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@TIED
 def test_a_new_row_begins_as_the_mean_of_its_pieces(family: str, tied: bool) -> None:
     model, words = language_model(family, tied), tokenizer()
     before = copy.deepcopy(model.state_dict())
@@ -259,7 +178,7 @@ def test_a_new_row_can_begin_around_the_mean() -> None:
     assert (torch.cov(drawn.T) - expected).norm() < 0.4 * expected.norm()
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@TIED
 def test_new_rows_can_be_given(tied: bool) -> None:
     model, words = language_model("Llama", tied), tokenizer()
     vectors = torch.randn(2, D)
@@ -280,51 +199,11 @@ def test_a_table_that_has_room_keeps_its_size() -> None:
 
 
 def test_more_tokens_can_be_added_later() -> None:
-    model, words = language_model("GPT-2"), tokenizer()
-    add_tokens(model, words, NEW)
+    model, words = with_new_tokens("GPT-2")
     first = model.lm_head.weight[NEW_ROWS].detach().clone()
     assert add_tokens(model, words, ["wombat"]) == [V + 2]
     assert model.lm_head.trainable_rows.tolist() == [V + 2]
     assert_same_bits(model.lm_head.weight[NEW_ROWS], first, "the tokens added before")
-
-
-# Next to PEFT, in Accelerate
-
-
-@pytest.mark.parametrize("family", ["GPT-2", "Llama"])
-def test_lora_on_other_layers_learns_in_the_same_optimizer(family: str) -> None:
-    peft = pytest.importorskip("peft")
-    model, words = language_model(family), tokenizer()
-    targets = ["c_attn"] if family == "GPT-2" else ["q_proj", "v_proj"]
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2))
-    add_tokens(adapted, words, NEW)
-    before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
-    optimizer = torch.optim.AdamW(adapted.parameters(), **ADAMW)
-    for _ in range(3):
-        optimizer.zero_grad()
-        adapted(**inputs(words, NEW_TEXT)).loss.backward()
-        optimizer.step()
-    for name, parameter in adapted.named_parameters():
-        moved = rows_that_differ(before[name], parameter)
-        if parameter is model.get_input_embeddings().weight:
-            assert moved == NEW_ROWS
-        else:
-            assert bool(moved) == ("lora" in name), name
-
-
-def test_accelerate_trains_the_new_rows_alone() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model, words = language_model("Llama"), tokenizer()
-    add_tokens(model, words, NEW)
-    before = model.lm_head.weight.detach().clone()
-    accelerator = accelerate.Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    for _ in range(3):
-        optimizer.zero_grad()
-        accelerator.backward(prepared(**inputs(words, NEW_TEXT)).loss)
-        optimizer.step()
-    assert rows_that_differ(before, model.lm_head.weight) == NEW_ROWS
 
 
 # What is refused leaves model and tokenizer as they were
@@ -352,14 +231,9 @@ def test_bad_input_is_refused_before_anything_changes(
     make: Callable[[], Any] | None, tokens: Any, init: Any, message: str
 ) -> None:
     model, words = make() if make else language_model("GPT-2"), tokenizer()
-    kinds = [type(module) for module in model.modules()]
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match=message):
+    with unchanged(model), pytest.raises(InputError, match=message):
         add_tokens(model, words, tokens, init)
-    assert [type(module) for module in model.modules()] == kinds
     assert len(words) == V
-    for name, value in model.state_dict().items():
-        assert_same_bits(value, before[name], name)
 
 
 def test_an_embedding_that_peft_adapts_does_not_grow() -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 import torch  # noqa: E402  # after the packages that may be missing
-from cases import SPARSE_AND_DENSE  # noqa: E402
-from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
-from tiny_language_models import V, language_model, training_arguments  # noqa: E402
+from oracle import assert_same_bits, rows_that_differ  # noqa: E402
+from steps import take_steps  # noqa: E402
+from tiny_language_models import V, language_model  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from partial_embedding.torch import PartialEmbedding, masked_gradient_only  # noqa: E402
+from partial_embedding.torch import PartialEmbedding  # noqa: E402
 
 # Renamed in transformers 5.2x; the floor of what we support has only the old names.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -27,14 +26,14 @@ FROZEN = [row for row in range(V) if row not in ROWS]
 IDS = torch.tensor([[2, 3, 5, 7, 11, 1], [4, 5, 6, 12, 9, 1]])
 
 
-def swap_embedding(model: nn.Module, sparse: bool = False) -> None:
+def swap_embedding(model: nn.Module) -> None:
     """Put a partly trainable table where the input embedding was, around the same weight."""
     old = model.get_input_embeddings()
     table = PartialEmbedding(
         old.num_embeddings,
         old.embedding_dim,
         old.padding_idx,
-        sparse=sparse,
+        sparse=False,
         _weight=old.weight.data,
         trainable_rows=ROWS,
     )
@@ -43,37 +42,22 @@ def swap_embedding(model: nn.Module, sparse: bool = False) -> None:
     model.tie_weights()
 
 
-class PartialBert(transformers.BertLMHeadModel):  # type: ignore[misc,name-defined]
+def with_a_table(kind: Any) -> Any:
     """As a user would write it, so that `from_pretrained` loads into our table."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        swap_embedding(self)
+    class Partial(kind):  # type: ignore[misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            swap_embedding(self)
 
-
-class PartialGPT2(transformers.GPT2LMHeadModel):  # type: ignore[misc,name-defined]
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        swap_embedding(self)
-
-
-class PartialLlama(transformers.LlamaForCausalLM):  # type: ignore[misc,name-defined]
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        swap_embedding(self)
-
-
-class PartialT5(transformers.T5ForConditionalGeneration):  # type: ignore[misc,name-defined]
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        swap_embedding(self)
+    return Partial
 
 
 PARTIAL: dict[str, Any] = {
-    "BERT": PartialBert,
-    "GPT-2": PartialGPT2,
-    "Llama": PartialLlama,
-    "T5": PartialT5,
+    "BERT": with_a_table(transformers.BertLMHeadModel),
+    "GPT-2": with_a_table(transformers.GPT2LMHeadModel),
+    "Llama": with_a_table(transformers.LlamaForCausalLM),
+    "T5": with_a_table(transformers.T5ForConditionalGeneration),
 }
 MODELS = pytest.mark.parametrize(
     ("family", "tied"),
@@ -224,23 +208,6 @@ def test_embeddings_are_resized_up_and_down(family: str, tied: bool) -> None:
 
 
 @MODELS
-def test_only_rows_kept_trainable_move_when_a_resized_model_trains(family: str, tied: bool) -> None:
-    _, partial = models(family, tied)
-    partial.resize_token_embeddings(V + 2)
-    table = table_of(partial)
-    table.set_trainable_rows([V, V + 1])
-    before = table.weight.detach().clone()
-    optimizer = torch.optim.AdamW(partial.parameters(), lr=0.1, weight_decay=0.1)
-    ids = torch.cat([IDS, torch.tensor([[V, V + 1] * 3])])
-    for _ in range(2):
-        optimizer.zero_grad()
-        partial(**inputs(ids)).loss.backward()
-        optimizer.step()
-    assert_same_bits(table.weight[:V], before[:V], "the old vocabulary")
-    assert rows_that_differ(before, table.weight) == [V, V + 1]
-
-
-@MODELS
 def test_tying_weights_again_changes_nothing(family: str, tied: bool) -> None:
     _, partial = models(family, tied)
     weight = table_of(partial).weight
@@ -302,116 +269,6 @@ def test_bfloat16_models_train_their_rows_alone(family: str, tied: bool, tmp_pat
     assert table.weight.dtype == torch.bfloat16
     before = table.weight.detach().clone()
     optimizer = torch.optim.AdamW(partial.parameters(), lr=0.1, weight_decay=0.5)
-    for _ in range(2):
-        optimizer.zero_grad()
-        partial(**inputs()).loss.backward()
-        optimizer.step()
+    take_steps(optimizer, lambda: partial(**inputs()).loss, 2)
     assert_same_bits(table.weight[FROZEN], before[FROZEN], "frozen rows")
     assert rows_that_differ(before, table.weight) == ROWS
-
-
-# Training loops
-
-
-class Texts(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, item: int) -> dict[str, Tensor]:
-        ids = torch.randint(V, (6,), generator=torch.Generator().manual_seed(item))
-        return {"input_ids": ids, "labels": ids}
-
-
-def trainer(model: Any, optimizer: Any, folder: Path, **options: Any) -> Any:
-    pytest.importorskip("accelerate")
-    options = {"max_steps": 4, "weight_decay": 0.1, **options}
-    arguments = training_arguments(folder, per_device_train_batch_size=2, **options)
-    return transformers.Trainer(
-        model, arguments, train_dataset=Texts(), optimizers=(optimizer, None)
-    )
-
-
-def adamw(model: Any) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.3)
-
-
-TRAINER_OPTIONS: dict[str, dict[str, Any]] = {
-    "as_it_comes": {},
-    "accumulation": {"gradient_accumulation_steps": 2},
-    "bf16": {"bf16": True},
-    "gradient_checkpointing": {"gradient_checkpointing": True},
-    "no_clipping": {"max_grad_norm": 0.0},
-}
-
-
-@pytest.mark.parametrize(
-    ("family", "tied", "options"),
-    [
-        pytest.param(family, tied, options, id=f"{family}-{'tied' if tied else 'untied'}-{options}")
-        for family in PARTIAL
-        for tied in (True, False)
-        for options in TRAINER_OPTIONS
-        if options == "as_it_comes" or family in ("GPT-2", "Llama")
-    ],
-)
-def test_trainer_leaves_frozen_rows_alone_under_weight_decay(
-    family: str, tied: bool, options: str, tmp_path: Path
-) -> None:
-    _, partial = models(family, tied)
-    before = table_of(partial).weight.detach().clone()
-    trainer(partial, adamw(partial), tmp_path, **TRAINER_OPTIONS[options]).train()
-    after = table_of(partial).weight.detach()
-    assert_same_bits(after[FROZEN], before[FROZEN], "frozen rows")
-    for row in ROWS:
-        assert not same_bits(after[row], before[row])
-    assert is_tied(partial) == head_is_tied(family, tied)
-
-
-def test_a_masked_gradient_alone_would_let_frozen_rows_move(tmp_path: Path) -> None:
-    # What the tests above would miss if the trainer's weight decay did nothing.
-    _, partial = models("GPT-2", True)
-    before = table_of(partial).weight.detach().clone()
-    trainer(partial, masked_gradient_only(adamw(partial)), tmp_path).train()
-    assert rows_that_differ(before, table_of(partial).weight.detach()) == list(range(V))
-
-
-def test_trainer_resumes_where_it_stopped(tmp_path: Path) -> None:
-    stepped = []
-
-    def run(folder: Path, resume: str | None = None) -> Any:
-        _, partial = models("Llama", True)
-        optimizer = adamw(partial)
-        optimizer.register_step_post_hook(lambda *_: stepped.append(folder.name))
-        made = trainer(partial, optimizer, folder)
-        made.args.save_strategy = "steps"
-        made.args.save_steps = 2
-        made.args.lr_scheduler_type = "constant"
-        made.train(resume_from_checkpoint=resume)
-        return partial
-
-    whole = run(tmp_path / "whole")
-    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
-    assert stepped == ["whole"] * 4 + ["resumed"] * 2
-    assert_same_bits(table_of(resumed).weight, table_of(whole).weight, "the weight")
-
-
-@SPARSE_AND_DENSE
-def test_accelerate_prepares_an_optimizer_as_it_comes(sparse: bool) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    _, partial = models("Llama", False)
-    swap_embedding(partial, sparse=sparse)
-    before = table_of(partial).weight.detach().clone()
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer = accelerator.prepare(partial, adamw(partial))
-    for _ in range(4):
-        with accelerator.accumulate(model):
-            accelerator.backward(model(**inputs()).loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), 0.5)
-                assert math.isfinite(norm)
-            optimizer.step()
-            optimizer.zero_grad()
-    assert_same_bits(table_of(partial).weight[FROZEN], before[FROZEN], "frozen rows")
-    assert rows_that_differ(before, table_of(partial).weight) == ROWS
-    state = optimizer.state_dict()["state"][0]["rowwise"]
-    assert state["num_rows"] == V

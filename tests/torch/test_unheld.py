@@ -5,12 +5,17 @@ import warnings
 
 import pytest
 import torch
-from oracle import assert_same_bits, rows_that_differ
+from oracle import assert_same_bits, rows_that_differ, unchanged
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from partial_embedding import InputError
-from partial_embedding.torch import PartialEmbedding, replace_embedding, restore_embedding
+from partial_embedding.torch import (
+    PartialEmbedding,
+    PartialLinear,
+    replace_embedding,
+    restore_embedding,
+)
 
 IDS = torch.tensor([1, 2, 3])
 
@@ -30,20 +35,19 @@ def gradients(model: nn.Module) -> None:
 def test_a_frozen_weight_is_refused_and_learns_by_the_remedy(mode: bool) -> None:
     model = model_with_rows().train(mode)
     model[0].requires_grad_(False)
-    before = copy.deepcopy(model.state_dict())
+    before = model[0].weight.detach().clone()
     optimizer = SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(2):  # each time
         gradients(model)
-        with pytest.raises(InputError, match=r"belong to an optimizer.*'0' with 1 such rows.*True"):
+        rule = r"belong to an optimizer.*'0' with 1 such rows.*True"
+        with unchanged(model), pytest.raises(InputError, match=rule):
             optimizer.step()
-    for name, value in model.state_dict().items():
-        assert_same_bits(value, before[name], name)
     # The remedy.
     model[0].weight.requires_grad_(True)
     optimizer = SGD(model.parameters(), 0.1)
     gradients(model)
     optimizer.step()
-    assert rows_that_differ(before["0.weight"], model[0].weight) == [2]
+    assert rows_that_differ(before, model[0].weight) == [2]
 
 
 def test_a_model_in_which_nothing_is_left_to_train_is_refused() -> None:
@@ -144,3 +148,62 @@ def test_a_table_that_nothing_can_step_disturbs_no_other() -> None:
     SGD(model.parameters(), 0.1).step()
     with pytest.raises(InputError, match="weight_norm"):
         split(IDS)
+
+
+@pytest.mark.parametrize("rows", ["before", "while"])
+def test_a_weight_that_is_frozen_in_mid_run_is_refused_and_learns_on_by_the_remedy(
+    rows: str,
+) -> None:
+    model = model_with_rows()
+    optimizer = SGD(model.parameters(), 0.1)
+    if rows == "while":
+        model[0].set_trainable_rows("none")
+    gradients(model)
+    optimizer.step()
+    model[0].requires_grad_(False)
+    if rows == "while":
+        model[0].set_trainable_rows([2])
+    before = copy.deepcopy(model.state_dict())
+    gradients(model)
+    with pytest.raises(InputError, match=r"rows train whose weight requires gradients.*freeze\(\)"):
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        assert_same_bits(value, before[name], name)
+    model[0].weight.requires_grad_(True)
+    gradients(model)
+    optimizer.step()
+    assert rows_that_differ(before["0.weight"], model[0].weight) == [2]
+
+
+@pytest.mark.parametrize("how", ["assigned", "loaded"])
+def test_a_weight_that_was_replaced_after_the_first_step_is_refused(how: str) -> None:
+    model = model_with_rows()
+    optimizer = SGD(model.parameters(), 0.1)
+    gradients(model)
+    optimizer.step()
+    if how == "assigned":
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    else:
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    before = model[0].weight.detach().clone()
+    gradients(model)
+    with pytest.raises(InputError, match=r"no longer has.*Make the optimizer after that"):
+        optimizer.step()
+    assert_same_bits(model[0].weight, before, "the rows")
+    optimizer = SGD(model.parameters(), 0.1)
+    optimizer.step()
+    assert rows_that_differ(before, model[0].weight) == [2]
+
+
+def test_a_head_may_be_tied_after_the_first_step() -> None:
+    model = nn.Sequential(
+        PartialEmbedding(6, 4, trainable_rows=[2]), PartialLinear(4, 6, trainable_rows=[2])
+    )
+    optimizer = SGD(model.parameters(), 0.1)
+    gradients(model)
+    optimizer.step()
+    model[1].weight = model[0].weight
+    before = model[0].weight.detach().clone()
+    gradients(model)
+    optimizer.step()
+    assert rows_that_differ(before, model[0].weight) == [2]

@@ -14,16 +14,21 @@ peft = pytest.importorskip("peft")
 import torch  # noqa: E402  # after the packages that may be missing
 from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
 from safetensors import safe_open  # noqa: E402
+from steps import take_steps  # noqa: E402
 from tiny_language_models import (  # noqa: E402
     NEW,
     NEW_ROWS,
     NEW_TEXT,
+    TIED,
     V,
     inputs,
     language_model,
+    logits_of,
+    lora,
     tokenizer,
+    with_new_tokens,
+    with_room,
 )
-from torch import Tensor  # noqa: E402
 
 from partial_embedding import InputError  # noqa: E402
 from partial_embedding.torch import (  # noqa: E402
@@ -40,48 +45,23 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*tied layer.*",
     "ignore:Found missing adapter keys",
 )
-TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 ORDERS = pytest.mark.parametrize("lora_first", [True, False], ids=["lora_first", "tokens_first"])
 
 
-def lora(**options: Any) -> Any:
-    return peft.LoraConfig(
-        target_modules=["q_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM", **options
-    )
-
-
-def adapted(
-    family: str = "Llama", tied: bool = True, lora_first: bool = True
-) -> tuple[Any, Any, Any]:
+def adapted(tied: bool = True, lora_first: bool = True) -> tuple[Any, Any, Any]:
     """A model with LoRA and new tokens, its tokenizer, and a copy from before LoRA."""
-    model, words = language_model(family, tied), tokenizer()
-    if lora_first:
-        before = copy.deepcopy(model)
-        model = peft.get_peft_model(model, lora())
-        add_tokens(model, words, NEW)
-        add_tokens(before, tokenizer(), NEW)
-    else:
-        add_tokens(model, words, NEW)
-        before = copy.deepcopy(model)
-        model = peft.get_peft_model(model, lora())
+    before, words = with_new_tokens(tied=tied)
+    if not lora_first:
+        return peft.get_peft_model(copy.deepcopy(before), lora()), words, before
+    model, words = peft.get_peft_model(language_model("Llama", tied), lora()), tokenizer()
+    add_tokens(model, words, NEW)
     return model, words, before
-
-
-def logits_of(model: Any, words: Any) -> Tensor:
-    training = model.training
-    with torch.no_grad():
-        logits: Tensor = model.eval()(**inputs(words, NEW_TEXT)).logits
-    model.train(training)
-    return logits
 
 
 def train(model: Any, words: Any, steps: int = 3) -> None:
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=0.05, weight_decay=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**inputs(words, NEW_TEXT)).loss.backward()
-        optimizer.step()
+    take_steps(optimizer, lambda: model(**inputs(words, NEW_TEXT)).loss, steps)
 
 
 @ORDERS
@@ -125,8 +105,7 @@ def test_adapters_that_transformers_itself_puts_on_and_off_take_the_rows_along(
     tied: bool, lora_first: bool, tmp_path: Path
 ) -> None:
     model, words = language_model("Llama", tied), tokenizer()
-    before = copy.deepcopy(model)
-    add_tokens(before, tokenizer(), NEW)
+    before, _ = with_new_tokens(tied=tied)
     if lora_first:
         model.add_adapter(lora())
     add_tokens(model, words, NEW)
@@ -145,9 +124,7 @@ def test_adapters_that_transformers_itself_puts_on_and_off_take_the_rows_along(
         model.enable_adapters()
         assert_same_bits(logits_of(model, words), learned, "logits")
     model.save_pretrained(tmp_path)
-    loaded = language_model("Llama", tied)
-    loaded.resize_token_embeddings(V + 2, mean_resizing=False)
-    loaded = peft.PeftModel.from_pretrained(loaded, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(with_room(tied=tied), tmp_path)
     assert_same_bits(logits_of(loaded, words), learned, "logits of what was saved")
     restore_embedding(model)
     assert not model._forward_pre_hooks
@@ -155,8 +132,7 @@ def test_adapters_that_transformers_itself_puts_on_and_off_take_the_rows_along(
 
 
 def test_biases_of_heads_are_those_of_the_base_model_too() -> None:
-    model, words = language_model("BERT"), tokenizer()
-    add_tokens(model, words, NEW)
+    model, words = with_new_tokens("BERT")
     before = copy.deepcopy(model)
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2))
     train(model, words)
@@ -268,8 +244,7 @@ def test_the_tokens_of_an_adapter_that_peft_made_are_served_by_the_table(
     tied: bool, tmp_path: Path
 ) -> None:
     # Tutorials add tokens and name them in the configuration of LoRA.
-    plain, words = language_model("Llama", tied), tokenizer()
-    add_tokens(plain, words, NEW)
+    plain, _ = with_new_tokens(tied=tied)
     restore_embedding(plain)
     tables = {"embed_tokens": [3, *NEW_ROWS], **({} if tied else {"lm_head": [3, *NEW_ROWS]})}
     theirs = peft.get_peft_model(plain, lora(trainable_token_indices=tables))
@@ -279,8 +254,7 @@ def test_the_tokens_of_an_adapter_that_peft_made_are_served_by_the_table(
                 parameter += torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
 
-    model, words = language_model("Llama", tied), tokenizer()
-    add_tokens(model, words, NEW)
+    model, words = with_new_tokens(tied=tied)
     before = copy.deepcopy(model)
     model = peft.get_peft_model(model, lora(trainable_token_indices=tables))
     assert isinstance(model.get_input_embeddings(), PartialEmbedding)
@@ -350,9 +324,7 @@ def test_peft_saves_the_rows_with_the_adapter_and_reads_them_alone(
     model, words, _ = adapted(tied=tied, lora_first=lora_first)
     train(model, words)
     model.save_pretrained(tmp_path)
-    plain = language_model("Llama", tied)
-    plain.resize_token_embeddings(V + 2, mean_resizing=False)
-    loaded = peft.PeftModel.from_pretrained(plain, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(with_room(tied=tied), tmp_path)
     assert_same_bits(logits_of(loaded, words), logits_of(model, words), "logits")
 
 
@@ -390,8 +362,7 @@ def test_an_adapter_without_rows_loads_too(tmp_path: Path) -> None:
 
 
 def test_adapters_of_another_kind_say_that_peft_alone_reads_no_rows(tmp_path: Path) -> None:
-    model, words = language_model("Llama"), tokenizer()
-    add_tokens(model, words, NEW)
+    model, words = with_new_tokens()
     config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     model = peft.get_peft_model(model, config)
     train(model, words)
@@ -430,8 +401,7 @@ def test_row_files_are_the_same_whether_peft_has_wrapped_the_model(
 def test_exported_rows_are_one_of_several_named_adapters(tied: bool, tmp_path: Path) -> None:
     logits = []
     for seed in (0, 1):
-        model, words = language_model("Llama", tied), tokenizer()
-        add_tokens(model, words, NEW)
+        model, words = with_new_tokens(tied=tied)
         with torch.no_grad():
             for table in (model.get_input_embeddings(), model.get_output_embeddings()):
                 table.weight[NEW_ROWS] += torch.randn(2, 8) + seed
@@ -440,9 +410,9 @@ def test_exported_rows_are_one_of_several_named_adapters(tied: bool, tmp_path: P
             model.lm_head.weight.data[3] += 1
         export_peft(model, tmp_path / str(seed))
         logits.append(logits_of(model, words))
-    plain = language_model("Llama", tied)
-    plain.resize_token_embeddings(V + 2, mean_resizing=False)
-    loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "0", adapter_name="first")
+    loaded = peft.PeftModel.from_pretrained(
+        with_room(tied=tied), tmp_path / "0", adapter_name="first"
+    )
     loaded.load_adapter(tmp_path / "1", "second")
     for name, expected in zip(("first", "second"), logits, strict=True):
         loaded.set_adapter(name)
@@ -458,9 +428,7 @@ def test_lora_and_rows_are_exported_into_one_folder(tmp_path: Path) -> None:
         "model.embed_tokens": NEW_ROWS,
         "lm_head": NEW_ROWS,
     }
-    plain = language_model("Llama", tied=False)
-    plain.resize_token_embeddings(V + 2, mean_resizing=False)
-    loaded = peft.PeftModel.from_pretrained(plain, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(with_room(tied=False), tmp_path)
     assert_same_bits(logits_of(loaded, words), logits_of(model, words), "logits")
 
 

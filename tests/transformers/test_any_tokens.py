@@ -11,15 +11,23 @@ tokenizers = pytest.importorskip("tokenizers")
 
 import torch  # noqa: E402  # after the packages that may be missing
 from oracle import assert_same_bits, rows_that_differ  # noqa: E402
-from tiny_architectures import make  # noqa: E402
-from tiny_language_models import NEW, NEW_ROWS, V, inputs, language_model, tokenizer  # noqa: E402
+from steps import take_steps  # noqa: E402
+from tiny_language_models import (  # noqa: E402
+    NEW,
+    NEW_ROWS,
+    TIED,
+    V,
+    inputs,
+    language_model,
+    tokenizer,
+    with_new_tokens,
+)
 from torch import Tensor, nn  # noqa: E402
 
 from partial_embedding import InputError  # noqa: E402
 from partial_embedding.torch import PartialLinear, add_tokens  # noqa: E402
 from partial_embedding.torch.row_files import load_rows, save_rows  # noqa: E402
 
-TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 USER, END = (tokenizers.AddedToken(name, special=True) for name in ("<|user|>", "<|end|>"))
 
 
@@ -89,12 +97,12 @@ def test_tokens_have_spaces_and_take_them_in_as_they_say(tmp_path: Path) -> None
 def test_a_processor_gets_the_tokens_of_its_tokenizer(tmp_path: Path) -> None:
     words = tokenizer()
     processor = transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(), words)
-    model = make("Whisper", tied=True)
+    model = language_model("Whisper", tied=True)
     assert add_tokens(model, processor, NEW) == NEW_ROWS
     assert words.convert_tokens_to_ids(NEW) == NEW_ROWS
     save_rows(model, tmp_path / "rows", processor)
     fresh = transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(), tokenizer())
-    load_rows(make("Whisper", tied=True), tmp_path / "rows", fresh)
+    load_rows(language_model("Whisper", tied=True), tmp_path / "rows", fresh)
     assert fresh.tokenizer.convert_tokens_to_ids(NEW) == NEW_ROWS
     with pytest.raises(InputError, match=r"a processor that has one. Received a str"):
         add_tokens(model, "words", ["wombat"])
@@ -131,10 +139,7 @@ def test_tables_grow_to_a_multiple_whose_free_rows_are_used_first(tied: bool) ->
 
 def train(model: Any, words: Any) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(**inputs(words, "the numbat sat on quokkas")).loss.backward()
-        optimizer.step()
+    take_steps(optimizer, lambda: model(**inputs(words, "the numbat sat on quokkas")).loss, 2)
 
 
 @pytest.mark.parametrize("size", [V + 7, V + 1])
@@ -157,8 +162,7 @@ def test_a_model_that_is_resized_afterwards_trains_the_same_rows(tied: bool, siz
 
 
 def test_another_head_is_another_head() -> None:
-    model, words = language_model("Llama", tied=False), tokenizer()
-    add_tokens(model, words, NEW)
+    model, _ = with_new_tokens(tied=False)
     for head in (nn.Linear(8, 3), nn.Linear(8, V + 2, bias=False), nn.Identity()):
         model.lm_head = head
         assert type(model.lm_head) is type(head)
@@ -168,19 +172,19 @@ def test_another_head_is_another_head() -> None:
 
 
 def of_two_vocabularies() -> Any:
-    model = make("Marian", tied=True)
+    model = language_model("Marian", tied=True)
     sizes = {**model.config.to_dict(), "share_encoder_decoder_embeddings": False}
     return transformers.MarianMTModel(transformers.MarianConfig(**sizes))
 
 
 def of_two_sizes() -> Any:
-    model = make("BERT to BERT", tied=True)
+    model = language_model("BERT to BERT", tied=True)
     model.decoder.resize_token_embeddings(V + 5, mean_resizing=False)
     return model
 
 
 def with_additional_rows() -> Any:
-    model = make("IDEFICS", tied=False)
+    model = language_model("IDEFICS", tied=False)
     config = model.config
     config.additional_vocab_size = 2
     return transformers.IdeficsForVisionText2Text(config)

@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("trl")
 
 import torch  # after the packages that may be missing
+from made_tensors import MadeTensors
 from oracle import assert_same_bits
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -59,20 +59,6 @@ def heads(bias: bool = True, **options: Any) -> tuple[nn.Linear, PartialLinear]:
     return plain, head
 
 
-class LargestMade(TorchDispatchMode):
-    """Keeps the number of elements of the largest tensor that gets memory of its own."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not isinstance(out, RowGradient):
-            given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)}
-            if out.untyped_storage().data_ptr() not in given:
-                self.largest = max(self.largest, out.numel())
-        return out
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("loss", LOSSES)
@@ -103,7 +89,7 @@ def test_no_tensor_of_the_size_of_the_weight_is_made(
     made = []
     for head in heads():
         out = LOSSES[loss](drawn(TOKENS, D, seed=1).requires_grad_(), head.weight, head.bias)
-        with LargestMade() as mode:
+        with MadeTensors() as mode:
             out.backward()
         made.append(mode.largest)
     assert made[0] >= V * D > 4 * made[1] > 0

@@ -11,40 +11,42 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch  # noqa: E402  # after the packages that may be missing
-from oracle import rows_that_differ  # noqa: E402
+from oracle import assert_alike, rows_that_differ  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from tiny_language_models import training_arguments  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from partial_embedding import InputError  # noqa: E402
 from partial_embedding.callbacks.transformers import RowUnfreezing  # noqa: E402
-from partial_embedding.torch import FrozenRowsMoved, PartialEmbedding  # noqa: E402
+from partial_embedding.torch import FrozenRowsMoved, replace_embedding  # noqa: E402
 
 SCHEDULE = {"stages": [{"epoch": 0, "rows": [3, 4]}, {"epoch": 2, "rows": {"range": [0, 10]}}]}
+
+
+def model_of(
+    sparse: bool = False, tied: bool = False, with_positions: bool = False, seed: int = 0
+) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=tied
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    for name in ("wte", "wpe") if with_positions else ("wte",):
+        replace_embedding(model, name, trainable_rows="all", sparse=sparse)
+    return model
 
 
 def train(
     folder: Path,
     resume: Path | None = None,
-    sparse: bool = False,
+    model: Any = None,
     callbacks: tuple[Any, ...] = (),
     schedule: Any = SCHEDULE,
-    partial_positions: bool = False,
+    checkpoint: str = "table",
     **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Train four epochs of four steps; the table before and after."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False
-    )
-    model = transformers.GPT2LMHeadModel(config)
-    table = PartialEmbedding.from_pretrained(
-        model.get_input_embeddings().weight.data.clone(), sparse=sparse
-    )
-    model.set_input_embeddings(table)
-    if partial_positions:
-        positions = model.transformer.wpe.weight.data.clone()
-        model.transformer.wpe = PartialEmbedding.from_pretrained(positions, sparse=sparse)
-    before = table.weight.detach().clone()
+) -> Any:
+    """Train four epochs of four steps."""
+    model = model or model_of()
     ids = [torch.arange(i, i + 8) % 50 for i in range(32)]
     given = {
         "num_train_epochs": 4,
@@ -55,38 +57,76 @@ def train(
     }
     arguments = training_arguments(folder, **{**given, **options})
     examples = [{"input_ids": i, "labels": i} for i in ids]
+    own = [RowUnfreezing(schedule, audit=2, checkpoint=checkpoint)] if schedule else []
     transformers.Trainer(
         model,
         arguments,
         train_dataset=examples,
         eval_dataset=examples[:8],
-        callbacks=[*([RowUnfreezing(schedule, audit=2)] if schedule else []), *callbacks],
+        callbacks=[*own, *callbacks],
     ).train(resume_from_checkpoint=str(resume) if resume else None)
-    return before, table.weight.detach().clone()
+    return model
+
+
+def words_of(model: Any) -> Tensor:
+    weight: Tensor = model.transformer.wte.weight.detach()
+    return weight
 
 
 def test_only_scheduled_rows_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before, after = train(tmp_path)
-    assert rows_that_differ(before, after) == list(range(10))
+    model = train(tmp_path)
+    assert rows_that_differ(words_of(model_of()), words_of(model)) == list(range(10))
     printed = capsys.readouterr().out
     assert "stage 0 from epoch 0: 2 rows train" in printed
     assert "stage 1 from epoch 2: 10 rows train" in printed
     assert "audit: transformer.wte: frozen rows by stage: 48, 40; changed a bit: 0" in printed
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, epoch: int) -> None:
-    _, after = train(tmp_path)
-    _, resumed = train(tmp_path, resume=tmp_path / f"checkpoint-{4 * epoch}")
-    assert not rows_that_differ(after, resumed)
+@pytest.mark.parametrize(
+    ("checkpoint", "tied"),
+    [("table", False), ("rows", False), ("rows", True)],
+    ids=["table", "rows", "tied_rows"],
+)
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    checkpoint: str, tied: bool, tmp_path: Path
+) -> None:
+    whole = train(tmp_path, model=model_of(tied=tied), checkpoint=checkpoint)
+    for epoch, rows in ((1, [3, 4]), (2, [3, 4]), (3, [*range(10)])):
+        place = tmp_path / f"checkpoint-{4 * epoch}"
+        if checkpoint == "rows":
+            saved = load_file(place / "model.safetensors")
+            assert saved["transformer.wte.weight.ids"].tolist() == rows
+            assert "transformer.wte.weight" not in saved
+        resumed = train(tmp_path / "again", place, model_of(tied=tied), checkpoint=checkpoint)
+        assert_alike(resumed, whole)
+
+
+def test_rows_of_another_base_are_refused(tmp_path: Path) -> None:
+    train(tmp_path, checkpoint="rows", num_train_epochs=2)
+    with pytest.raises(InputError, match=r"'transformer\.wte\.weight'.*same vectors"):
+        train(tmp_path / "again", tmp_path / "checkpoint-8", model_of(seed=1), checkpoint="rows")
+
+
+def test_the_best_rows_are_loaded_at_the_end_and_saved_whole(tmp_path: Path) -> None:
+    model = train(
+        tmp_path,
+        checkpoint="rows",
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the first one is the best
+    )
+    assert rows_that_differ(words_of(model_of()), words_of(model)) == [3, 4]
+    assert "transformer.wte.weight" in model.state_dict()
 
 
 def test_a_sparse_table_is_clipped_as_a_dense_one(tmp_path: Path) -> None:
-    before, dense = train(tmp_path / "a", max_grad_norm=0.1)
-    _, sparse = train(tmp_path / "b", max_grad_norm=0.1, sparse=True)
-    assert rows_that_differ(before, sparse) == list(range(10))
+    dense, sparse, unclipped = (
+        words_of(train(tmp_path, model=model_of(sparse=sparse), max_grad_norm=norm))
+        for sparse, norm in ((False, 0.1), (True, 0.1), (False, 1e9))
+    )
+    assert rows_that_differ(words_of(model_of()), sparse) == list(range(10))
     torch.testing.assert_close(sparse, dense)
-    _, unclipped = train(tmp_path / "c", max_grad_norm=1e9)
     assert not torch.allclose(unclipped, dense, atol=1e-5)
 
 
@@ -124,6 +164,13 @@ EVERY_STEP = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run of which each step is saved, and its model."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder, schedule=MIXED, **EVERY_STEP)
+
+
 class Witness(transformers.TrainerCallback):
     """Keeps how many rows train in each step."""
 
@@ -144,18 +191,23 @@ def test_rows_move_within_epochs_and_on_metrics(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 8, 12, 13])
 def test_a_run_resumed_at_any_step_ends_where_the_uninterrupted_one_does(
-    tmp_path: Path, step: int
+    step: int, whole: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    _, after = train(tmp_path, schedule=MIXED, **EVERY_STEP)
-    resumed = train(
-        tmp_path / "again", tmp_path / f"checkpoint-{step}", schedule=MIXED, **EVERY_STEP
-    )
-    assert not rows_that_differ(after, resumed[1])
+    folder, model = whole
+    resumed = train(tmp_path, folder / f"checkpoint-{step}", schedule=MIXED, **EVERY_STEP)
+    assert_alike(resumed, model)
 
 
-def test_where_the_schedule_stands_is_in_the_trainers_state(tmp_path: Path) -> None:
-    train(tmp_path, schedule=MIXED, **EVERY_STEP)
-    read = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+def test_the_trainer_may_restore_the_schedule_itself(
+    whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    restored = {**EVERY_STEP, "restore_callback_states_from_checkpoint": True}
+    resumed = train(tmp_path, whole[0] / "checkpoint-6", schedule=SCHEDULE, **restored)
+    assert_alike(resumed, whole[1])
+
+
+def test_where_the_schedule_stands_is_in_the_trainers_state(whole: tuple[Path, Any]) -> None:
+    read = json.loads((whole[0] / "checkpoint-5" / "trainer_state.json").read_text())
     saved = read["stateful_callbacks"]["RowUnfreezing"]["attributes"]["saved"]
     ((epoch, step, metrics),) = saved["position"]["evaluations"]
     assert (epoch, step, list(metrics)) == (0, 4, ["eval_loss"])
@@ -181,18 +233,6 @@ def test_a_checkpoint_without_the_callback_resumes_with_it_and_back(tmp_path: Pa
     seen = Witness()
     train(tmp_path / "d", tmp_path / "c" / "checkpoint-12", callbacks=(seen,))
     assert seen.rows == 4 * [10]
-
-
-def test_the_trainer_may_restore_the_schedule_itself(tmp_path: Path) -> None:
-    _, after = train(tmp_path, schedule=MIXED, **EVERY_STEP)
-    resumed = train(
-        tmp_path / "again",
-        tmp_path / "checkpoint-6",
-        schedule=SCHEDULE,
-        restore_callback_states_from_checkpoint=True,
-        **EVERY_STEP,
-    )
-    assert not rows_that_differ(after, resumed[1])
 
 
 def test_a_metric_that_is_not_evaluated_is_one_error(tmp_path: Path) -> None:
@@ -240,27 +280,12 @@ def test_early_stopping_by_the_metric_that_stages_wait_for_is_warned_of(
 def test_two_callbacks_move_two_tables_and_are_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(
-        folder: Path, resume: Path | None = None, schedule: Any = SCHEDULE
-    ) -> tuple[Tensor, Tensor]:
+    def run(folder: Path, resume: Path | None = None, schedule: Any = SCHEDULE) -> Any:
         other = {"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": [1, 2]}]}
         second = RowUnfreezing({"transformer.wpe": other}, audit=1)
-        positions: list[Tensor] = []
-
-        class Swaps(transformers.TrainerCallback):
-            """Takes the table of positions out at the end."""
-
-            def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                positions.append(kwargs["model"].transformer.wpe.weight.detach().clone())
-
-        _, words = train(
-            folder,
-            resume,
-            callbacks=(second, Swaps()),
-            schedule={"transformer.wte": schedule},
-            partial_positions=True,
-        )
-        return words, positions[0]
+        schedule = {"transformer.wte": schedule}
+        model = model_of(with_positions=True)
+        return train(folder, resume, model, callbacks=(second,), schedule=schedule)
 
     whole = run(tmp_path / "a")
     for step in (4, 12):
@@ -269,5 +294,4 @@ def test_two_callbacks_move_two_tables_and_are_resumed(
         resumed = run(tmp_path / "b", tmp_path / "a" / f"checkpoint-{step}", longer)
         told = [line for line in capsys.readouterr().out.splitlines() if "checkpoint's" in line]
         assert [line.partition(" ")[0] for line in told] == ["transformer.wte:"]
-        for one, other in zip(whole, resumed, strict=True):
-            assert not rows_that_differ(one, other)
+        assert_alike(resumed, whole)

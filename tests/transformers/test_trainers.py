@@ -12,20 +12,24 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
+from oracle import assert_alike, assert_same_bits, rows_that_differ, same_bits  # noqa: E402
 from tiny_language_models import (  # noqa: E402
     NEW,
     NEW_ROWS,
     NEW_TEXT,
+    QUIET,
+    TIED,
     inputs,
     language_model,
+    lora,
     tokenizer,
     training_arguments,
+    with_new_tokens,
 )
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from partial_embedding.torch import add_tokens  # noqa: E402
+from partial_embedding.torch import add_tokens, masked_gradient_only  # noqa: E402
 from partial_embedding.torch.row_gradient import RowGradient  # noqa: E402
 from partial_embedding.torch.table import PartialTable, tables_in  # noqa: E402
 
@@ -34,13 +38,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*tied layer.*",
     "ignore:.*pin_memory.*",
 )
-TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-QUIET: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": [],
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "logging_strategy": "no",
+ORDERS = ("no_lora", "lora_first", "tokens_first")
+SHORT: dict[str, Any] = {
+    **QUIET,
     "learning_rate": 0.02,
     "weight_decay": 0.1,
     "max_steps": 4,
@@ -49,9 +49,23 @@ QUIET: dict[str, Any] = {
 }
 
 
-def lora() -> Any:
-    peft = pytest.importorskip("peft")
-    return peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+def begun_lora() -> Any:
+    """LoRA that changes nothing yet: TRL takes it for its reference."""
+    return lora(init_lora_weights=True)
+
+
+def made(tied: bool, order: str) -> tuple[Any, Any, dict[str, Tensor]]:
+    """A model with new tokens, its tokenizer, and what there was before it trained."""
+    model, words = language_model("Llama", tied), tokenizer()
+    torch.manual_seed(1)
+    if order == "lora_first":
+        model = pytest.importorskip("peft").get_peft_model(model, begun_lora())
+    add_tokens(model, words, NEW)
+    base = model.get_base_model() if order == "lora_first" else model
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    if order == "tokens_first":
+        model = pytest.importorskip("peft").get_peft_model(model, begun_lora())
+    return model, words, before
 
 
 class Gradients(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
@@ -75,14 +89,6 @@ def examples(words: Any, count: int = 8) -> list[dict[str, Tensor]]:
     return [batch] * count
 
 
-def logits_of(model: Any, words: Any) -> Tensor:
-    training = model.training
-    with torch.no_grad():
-        logits: Tensor = model.eval()(**inputs(words, NEW_TEXT)).logits
-    model.train(training)
-    return logits
-
-
 def assert_new_rows_learned(model: nn.Module, before: dict[str, Tensor]) -> None:
     """Fail unless of the tables exactly the new rows moved."""
     seen = 0
@@ -103,43 +109,50 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "adafactor": {"optim": "adafactor"},
     "sgd": {"optim": "sgd"},
+    "no_clipping": {"max_grad_norm": 0.0},
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("order", ["no_lora", "lora_first", "tokens_first"])
-@TIED
-def test_the_trainer_of_transformers(tied: bool, order: str, options: str, tmp_path: Path) -> None:
-    model, words = language_model("Llama", tied), tokenizer()
-    if order == "lora_first":
-        model = pytest.importorskip("peft").get_peft_model(model, lora())
-    add_tokens(model, words, NEW)
-    base = model.get_base_model() if order == "lora_first" else model
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    if order == "tokens_first":
-        model = pytest.importorskip("peft").get_peft_model(model, lora())
+@pytest.mark.parametrize(
+    ("options", "order", "tied"),
+    [
+        # Each option with each order, and none with all of both; the rest in the full run.
+        pytest.param(options, order, tied, marks=[pytest.mark.full] * (i and (i + j + tied) % 2))
+        for i, options in enumerate(OPTIONS)
+        for j, order in enumerate(ORDERS)
+        for tied in (True, False)
+    ],
+)
+def test_the_trainer_of_transformers(options: str, order: str, tied: bool, tmp_path: Path) -> None:
+    model, words, before = made(tied, order)
     seen = Gradients()
-    arguments = training_arguments(tmp_path, **{**QUIET, **OPTIONS[options]})
+    arguments = training_arguments(tmp_path, **{**SHORT, **OPTIONS[options]})
     transformers.Trainer(model, arguments, train_dataset=examples(words), callbacks=[seen]).train()
     assert_new_rows_learned(model, before)
     seen.check(tied)
 
 
-@pytest.mark.parametrize("order", ["no_lora", "lora_first", "tokens_first"])
+def test_a_masked_gradient_alone_would_let_other_rows_move(tmp_path: Path) -> None:
+    # What the test above would miss if the trainer's weight decay did nothing.
+    model, words = with_new_tokens()
+    before = model.lm_head.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+    optimizers = (masked_gradient_only(optimizer), None)
+    arguments = training_arguments(tmp_path, **SHORT)
+    transformers.Trainer(
+        model, arguments, train_dataset=examples(words), optimizers=optimizers
+    ).train()
+    assert len(rows_that_differ(before, model.lm_head.weight)) == len(before)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @TIED
 def test_a_resumed_trainer_ends_where_the_uninterrupted_one_does(
     tied: bool, order: str, tmp_path: Path
 ) -> None:
-    def run(folder: str, resume: str | None = None, **options: Any) -> Any:
-        model, words = language_model("Llama", tied), tokenizer()
-        if order == "lora_first":
-            torch.manual_seed(1)
-            model = pytest.importorskip("peft").get_peft_model(model, lora())
-        add_tokens(model, words, NEW)
-        if order == "tokens_first":
-            torch.manual_seed(1)
-            model = pytest.importorskip("peft").get_peft_model(model, lora())
-        given = {**QUIET, "save_strategy": "steps", "save_steps": 2, **options}
+    def run(folder: str, resume: str | None = None) -> Any:
+        model, words, _ = made(tied, order)
+        given = {**SHORT, "save_strategy": "steps", "save_steps": 2}
         arguments = training_arguments(tmp_path / folder, **given)
         transformers.Trainer(model, arguments, train_dataset=examples(words)).train(
             resume_from_checkpoint=resume
@@ -148,10 +161,7 @@ def test_a_resumed_trainer_ends_where_the_uninterrupted_one_does(
 
     whole = run("whole")
     again = run("again", resume=str(tmp_path / "whole" / "checkpoint-2"))
-    for (name, one), (_, other) in zip(
-        whole.named_parameters(), again.named_parameters(), strict=True
-    ):
-        assert_same_bits(other, one, name)
+    assert_alike(again, whole)
 
 
 def accelerate_loop(model: Any, words: Any, folder: Path) -> Any:
@@ -203,10 +213,10 @@ def sft(model: Any, words: Any, folder: Path) -> Any:
     datasets = pytest.importorskip("datasets")
     trainer = trl.SFTTrainer(
         model,
-        trl.SFTConfig(str(folder), max_length=32, **QUIET),
+        trl.SFTConfig(str(folder), max_length=32, **SHORT),
         train_dataset=datasets.Dataset.from_dict({"text": [NEW_TEXT] * 8}),
         processing_class=words,
-        peft_config=lora(),
+        peft_config=begun_lora(),
         callbacks=[seen := Gradients()],
     )
     trainer.train()
@@ -225,9 +235,7 @@ LOOPS: dict[str, Callable[[Any, Any, Path], Any]] = {
 @pytest.mark.parametrize("loop", LOOPS)
 @TIED
 def test_other_trainers(tied: bool, loop: str, tmp_path: Path) -> None:
-    model, words = language_model("Llama", tied), tokenizer()
-    add_tokens(model, words, NEW)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model, words, before = made(tied, "no_lora")
     trained = LOOPS[loop](model, words, tmp_path)
     assert_new_rows_learned(trained, before)
 
@@ -251,7 +259,7 @@ def test_the_trainer_of_sentence_transformers(tmp_path: Path) -> None:
         "anchor": ["the numbat sat", "a dog ran", "quokkas ran", "the cat"],
         "positive": ["a numbat ran", "the dog sat", "quokkas sat on", "a cat"],
     }
-    arguments = st.SentenceTransformerTrainingArguments(str(tmp_path / "run"), **QUIET)
+    arguments = st.SentenceTransformerTrainingArguments(str(tmp_path / "run"), **SHORT)
     st.SentenceTransformerTrainer(
         model=model,
         args=arguments,
@@ -286,14 +294,8 @@ def test_the_reference_of_dpo_is_the_base_model_at_every_step(
     trl = pytest.importorskip("trl")
     from trl.trainer import dpo_trainer
 
-    model, words = language_model("Llama", tied), tokenizer()
-    if lora_is == "put_on_before":
-        model = pytest.importorskip("peft").get_peft_model(model, lora())
-    add_tokens(model, words, NEW)
-    base = model.get_base_model() if lora_is == "put_on_before" else model
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    reference = language_model("Llama", tied)
-    add_tokens(reference, tokenizer(), NEW)
+    model, words, before = made(tied, "lora_first" if lora_is == "put_on_before" else "no_lora")
+    reference, _ = with_new_tokens(tied=tied)
     dpo_trainer.add_fused_lm_head(reference)
 
     seen: list[tuple[dict[str, Any], Tensor]] = []
@@ -312,13 +314,13 @@ def test_the_reference_of_dpo_is_the_base_model_at_every_step(
     monkeypatch.setattr(dpo_trainer, "use_adapter", seen_through)
     given: dict[str, Any] = {}
     if lora_is == "given_to_trl":
-        given["peft_config"] = lora()
+        given["peft_config"] = begun_lora()
     elif lora_is == "absent":
         given["ref_model"] = copy.deepcopy(model)  # else it is loaded, and has no such rows
         given["ref_model"].register_forward_hook(keep, with_kwargs=True)
     trainer = trl.DPOTrainer(
         model,
-        args=trl.DPOConfig(str(tmp_path), max_length=32, **QUIET),
+        args=trl.DPOConfig(str(tmp_path), max_length=32, **SHORT),
         train_dataset=preferences,
         processing_class=words,
         callbacks=[kinds := Gradients()],
@@ -327,7 +329,7 @@ def test_the_reference_of_dpo_is_the_base_model_at_every_step(
     trainer.train()
     kinds.check(tied)
     assert_new_rows_learned(trainer.model, before)
-    assert len(seen) == QUIET["max_steps"]
+    assert len(seen) == SHORT["max_steps"]
     for given, log_probs in seen:
         with torch.no_grad():
             expected = reference(**given).log_probs

@@ -9,9 +9,17 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_same_bits, rows_that_differ  # noqa: E402
-from tiny_architectures import make  # noqa: E402
-from tiny_language_models import VOCABULARY, D, V, inputs, language_model, tokenizer  # noqa: E402
+from oracle import assert_alike, assert_same_bits, rows_that_differ, unchanged  # noqa: E402
+from steps import take_steps  # noqa: E402
+from tiny_language_models import (  # noqa: E402
+    TIED,
+    VOCABULARY,
+    D,
+    V,
+    inputs,
+    language_model,
+    tokenizer,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from partial_embedding import InputError  # noqa: E402
@@ -21,7 +29,6 @@ OTHERS = ("<s>", "<unk>", "<pad>", "quokka", "mat", "##s", "cat", "quokkas", "su
 # Rows of the other tokenizer, and where they were.
 SHARED = {0: 2, 1: 1, 2: 0, 4: 9, 5: 14, 6: 4, 9: 3}
 FRESH = [3, 7, 8]
-TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
 def other_tokenizer() -> Any:
@@ -72,10 +79,7 @@ def test_only_the_others_learn_until_the_shared_ones_are_woken(tied: bool, tmp_p
     for rows in (FRESH, [0, *FRESH, 9]):
         for table in tables:
             table.set_trainable_rows(rows)
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(**inputs(words, "the quokkas sun cat quokka")).loss.backward()
-            optimizer.step()
+        take_steps(optimizer, lambda: model(**inputs(words, "the quokkas sun cat quokka")).loss, 2)
         for name, parameter in model.named_parameters():
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 assert rows_that_differ(before[name], parameter) == rows, name
@@ -96,8 +100,7 @@ def test_the_same_tokenizer_changes_nothing() -> None:
     model = language_model("Llama")
     before = copy.deepcopy(model.state_dict())
     assert transfer_vocabulary(model, tokenizer(), tokenizer()) == []
-    for name, value in model.state_dict().items():
-        assert_same_bits(value, before[name], name)
+    assert_alike(model, before)
 
 
 def test_a_smaller_model_takes_new_tokens_again() -> None:
@@ -114,12 +117,7 @@ def of_other_words() -> Any:
 @pytest.mark.parametrize(
     ("architecture", "words", "init", "message"),
     [
-        (
-            "Llama",
-            other_tokenizer,
-            "mean",
-            r"init is 'pieces' or vectors.*: 'mean'",
-        ),
+        ("Llama", other_tokenizer, "mean", r"init is 'pieces' or vectors.*: 'mean'"),
         ("Llama", other_tokenizer, torch.zeros(2, D), r"\(3, 8\)\. Received: \(2, 8\)"),
         ("Llama 3.2 Vision", other_tokenizer, "pieces", r"tables of one size. .* 24, 16 rows"),
         ("Llama", of_other_words, "pieces", r"share none. Make a new model"),
@@ -128,11 +126,7 @@ def of_other_words() -> Any:
 def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(
     architecture: str, words: Any, init: Any, message: str
 ) -> None:
-    model = make(architecture, tied=False)
-    before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
-    with pytest.raises(InputError, match=message):
+    model = language_model(architecture, tied=False)
+    with unchanged(model), pytest.raises(InputError, match=message):
         transfer_vocabulary(model, tokenizer(), words(), init)
-    assert [type(m) for m in model.modules()] == kinds
     assert len(model.get_input_embeddings().weight) in (V, V + 8)
-    for name, value in model.state_dict().items():
-        assert_same_bits(value, before[name], name)

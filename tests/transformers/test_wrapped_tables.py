@@ -15,10 +15,15 @@ from tiny_language_models import (  # noqa: E402
     NEW,
     NEW_ROWS,
     NEW_TEXT,
+    TIED,
     V,
     inputs,
     language_model,
+    logits_of,
+    lora,
     tokenizer,
+    with_new_tokens,
+    with_room,
 )
 from torch import Tensor  # noqa: E402
 
@@ -28,22 +33,7 @@ from partial_embedding.torch.row_files import load_rows, save_rows  # noqa: E402
 from partial_embedding.torch.table import PartialTable  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
-
-def lora(**options: Any) -> Any:
-    given = {"target_modules": ["q_proj"], "r": 2, "init_lora_weights": False, **options}
-    return peft.LoraConfig(**given, task_type="CAUSAL_LM")
-
-
-def logits_of(model: Any) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model.eval()(**inputs(WITH_NEW, NEW_TEXT)).logits
-    return logits
-
-
-WITH_NEW = tokenizer()
-WITH_NEW.add_tokens(NEW)
 
 # By name: what LoRA is given, the tables that learn where head and input are tied and where they
 # are not, and those whose rows are saved where peft alone does not find them.
@@ -94,9 +84,8 @@ def test_rows_learn_and_are_saved_with_what_wraps_their_table(
     tied: bool, wrapped: str, tmp_path: Path
 ) -> None:
     options, of_tied, of_untied, unread = WRAPPED[wrapped]
-    model, words = language_model("Llama", tied), tokenizer()
-    add_tokens(model, words, NEW)
-    base = logits_of(model)
+    model, words = with_new_tokens(tied=tied)
+    base = logits_of(model, words)
     model = peft.get_peft_model(model, lora(**options))
     before = {
         name: module.weight.detach().clone()
@@ -110,8 +99,8 @@ def test_rows_learn_and_are_saved_with_what_wraps_their_table(
         optimizer.zero_grad()
     assert learned(model, before) >= (of_tied if tied else of_untied)
     with model.disable_adapter():
-        assert_same_bits(logits_of(model), base, "logits of the base model")
-    now = logits_of(model)
+        assert_same_bits(logits_of(model, words), base, "logits of the base model")
+    now = logits_of(model, words)
     assert not same_bits(now, base)
 
     is_unread = unread == ("tied" if tied else "untied")
@@ -125,42 +114,36 @@ def test_rows_learn_and_are_saved_with_what_wraps_their_table(
         else:
             warnings.filterwarnings("error", ".*no place.*")
             model.save_pretrained(tmp_path / "adapter")
-    here, words = language_model("Llama", tied), tokenizer()
-    add_tokens(here, words, NEW)
+    here, words = with_new_tokens(tied=tied)
     here = peft.PeftModel.from_pretrained(here, tmp_path / "adapter")
-    assert_same_bits(logits_of(here), now, "logits of what was loaded into a model with tokens")
-    plain = language_model("Llama", tied)
-    plain.resize_token_embeddings(V + 2, mean_resizing=False)
+    assert_same_bits(logits_of(here, words), now, "logits where the tokens are")
+    plain = with_room(tied=tied)
     plain.lm_head.out_features = V + 2  # which transformers 5.0 leaves as it was where it is tied
     plain = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    assert same_bits(logits_of(plain), now) is not is_unread
+    assert same_bits(logits_of(plain, words), now) is not is_unread
 
 
 def test_rows_of_a_layer_that_lora_adapts_are_saved_beside_it(tmp_path: Path) -> None:
     """As the warning says."""
-    model, words = language_model("Llama", tied=False), tokenizer()
-    add_tokens(model, words, NEW)
+    model, words = with_new_tokens(tied=False)
     model = peft.get_peft_model(model, lora(target_modules=["lm_head"]))
     with pytest.warns(UserWarning, match="alone will not read them. Use save_rows too"):
         model.save_pretrained(tmp_path / "adapter")
     save_rows(model, tmp_path / "rows")
-    plain = language_model("Llama", tied=False)
-    plain.resize_token_embeddings(V + 2, mean_resizing=False)
+    plain = with_room(tied=False)
     load_rows(plain, tmp_path / "rows")
     plain = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    assert_same_bits(logits_of(plain), logits_of(model), "logits")
+    assert_same_bits(logits_of(plain, words), logits_of(model, words), "logits")
 
 
 def test_rows_of_copies_are_saved_by_peft_or_merged_first(tmp_path: Path) -> None:
-    model, words = language_model("Llama", tied=False), tokenizer()
-    add_tokens(model, words, NEW)
+    model, _ = with_new_tokens(tied=False)
     model = peft.get_peft_model(model, lora(modules_to_save=["lm_head"]))
     with pytest.raises(InputError, match=r"a copy for each adapter.*merge_and_unload first"):
         save_rows(model, tmp_path / "rows")
     merged = model.merge_and_unload()
     save_rows(merged, tmp_path / "rows")
-    plain = language_model("Llama", tied=False)
-    plain.resize_token_embeddings(V + 2, mean_resizing=False)
+    plain = with_room(tied=False)
     assert load_rows(plain, tmp_path / "rows") == {
         "lm_head.weight": NEW_ROWS,
         "model.embed_tokens.weight": NEW_ROWS,
@@ -168,9 +151,8 @@ def test_rows_of_copies_are_saved_by_peft_or_merged_first(tmp_path: Path) -> Non
 
 
 def test_lora_on_the_embedding_itself_makes_its_gradient_dense_and_says_so() -> None:
-    model, words = language_model("Llama", tied=False), tokenizer()
-    add_tokens(model, words, NEW)
-    base = logits_of(model)
+    model, words = with_new_tokens(tied=False)
+    base = logits_of(model, words)
     with pytest.warns(UserWarning, match=r"gradient of all its rows too, 18×8 .*target_modules"):
         model = peft.get_peft_model(model, lora(target_modules=["q_proj", "embed_tokens"]))
     table = model.get_base_model().model.embed_tokens.base_layer
@@ -180,7 +162,7 @@ def test_lora_on_the_embedding_itself_makes_its_gradient_dense_and_says_so() -> 
     optimizer.step()
     assert rows_that_differ(before, table.weight) == NEW_ROWS
     with model.disable_adapter():
-        assert_same_bits(logits_of(model), base, "logits of the base model")
+        assert_same_bits(logits_of(model, words), base, "logits of the base model")
 
 
 def test_tokens_are_not_added_where_peft_has_copies_of_the_tables() -> None:

@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
-from typing import cast
 
 from partial_embedding.errors import InputError
 from partial_embedding.recipes.text.labelled import LabelledTexts, labelled, share_of
@@ -31,10 +30,7 @@ def stdlib_docstrings() -> LabelledTexts:
 
     A small data set that every Python has: which of some twenty modules does this sentence
     document? The text changes a little with the version of Python. Sentences that occur in two
-    modules are left out, and no module has more than 150.
-
-    Returns:
-        A few thousand examples, always in the same order.
+    modules are left out, and no module has more than 150. The order is always the same.
 
     Raises:
         InputError: Python runs without docstrings (`-OO`).
@@ -73,7 +69,8 @@ def _pieces_in_a_fresh_process() -> dict[str, list[str]]:
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    return cast(dict[str, list[str]], json.loads(done.stdout))
+    pieces: dict[str, list[str]] = json.loads(done.stdout)
+    return pieces
 
 
 def print_pieces() -> None:

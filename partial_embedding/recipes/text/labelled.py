@@ -29,29 +29,19 @@ class LabelledTexts:
 
 
 def labelled(pairs: Sequence[tuple[str, str]]) -> LabelledTexts:
-    """Gather texts with the names of their classes.
-
-    Example:
-        >>> films = labelled([("a joy", "pos"), ("a bore", "neg")])
-        >>> films.names, films.labels.tolist()
-        (('neg', 'pos'), [1, 0])
-    """
-    names = sorted({name for _, name in pairs})
-    index = {name: label for label, name in enumerate(names)}
-    labels = np.array([index[name] for _, name in pairs], np.int64)
-    return LabelledTexts(tuple(text for text, _ in pairs), labels, tuple(names))
+    """Gather texts with the names of their classes, of which there is one at least."""
+    texts, classes = zip(*pairs, strict=True)
+    names, labels = np.unique(np.array(classes, object), return_inverse=True)
+    return LabelledTexts(texts, labels.astype(np.int64), tuple(names))
 
 
 def split(
     examples: LabelledTexts, validation_share: float = 0.15, seed: int = 0
 ) -> tuple[LabelledTexts, LabelledTexts]:
-    """Divide examples into a training and a validation side by a hash of each text.
+    """Divide examples into a training and a validation side, neither empty, by a hash of each text.
 
     Equal texts fall on the same side, and a text stays on its side when others are added, removed
     or moved.
-
-    Raises:
-        InputError: The share does not lie in (0, 1), or leaves one side empty.
 
     Example:
         >>> from partial_embedding.recipes.text import stdlib_docstrings
@@ -60,13 +50,9 @@ def split(
         True
     """
     held_out = np.array(are_held_out(examples.texts, validation_share, seed), bool)
+    texts, labels, names = np.array(examples.texts, object), examples.labels, examples.names
     training, validation = (
-        LabelledTexts(
-            tuple(examples.texts[i] for i in np.flatnonzero(chosen)),
-            examples.labels[chosen],
-            examples.names,
-        )
-        for chosen in (~held_out, held_out)
+        LabelledTexts(tuple(texts[side]), labels[side], names) for side in (~held_out, held_out)
     )
     if not len(training) or not len(validation):
         raise InputError(
@@ -78,11 +64,7 @@ def split(
 
 
 def are_held_out(texts: Sequence[str], share: float, seed: int) -> list[bool]:
-    """Whether each of some texts is validated on.
-
-    Raises:
-        InputError: The share does not lie in (0, 1).
-    """
+    """Whether each of some texts is validated on."""
     if not 0 < share < 1:
         raise InputError(f"validation_share lies in (0, 1). Received: {share}. 0.15 is usual.")
     return [share_of(seed, text) < share for text in texts]

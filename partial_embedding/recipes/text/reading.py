@@ -10,7 +10,7 @@ import re
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,6 @@ def read_labelled(
         least_classes: How many classes there must be.
         say: Called with a line for each kind of thing that was passed over or mended.
 
-    Returns:
-        The examples in the order of the file, or of the sorted file names of a folder.
-
     Raises:
         InputError: The file is missing, unreadable, empty or malformed, or has too few classes.
 
@@ -91,16 +88,10 @@ def read_texts(
     text_column: str | int = "text",
     say: Say | None = None,
 ) -> list[str]:
-    r"""Read texts whether or not they have labels.
+    r"""Read texts whether or not they have labels, from files that `read_labelled` takes.
 
-    Args:
-        path: A file as `read_labelled` takes it, without labels too; in `.txt` each line is a text,
-            without the label that it may begin with. `-` reads lines from standard input.
-        text_column: The column or key that holds the text; a table of one column needs no name.
-        say: As for `read_labelled`.
-
-    Raises:
-        InputError: The file is missing, unreadable, empty or malformed.
+    In `.txt` each line is a text, without the label that it may begin with. `-` reads lines from
+    standard input. A table of one column needs no name of it.
 
     Example:
         >>> import tempfile
@@ -136,6 +127,7 @@ class _Source:
         say: Say | None,
     ) -> None:
         self.path = Path(path)
+        self.is_input = str(path) == "-"
         self.text = str(text)
         self.label = None if label is None else str(label)
         self.say = say
@@ -143,35 +135,45 @@ class _Source:
 
     def read(self) -> list[_Example]:
         """All examples, with no blank and no half characters in them."""
-        if str(self.path) != "-" and not self.path.exists():
+        if not (self.is_input or self.path.exists()):
             raise InputError(
                 f"the texts are in a file or folder. Received: {self.path}, which is missing. "
                 "Check the path."
             )
-        examples = []
-        for place, text, name in self._examples():
-            if not text.isprintable() and (whole := _without_halves(text)) != text:
-                self.noted[_HALVES] += 1
-                text = whole
-            if not text.strip():
-                raise InputError(
-                    f"a text is not blank. Received: {reprlib.repr(text)} in {place}. Fill it in, "
-                    "or drop the example."
-                )
-            examples.append((place, text, name))
+        try:
+            examples = [self._mended(*example) for example in self._examples()]
+        except OSError as error:
+            raise InputError(
+                f"the texts can be read. Received: {error.strerror or error} for "
+                f"{error.filename or self.path}. Check the path and its permissions."
+            ) from error
         if not examples:
             raise InputError(
-                f"there is at least one example. Received: {self.path}, which has none. "
-                "Name another."
+                f"there is at least one example. Received: {self.path}, which has none. Write one "
+                "into it, or name another file."
             )
         for what, count in self.noted.items():
             if self.say is not None:
                 self.say(f"{self.path}: {count:,} {what}")
         return examples
 
+    def _mended(self, place: str, text: str, name: str | None) -> _Example:
+        if not text.isprintable():
+            # Halves of a pair are put together, what is left of others is marked.
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if whole != text:
+                self.noted[_HALVES] += 1
+            text = whole
+        if not text.strip():
+            raise InputError(
+                f"a text is not blank. Received: {reprlib.repr(text)} in {place}. Fill it in, or "
+                "drop the example."
+            )
+        return place, text, name
+
     def _examples(self) -> Iterator[_Example]:
-        if str(self.path) == "-":
-            return self._of_lines(self._lines("standard input", sys.stdin.read()))
+        if self.is_input:
+            return self._of_lines()
         if self.path.is_dir():
             return self._of_folders()
         match self.path.suffix.lower():
@@ -183,35 +185,48 @@ class _Source:
             case ".jsonl":
                 return self._of_json_lines()
             case ".txt" | ".ft":
-                return self._of_lines(self._lines())
+                return self._of_lines()
             case suffix:
                 raise InputError(
                     "the suffix says the format: .csv, .tsv, .jsonl, .txt or .ft. Received: "
                     f"{suffix!r} of {self.path}. Rename or convert the file."
                 )
 
-    def _lines(self, place: str = "", text: str | None = None) -> Iterator[tuple[str, str]]:
-        text = _read_text(self.path) if text is None else text
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        place = "standard input" if self.is_input else self.path
+        text = sys.stdin.read() if self.is_input else self._text()
         # `splitlines` would also cut at separators that may stand inside a text, such as U+2028.
         for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
             if line.strip():
-                yield f"{place or self.path}, line {number}", line.rstrip("\r")
+                yield f"{place}, line {number}", line.rstrip("\r")
             elif text:
                 self.noted[_EMPTY] += 1
+
+    def _text(self, path: Path | None = None) -> str:
+        """The content of the file, or of one in the folder."""
+        path = path or self.path
+        if not path.is_file():
+            raise InputError(
+                f"texts are in files. Received: {path}, which is none. Name a file, or take it out "
+                "of the folder."
+            )
+        try:
+            return path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise InputError(
+                f"texts are UTF-8. Received the byte 0x{error.object[error.start]:02x} in {path}, "
+                f"line {line}. Convert the file to UTF-8."
+            ) from error
 
     # Tables
 
     def _csv_rows(self) -> list[_Row]:
-        rows = csv.reader(io.StringIO(_read_text(self.path), newline=""), strict=True)
-        found: list[_Row] = []
+        rows = csv.reader(io.StringIO(self._text(), newline=""), strict=True)
         # The module's limit of 128 KiB is there for all its users.
         usual = csv.field_size_limit(2**31 - 1)
         try:
-            for row in rows:
-                if row:
-                    found.append((f"{self.path}, line {rows.line_num}", row))
-                else:
-                    self.noted[_EMPTY] += 1
+            found = [(f"{self.path}, line {rows.line_num}", row) for row in rows]
         except csv.Error as error:
             raise InputError(
                 f"rows follow the rules of CSV. Received: {error} in {self.path}, line "
@@ -219,7 +234,10 @@ class _Source:
             ) from error
         finally:
             csv.field_size_limit(usual)
-        return found
+        filled = [(place, row) for place, row in found if row]
+        if len(filled) < len(found):
+            self.noted[_EMPTY] += len(found) - len(filled)
+        return filled
 
     def _unquoted(self, rows: list[_Row]) -> list[_Row]:
         """Without the quotes around all values of a column, as Kaggle ships some files."""
@@ -258,7 +276,7 @@ class _Source:
             if not 1 <= int(name) <= len(first):
                 raise InputError(
                     f"columns are numbered from 1 to {len(first)} in {self.path}. Received: "
-                    f"{name}. Name one of them."
+                    f"{name}. Count from 1 at the left."
                 )
             return int(name) - 1
         if name not in first:
@@ -279,7 +297,7 @@ class _Source:
             except (ValueError, RecursionError) as error:  # ValueError: numbers of 5,000 digits too
                 raise InputError(
                     f"each line is one JSON object. Received: {reprlib.repr(line)} in {place} "
-                    f"({error}). Correct the line."
+                    f"({error}). Write it as {{{json.dumps(self.text)}: …, …}}."
                 ) from error
             if not isinstance(record, dict):
                 raise InputError(
@@ -290,8 +308,8 @@ class _Source:
             label = None if self.label is None else _value(record, self.label, kinds, place)
             yield place, _value(record, self.text, (str,), place), label
 
-    def _of_lines(self, lines: Iterable[tuple[str, str]]) -> Iterator[_Example]:
-        for place, line in lines:
+    def _of_lines(self) -> Iterator[_Example]:
+        for place, line in self._lines():
             first, *rest = line.split(maxsplit=1)
             text = rest[0] if rest else ""
             if not first.startswith(_FASTTEXT_LABEL):
@@ -304,7 +322,8 @@ class _Source:
                 )
             if text.startswith(_FASTTEXT_LABEL):
                 raise InputError(
-                    f"each text has one label. Received: {reprlib.repr(line)} in {place}. Keep one."
+                    f"each text has one label. Received: {reprlib.repr(line)} in {place}. Keep the "
+                    "one that fits best."
                 )
             yield place, text, first.removeprefix(_FASTTEXT_LABEL)
 
@@ -323,16 +342,14 @@ class _Source:
             files = list(self._files_below(folder))
             if not files:
                 raise InputError(
-                    f"each class has texts. Received: {folder}, which has none. Remove or fill it."
+                    f"each class has texts. Received: {folder}, which has none. Put the texts of "
+                    "this class there, or remove the folder."
                 )
             for file in files:
-                yield str(file), _read_text(file), folder.name
+                yield str(file), self._text(file), folder.name
 
     def _visible(self, folder: Path) -> list[Path]:
-        try:
-            entries = sorted(folder.iterdir())
-        except OSError as error:
-            raise _unreadable(folder, error) from error
+        entries = sorted(folder.iterdir())
         visible = [entry for entry in entries if not entry.name.startswith(".")]
         if len(visible) < len(entries):
             self.noted[_HIDDEN] += len(entries) - len(visible)
@@ -341,35 +358,6 @@ class _Source:
     def _files_below(self, folder: Path) -> Iterator[Path]:
         for entry in self._visible(folder):
             yield from self._files_below(entry) if entry.is_dir() else [entry]
-
-
-def _without_halves(text: str) -> str:
-    """The same text with whole characters: pairs put together, what is left of others marked."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"texts are in files. Received: {path}, which is none. Remove it there.")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"texts are UTF-8. Received the byte 0x{error.object[error.start]:02x} in {path}, "
-            f"line {line}. Convert the file to UTF-8."
-        ) from error
-
-
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"the texts can be read. Received: {error.strerror or error} for {path}. Check the path "
-        "and its permissions."
-    )
 
 
 def _value(record: dict[str, Any], key: str, types: tuple[type, ...], place: str) -> str:
@@ -382,6 +370,6 @@ def _value(record: dict[str, Any], key: str, types: tuple[type, ...], place: str
     if not isinstance(value, types):
         raise InputError(
             f"the value of {key!r} is {' or '.join(t.__name__ for t in types)}. Received: "
-            f"{reprlib.repr(value)} in {place}. Correct the line."
+            f"{reprlib.repr(value)} in {place}. Write one of that kind there."
         )
     return value if isinstance(value, str) else json.dumps(value)

@@ -49,16 +49,8 @@ def tokenize(text: str, lowercase: bool = True) -> list[str]:
 def count_tokens(documents: Iterable[Sequence[str]], min_count: int = 1) -> Vocabulary:
     """Make a vocabulary of the tokens that occur in documents, the most frequent ones first.
 
-    Args:
-        documents: The tokens of each document.
-        min_count: Leave out tokens that occur fewer times than this.
-
-    Returns:
-        `<pad>` and `<unk>`, then the tokens by falling frequency, equally frequent ones
-        alphabetically, with their counts.
-
-    Raises:
-        InputError: No token is left.
+    `<pad>` and `<unk>` come before them, equally frequent ones in the order of the alphabet; those
+    that occur fewer than `min_count` times are left out. None at all is refused.
 
     Example:
         >>> vocabulary = count_tokens([["b", "a"], ["c", "a"]])

@@ -1,4 +1,4 @@
-"""Word vectors out of a stream: text with and without a header, and binary.
+"""Word vectors, and how a stream holds them: text with and without a header, and binary.
 
 gensim reads these too, but a line with a single value fills its whole row, rows beyond the header's
 number are dropped, infinite values pass, and tokens with spaces are refused.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from io import BufferedReader
 from itertools import chain, islice
 from typing import Any
@@ -38,6 +40,43 @@ Block = tuple[list[str], NDArray[np.float32]]
 _Row = tuple[str, str, Sequence[float] | NDArray[Any]]
 
 
+@dataclass(frozen=True, eq=False)
+class WordVectors:
+    """Tokens and the vector of each, which may lie in a file and not in memory.
+
+    Args:
+        tokens: V different tokens.
+        values: The vectors, shape (V, D), float32.
+        notes: What is to be said of the file: what was left out of it, and why.
+
+    Example:
+        >>> vectors = WordVectors(["the", "of"], np.array([[1, 2], [3, 4]], np.float32))
+        >>> vectors["of"].tolist(), vectors.dimension
+        ([3.0, 4.0], 2)
+    """
+
+    tokens: Sequence[str]
+    values: NDArray[np.float32] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dimension(self) -> int:
+        """The values D of each vector."""
+        return int(self.values.shape[1])
+
+    @cached_property
+    def index(self) -> Mapping[str, int]:
+        """The row of each token."""
+        return {token: row for row, token in enumerate(self.tokens)}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, token: str) -> NDArray[np.float32]:
+        vector: NDArray[np.float32] = self.values[self.index[token]]
+        return vector
+
+
 def read_blocks(
     place: str,
     stream: BufferedReader,
@@ -48,17 +87,12 @@ def read_blocks(
     """Read word2vec's binary format, of 32 or 16 bits a value, or a file of lines.
 
     Each line is a token and its values with single spaces between. A first line of two whole
-    numbers is a header. Tokens may have spaces, as those of GloVe's largest file have.
-
-    Args:
-        place: The file, for messages.
-        stream: Its content.
-        is_binary: Whether it is of the binary format.
-        dimension: The values that each vector must have; None takes what is there.
-        noted: Counts what is to be said.
+    numbers is a header. Tokens may have spaces, as those of GloVe's largest file have. What is to
+    be said is counted in `noted`.
 
     Raises:
-        InputError: The file is malformed, or of another dimension.
+        InputError: The file, in messages `place`, is malformed, or of another dimension than that,
+            where there is one.
     """
     rows = (_rows_of_binary if is_binary else _rows_of_text)(place, stream, dimension, noted)
     while block := list(islice(rows, _ROWS)):
@@ -68,9 +102,7 @@ def read_blocks(
         finite = np.isfinite(table).all(axis=1)
         if not finite.all():
             row = int(np.argmin(finite))
-            wrong = next(
-                v for v, x in zip(values[row], table[row], strict=True) if not np.isfinite(x)
-            )
+            wrong = values[row][int(np.argmin(np.isfinite(table[row])))]
             raise _no_number(places[row], str(wrong).replace("e+", "e"))
         yield list(tokens), table
 
@@ -144,7 +176,7 @@ def _rows_of_binary(
     if rest := buffer[position:].strip(b"\n"):
         raise InputError(
             f"a binary file ends after its last row. Received: {reprlib.repr(rest)} after row "
-            f"{found} in {place}. Get it again."
+            f"{found} in {place}. Get the file again, or correct the number in its first line."
         )
 
 
@@ -212,7 +244,7 @@ def _is_number(text: bytes) -> bool:
 def _no_number(place: str, wrong: str) -> InputError:
     return InputError(
         "values are finite numbers in float32, with single spaces between. Received: "
-        f"{reprlib.repr(wrong)} in {place}. Correct or remove it."
+        f"{reprlib.repr(wrong)} in {place}. Correct the value, or leave its token out."
     )
 
 
@@ -229,8 +261,8 @@ def _check_size(place: str, size: int, dimension: int | None) -> None:
 def wrong_dimension(place: object, size: int, wanted: int) -> InputError:
     """The error of vectors of another size than was asked for."""
     return InputError(
-        f"the vectors have {wanted} values each. Received: {size} in {place}. Ask for {size}, or "
-        "take another file."
+        f"the vectors have {wanted} values each. Received: {size} in {place}. Set dimension "
+        f"to {size}, or take another file."
     )
 
 
@@ -243,6 +275,6 @@ def _check_rows(place: str, promised: int, found: int, size: int) -> None:
         )
     if not found:
         raise InputError(
-            f"a file of vectors holds at least one. Received: {place}, which has none. Get it "
-            "again."
+            f"a file of vectors holds at least one. Received: {place}, which has none. Was the "
+            "download cut off? Get the file again."
         )

@@ -16,47 +16,33 @@ from pathlib import Path
 from typing import Any
 
 from partial_embedding.errors import InputError
+from partial_embedding.files import refuse_no_file
 
 _BUFFER = 1 << 20  # bytes
 # A bar for less would be gone before it is seen.
 _SHOWN_FROM = 1 << 24
 # What a member of a zip raises; RuntimeError is its word for a password.
-_DAMAGES: tuple[type[Exception], ...] = (
-    OSError,
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-    RuntimeError,
-)
+_DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
 if sys.version_info >= (3, 14):
     from compression import zstd
 
-    _DAMAGES += (zstd.ZstdError,)
+    _DAMAGES = (*_DAMAGES, zstd.ZstdError)
 _CHUNK = 1 << 16  # bytes
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 @contextmanager
-def opened(path: Path, what: str) -> Iterator[tuple[BufferedReader, str]]:
-    """Open a file for reading, unpacked, with a bar for how much of it was read.
+def opened(path: Path) -> Iterator[tuple[BufferedReader, str]]:
+    """Give the content of a file, unpacked, and its name without the suffix of the packing.
 
     How it is packed is told from its first bytes: gzip, bzip2, xz, Zstandard, or zip with one file.
-
-    Args:
-        path: The file.
-        what: What it holds, for messages.
-
-    Yields:
-        The content, and the name of the file without the suffix of its packing.
+    A bar shows how much of it was read.
 
     Raises:
         InputError: It is missing, none, damaged, packed with others, or packed in a way that needs
             a package.
     """
-    if path.exists() and not path.is_file():
-        kind = "folder" if path.is_dir() else "device"
-        raise InputError(f"{what} are in a file. Received: {path}, a {kind}. Name the file.")
+    refuse_no_file(path, "the word vectors are in a file")
     try:
         with ExitStack() as stack:
             raw = stack.enter_context(_with_bar(path))
@@ -64,12 +50,12 @@ def opened(path: Path, what: str) -> Iterator[tuple[BufferedReader, str]]:
             yield BufferedReader(stream, _BUFFER), name
     except FileNotFoundError as error:
         raise InputError(
-            f"{what} are in a file. Received: {path}, which is missing. Check the path."
+            f"the word vectors are in a file. Received: {path}, which is missing. Check the path."
         ) from error
     except _DAMAGES as error:
         raise InputError(
-            f"{what} can be read. Received: {error} for {path}. Check its permissions, or get it "
-            "again if it is cut off."
+            f"the word vectors can be read. Received: {error} for {path}. Check its permissions, "
+            "or get it again if it is cut off."
         ) from error
 
 
@@ -91,18 +77,19 @@ def _with_bar(path: Path) -> Iterator[Any]:
 def _unpacked(path: Path, raw: Any, stack: ExitStack) -> tuple[Any, str]:
     magic = raw.read(6)
     raw.seek(0)
-    name = path.name.removesuffix(next((s for s in _PACKED if path.name.endswith(s)), ""))
-    if magic[:2] == b"\x1f\x8b" or path.suffix == ".gz":
+    name = path.stem if path.suffix in _PACKED else path.name
+    if magic.startswith(b"\x1f\x8b") or path.suffix == ".gz":
         return stack.enter_context(gzip.GzipFile(fileobj=raw)), name
-    if magic[:3] == b"BZh":
+    if magic.startswith(b"BZh"):
         return stack.enter_context(bz2.BZ2File(raw)), name
     if magic == b"\xfd7zXZ\0":
         return stack.enter_context(lzma.LZMAFile(raw)), name
-    if magic[:4] == b"\x28\xb5\x2f\xfd":
+    if magic.startswith(b"\x28\xb5\x2f\xfd"):
         return stack.enter_context(_zstandard(path, raw)), name
-    if magic[:4] == b"PK\3\4":
+    if magic.startswith(b"PK\3\4"):
         archive = stack.enter_context(zipfile.ZipFile(raw))
-        return _only_member(path, archive, stack)
+        member = _only_member(path, archive)
+        return stack.enter_context(archive.open(member)), Path(member).name
     return raw, name
 
 
@@ -112,7 +99,7 @@ def _zstandard(path: Path, raw: Any) -> Any:
     if find_spec("zstandard") is None:
         raise InputError(
             f"files packed by Zstandard need the package zstandard. Received none for {path}. "
-            f"Install it, or unpack the file: zstd -d {path.name}"
+            f"pip install zstandard, or unpack the file: zstd -d {path.name}"
         )
     return _ZstandardReader(raw)
 
@@ -152,7 +139,7 @@ class _ZstandardReader(RawIOBase):
         return count
 
 
-def _only_member(path: Path, archive: zipfile.ZipFile, stack: ExitStack) -> tuple[Any, str]:
+def _only_member(path: Path, archive: zipfile.ZipFile) -> str:
     members = [
         info.filename
         for info in archive.infolist()
@@ -165,4 +152,4 @@ def _only_member(path: Path, archive: zipfile.ZipFile, stack: ExitStack) -> tupl
             f"{', '.join(members[:5])}. Unpack it (python -m zipfile -e {path.name} .) and name "
             "one of them."
         )
-    return stack.enter_context(archive.open(members[0])), Path(members[0]).name
+    return members[0]

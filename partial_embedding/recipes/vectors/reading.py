@@ -8,7 +8,7 @@ import os
 import pickle
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,18 @@ from partial_embedding.mapped import open_vectors
 from partial_embedding.recipes.vectors.formats import (
     TWICE,
     Block,
+    WordVectors,
     read_blocks,
     wrong_dimension,
 )
 from partial_embedding.recipes.vectors.opening import opened
-from partial_embedding.recipes.vectors.word_vectors import WordVectors
 from partial_embedding.rows.vocabulary_file import read_vocabulary
 
-_WHAT = "the word vectors"
 # Smaller files are read in less than a second.
 _KEPT_FROM = 1 << 22  # bytes
 _FASTTEXT = b"\xba\x16\x4f\x2f"
 _NUMPY = b"\x93NUMPY"
+_TOKENS = ".tokens"  # the suffix of the file with those of an array that is kept
 # Where the tokens of `table.npy` are, with `table` for *.
 _TOKEN_FILES = ("*.tsv", "*.txt", "*.vocab", "vocabulary.tsv", "vocab.txt")
 
@@ -59,9 +59,6 @@ def read_vectors(
         cache: A folder in which a large file is kept as an array, which the next call opens without
             reading it; None keeps nothing.
 
-    Returns:
-        The vectors, float32, in the order of the file.
-
     Raises:
         InputError: The file is missing, damaged or malformed, or of another dimension.
 
@@ -74,7 +71,7 @@ def read_vectors(
         [-2.0, 0.25]
     """
     path = Path(path)
-    with opened(path, _WHAT) as (stream, name):
+    with opened(path) as (stream, name):
         magic = stream.peek(6)
         kept = None
         if cache is not None and path.stat().st_size >= _KEPT_FROM:
@@ -135,33 +132,28 @@ def _keep(path: Path, blocks: Iterator[Block], noted: Counter[str]) -> None:
     """Write the vectors as an array, and the tokens beside it, as they are read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tokens: list[str] = []
+    header: dict[str, Any] = {"descr": "<f4", "fortran_order": False}
     with write_atomically(path) as temporary:
         with temporary.open("wb") as file:
             for block, values in blocks:
                 if not tokens:
-                    _write_header(file, 0, values.shape[1])
+                    header["shape"] = (0, values.shape[1])
+                    np.lib.format.write_array_header_1_0(file, header)
                 tokens += block
                 file.write(values.astype("<f4").tobytes())
             # numpy leaves room in a header for the first number to grow.
             file.seek(0)
-            _write_header(file, len(tokens), values.shape[1])
-        with write_atomically(_tokens_of(path)) as beside:
+            header["shape"] = (len(tokens), values.shape[1])
+            np.lib.format.write_array_header_1_0(file, header)
+        with write_atomically(path.with_suffix(_TOKENS)) as beside:
             lines = [json.dumps(_notes(noted)), *tokens]
             beside.write_text("\n".join(lines), encoding="utf-8", newline="\n")
 
 
-def _write_header(file: Any, rows: int, dimension: int) -> None:
-    described = {"descr": "<f4", "fortran_order": False, "shape": (rows, dimension)}
-    np.lib.format.write_array_header_1_0(file, described)
-
-
-def _tokens_of(path: Path) -> Path:
-    return path.with_suffix(".tokens")
-
-
 def _read_kept(path: Path) -> WordVectors:
-    notes, *tokens = _tokens_of(path).read_text(encoding="utf-8").split("\n")
-    return WordVectors(tokens, _as_float32(open_vectors(path)), tuple(json.loads(notes)))
+    notes, *tokens = path.with_suffix(_TOKENS).read_text(encoding="utf-8").split("\n")
+    values = open_vectors(path).astype(np.float32, copy=False)
+    return WordVectors(tokens, values, tuple(json.loads(notes)))
 
 
 # Formats of other libraries
@@ -180,26 +172,22 @@ def _read_array(path: Path) -> WordVectors:
         raise InputError(
             f"{path}: an array has a row of floating-point values for each of the {len(tokens):,} "
             f"tokens of {found.name}. Received: {values.dtype} of the shape {values.shape}. "
-            "Make both of the same rows."
+            f"Write one token for each of the {len(values):,} rows, one a line."
         )
-    return _finite(path, WordVectors(tokens, _as_float32(values)))
+    return _finite(path, tokens, values)
 
 
-def _as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    converted: NDArray[np.float32] = values.astype(np.float32, copy=False)
-    return converted
-
-
-def _finite(path: Path, vectors: WordVectors) -> WordVectors:
-    for row in range(0, len(vectors), 1 << 16):
-        finite = np.isfinite(vectors.values[row : row + (1 << 16)]).all(axis=1)
+def _finite(path: Path, tokens: Sequence[str], values: NDArray[np.floating]) -> WordVectors:
+    values = values.astype(np.float32, copy=False)
+    for row in range(0, len(values), 1 << 16):  # by blocks, since all may be more than memory
+        finite = np.isfinite(values[row : row + (1 << 16)]).all(axis=1)
         if not finite.all():
-            token = vectors.tokens[row + int(np.argmin(finite))]
+            token = tokens[row + int(np.argmin(finite))]
             raise InputError(
                 f"values are finite. Received: nan or inf in the vector of {reprlib.repr(token)} "
                 f"in {path}. Make the file again without it."
             )
-    return vectors
+    return WordVectors(tokens, values)
 
 
 def _read_fasttext(path: Path) -> WordVectors:
@@ -213,7 +201,7 @@ def _read_fasttext(path: Path) -> WordVectors:
             f"{path}: a model of fastText can be read in whole. Received: "
             f"{type(error).__name__}: {error}. Get it again, or take the .vec file of the model."
         ) from error
-    return _finite(path, WordVectors(vectors.index_to_key, _as_float32(vectors.vectors)))
+    return _finite(path, vectors.index_to_key, vectors.vectors)
 
 
 def _read_gensim(path: Path) -> WordVectors:
@@ -237,4 +225,4 @@ def _read_gensim(path: Path) -> WordVectors:
             f"{path}: a .kv or .model holds word vectors. Received: {type(found).__name__}. "
             "Save those of the model, model.wv."
         )
-    return _finite(path, WordVectors(vectors.index_to_key, _as_float32(vectors.vectors)))
+    return _finite(path, vectors.index_to_key, vectors.vectors)

@@ -1,13 +1,15 @@
 """Runs one schedule to its end, and again with a death at each of several places.
 
-Usage: kill_and_resume.py FOLDER PRECISION PROCESSES PLACE:KIND,KIND...
+Usage: kill_and_resume.py FOLDER RUNS, where RUNS is JSON of the kinds by place, by precision and
+number of processes, as in {"32-true-2": {"at_the_end_of_an_epoch": ["last"]}}.
 
 Each run is a process of its own, or two, forked from this one so that imports are paid for once.
 For each place a run is killed by SIGKILL, or by an exception that is followed by SIGKILL; runs that
 are resumed from the kinds of checkpoints that are named, which these left, write how they ended to
-`{folder}/{place}-{kind}-{rank}.pt`, beside `whole-{rank}.pt`.
+`{folder}/{run}/{place}-{kind}-{rank}.pt`, beside `whole-{rank}.pt`.
 """
 
+import json
 import os
 import signal
 import sys
@@ -166,7 +168,12 @@ def killer(place: tuple[str, int], *, first_raise: bool) -> Callable[[str, int],
     return die
 
 
-def main(folder: Path, precision: str, processes: int, places: list[str]) -> None:
+def main(folder: Path, name: str, places: dict[str, list[str]]) -> None:
+    """The runs of one precision and number of processes."""
+    precision, _, number = name.rpartition("-")
+    processes = int(number)
+    folder.mkdir()
+
     def run(where: Path, **options: Any) -> None:
         def of_rank(rank: int) -> None:
             try:
@@ -179,16 +186,18 @@ def main(folder: Path, precision: str, processes: int, places: list[str]) -> Non
         assert codes == [-signal.SIGKILL if dead else 0] * processes, (where, options, codes)
 
     run(folder / "whole", out="whole")
-    for name, kinds in (place.split(":") for place in places):
-        die = partial(killer, PLACES[name])
-        if {"last", "steps"} & {*kinds.split(",")}:
-            run(folder / name, keep="last", die=die(first_raise=False))
+    for place, kinds in places.items():
+        die = partial(killer, PLACES[place])
+        if {"last", "steps"} & {*kinds}:
+            run(folder / place, keep="last", die=die(first_raise=False))
         if "exception" in kinds:
-            run(folder / name, keep="exception", die=die(first_raise=True))
-        for kind in kinds.split(","):
-            (checkpoint,) = (folder / name / kind).glob("last.ckpt" if kind == "last" else "*.ckpt")
-            run(folder / name, resume=checkpoint, out=f"{name}-{kind}")
+            run(folder / place, keep="exception", die=die(first_raise=True))
+        for kind in kinds:
+            glob = "last.ckpt" if kind == "last" else "*.ckpt"
+            (checkpoint,) = (folder / place / kind).glob(glob)
+            run(folder / place, resume=checkpoint, out=f"{place}-{kind}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    for of_run, killed in json.loads(sys.argv[2]).items():
+        main(Path(sys.argv[1]) / of_run, of_run, killed)
