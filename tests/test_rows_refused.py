@@ -87,6 +87,7 @@ UNFITTING: dict[str, tuple[Any, Vocabulary | None, tuple[str, ...]]] = {
     "id_beyond_the_table": ([3, V], None, ("[0, 12)", "Received: 12.")),
     "short_mask": ([True] * (V - 1), None, ("12 rows", "Received: 11.")),
     "range_beyond": ({"range": [0, V + 1]}, None, ("12 rows", "13")),
+    "range_downward": ({"range": [5, 2]}, None, ("[5, 2, None]", "rows 2 to 4")),
     "range_too_far_back": (slice(-V - 1, None), None, ("12 rows", "-13")),
     "missing_without_vocabulary": ("missing", None, ("missing", "no vocabulary")),
     "frequent_without_vocabulary": ({"most_frequent": 2}, None, ("counts", "no vocabulary")),

@@ -202,9 +202,9 @@ def test_every_stage_is_tried_at_once(stage: dict[str, Any], place: str) -> None
         runner_of(Schedule([{"epoch": 0, "rows": [1]}, stage]))
 
 
-@pytest.mark.parametrize("audit", [-3, 0.5, "yes", None])
+@pytest.mark.parametrize("audit", [-3, "yes", 1.5])
 def test_an_audit_at_no_step_is_refused(audit: Any) -> None:
-    with pytest.raises(InputError, match=rf"^audit is true, false, or .* Received: {audit!r}"):
+    with pytest.raises(InputError, match=f"^audit is true, false, or .* Received: {audit!r}"):
         Runner(SetTables("words"), {None: PLAIN}, audit=audit)
 
 

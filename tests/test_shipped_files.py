@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("gensim")
 
+from gensim.corpora import Dictionary
 from gensim.models import FastText, KeyedVectors, Word2Vec
 from gensim.models.fasttext import save_facebook_model
 
@@ -186,6 +187,23 @@ def test_a_large_array_of_gensim_that_was_left_behind_is_named(tmp_path: Path) -
     (tmp_path / "v.kv.vectors.npy").unlink()
     with pytest.raises(InputError, match=r"v\.kv\.vectors\.npy, which is missing\. Copy it too"):
         read_vectors(tmp_path / "v.kv")
+
+
+def test_what_gensim_saved_without_vectors_or_did_not_save_is_refused(tmp_path: Path) -> None:
+    Dictionary(SENTENCES).save(str(tmp_path / "words.model"))
+    with pytest.raises(InputError, match=r"holds word vectors\. Received: Dictionary"):
+        read_vectors(tmp_path / "words.model")
+    (tmp_path / "a.kv").write_bytes(b"no pickle")
+    with pytest.raises(InputError, match=r"a\.kv: a \.kv or \.model is a file that gensim saved"):
+        read_vectors(tmp_path / "a.kv")
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e300])
+def test_an_array_of_what_is_not_finite_in_32_bits_is_refused(value: float, tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.array([[1, 2], [3, value]]))
+    (tmp_path / "v.txt").write_text("the\nof\n")
+    with pytest.raises(InputError, match=r"vector of 'of' in .*v\.npy"):
+        read_vectors(tmp_path / "v.npy")
 
 
 @pytest.mark.parametrize("beside", ["v.tsv", "v.txt", "vocab.txt"])

@@ -360,8 +360,8 @@ def _in_one_line(command: str, message: str) -> str:
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.M))
     refused = re.search(r"^ +- (.+)\n", message, re.M)
     # Of a key with a mapping under it, it names the keys below too.
-    if in_group := re.search(r"Group '(.+?)' does not accept option '([^.']+)", message):
-        message = f"unrecognized arguments: --{in_group[1]}.{in_group[2]}"
+    if nested := re.search(r"Group '(.+?)' does not accept option '([^.']+)", message):
+        message = f"unrecognized arguments: --{nested[1]}.{nested[2]}"
     unknown = re.search(
         r"Option '(.+?)' is not accepted|unrecognized arguments: (--[^\s=]+)", message
     )

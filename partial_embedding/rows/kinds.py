@@ -187,6 +187,11 @@ def _select_range(parts: tuple[int | None, ...], num_rows: int, _: Vocabulary | 
                 "Was the vocabulary resized?"
             )
     ids = np.arange(num_rows, dtype=np.int64)[slice(*parts)]
+    if not len(ids) and parts[0] != parts[1]:
+        raise InputError(
+            f"a range has rows, from its start up to its stop. Received {list(parts)}, which has "
+            f"none of a table of {num_rows}. [2, 5] is rows 2 to 4; for no rows write none."
+        )
     return ids if (parts[2] or 1) > 0 else ids[::-1]
 
 

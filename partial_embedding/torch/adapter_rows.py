@@ -184,7 +184,8 @@ class AdapterRows(ModulesToSaveWrapper):
         self._adapters: set[str] = set()
         self._disable_adapters = False
         self._learns = True
-        table._shared.before_training.append(self._keep)
+        # Told of rows that train, before they move.
+        vars(table).setdefault("_before_training", []).append(self._keep)
         self._keep(table.row_set.ids)
 
     def __getattr__(self, name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.schedule.messages import moved_text
 from partial_embedding.torch.fingerprint import fingerprints
 from partial_embedding.torch.rowset import RowSet
@@ -24,6 +24,9 @@ class FrozenRowAudit:
         table: The table, whose rows that are frozen now are watched.
         name: Its name in messages.
 
+    Raises:
+        InputError: It is no partly trainable table.
+
     Example:
         >>> from partial_embedding.torch import PartialEmbedding
         >>> table = PartialEmbedding(4, 2, trainable_rows=[3])
@@ -35,6 +38,11 @@ class FrozenRowAudit:
     """
 
     def __init__(self, table: PartialTable, name: str = "table") -> None:
+        if not isinstance(table, PartialTable):
+            raise InputError(
+                "frozen rows are watched in a partly trainable table. Received a "
+                f"{type(table).__name__}. Pass the table itself, such as model.embedding."
+            )
         self.table = table
         self.name = name
         self.restart()

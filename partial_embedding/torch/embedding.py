@@ -308,6 +308,11 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
 
 
 def _matrix_shape(embeddings: Tensor, freeze: bool) -> tuple[int, int]:
+    if not isinstance(embeddings, Tensor):
+        raise InputError(
+            f"vectors are a tensor. Received a {type(embeddings).__name__}. Pass "
+            "torch.as_tensor(vectors)."
+        )
     if not (freeze or embeddings.is_floating_point() or embeddings.is_complex()):
         raise InputError(
             f"vectors that train are floating point. Received {embeddings.dtype}. Pass "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
+from partial_embedding.errors import InputError
 from partial_embedding.torch.engines import zero_error
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.shards import (
@@ -34,6 +35,7 @@ class RowHook:
         # Weak, since the parameter may outlive the module, and must not keep it alive. The table is
         # asked for the parameter: torch swaps the insides of no tensor that has a weak reference.
         self._table = weakref.ref(table)
+        self.rows = table._shared
         self._parameter_id = id(parameter)
         # A tensor takes a hook only while it requires gradients, and keeps it when it does not.
         requires_grad = parameter.requires_grad
@@ -58,6 +60,11 @@ class RowHook:
                 return parameter
         return None
 
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the table is gone."""
+        return self._table() is None
+
     def is_of(self, table: PartialTable) -> bool:
         """Whether it is this table's."""
         return self._table() is table
@@ -72,8 +79,11 @@ class RowHook:
         table = self._table()
         if grad is None or table is None:
             return grad  # autograd may hand a hook None
+        parameter = self._parameter_of(table)
+        if parameter is None and not table.is_sharded:
+            return grad  # another model's, which was the table's for one call
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
-        if (parameter := self._parameter_of(table)) is not None:
+        if parameter is not None:
             error = zero_error(parameter, table)
             if error is not None and table.has_frozen_rows:
                 raise error
@@ -124,6 +134,20 @@ def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
     for hook in hooks_on(parameter):
         if (table := hook.table) is not None:
             yield table
+
+
+def refuse_orphan(parameter: Tensor) -> None:
+    """Refuse a weight with frozen rows whose table is gone, so that nothing keeps them."""
+    hooks = hooks_on(parameter)
+    if not any(hook.rows.has_frozen for hook in hooks) or any(tables_of(parameter)):
+        return
+    if any(hook.is_orphaned for hook in hooks):
+        raise InputError(
+            "rows of a weight are frozen for as long as its table is there. Received a weight of "
+            f"the shape {tuple(parameter.shape)} whose table is gone, as where a graph was made of "
+            "a model (torch.fx, jit.trace, torch.export) that nothing refers to any more. Keep the "
+            "model; or, for all rows to train, make the graph after restore_embedding(model)."
+        )
 
 
 def _without_frozen(ids: Tensor, values: Tensor, table: PartialTable) -> tuple[Tensor, Tensor]:
@@ -203,9 +227,7 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
     A hook on the weight may not put a dense gradient in the place of a sparse one, so that
     `torch.autograd.grad` would give what hardly any code for gradients takes.
     """
-    if torch.compiler.is_compiling() or is_rewritten(weight):
-        return weight
-    if not (weight.requires_grad and torch.is_grad_enabled()) or table.is_left_to_ddp:
+    if not goes_by_rows(weight, table):
         return weight
     # Kept, since to apply a function takes half as long as a small lookup.
     through: Tensor
@@ -216,6 +238,14 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
         through = _ByRows.apply(weight, weakref.ref(table))  # type: ignore[no-untyped-call]
         vars(table)["_passage"] = weight, through
     return through
+
+
+def goes_by_rows(weight: Tensor, table: PartialTable) -> bool:
+    """Whether `by_rows` gives another way to a weight."""
+    if torch.compiler.is_compiling() or is_rewritten(weight):
+        return False
+    learns = weight.requires_grad and torch.is_grad_enabled()
+    return learns and not table.is_left_to_ddp
 
 
 def close_passage(table: PartialTable) -> None:
@@ -247,12 +277,13 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        if grad.layout != torch.sparse_coo:
-            return grad, None
-        if grad.requires_grad:
-            return grad.to_dense(), None  # rows cannot be read without losing a second derivative
+        table = ctx.table()
+        if grad.layout != torch.sparse_coo or grad.requires_grad:
+            # Rows cannot be read without losing a second derivative.
+            dense = grad if grad.layout == torch.strided else grad.to_dense()
+            return dense if table is None else _zero_where_frozen(dense, table), None
         # Not coalesced: that would sort all ids, and change the order of the sums.
         ids, values = grad._indices()[0], grad._values()
-        if (table := ctx.table()) is not None:
+        if table is not None:
             ids, values = _without_frozen(ids, values, table)
         return RowGradient(ids, values, grad.shape[0], grad.is_coalesced()), None

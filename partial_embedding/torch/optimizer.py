@@ -199,6 +199,11 @@ def _inside(optimizer: Optimizer) -> Optimizer:
     for base in type(optimizer).__mro__:
         if (attribute := _SEEN_THROUGH.get(base.__name__)) is not None:
             return _inside(getattr(optimizer, attribute))
+    if not hasattr(optimizer, "param_groups"):
+        raise InputError(
+            f"an optimizer of torch is meant. Received a {type(optimizer).__name__}. Pass the "
+            "optimizer first, and the model after it."
+        )
     return optimizer
 
 

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,13 @@ def load_rows(
         raise InputError(
             f"{path}: rows come from a file that save_rows wrote. Received another. Name one."
         )
-    sizes = _json_of(path, about, "num_rows")
-    if lacking := [k for k in sizes if not {k, f"{k}:rows"} <= tensors.keys()]:
+    sizes = _json_of(path, about, "num_rows", _size)
+    named = {part for key in sizes for part in (key, f"{key}:rows")}
+    if not named or named != tensors.keys():
+        odd = min(named ^ tensors.keys(), default=None)
         raise InputError(
-            f"{path}: a file has rows and ids of each table. Received {lacking[0]!r}. "
-            "Save it again."
+            f"{path}: a file has rows and ids of each table, and no more. Received "
+            f"{'nothing' if odd is None else repr(odd)}. Save it again."
         )
     parts = {key: (tensors[f"{key}:rows"], tensors[key]) for key in sizes}
     missing: list[Any] = []
@@ -232,12 +234,7 @@ def import_peft(
         {'0.weight': [7]}
     """
     place = Path(folder)
-    try:
-        config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{place}: adapter_config.json is JSON. Received: {error}. Get it again."
-        ) from None
+    config = _config_in(place)
     indices = config.get("token_indices") or config.get("trainable_token_indices")
     tensors, _ = _read(place / "adapter_model.safetensors")
     parts: Parts = {}
@@ -249,11 +246,12 @@ def import_peft(
         own = indices
         if isinstance(indices, dict):
             own = next((i for end, i in indices.items() if f".{name}".endswith(f".{end}")), None)
-            if own is None:
-                raise InputError(
-                    f"{place}: each table has its ids. Received none for {name!r}. Get it again."
-                )
-        parts[f"{name}.weight"] = torch.tensor(own), values
+        if not (isinstance(own, list) and all(type(i) is int for i in own)):
+            raise InputError(
+                f"{place}: each table has its ids, whole numbers. Received {own!r} for {name!r}. "
+                "Get it again."
+            )
+        parts[f"{name}.weight"] = torch.tensor(own, dtype=torch.int64), values
     if not parts:
         raise InputError(
             f"{place}: an adapter with trainable tokens is meant. Received a "
@@ -262,6 +260,18 @@ def import_peft(
     _check_parts(model, place, parts, {}, may_grow=False)
     _check_overlap(model, place, parts, overwrite)
     return _write(model, parts)
+
+
+def _config_in(place: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # no text, or no JSON
+        config = error
+    if not isinstance(config, dict):
+        raise InputError(
+            f"{place}: adapter_config.json is an object in JSON. Received: {config}. Get it again."
+        )
+    return config
 
 
 # What trains, and what tokens it stands for
@@ -332,8 +342,8 @@ def _missing_tokens(path: Path_, about: dict[str, str], tokenizer: Any) -> list[
     # Not at the top: it comes with the tokenizer.
     from tokenizers import AddedToken
 
-    names = {int(row): name for row, name in _json_of(path, about, "tokens").items()}
-    added = {int(row): AddedToken(**how) for row, how in _json_of(path, about, "added").items()}
+    names = _json_of(path, about, "tokens", lambda row, name: (int(row), str(name)))
+    added = _json_of(path, about, "added", lambda row, how: (int(row), AddedToken(**how)))
     known = tokenizer.get_vocab()
     missing = [added.get(row, name) for row, name in sorted(names.items()) if name not in known]
     # Tried on a copy, since a tokenizer takes nothing back.
@@ -369,17 +379,23 @@ def _read(path: Path_) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
-def _json_of(path: Path_, about: Mapping[str, str], name: str) -> dict[str, Any]:
+def _json_of(
+    path: Path_, about: Mapping[str, str], name: str, read: Callable[[str, Any], tuple[Any, Any]]
+) -> dict[Any, Any]:
+    """What a file says of its rows under a name, entry by entry."""
     try:
-        read = json.loads(about.get(name, "null"))
-    except json.JSONDecodeError:
-        read = None
-    if not isinstance(read, dict):
+        return dict(read(*entry) for entry in json.loads(about[name]).items())
+    except (AttributeError, KeyError, TypeError, ValueError):  # another thing than save_rows writes
         raise InputError(
             f"{path}: a file of rows says {name!r} of them, an object in JSON. Received: "
             f"{about.get(name)!r}. Write it with save_rows."
-        )
-    return read
+        ) from None
+
+
+def _size(key: str, num_rows: object) -> tuple[str, int]:
+    if type(num_rows) is not int:
+        raise TypeError
+    return key, num_rows
 
 
 def _check_parts(

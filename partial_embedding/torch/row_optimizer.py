@@ -15,7 +15,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.torch.blocks import Block
 from partial_embedding.torch.dry_run import LISTS, Group, State
 from partial_embedding.torch.engines import refuse_flat
-from partial_embedding.torch.hooks import tables_of
+from partial_embedding.torch.hooks import refuse_orphan, tables_of
 from partial_embedding.torch.inspection import (
     KEY,
     StateLayout,
@@ -37,6 +37,7 @@ from partial_embedding.torch.shards import check_sharding, is_sharded, local
 from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.table_state import TableState, clear_history
 from partial_embedding.torch.trainable_rows import waiting
+from partial_embedding.torch.unheld import refuse_lost, refuse_what_cannot_train
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -94,7 +95,9 @@ class Rowwise:
             for group, parameter, table in held_tables(self.optimizer)
             if id(parameter) not in self.tables
         ]
-        for *_, table in new:
+        for _, parameter, table in new:
+            if not table.is_attached_to(parameter):
+                table.attach()  # to what was put there past its own `register_parameter`
             waiting.discard(table)
         # All of them or none.
         made = [self._state_of(parameter, table, group) for group, parameter, table in new]
@@ -156,7 +159,7 @@ class Rowwise:
             self._add_tables()  # a group came, or a parameter became a table's
         for state in self.tables.values():
             if not state.parameter.requires_grad or not any(tables_of(state.parameter)):
-                self._check_still_trains(state)
+                refuse_lost(self.optimizer, state.table, state.parameter, state.name)
         places = [[i for i, p in enumerate(group) if id(p) in self.tables] for group in groups]
         all_there = sum(map(len, places)) == len(self.tables)
         if all_there and all(s.parameter.shape[1:] == s.row_shape for s in self.tables.values()):
@@ -173,26 +176,6 @@ class Rowwise:
             "flattens or shards parameters takes out (FSDP, DeepSpeed), or your own code. Keep the "
             "table out of the engine, in an optimizer of its own; or call "
             "detach_rowwise(optimizer) if it is to go."
-        )
-
-    def _check_still_trains(self, state: TableState) -> None:
-        """Refuse rows that were set to train, and that no step moves any more.
-
-        Raises:
-            InputError: Their weight takes no gradients, or is not what the optimizer holds.
-        """
-        if any(tables_of(state.parameter)):
-            refuse_what_cannot_train(state.table, state.name)
-            return
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if isinstance(state.table, PartialTable) and id(state.table.leaf_weight) in held:
-            return  # tied since to another table
-        raise InputError(
-            "a prepared optimizer steps the weights that its tables have. Received "
-            f"{type(self.optimizer).__name__} with one that {state.name!r} no longer has, since "
-            "another was put in its place (an assignment, load_state_dict(assign=True)), or the "
-            "table is a plain one now. Make the optimizer after that; or, for a table that is "
-            "plain, call detach_rowwise(optimizer)."
         )
 
     def _make_stand_in(self, places: list[list[int]]) -> Optimizer:
@@ -369,7 +352,8 @@ class Rowwise:
             hook.remove()
         del vars(self.optimizer)["_rowwise"]
         for state in self.tables.values():
-            state.table.steppers.discard(state)
+            if isinstance(state.table, PartialTable):  # and no plain one by now
+                state.table.steppers.discard(state)
         if any(state.layout.flat for state in self.tables.values()):
             clear_history(self.optimizer)
         take_from(self.optimizer)
@@ -429,6 +413,7 @@ def held_tables(optimizer: Optimizer) -> Iterator[tuple[Group, nn.Parameter, Par
     """The parameters of tables among those of an optimizer, not wrapped, with their groups."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            refuse_orphan(parameter)
             for table in tables_of(parameter):
                 yield group, parameter, table
                 break  # those that are tied have one row set
@@ -437,21 +422,6 @@ def held_tables(optimizer: Optimizer) -> Iterator[tuple[Group, nn.Parameter, Par
 def _name_in(group: Group, parameter: nn.Parameter) -> str | None:
     names = zip(group["params"], group.get("param_names", ()), strict=False)
     return next((name for one, name in names if one is parameter), None)
-
-
-def refuse_what_cannot_train(table: PartialTable, name: str) -> None:
-    """Refuse a table whose rows are to train while its weight gets no gradient."""
-    if table.leaf_weight.requires_grad or not table.has_frozen_rows or not len(table.row_set):
-        return
-    if table.is_copy:
-        return  # a teacher, which is not to train
-    raise InputError(
-        f"rows train whose weight requires gradients. Received {name!r}, of which "
-        f"{len(table.row_set):,} rows are to train, with requires_grad=False: from_pretrained("
-        "freeze=True), requires_grad_(False), module.freeze() and PEFT set it. Call "
-        "weight.requires_grad_(True) after that; or, for a table that is never to train, "
-        'set_trainable_rows("none").'
-    )
 
 
 def _check_averaged(state: TableState) -> None:

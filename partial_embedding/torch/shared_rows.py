@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-from torch import Tensor
+from dataclasses import dataclass
 
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.torch.origin import Origin
@@ -24,7 +21,6 @@ class SharedRows:
         new_rows: The rows by which it grew last.
         origin: What it held before its rows trained, where that is remembered.
         saves_rows: Whether a `state_dict` then holds no more than the rows that did.
-        before_training: Called with the rows that train, before they move.
     """
 
     row_set: RowSet | None = None
@@ -33,4 +29,9 @@ class SharedRows:
     new_rows: Ids | None = None
     origin: Origin | None = None
     saves_rows: bool = False
-    before_training: list[Callable[[Tensor], None]] = field(default_factory=list)
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether some row other than padding does not train."""
+        rows = self.row_set
+        return rows is not None and len(rows) + (self.padding_row is not None) < rows.num_rows

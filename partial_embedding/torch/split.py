@@ -204,10 +204,11 @@ def _height(weight: Any) -> int:
 
 
 def _check(table: nn.Module, mesh: Any) -> None:
-    if is_sharded(table._parameters.get("weight")) or mesh.ndim != 1:
+    dimensions = getattr(mesh, "ndim", 0)
+    if is_sharded(table._parameters.get("weight")) or dimensions != 1:
         raise InputError(
             "rows are split once, over a mesh of one dimension. Received "
-            f"{mesh.ndim} dimensions and a {type(table).__name__}, which may be sharded. Call "
+            f"{dimensions} dimensions and a {type(table).__name__}, which may be sharded. Call "
             'split_rows before fully_shard, with mesh["dp"], for example.'
         )
     if type(table) is not PartialEmbedding:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.hooks import RowHook, close_passage, hooks_on, tables_of
+from partial_embedding.torch.hooks import (
+    RowHook,
+    close_passage,
+    goes_by_rows,
+    hooks_on,
+    tables_of,
+)
 from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
@@ -161,11 +167,15 @@ class PartialTable(TrainableRows):
         if rows.row_set is not None:
             waiting.add(self)  # a copy, too
 
+    def is_attached_to(self, parameter: nn.Parameter) -> bool:
+        """Whether rows of a parameter are frozen wherever it is used."""
+        return any(one is parameter for one in self._hooked.values())
+
     def detach(self) -> None:
         """Stop freezing rows: for a module whose class is about to be changed back."""
         for name in list(self._hooked):
             self._unhook(name)
-        for name in ("_shared", "is_copy", *_WIRING):
+        for name in ("_shared", "_before_training", "is_copy", *_WIRING):
             self.__dict__.pop(name, None)
         waiting.discard(self)
 
@@ -209,11 +219,16 @@ class PartialTable(TrainableRows):
         self.__dict__["_hooked"] = {n: one for n, one in self._hooked.items() if n != name}
 
     def _hook_up(self, name: str, parameter: nn.Parameter) -> None:
+        if (hook := self._hook_for(parameter)) is not None:
+            hook.rows = self._shared
+            self.__dict__["_hooked"] = {**self._hooked, name: parameter}
+
+    def _hook_for(self, parameter: nn.Parameter) -> RowHook | None:
+        """The hook on a parameter, put there if there is none; integers take none."""
         if not (parameter.is_floating_point() or parameter.is_complex()):
-            return
-        if not self._hooks_on(parameter):
-            RowHook(self, parameter)
-        self.__dict__["_hooked"] = {**self._hooked, name: parameter}
+            return None
+        hooks = self._hooks_on(parameter)
+        return hooks[0] if hooks else RowHook(self, parameter)
 
     def _hooks_on(self, parameter: nn.Parameter) -> list[RowHook]:
         return [hook for hook in hooks_on(parameter) if hook.is_of(self)]
@@ -236,8 +251,12 @@ class PartialTable(TrainableRows):
             return None  # nothing is trained in a graph
         if isinstance(weight, nn.Parameter):
             # Perhaps for this one call, so what was hooked before stays so: its backward may come.
-            self._hook_up("weight", weight)
-            return None
+            # It may be another model's, so it is masked on its way here, and not where it is. If
+            # it is to stay, an optimizer will find it by its hook.
+            self._hook_for(weight)
+            learns = weight.requires_grad and torch.is_grad_enabled()
+            if not learns or (getattr(self, "sparse", False) and goes_by_rows(weight, self)):
+                return None
         if not self.has_frozen_rows:
             return None
         if weight is None and not self._hooks_on(self.leaf_weight):
@@ -250,8 +269,7 @@ class PartialTable(TrainableRows):
         shard = self._shards.get(name)
         if shard is not None and param is not None and is_lent(param, shard, self):
             super().register_parameter(name, param)
-            if not self._hooks_on(param):
-                RowHook(self, param)  # which is the same one in each pass
+            self._hook_for(param)  # which is the same one in each pass
             return
         if name == "weight":
             self._check_tie(param)

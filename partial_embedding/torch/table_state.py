@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import is_
 
@@ -144,6 +145,15 @@ class TableState(Blocks):
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
         """Go on with the state of shape V×D that a plain optimizer has, and then has no more."""
         self.sync()
+        loaded = optimizer.state.get(self.parameter, {})
+        if any(isinstance(loaded.get(key), Mapping) for key in self.layout.per_row):
+            # torch.distributed.checkpoint flattens state, and looks for what is there already.
+            raise InputError(
+                "state of rows is loaded into an optimizer that knows its tables. Received "
+                f"{type(optimizer).__name__} with nothing for {self.name!r}, since its constructor "
+                "made state for a plain table. Make it anew, call rowwise(optimizer, model), and "
+                "then load."
+            )
         if self.layout.flat:
             clear_history(optimizer)  # as long as the whole table
             return

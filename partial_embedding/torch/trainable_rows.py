@@ -137,8 +137,9 @@ class TrainableRows(TableFiles):
         waiting.add(self)
         if self._shared.origin is not None:
             self._shared.origin.include(self.leaf_weight, row_set.ids)
-        for told in self._shared.before_training:
-            told(row_set.ids)
+        for table in {self, *tables_of(self.leaf_weight)}:
+            for told in vars(table).get("_before_training", ()):
+                told(row_set.ids)
 
     def _row_set_for(self, num_rows: int) -> RowSet:
         rows = self._row_set

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.engines import is_flattened
+from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
 
 _warned: WeakSet[TrainableRows] = WeakSet()
@@ -72,6 +73,40 @@ def refuse_unheld(optimizer: Optimizer) -> None:
         del judged[table]
         remedy = "Call requires_grad_(True) on its weight, then make the optimizer"
         raise InputError(told.format(remedy=remedy))
+
+
+def refuse_what_cannot_train(table: TrainableRows, name: str) -> None:
+    """Refuse a table whose rows are to train while its weight gets no gradient."""
+    if table.leaf_weight.requires_grad or not table.has_frozen_rows or not len(table.row_set):
+        return
+    if table.is_copy:
+        return  # a teacher, which is not to train
+    raise InputError(
+        f"rows train whose weight requires gradients. Received {name!r}, of which "
+        f"{len(table.row_set):,} rows are to train, with requires_grad=False: from_pretrained("
+        "freeze=True), requires_grad_(False), module.freeze() and PEFT set it. Call "
+        "weight.requires_grad_(True) after that; or, for a table that is never to train, "
+        'set_trainable_rows("none").'
+    )
+
+
+def refuse_lost(
+    optimizer: Optimizer, table: TrainableRows, parameter: nn.Parameter, name: str
+) -> None:
+    """Refuse rows that were set to train, and that a prepared optimizer moves no more."""
+    if any(tables_of(parameter)):
+        refuse_what_cannot_train(table, name)
+        return
+    own = getattr(table, "leaf_weight", None)  # none of a table that is plain again
+    if id(own) in _held_by(optimizer):
+        return  # tied since to another table
+    raise InputError(
+        "a prepared optimizer steps the weights that its tables have. Received "
+        f"{type(optimizer).__name__} with one that {name!r} no longer has, since another was put "
+        "in its place (an assignment, load_state_dict(assign=True)), or the table is a plain one "
+        "now. Make the optimizer after that; or, for a table that is plain, call "
+        "detach_rowwise(optimizer)."
+    )
 
 
 def _is_to_train(table: TrainableRows) -> bool:

@@ -196,6 +196,12 @@ def test_module_and_data_belong_together() -> None:
         Trainer(logger=False, enable_checkpointing=False, accelerator="cpu").fit(
             NewTokens(), [torch.zeros(1)]
         )
+    data = TokenTexts(["python"])
+    data.given_texts = ["a prompt"]
+    with pytest.raises(InputError, match=r"a language model. Received NoneType"):
+        data.predict_dataloader()
+    with pytest.raises(InputError, match=r"another kind for a language model"):
+        NewTokens().on_load_checkpoint({"state_dict": {}})
 
 
 def test_without_transformers_one_line_says_what_to_install(

@@ -104,6 +104,12 @@ def test_the_padding_row_stays_zero_when_all_rows_train(data: TextData) -> None:
     assert not torch.equal(model.embedding.weight[2:], before[2:])
 
 
+def test_data_without_a_model_or_before_they_are_set_up_are_refused() -> None:
+    for sides, said in (("train", "set up first"), ("test", "a model that was trained")):
+        with pytest.raises(InputError, match=said):
+            getattr(TextData(), f"{sides}_dataloader")()
+
+
 def test_a_model_without_its_data_is_refused() -> None:
     with pytest.raises(InputError, match="takes its table from TextData"):
         trainer().fit(TextClassifier())

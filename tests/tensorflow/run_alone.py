@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ def memory() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 
-def leak(kind: str, models: str) -> None:
-    """Make, train, use and drop models with tables of 80 MB."""
+def leak(kinds: str, models: str) -> None:
+    """Make, train, use and drop models of some kinds in turn, with tables of 80 MB."""
     from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
     matrix = np.ones((500_000, 40), np.float32)
     ids = np.arange(100).reshape(20, 5)
     marks = []
-    for _ in range(int(models)):
+    for kind in islice(cycle(kinds.split("-")), int(models)):
         model = keras.Sequential(
             [
                 keras.Input((5,), dtype="int64"),

@@ -9,7 +9,7 @@ from oracle import assert_same_bits
 from small_tables import FROZEN, ROWS, D, V, table_of
 from torch import Tensor, nn
 
-from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.torch import (
     PartialEmbedding,
     PartialEmbeddingBag,
@@ -367,3 +367,8 @@ def test_a_smaller_vocabulary_is_answered_by_a_message() -> None:
     resized(table, 4)
     message = message_of(audit, 2)
     assert message.startswith("words: 2 frozen rows changed by step 2: 5, 6. ")
+
+
+def test_what_is_no_table_is_refused() -> None:
+    with pytest.raises(InputError, match=r"Received a Sequential\. Pass the table itself"):
+        FrozenRowAudit(nn.Sequential(table_of()))  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from partial_embedding.errors import InputError
 from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, PartialLinear, rowwise
 
 V, D = 12, 4
@@ -163,3 +164,33 @@ def test_a_run_goes_on_from_a_checkpoint_on_disk(name: str, optimizer: str, tmp_
     assert_alike(resumed.net, run.net)
     frozen = [row for row in range(V) if row not in (3, 7, 9)]
     assert_same_bits(resumed.net.table.weight[frozen], start["table.weight"][frozen], "frozen rows")
+
+
+def test_flattened_state_that_finds_no_place_is_refused_and_finds_one_by_the_remedy() -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    run = Loop("Adagrad")
+    run.train(2)
+    model, optimizer = get_state_dict(run.net, run.optimizer, options=options)
+
+    def resumed(calls: bool) -> Loop:
+        again = Loop("Adagrad")
+        if calls:
+            rowwise(again.optimizer, again.net)
+        set_state_dict(
+            again.net,
+            again.optimizer,
+            model_state_dict=model,
+            optim_state_dict=optimizer,
+            options=options,
+        )
+        return again
+
+    unprepared, before = resumed(calls=False), run.net.table.weight.detach().clone()
+    with pytest.raises(InputError, match=r"Adagrad with nothing for .*call rowwise\(optimizer"):
+        unprepared.train(1)
+    assert_same_bits(unprepared.net.table.weight, before, "the table")
+    again = resumed(calls=True)
+    for one in (run, again):
+        one.train(1)
+    for name, value in run.net.state_dict().items():
+        assert_same_bits(again.net.state_dict()[name], value, name)

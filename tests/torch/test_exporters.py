@@ -1,5 +1,6 @@
 """What reads a model's graph reads a table, a bag and a head as it reads the plain modules."""
 
+import gc
 import io
 import warnings
 from collections.abc import Callable
@@ -8,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import assert_same_bits
+from oracle import assert_same_bits, rows_that_differ
 from torch import Tensor, nn
 
+from partial_embedding.errors import InputError
 from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, PartialLinear
 
 V, D = 9, 4
@@ -185,3 +187,32 @@ def test_a_graph_that_is_traced_names_the_plain_module_s_functions(kind: str) ->
         assert graphs[0][-1] == graphs[1][-1]
     else:
         assert graphs[0] == graphs[1]
+
+
+GRAPHS: dict[str, Callable[[nn.Module], Any]] = {
+    "fx": torch.fx.symbolic_trace,
+    "trace": lambda model: torch.jit.trace(model, IDS),
+    "export": lambda model: torch.export.export(model, (IDS,), strict=False).module(),
+}
+
+
+@pytest.mark.parametrize("how", GRAPHS)
+def test_a_graph_trains_the_rows_of_its_model_and_is_refused_without_it(how: str) -> None:
+    model: Any = nn.Sequential(PartialEmbedding(V, D, trainable_rows=[1, 4]), nn.Linear(D, 2))
+    graph, before = GRAPHS[how](model), model[0].weight.detach().clone()
+    (weight,) = (p for p in graph.parameters() if p.shape == (V, D))
+
+    def step() -> None:
+        graph.zero_grad()
+        graph(IDS).square().sum().backward()
+        # One of its own each time, since one that has stepped keeps the table alive.
+        torch.optim.AdamW(graph.parameters(), 0.1, weight_decay=0.1).step()
+
+    step()
+    assert rows_that_differ(before, weight) == [1, 4]
+    now = weight.detach().clone()
+    del model
+    gc.collect()
+    with pytest.raises(InputError, match=r"whose table is gone.*Keep the model"):
+        step()
+    assert_same_bits(weight, now, "the rows")

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding import InputError
-from partial_embedding.torch import PartialEmbedding, rowwise
+from partial_embedding.torch import (
+    PartialEmbedding,
+    average_gradients,
+    detach_rowwise,
+    masked_gradient_only,
+    rowwise,
+)
 from partial_embedding.torch.saved_state import cohorts_of
 
 NUM_ROWS, WIDTH = 12, 5
@@ -130,6 +136,12 @@ def test_what_cannot_be_kept_exact_is_refused(kind: type[Optimizer], reason: str
     table = table_of()
     with pytest.raises(InputError, match=f"Received {kind.__name__}: .*{reason}"):
         rowwise(kind(table.parameters()), table)
+
+
+@pytest.mark.parametrize("call", [rowwise, detach_rowwise, masked_gradient_only, average_gradients])
+def test_what_is_no_optimizer_is_refused(call: Any) -> None:
+    with pytest.raises(InputError, match=r"Received a PartialEmbedding\. Pass the optimizer first"):
+        call(table_of())
 
 
 @pytest.mark.parametrize("kind", [KeepsSlowWeights, RemembersFromTheThirdStepOn, CautiousByTheMean])

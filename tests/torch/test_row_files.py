@@ -12,6 +12,7 @@ pytest.importorskip("safetensors")
 
 import torch  # noqa: E402  # after the packages that may be missing
 from oracle import assert_same_bits, unchanged  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tiny_language_models import (  # noqa: E402
     NEW,
@@ -180,6 +181,11 @@ SIZES = '{"0.weight": 10}'
         ),
         (ROWS, "{", r"'num_rows' of them, an object in JSON"),
         (ROWS, None, r"'num_rows' of them, an object in JSON. Received: None"),
+        (ROWS, '["0.weight"]', r"'num_rows' of them, an object in JSON"),
+        (ROWS, "{}", r"rows and ids of each table, and no more. Received '0.weight'"),
+        ({}, "{}", r"rows and ids of each table, and no more. Received nothing"),
+        ({**ROWS, "more": torch.ones(1)}, SIZES, r"and no more. Received 'more'"),
+        (ROWS, '{"0.weight": "ten"}', r"'num_rows' of them, an object in JSON"),
     ],
 )
 def test_malformed_files_are_refused_before_anything_is_written(
@@ -192,7 +198,57 @@ def test_malformed_files_are_refused_before_anything_is_written(
         load_rows(model, tmp_path / "rows")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tokens", '{"x": "quokka"}'),
+        ("tokens", "[]"),
+        ("added", '{"11": 5}'),
+        ("added", None),
+    ],
+)
+def test_files_whose_tokens_are_malformed_are_refused(
+    name: str, said: str | None, tmp_path: Path
+) -> None:
+    model, words = learned("GPT-2")
+    save_rows(model, tmp_path / "rows", words)
+    with safe_open(tmp_path / "rows", "pt") as file:
+        tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    about.pop(name)
+    save_file(tensors, tmp_path / "rows", {**about, **({name: said} if said else {})})
+    plain, other = language_model("GPT-2"), tokenizer()
+    with (
+        unchanged(plain),
+        pytest.raises(InputError, match=f"{name!r} of them, an object in JSON"),
+    ):
+        load_rows(plain, tmp_path / "rows", other)
+    assert len(other) == len(tokenizer())
+
+
 # PEFT
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[]", "an object in JSON"),
+        ("{", "an object in JSON"),
+        (b"\xff\xfe", "an object in JSON"),
+        ('{"trainable_token_indices": 5}', "whole numbers. Received 5"),
+        ('{"trainable_token_indices": ["a", "b"]}', "whole numbers"),
+        ('{"trainable_token_indices": [1.5, 2]}', "whole numbers"),
+        ('{"trainable_token_indices": {"lm_head": [1, 2]}}', "whole numbers. Received None"),
+        ('{"trainable_token_indices": [1]}', "has one id"),
+    ],
+)
+def test_malformed_adapters_are_refused(config: str | bytes, message: str, tmp_path: Path) -> None:
+    written = config if isinstance(config, bytes) else config.encode()
+    (tmp_path / "adapter_config.json").write_bytes(written)
+    key = "base_model.model.0.token_adapter.trainable_tokens_delta"
+    save_file({key: torch.ones(2, 4)}, tmp_path / "adapter_model.safetensors")
+    model = nn.Sequential(nn.Embedding(10, 4))
+    with unchanged(model), pytest.raises(InputError, match=message):
+        import_peft(model, tmp_path)
 
 
 @pytest.mark.parametrize("in_lora", [False, True], ids=["trainable_tokens", "lora"])

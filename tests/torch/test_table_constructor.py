@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_same_bits
@@ -114,6 +115,13 @@ def test_from_pretrained_takes_integers_that_are_frozen(dtype: torch.dtype) -> N
     start = torch.arange(V * D).view(V, D).to(dtype)
     table = PartialEmbedding.from_pretrained(start, freeze=True)
     assert table(IDS).tolist() == start[IDS].tolist()
+
+
+@pytest.mark.parametrize("kind", [PartialEmbedding, PartialEmbeddingBag])
+def test_from_pretrained_refuses_what_is_no_tensor(kind: Any) -> None:
+    with pytest.raises(InputError, match=r"tensor. Received a ndarray. Pass torch.as_tensor"):
+        kind.from_pretrained(np.ones((3, 2), np.float32))
+    assert kind.from_pretrained(torch.as_tensor(np.ones((3, 2), np.float32))).weight.shape == (3, 2)
 
 
 @pytest.mark.parametrize("kind", [PartialEmbedding, PartialEmbeddingBag])

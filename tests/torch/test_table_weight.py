@@ -99,6 +99,25 @@ def test_functional_call_between_forward_and_backward_does_no_harm() -> None:
     assert len(table.weight._backward_hooks) == len(teacher._backward_hooks) == 1
 
 
+@SPARSE_AND_DENSE
+@pytest.mark.parametrize("create_graph", [False, True], ids=["first", "second"])
+def test_functional_call_leaves_the_model_alone_whose_parameter_it_takes(
+    sparse: bool, create_graph: bool
+) -> None:
+    table, other = table_of(sparse=sparse), nn.Embedding(V, D)
+    for _ in range(2):
+        loss = torch.func.functional_call(table, {"weight": other.weight}, IDS).pow(3).sum()
+        (grad,) = torch.autograd.grad(loss, other.weight, create_graph=create_graph)
+        assert moved_rows(grad) == ROWS
+        if create_graph:
+            grad.square().sum().backward()
+            assert moved_rows(other.weight.grad) == ROWS
+    other.zero_grad()
+    other(torch.arange(V)).sum().backward()
+    assert moved_rows(other.weight.grad) == list(range(V))
+    assert_is_partial(table)
+
+
 def by_setattr(table: nn.Module, weight: nn.Parameter) -> None:
     table.weight = weight
 
@@ -147,6 +166,21 @@ def test_a_replaced_weight_is_hooked_again(
             assert_is_masked_past_the_module(table)
         assert_is_partial(table)
         assert len(table.weight._backward_hooks) == 1
+
+
+@SPARSE_AND_DENSE
+def test_a_weight_put_there_behind_the_module_s_back_is_the_table_s_once_it_is_stepped(
+    sparse: bool,
+) -> None:
+    table = table_of(sparse=sparse)
+    by_parameters_dict(table, nn.Parameter(vectors()))
+    optimizer = torch.optim.AdamW(table.parameters(), 0.1, weight_decay=0.1)
+    for _ in range(2):
+        gradient(table)
+        optimizer.step()
+        assert moved_rows(table.weight.detach() - vectors()) == ROWS
+    assert isinstance(table.weight.grad, RowGradient) == sparse
+    assert_is_masked_past_the_module(table)
 
 
 @SPARSE_AND_DENSE

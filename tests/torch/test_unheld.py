@@ -13,6 +13,7 @@ from partial_embedding import InputError
 from partial_embedding.torch import (
     PartialEmbedding,
     PartialLinear,
+    detach_rowwise,
     replace_embedding,
     restore_embedding,
 )
@@ -193,6 +194,23 @@ def test_a_weight_that_was_replaced_after_the_first_step_is_refused(how: str) ->
     optimizer = SGD(model.parameters(), 0.1)
     optimizer.step()
     assert rows_that_differ(before, model[0].weight) == [2]
+
+
+def test_a_table_that_was_made_plain_after_the_first_step_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2))
+    replace_embedding(model, "0", [2])
+    optimizer = SGD(model.parameters(), 0.1)
+    gradients(model)
+    optimizer.step()
+    restore_embedding(model)
+    before = model[0].weight.detach().clone()
+    gradients(model)
+    with pytest.raises(InputError, match=r"is a plain one now.*call detach_rowwise"):
+        optimizer.step()
+    assert_same_bits(model[0].weight, before, "the rows")
+    detach_rowwise(optimizer)
+    optimizer.step()
+    assert rows_that_differ(before, model[0].weight) == IDS.tolist()
 
 
 def test_a_head_may_be_tied_after_the_first_step() -> None:

@@ -178,7 +178,8 @@ def _read_array(path: Path) -> WordVectors:
 
 
 def _finite(path: Path, tokens: Sequence[str], values: NDArray[np.floating]) -> WordVectors:
-    values = values.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32, copy=False)
     for row in range(0, len(values), 1 << 16):  # by blocks, since all may be more than memory
         finite = np.isfinite(values[row : row + (1 << 16)]).all(axis=1)
         if not finite.all():
