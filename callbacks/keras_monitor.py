@@ -15,7 +15,13 @@ import tensorflow as tf
 from keras.optimizers import MultiOptimizer
 from numpy.typing import NDArray
 
-from partial_embedding.monitor.record import RECORD, RunRecorder, write_record
+from partial_embedding.errors import InputError
+from partial_embedding.monitor.record import (
+    RECORD,
+    RunRecorder,
+    check_amounts,
+    write_record,
+)
 from partial_embedding.monitor.sampling import TableSample
 from partial_embedding.monitor.track import RowTrack
 from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
@@ -70,6 +76,8 @@ class RowMonitor(keras.callbacks.Callback):
             Keras shows callbacks no others.
 
     Raises:
+        InputError: `every_n_steps` or `sample` is no whole number from 1 up, or `unfreezing` is no
+            such callback. When `fit` starts: `log_dir` is a file.
         OSError: The record cannot be written.
 
     Example:
@@ -87,6 +95,13 @@ class RowMonitor(keras.callbacks.Callback):
         unfreezing: RowUnfreezing | None = None,
     ) -> None:
         super().__init__()
+        check_amounts(every_n_steps=every_n_steps, sample=sample)
+        # Its class is in the module that imports this one.
+        if unfreezing is not None and not hasattr(unfreezing, "audit_results"):
+            raise InputError(
+                "unfreezing is the RowUnfreezing of the run. Received a "
+                f"{type(unfreezing).__name__}. Pass the callback itself."
+            )
         self.log_dir = fspath(log_dir)
         self.every_n_steps = every_n_steps
         self.sample = sample
@@ -106,8 +121,11 @@ class RowMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Look at the tables."""
+        if (folder := Path(self.log_dir)).exists() and not folder.is_dir():
+            raise InputError(f"log_dir is a folder. Received: {folder}, a file. Name another.")
         batches = self.params.get("steps")
-        accumulated = innermost(self.model.optimizer).gradient_accumulation_steps or 1
+        optimizer = innermost(getattr(self.model, "optimizer", None))  # none in a loop of one's own
+        accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
         self._run = RunRecorder(
             self.params.get("epochs"),
             None if batches is None else math.ceil(batches / accumulated),
@@ -121,7 +139,7 @@ class RowMonitor(keras.callbacks.Callback):
             rows = partial(_rows_of, layer)
             sample = self._run.add_table(name, rows, layer.input_dim, padding)
             self._tables[name] = _Table(layer, sample)
-        if isinstance(innermost(self.model.optimizer), MultiOptimizer) and self.model.built:
+        if isinstance(optimizer, MultiOptimizer) and self.model.built:
             self.model.optimizer.build(self.model.trainable_variables)  # with those of tables
         self._measuring = [one for one in optimizers_in(self.model) if isinstance(one, Rowwise)]
         # What measures is part of a step that is traced from now on.

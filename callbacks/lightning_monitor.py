@@ -15,7 +15,12 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from partial_embedding.monitor.record import RECORD, RunRecorder, write_record
+from partial_embedding.monitor.record import (
+    RECORD,
+    RunRecorder,
+    check_amounts,
+    write_record,
+)
 from partial_embedding.monitor.sampling import TableSample
 from partial_embedding.monitor.track import RowTrack
 from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
@@ -63,6 +68,7 @@ class RowMonitor(Callback):
             default the `vocabulary` of the datamodule or of the module.
 
     Raises:
+        InputError: `every_n_steps` or `sample` is no whole number from 1 up.
         OSError: The record cannot be written.
 
     Example:
@@ -73,6 +79,8 @@ class RowMonitor(Callback):
     def __init__(
         self, *, every_n_steps: int | None = None, sample: int = 256, vocabulary: Any = None
     ) -> None:
+        # None is the trainer's own number.
+        check_amounts(every_n_steps=1 if every_n_steps is None else every_n_steps, sample=sample)
         self.every_n_steps = every_n_steps
         self.sample = sample
         self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)

@@ -104,6 +104,26 @@ def _planned(state: Mapping[str, Any]) -> Planned:
     )
 
 
+def check_amounts(**amounts: int) -> None:
+    """Refuse arguments of a `RowMonitor` with which it would measure nothing.
+
+    Args:
+        **amounts: Their values.
+
+    Raises:
+        InputError: One of them is no whole number from 1 up.
+
+    Example:
+        >>> check_amounts(every_n_steps=50, sample=256)
+    """
+    for name, value in amounts.items():
+        if type(value) is not int or value < 1:
+            raise InputError(
+                f"{name} is a whole number from 1 up. Received: {value!r}. Leave it out for the "
+                "default."
+            )
+
+
 class Moving(Protocol):
     """What moves rows along schedules: the `RowUnfreezing` of a framework."""
 

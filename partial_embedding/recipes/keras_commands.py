@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import keras
 import numpy as np
+import yaml
 from keras import ops
 from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
 from partial_embedding.files import parse_yaml, shown
 from partial_embedding.recipes.keras_text import (
+    TABLE,
     RowSettings,
     TextBatches,
     TrainerSettings,
@@ -30,10 +34,17 @@ from partial_embedding.recipes.prepare_texts import (
     texts_to_test,
     texts_to_validate,
 )
-from partial_embedding.recipes.settings import CommandParser, checked, find_checkpoint, read_config
+from partial_embedding.recipes.settings import (
+    CommandParser,
+    checked,
+    find_checkpoint,
+    read_config,
+    settings,
+)
 from partial_embedding.rows.vocabulary import Vocabulary
 
 Config = dict[str, dict[str, Any]]
+_PARTS = ("data", "model", "rows", "trainer")
 
 
 def fit_command(args: Sequence[str]) -> Path:
@@ -62,41 +73,46 @@ def measure_command(command: str, args: Sequence[str]) -> None:
     if named is not None and Path(named).is_dir():
         named = f"{named}/model.keras"
     path = find_checkpoint(command, named, root, {"last": "**/model.keras"})
-    model, meaning = _loaded(path)
-    names, vocabulary = meaning["names"], Vocabulary(meaning["tokens"])
+    model, names, vocabulary, trained = _loaded(path)
     # Settings of the data may be others than in training.
     changed = checked(TextSettings, config.get("data", {}), "data")
-    settings = TextSettings(**{**meaning["texts"], **changed})
+    data = TextSettings(**{**asdict(trained), **changed})
     print(f"checkpoint: {shown(path)}")
 
     def batches(texts: Sequence[str], labels: NDArray[np.int64]) -> TextBatches:
-        return TextBatches(settings.encode(texts, vocabulary), labels, settings.batch_size)
+        return TextBatches(data.encode(texts, vocabulary), labels, data.batch_size)
 
     if command == "predict":
-        asked = texts_to_predict(settings, names, print) if text is None else [text]
+        asked = texts_to_predict(data, names, print) if text is None else [text]
         scores = model.predict(batches(asked, np.zeros(len(asked), np.int64)), verbose=0)
-        typed = text is not None or settings.test_path == "-"
+        typed = text is not None or data.test_path == "-"
         output = output or ("-" if typed else root / "predictions.csv")
         probabilities = ops.convert_to_numpy(ops.softmax(scores))
         write_predictions(output, asked, probabilities, names, top_k)
         return
     texts_of = texts_to_test if command == "test" else texts_to_validate
-    side = texts_of(settings, names, print)
+    side = texts_of(data, names, print)
     found = model.evaluate(batches(side.texts, side.labels), verbose=0, return_dict=True)
     for name, value in found.items():
         print(f"{'val' if command == 'validate' else command}_{name}: {value:.4f}")
 
 
-def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
-    """A model, and what its rows and classes mean."""
+def _loaded(path: Path) -> tuple[Any, list[str], Vocabulary, TextSettings]:
+    """A model, its classes, and what its rows and texts are."""
     try:
         meaning = json.loads(path.with_name("meaning.json").read_text(encoding="utf-8"))
-        return keras.models.load_model(path), meaning
-    except (OSError, ValueError) as error:
+        names, vocabulary = list(meaning["names"]), Vocabulary(meaning["tokens"])
+        texts = TextSettings(**meaning["texts"])
+        model = keras.models.load_model(path)
+        found = (model.get_layer(TABLE).input_dim, model.output_shape[-1])
+        if found != (meant := (len(vocabulary), len(names))):
+            raise ValueError(f"a model of {found} rows and classes, where {meant} are meant")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             "a checkpoint is the model.keras of a run, with its meaning.json beside. "
             f"Received: {path}: {error}. Pass last, or the path of one."
         ) from error
+    return model, names, vocabulary, texts
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -119,16 +135,35 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--top_k", type=int, help="the classes of each text")
     for part, made in parts.items():
         options = parser.add_argument_group(part)
-        for name in inspect.signature(made).parameters:
-            options.add_argument(f"--{part}.{name}", type=parse_yaml, metavar=name.upper())
+        hints = typing.get_type_hints(made)
+        for name in settings(made):
+            read = _reader(hints[name])
+            options.add_argument(f"--{part}.{name}", type=read, metavar=name.upper())
     return parser
+
+
+def _reader(hint: Any) -> Callable[[str], Any]:
+    """What reads an option: a name stands as it is, and all else is YAML."""
+    kinds = set(typing.get_args(hint) or (hint,))
+
+    def read(text: str) -> Any:
+        if kinds <= {str, NoneType}:
+            return None if text == "null" and NoneType in kinds else text
+        try:
+            return parse_yaml(text)
+        except yaml.YAMLError:
+            raise argparse.ArgumentTypeError(
+                f"a setting is a value in YAML. Received: {text!r}"
+            ) from None
+
+    return read
 
 
 def _config(given: dict[str, Any]) -> Config:
     """The parts of the configuration files, and what options say instead."""
     config: Config = {}
     for path in given.pop("config", []):
-        for part, keys in read_config(path).items():
+        for part, keys in read_config(path, _PARTS).items():
             config.setdefault(part, {}).update(keys)
     for name, value in given.items():
         part, _, setting = name.partition(".")

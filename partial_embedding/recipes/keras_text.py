@@ -35,7 +35,7 @@ from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 # The name of the table, for schedules of several.
-_TABLE = "embedding"
+TABLE = "embedding"
 # What a configuration of the Lightning recipe has besides, which changes nothing of the training.
 _LEFT_OUT = {"best", "last", "monitor", "random_state"}
 
@@ -160,12 +160,12 @@ class MeanOfText(keras.layers.Layer):
 def text_classifier(
     data: PreparedTexts,
     schedule: Schedule,
+    lazy: bool,
     encoder: Literal["cnn", "mean"] = "cnn",
     channels: int = 64,
     dropout: float = 0.5,
     lr: float = 1e-3,
     weight_decay: float = 0.01,
-    lazy: bool = False,
 ) -> Any:
     """A small text classifier over a partly trainable table of word vectors, compiled.
 
@@ -183,7 +183,7 @@ def text_classifier(
         data.table,
         trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
         freeze_padding=True,
-        name=_TABLE,
+        name=TABLE,
     )
     ids = keras.Input((None,), dtype="int64", name="ids")
     words = keras.layers.Dropout(dropout)(table(ids))
@@ -216,10 +216,21 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How long training goes, and in which folder the run gets one of its own."""
+    """How long training goes, and in which folder the run gets one of its own.
+
+    Raises:
+        InputError: There is no epoch, or a file has the name of the folder.
+    """
 
     max_epochs: int = 10
     default_root_dir: str = "runs"
+
+    def __post_init__(self) -> None:
+        check_range("max_epochs", self.max_epochs, 1)
+        if (root := Path(self.default_root_dir)).exists() and not root.is_dir():
+            raise InputError(
+                f"default_root_dir is a folder. Received: {shown(root)}, a file. Name another."
+            )
 
 
 def read_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -260,7 +271,7 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
     keras.utils.set_random_seed(texts.seed)
     data = prepare_texts(texts, print)
     schedule = _of_the_table(rows.schedule)
-    model = text_classifier(data, schedule, lazy=rows.lazy, **settings["model"])
+    model = text_classifier(data, schedule, rows.lazy, **settings["model"])
     training, validation = (
         TextBatches(texts.encode(side.texts, data.vocabulary), side.labels, texts.batch_size, seed)
         for side, seed in ((data.training, texts.seed), (data.validation, None))
@@ -294,10 +305,10 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
 
 def _of_the_table(schedules: Any) -> Schedule:
     by_table = schedules_by_table(schedules)
-    if unknown := [name for name in by_table if name not in (None, _TABLE)]:
+    if unknown := [name for name in by_table if name not in (None, TABLE)]:
         raise InputError(
-            f"schedules are named after the model's tables, [{_TABLE!r}]. Received: "
-            f"{unknown[0]!r}. Call it {_TABLE!r}, or write one schedule for all."
+            f"schedules are named after the model's tables, [{TABLE!r}]. Received: "
+            f"{unknown[0]!r}. Call it {TABLE!r}, or write one schedule for all."
         )
     (schedule,) = by_table.values()
     return schedule

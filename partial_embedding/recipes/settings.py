@@ -8,7 +8,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -33,8 +33,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+def read_config(
+    path: str | os.PathLike[str], parts: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
     """The parts of a configuration of `fit`; of one that names a `class_path`, its `init_args`.
+
+    Args:
+        path: The file.
+        parts: Those that are refused where they are no mappings, in place of being left out.
 
     Raises:
         InputError: The file cannot be read or is no mapping.
@@ -47,8 +53,16 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         )
     config = {}
     for part, keys in given.items():
+        if isinstance(keys, Mapping) and "class_path" in keys:
+            keys = keys.get("init_args")
+            keys = {} if keys is None else keys
         if isinstance(keys, Mapping):
-            config[str(part)] = dict(keys.get("init_args") or {} if "class_path" in keys else keys)
+            config[str(part)] = dict(keys)
+        elif part in parts and keys is not None:
+            raise InputError(
+                f"{path}: {part} is a mapping of its settings. Received: {keys!r}. Write them "
+                "below it, each on a line of its own."
+            )
     return config
 
 
@@ -59,8 +73,21 @@ def check_range(name: str, value: float, least: float, below: float = math.inf) 
         raise InputError(f"{name} {rule}. Received: {value}. Leave it out for the default.")
 
 
+def settings(made: Callable[..., Any]) -> list[str]:
+    """The names of those arguments of a class or function that have a default.
+
+    Example:
+        >>> settings(lambda data, lr=1e-3: None)
+        ['lr']
+    """
+    parameters = inspect.signature(made).parameters.items()
+    return [name for name, one in parameters if one.default is not one.empty]
+
+
 def checked(made: Callable[..., Any], given: Mapping[str, Any], part: str) -> dict[str, Any]:
     """The arguments for a class or function, each of the simple type that it asks for.
+
+    What has no default is for its caller to give.
 
     Raises:
         InputError: There is no such argument, or its value is of another type; the message names
@@ -68,7 +95,7 @@ def checked(made: Callable[..., Any], given: Mapping[str, Any], part: str) -> di
     """
     # Those of a dataclass stand at the class.
     hints = typing.get_type_hints(made)
-    known = list(inspect.signature(made).parameters)
+    known = settings(made)
     for name in given:
         if name not in known:
             raise InputError(

@@ -90,6 +90,7 @@ class KerasTables:
                 "layer.trainable = True before the model is compiled, or leave the layer out of "
                 "the schedule."
             )
+        table.check_kind(ids)
         if ids.size and optimizer is not None and optimizer.built and not is_known:
             raise InputError(
                 f"rows train under an optimizer that was built for them. Received {name!r}, and a "

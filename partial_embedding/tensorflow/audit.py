@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from partial_embedding.errors import FrozenRowsMoved
+from partial_embedding.errors import FrozenRowsMoved, InputError
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule.messages import moved_text
 from partial_embedding.tensorflow.embedding import PartialEmbedding
@@ -18,12 +18,14 @@ class FrozenRowAudit:
     frozen row.
 
     Args:
-        layer: The built layer, whose rows that are frozen now are watched.
+        layer: The layer, whose rows that are frozen now are watched. It is built, if it is not.
         name: Its name in messages.
+
+    Raises:
+        InputError: It is no `PartialEmbedding`, or is quantized.
 
     Example:
         >>> layer = PartialEmbedding(4, 2, trainable_rows=[3])
-        >>> layer.build()
         >>> audit = FrozenRowAudit(layer, "words")
         >>> audit.check()
         >>> layer.set_weights([np.ones((4, 2))])
@@ -32,6 +34,12 @@ class FrozenRowAudit:
     """
 
     def __init__(self, layer: PartialEmbedding, name: str = "table") -> None:
+        if not isinstance(layer, PartialEmbedding) or layer.quantization_mode:
+            raise InputError(
+                "an audit is of the rows of a PartialEmbedding, not quantized. Received: "
+                f"{layer!r}. Pass the layer, as model.get_layer(name) gives it."
+            )
+        layer.build()
         self.layer = layer
         self.name = name
         self.frozen: Ids = np.setdiff1d(np.arange(layer.input_dim), layer.trainable_rows)

@@ -84,7 +84,7 @@ class PartialEmbedding(OneTable):
             self._first_rows if reserve_rows is None else self._resolve(reserve_rows)
         )
         self._check_reserved(self._first_rows)
-        self._check_lora(bool(self.lora_rank))
+        self._check_lora(bool(self.lora_rank), self._can_freeze)
         if weights is not None:
             self._build_of(weights if isinstance(weights, list) else [weights])
 
@@ -106,20 +106,26 @@ class PartialEmbedding(OneTable):
             **kwargs: All that `keras.layers.Embedding` takes but its shape.
 
         Raises:
-            InputError: The table is not a matrix.
+            InputError: The table is no matrix of real numbers.
 
         Example:
             >>> layer = PartialEmbedding.from_matrix(np.eye(3), trainable_rows=[2])
             >>> layer.get_weights()[0][2]
             array([0., 0., 1.], dtype=float32)
         """
-        shape = np.shape(matrix)
-        if len(shape) != 2:
+        try:
+            # A tensor of TensorFlow is left where it is.
+            given = matrix if hasattr(matrix, "dtype") else np.array(matrix)
+        except ValueError:  # rows of several lengths
+            given = np.array(None)
+        shape, dtype = np.shape(given), tf.as_dtype(given.dtype)
+        if len(shape) != 2 or not (dtype.is_floating or dtype.is_integer):
             raise InputError(
-                f"a table is a matrix of shape (V, D). Received the shape {shape}. Reshape it."
+                "a table is a matrix of real numbers, of shape (V, D). Received the shape "
+                f"{shape}, {dtype.name}. Reshape or convert it."
             )
         options = {"trainable_rows": trainable_rows, "reserve_rows": reserve_rows, **kwargs}
-        return cls(shape[0], shape[1], weights=matrix, **options)
+        return cls(shape[0], shape[1], weights=given, **options)
 
     @classmethod
     def from_layer(
@@ -220,13 +226,15 @@ class PartialEmbedding(OneTable):
             Their ids: sorted, int64, shape (K,).
 
         Raises:
-            InputError: A row is not reserved, or the layer was built as a plain one.
+            InputError: A row is not reserved, or the layer was built as a plain one, or it has LoRA
+                or is quantized.
 
         Example:
             >>> PartialEmbedding(5, 2, reserve_rows="all").check_trainable_rows(range(2))
             array([0, 1])
         """
         after = self._resolve(rows)
+        self.check_kind(after)
         self._check_reserved(after)
         if self.built and self.table_state is None and after.size != self._first_rows.size:
             raise InputError(
@@ -235,6 +243,22 @@ class PartialEmbedding(OneTable):
                 f"{self.input_dim} rows. Make the layer with reserve_rows='all'."
             )
         return after
+
+    def check_kind(self, rows: Ids) -> None:
+        """Refuse rows, by their ids, in a table that trains as a whole or not at all.
+
+        Raises:
+            InputError: The layer has LoRA and these are not all rows, or it is quantized.
+
+        Example:
+            >>> PartialEmbedding(5, 2, lora_rank=2).check_kind(np.arange(5))
+        """
+        if self.quantization_mode and rows.size:
+            raise InputError(
+                "no row of a quantized table trains. Received a wish to train "
+                f"{rows.size} of {self.name!r}. Train first, and quantize for inference."
+            )
+        self._check_lora(bool(self.lora_rank), rows.size != self.input_dim)
 
     def unfreeze_rows(
         self, rows: RowsLike, *, lr_scale: float = 1.0, warmup_steps: int = 0
@@ -287,6 +311,9 @@ class PartialEmbedding(OneTable):
         Args:
             rows: Rows in any form that `Rows.parse` reads.
 
+        Raises:
+            InputError: The layer has LoRA or is quantized.
+
         Example:
             >>> layer = PartialEmbedding(5, 2)
             >>> layer.reserve_rows([1, 3])
@@ -295,6 +322,8 @@ class PartialEmbedding(OneTable):
             (array([3]), array([1, 3]))
         """
         reserved = self._resolve(rows)
+        self.check_kind(reserved)
+        self._check_lora(bool(self.lora_rank), True)
         self._first_rows = np.intersect1d(self.trainable_rows, reserved)
         is_other = not np.array_equal(reserved, self._reserved)
         self._reserved, self.reserves_rows = reserved, True
@@ -411,7 +440,7 @@ class PartialEmbedding(OneTable):
 
     def enable_lora(self, rank: int, *args: Any, **kwargs: Any) -> None:
         """Train a low-rank change of every row, which only a table with no frozen row allows."""
-        self._check_lora(True)
+        self._check_lora(True, self._can_freeze)
         super().enable_lora(rank, *args, **kwargs)
 
     def quantize(self, mode: Any = None, type_check: bool = True, config: Any = None) -> None:
@@ -442,9 +471,12 @@ class PartialEmbedding(OneTable):
                 "Make the layer with reserve_rows= all rows that will ever train."
             )
 
-    def _check_lora(self, wanted: bool) -> None:
-        frozen = self.reserves_rows or self._first_rows.size != self.input_dim
-        if wanted and frozen and not self.quantization_mode:
+    @property
+    def _can_freeze(self) -> bool:
+        return self.reserves_rows or self._first_rows.size != self.input_dim
+
+    def _check_lora(self, has_lora: bool, freezes: bool) -> None:
+        if has_lora and freezes and not self.quantization_mode:
             raise InputError(
                 "LoRA adds a change of low rank to every row of a table, frozen ones too. Received "
                 "a wish for it on a table of which only reserved rows may train. Use "

@@ -14,7 +14,7 @@ from partial_embedding.schedule import RateScale
 
 @dataclass(eq=False)
 class RowScales:
-    """The rate scale of each reserved row, in variables that are assigned without tracing again.
+    """When each reserved row joined, and how fast it learns, in variables assigned without tracing.
 
     Args:
         joined_at: The optimizer step at which each row joined, or -1; int64, shape (R,).
@@ -37,6 +37,13 @@ class RowScales:
         warmup = max(rate_scale.warmup_steps, 1)
         self.lr_scale.assign(np.where(begins, rate_scale.lr_scale, self.lr_scale.numpy()))
         self.warmup_steps.assign(np.where(begins, warmup, self.warmup_steps.numpy()))
+
+    def leave(self, slots: Ids) -> None:
+        """Forget when those at these places joined, so that they begin where they join again."""
+        joined_at = self.joined_at.numpy()
+        if (joined_at[slots] >= 0).any():
+            joined_at[slots] = -1
+            self.joined_at.assign(joined_at)
 
     def rates(self, learning_rate: Any, ages: Any, slots: Any = None) -> Any:
         """The learning rate of each row, as `RateScale.factor` gives it; float32, shape (N, 1).

@@ -102,11 +102,16 @@ def optimizer_of(model: Any, variable: Any) -> Any:
 
 def optimizers_in(model: Any) -> Iterator[Any]:
     """The optimizers among a model's attributes that step variables, not those that hold others."""
-    waiting = [v for v in vars(model).values() if isinstance(v, keras.optimizers.Optimizer)]
-    while waiting:
-        optimizer = waiting.pop(0)
-        inner = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
-        if inner := [one for one in inner if one is not None]:
-            waiting += inner
-        elif not isinstance(optimizer, keras.optimizers.MultiOptimizer):  # not built yet
-            yield optimizer
+    for value in vars(model).values():
+        if isinstance(value, keras.optimizers.Optimizer):
+            yield from steppers(value)
+
+
+def steppers(optimizer: Any) -> Iterator[Any]:
+    """The optimizer itself, or those that it holds and that step variables in its place."""
+    held = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
+    if held := [one for one in held if one is not None]:
+        for one in held:
+            yield from steppers(one)
+    elif not isinstance(optimizer, keras.optimizers.MultiOptimizer):  # not built yet
+        yield optimizer

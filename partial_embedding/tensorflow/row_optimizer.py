@@ -132,6 +132,7 @@ class Rowwise(keras.optimizers.Optimizer):
         scale = self.add_variable(shape, "ones", "float32", name=f"{name}_lr_scale")
         warmup = self.add_variable(shape, "ones", "int64", name=f"{name}_warmup_steps")
         state.optimizer = self
+        state.optimizers.add(self)
         return _Table(state, optimizer, RowScales(joined_at, scale, warmup))
 
     @property
@@ -219,7 +220,7 @@ class Rowwise(keras.optimizers.Optimizer):
         if table is None:
             rest = worker(self._hidden.rest, self.iterations)
             rest.update_step(gradient, variable, learning_rate)
-        elif self.lazy or isinstance(gradient, tf.IndexedSlices):
+        elif self.lazy:
             if not isinstance(gradient, tf.IndexedSlices):
                 # Of a head tied to the table, or of a step that was traced before this was built.
                 every = tf.range(variable.shape[0], dtype=tf.int64)
@@ -230,6 +231,10 @@ class Rowwise(keras.optimizers.Optimizer):
                 gradient = summed(gradient)
             self._step_some(table, gradient, variable, learning_rate)
         else:
+            if isinstance(gradient, tf.IndexedSlices):  # as an optimizer built later is lazy
+                gradient = tf.math.unsorted_segment_sum(
+                    gradient.values, gradient.indices, variable.shape[0]
+                )
             ages = self._ages(table)
             rates = table.scales.rates(learning_rate, ages)
             worker(table.optimizer, ages).update_step(gradient, variable, rates)

@@ -47,8 +47,9 @@ class TableState:
         self.layer = layer
         self.table = table
         self.reserved = reserved
-        # The `Rowwise` that was built last for these rows.
+        # The `Rowwise` that was built last for these rows, and all that were.
         self.optimizer: Any = None
+        self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_freed = False
         with tf.init_scope():
             # int64, as TensorFlow keeps int32 tensors off the GPU.
@@ -168,7 +169,8 @@ class TableState:
 
     def _check_optimizer(self) -> None:
         """Refuse a step by an optimizer that the table was not made ready for."""
-        if (known := self.optimizer) is None or known.is_stepping:
+        known = self.optimizer
+        if known is None or any(one.is_stepping for one in self.optimizers):
             return
         with tf.init_scope():
             is_needed = known.lazy or not known.row_scales(self.rows).are_plain
@@ -203,14 +205,17 @@ class TableState:
                 "Received a call while a graph is traced. Call from a callback or between steps."
             )
         before = self.trainable_rows
-        self.write_back(np.setdiff1d(before, after, assume_unique=True))
+        leaving = np.setdiff1d(before, after, assume_unique=True)
+        self.write_back(leaving)
         if (joining := np.setdiff1d(after, before, assume_unique=True)).size:
             # Assigned as a whole: a scatter would make every later read of the variable a copy.
             joins = np.isin(self.reserved, joining, assume_unique=True)[:, np.newaxis]
             self.rows.assign(tf.where(joins, self.kept(), self.rows.value))
         self.unfrozen.assign(np.isin(self.reserved, after, assume_unique=True).astype(np.float32))
-        if self.optimizer is not None:
-            scales = self.optimizer.row_scales(self.rows)
+        for optimizer in self.optimizers:
+            scales = optimizer.row_scales(self.rows)
+            # Now, as they may join again before any step.
+            scales.leave(np.searchsorted(self.reserved, leaving))
             scales.begin(np.searchsorted(self.reserved, begin), rate_scale)
 
     def write_back(self, ids: Ids) -> None:

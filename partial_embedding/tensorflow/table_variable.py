@@ -53,6 +53,11 @@ class TableVariable(Variable, tf.__internal__.types.Tensor):
         return tf.convert_to_tensor(self.value, dtype, name=name)
 
     @property
+    def _unique_id(self) -> Any:
+        # By which optimizers know a variable that is excluded from weight decay.
+        return self._state.rows.value._unique_id
+
+    @property
     def handle(self) -> Any:
         """What tapes take for the variable."""
         return _GradientSource(self._state)

@@ -114,15 +114,17 @@ def test_late_rows_begin_as_if_training_had_just_started(
     assert rows_that_differ(MATRIX, fresh.table) == [2, 4, 5, 7]
 
 
+@pytest.mark.parametrize("steps", [0, 1], ids=["at once", "after a step"])
 @each_optimizer
 def test_rows_that_return_begin_as_if_training_had_just_started(
-    adapter: Any, optimizer: Optimizer
+    adapter: Any, optimizer: Optimizer, steps: int
 ) -> None:
     back = adapter.Training(MATRIX, [2, 4], optimizer)
     for batch in BATCHES:
         back.step(*batch)
     back.freeze([4])
-    back.step(*BATCHES[0])
+    for batch in BATCHES[:steps]:
+        back.step(*batch)
     back.unfreeze([4])
     fresh = adapter.Training(back.table, [4], optimizer)
     for batch in BATCHES:

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from partial_embedding import Vocabulary
+from partial_embedding import InputError, Vocabulary
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor, _row_squares
 from partial_embedding.monitor.record import read_record
@@ -218,6 +218,14 @@ def test_rows_are_followed_by_how_often_they_occur(usual: Run) -> None:
     assert track.bands["seen_0"].drift[-1][1:] == (0.0, 0.0, 0.0)
     assert track.moved[0].token in {"1", "2"}
     assert track.moved[0].token not in track.moved[0].before
+
+
+@pytest.mark.parametrize(
+    "options", [{"every_n_steps": 0}, {"sample": 0}, {"sample": "all"}], ids=str
+)
+def test_what_would_measure_nothing_is_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="is a whole number from 1 up"):
+        RowMonitor(**options)
 
 
 def test_the_record_holds_plan_scores_and_audit(usual: Run) -> None:

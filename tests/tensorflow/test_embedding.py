@@ -10,7 +10,8 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
 from partial_embedding import InputError, Rows  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402
+from partial_embedding.tensorflow import FrozenRowAudit, PartialEmbedding  # noqa: E402
+from partial_embedding.tensorflow.adapter import KerasTables  # noqa: E402
 
 MATRIX = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 IDS = np.array([[0, 1, 5], [2, 2, 4]])
@@ -268,6 +269,58 @@ def test_lora_is_refused_where_rows_are_frozen_and_works_where_none_is() -> None
     layer = PartialEmbedding(6, 3, lora_rank=2)
     assert layer(IDS).shape == (2, 3, 3)
     assert len(layer.trainable_variables) == 2
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize(
+    "freeze",
+    [
+        lambda layer: layer.freeze_rows([1]),
+        lambda layer: layer.set_trainable_rows([1]),
+        lambda layer: layer.reserve_rows([1]),
+        lambda layer: layer.reserve_rows("all"),
+        lambda layer: KerasTables(keras.Sequential([layer])).check_rows(layer.name, np.array([1])),
+    ],
+    ids=["freeze", "set", "reserve", "reserve all", "schedule"],
+)
+def test_rows_of_a_layer_with_lora_are_not_frozen(freeze: Any, built: bool) -> None:
+    layer = PartialEmbedding(6, 3, lora_rank=2)
+    if built:
+        layer.build()
+    with pytest.raises(InputError, match="LoRA adds a change of low rank to every row"):
+        freeze(layer)
+    assert layer.trainable_rows.size == layer.reserved_rows.size == 6
+    layer.build()
+    assert layer.lora_enabled
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        lambda layer: layer.unfreeze_rows([1]),
+        lambda layer: layer.reserve_rows([1]),
+        lambda layer: KerasTables(keras.Sequential([layer])).check_rows(layer.name, np.array([1])),
+        lambda layer: FrozenRowAudit(layer),
+    ],
+    ids=["unfreeze", "reserve", "schedule", "audit"],
+)
+def test_no_row_of_a_quantized_layer_trains(train: Any) -> None:
+    layer = _layer()
+    layer.build()
+    layer.quantize("int8")
+    before = layer(IDS).numpy()
+    with pytest.raises(InputError, match="quantize"):
+        train(layer)
+    assert layer(IDS).numpy().tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("rows", ["all", [1]], ids=str)
+def test_a_table_may_be_a_list_and_is_one_of_real_numbers(rows: Any) -> None:
+    layer = PartialEmbedding.from_matrix([[1.0, 2.0], [3.0, 4.0]], trainable_rows=rows)
+    assert layer.get_weights()[0].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    for wrong in ([["a", "b"]], [[1.0], [1.0, 2.0]], np.ones((2, 2)) * 1j, np.ones(3), None):
+        with pytest.raises(InputError, match="a table is a matrix of real numbers"):
+            PartialEmbedding.from_matrix(wrong, trainable_rows=rows)
 
 
 def test_moving_rows_inside_a_traced_function_is_refused() -> None:

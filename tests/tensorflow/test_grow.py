@@ -151,6 +151,112 @@ def test_new_names_the_rows_by_which_a_table_grew_last() -> None:
     assert model.layers[0].trainable_rows.tolist() == [13]
 
 
+class Unregistered(keras.optimizers.schedules.LearningRateSchedule):
+    """A rate that Keras cannot write down."""
+
+    def __call__(self, step: Any) -> Any:
+        return 0.1
+
+
+class TwoOptimizers(keras.Model):
+    """A model that steps its table and its head by optimizers of their own."""
+
+    def compile(self, of_table: Any, of_head: Any, **options: Any) -> None:
+        super().compile(**options)
+        self.of_table, self.of_head = of_table, of_head
+
+    def train_step(self, data: Any) -> Any:
+        ids, targets = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=targets, y_pred=self(ids))
+        parts = [self.layers[1].trainable_variables, self.layers[-1].trainable_variables]
+        for optimizer, part, gradients in zip(
+            (self.of_table, self.of_head), parts, tape.gradient(loss, parts), strict=True
+        ):
+            optimizer.apply(gradients, part)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, rowwise], ids=["plain", "rowwise"])
+@pytest.mark.parametrize("rate", [lambda: 0.1, Unregistered()], ids=["function", "unregistered"])
+def test_an_optimizer_goes_on_at_a_rate_that_keras_cannot_write_down(wrap: Any, rate: Any) -> None:
+    model = model_of()
+    model.compile(wrap(keras.optimizers.Adam(rate)), "mse", run_eagerly=True)
+    fit(model, V, epochs=1)
+    grow_table(model, "items", NEW)
+    assert model.optimizer._learning_rate is rate
+    assert int(model.optimizer.iterations) == 3
+    fit(model, V + NEW, epochs=1)
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, rowwise], ids=["plain", "rowwise"])
+@pytest.mark.parametrize("by", ["name", "variable"])
+def test_what_is_excluded_from_weight_decay_stays_excluded(wrap: Any, by: str) -> None:
+    model = model_of()
+    optimizer = keras.optimizers.SGD(0.1, weight_decay=0.5)
+    names = {"name": {"var_names": ["embeddings"]}}
+    optimizer.exclude_from_weight_decay(**names.get(by, {"var_list": [model.layers[0].embeddings]}))
+    model.compile(wrap(optimizer), "mse", run_eagerly=True)
+    fit(model, V, epochs=1)
+    grow_table(model, "items", NEW)
+    before = table_of(model)
+    model.train_on_batch(np.zeros((2, 3), np.int32), np.ones(2))  # row 0 does not train
+    assert np.array_equal(table_of(model), before)
+
+
+def test_averages_of_new_rows_begin_at_the_rows() -> None:
+    model = model_of()
+    model.compile(keras.optimizers.SGD(0.0, use_ema=True), "mse", run_eagerly=True)
+    fit(model, V, epochs=1)
+    grow_table(model, "items", NEW, init=np.full((NEW, D), 5.0))
+    fit(model, V + NEW, epochs=1)  # ends with the averages in place of the rows
+    np.testing.assert_allclose(table_of(model)[V:], 5.0, rtol=1e-6)
+
+
+def test_every_optimizer_that_a_model_has_of_the_table_goes_on() -> None:
+    parts = model_of()
+    model = TwoOptimizers(parts.inputs, parts.outputs)
+    model.compile(rowwise(keras.optimizers.Adam(0.1)), keras.optimizers.SGD(0.1), loss="mse")
+    model.run_eagerly = True
+    fit(model, V, epochs=1)
+    of_head = model.of_head
+    grow_table(model, "items", NEW)
+    before = parts.layers[0].get_weights()[0]
+    fit(model, V + NEW, epochs=2)
+    moved = np.flatnonzero((parts.layers[0].get_weights()[0] != before).any(axis=1))
+    assert moved.tolist() == [1, 5, 10, 11, 12]
+    assert model.of_head is of_head
+    assert int(model.of_table.iterations) == int(of_head.iterations) == 9
+
+
+def test_an_optimizer_that_cannot_be_made_anew_is_refused_before_the_table_grows() -> None:
+    class WithoutConfig(keras.optimizers.SGD):
+        def __init__(self) -> None:
+            super().__init__(0.1)
+
+    model = model_of()
+    model.compile(WithoutConfig(), "mse", run_eagerly=True)
+    fit(model, V, epochs=1)
+    before = table_of(model)
+    with pytest.raises(InputError, match="or call grow_table before compile"):
+        grow_table(model, "items", NEW)
+    assert np.array_equal(table_of(model), before)
+    fit(model, V, epochs=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda layer: layer.enable_lora(2), lambda layer: layer.quantize("int8")],
+    ids=["LoRA", "int8"],
+)
+def test_a_table_with_lora_or_quantized_does_not_grow(change: Any) -> None:
+    model = model_of(rows="all")
+    change(model.layers[0])
+    with pytest.raises(InputError, match="Call grow_table before enable_lora and quantize"):
+        grow_table(model, "items", NEW)
+    assert model.layers[0].input_dim == V
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -158,8 +264,11 @@ def test_new_names_the_rows_by_which_a_table_grew_last() -> None:
         ({"rows": 0}, "from 1 up"),
         ({"init": np.ones((NEW, D + 1))}, "a vector for each new row"),
         ({"init": "zeros"}, "init is 'mean'"),
+        ({"init": np.full((NEW, D), "a")}, r"Received: \(3, 4\), <U1"),
+        ({"init": np.full((NEW, D), 1j)}, "Received: .*complex128"),
+        ({"init": lambda shape: np.ones((NEW, NEW))}, r"Received: \(3, 3\)"),
     ],
-    ids=["name", "rows", "vectors", "init"],
+    ids=["name", "rows", "vectors", "init", "text", "complex", "function"],
 )
 def test_what_cannot_grow_is_refused_and_stays(change: dict[str, Any], reason: str) -> None:
     model = model_of()
@@ -167,6 +276,7 @@ def test_what_cannot_grow_is_refused_and_stays(change: dict[str, Any], reason: s
     with pytest.raises(InputError, match=reason):
         grow_table(model, **{"name": "items", "rows": NEW, **change})
     assert np.array_equal(table_of(model), before)
+    assert model.layers[0].input_dim == V
 
 
 def test_a_layer_made_of_a_table_draws_no_other_one_first() -> None:

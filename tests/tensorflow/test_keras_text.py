@@ -1,8 +1,11 @@
 """The text classifier in Keras: what it reads, what it learns, what it saves."""
 
+import json
 import re
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +180,7 @@ def test_the_order_and_the_dropout_of_an_epoch_follow_from_its_number(config: Pa
 def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) -> None:
     data = texts_of(config)
     schedule = Schedule.parse(read_config(config)["rows"]["schedule"])
-    model = keras_text.text_classifier(data, schedule, channels=4)
+    model = keras_text.text_classifier(data, schedule, False, channels=4)
     short = np.array([[3, 4, 5, 6, 7]])
     padded = np.pad(short, ((0, 0), (0, 9)))
     np.testing.assert_allclose(
@@ -189,9 +192,9 @@ def test_settings_of_a_model_that_are_out_of_range_are_refused(config: Path) -> 
     data = texts_of(config)
     schedule = Schedule.parse(read_config(config)["rows"]["schedule"])
     with pytest.raises(InputError, match=r"channels is at least 1\. Received: 0"):
-        keras_text.text_classifier(data, schedule, channels=0)
+        keras_text.text_classifier(data, schedule, False, channels=0)
     with pytest.raises(InputError, match=r"dropout lies in \[0, 1\)\. Received: 2"):
-        keras_text.text_classifier(data, schedule, dropout=2.0)
+        keras_text.text_classifier(data, schedule, False, dropout=2.0)
 
 
 @pytest.mark.parametrize(
@@ -209,14 +212,24 @@ def test_settings_of_a_model_that_are_out_of_range_are_refused(config: Path) -> 
         ),
         ("model: {encoder: rnn}", r"model\.encoder is one of \('cnn', 'mean'\)\. Received: 'rnn'"),
         ("{", "a configuration is YAML"),
+        ("rows: missing", "rows is a mapping of its settings. Received: 'missing'"),
+        ("model: {class_path: Model, init_args: 3}", "model is a mapping of its settings"),
+        ("model: {lazy: true}", "model has the keys .*Received: 'lazy'"),
+        ("model: {schedule: rows.yaml}", "model has the keys .*Received: 'schedule'"),
+        ("trainer: {max_epochs: 0}", "max_epochs is at least 1. Received: 0"),
+        ("trainer: {default_root_dir: config.yaml}", "default_root_dir is a folder. Received: "),
     ],
 )
 def test_a_configuration_that_is_wrong_is_refused_in_one_line(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(text)
-    assert main(["fit", f"--config={path}"]) == 2
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(text)
+    assert main(["fit", "--config=config.yaml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     with pytest.raises(InputError, match=message):
         raise InputError(line)
@@ -281,6 +294,55 @@ def test_a_checkpoint_alone_is_measured_and_asked(
     capsys.readouterr()
     assert main(["predict", f"--ckpt_path={run / 'model.keras'}", "--text=ship wave salt"]) == 0
     assert f"ship wave salt,{likely[0]},{shares[0].max():.4f}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        # A name stands as it is, whatever it would be in YAML.
+        ("--data.path=*.csv", r"Received: \*\.csv, which is missing"),
+        ("--data.path=a: b", "Received: a: b, which is missing"),
+        ("--data.path=1", "Received: 1, which is missing"),
+        ("--model.lr=&", "argument --model.lr: a setting is a value in YAML. Received: '&'"),
+        ("--rows.schedule={stages: [", "argument --rows.schedule: a setting is a value in YAML"),
+        (f"--data.seed={'9' * 20}", "argument --data.seed: a setting is a value in YAML"),
+        ("--model.schedule=rows.yaml", "Did you mean '--rows.schedule'"),
+    ],
+)
+def test_an_option_that_is_wrong_is_refused_in_one_line(
+    option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", option]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "no mapping": ("list indices", lambda meaning: []),
+    "no tokens": ("not iterable", lambda meaning: {**meaning, "tokens": 3}),
+    "fewer tokens": ("rows and classes", lambda meaning: {**meaning, "tokens": ["<unk>"]}),
+    "fewer classes": ("rows and classes", lambda meaning: {**meaning, "names": ["sea"]}),
+    "another setting": ("'depth'", lambda meaning: {**meaning, "texts": {"depth": 3}}),
+}
+
+
+def test_a_checkpoint_that_is_damaged_is_refused_in_one_line(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", f"--config={config}", "--trainer.max_epochs=1"]) == 0
+    run = config.parent / "text" / "version_0"
+    whole = json.loads((run / "meaning.json").read_text())
+    asked = ["predict", f"--ckpt_path={run}", "--text=ship"]
+    for message, damage in DAMAGES.values():
+        (run / "meaning.json").write_text(json.dumps(damage(whole)))
+        capsys.readouterr()
+        assert main(asked) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(f"a checkpoint is the model.keras of a run.*{message}", line), line
+    (run / "meaning.json").write_text(json.dumps(whole))
+    with zipfile.ZipFile(run / "model.keras", "w") as file:
+        file.writestr("metadata.json", "{}")
+    assert main(asked) == 2
 
 
 @pytest.mark.parametrize(

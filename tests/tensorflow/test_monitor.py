@@ -12,7 +12,7 @@ pytest.importorskip("tensorboard")  # TensorFlow writes no summaries without
 
 from cohorts import TwoOptimizers  # noqa: E402
 
-from partial_embedding import Vocabulary  # noqa: E402
+from partial_embedding import InputError, Vocabulary  # noqa: E402
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
 from partial_embedding.monitor.record import read_record  # noqa: E402
 from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
@@ -68,6 +68,39 @@ def logged(folder: Path) -> dict[str, list[float]]:
         for value in event.summary.value:
             numbers.setdefault(value.tag, []).append(float(tf.make_ndarray(value.tensor)))
     return numbers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"every_n_steps": wrong} for wrong in (0, -1, 1.5, None)),
+        *({"sample": wrong} for wrong in (0, -1, "all")),
+        {"unfreezing": SCHEDULE},
+    ],
+    ids=str,
+)
+def test_what_would_measure_nothing_is_refused_at_once(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(InputError, match=f"^{name} is "):
+        RowMonitor("logs", **options)
+
+
+def test_a_file_is_no_folder_of_logs(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(InputError, match="log_dir is a folder"):
+        fit(tmp_path / "logs")
+
+
+def test_a_model_that_was_not_compiled_is_measured(tmp_path: Path) -> None:
+    layer = PartialEmbedding(V, D, trainable_rows=[6], name="words")
+    monitor = RowMonitor(tmp_path, every_n_steps=1)
+    monitor.set_params({"epochs": 1, "steps": 1})
+    monitor.set_model(keras.Sequential([keras.Input((2,)), layer]))
+    monitor.on_train_begin()
+    monitor.on_train_batch_begin(0)
+    layer.write_rows(np.array([6]), np.ones((1, D)))  # what a step of one's own does
+    monitor.on_train_batch_end(0)
+    assert logged(tmp_path)["words/trainable_rows"] == [1]
 
 
 def test_it_logs_the_numbers_of_each_cohort_and_band(usual: tuple[Path, RowMonitor]) -> None:

@@ -203,6 +203,29 @@ def test_a_plain_optimizer_after_a_lazy_one_is_refused_and_a_wrapped_one_is_not(
         model.train_on_batch(ids, upstream)
 
 
+@pytest.mark.parametrize("lazy", [(False, True), (True, False)], ids=str)
+def test_two_wrapped_optimizers_step_one_table_each_in_its_way(lazy: tuple[bool, bool]) -> None:
+    layer = PartialEmbedding.from_matrix(MATRIX, trainable_rows=[2, 7], reserve_rows=RESERVED)
+    optimizers = [rowwise(keras.optimizers.SGD(0.05, momentum=0.9), lazy=one) for one in lazy]
+    for optimizer in optimizers:
+        optimizer.build(layer.trainable_variables)
+
+    def step(optimizer: Any, row: int) -> list[int]:
+        before = layer.get_weights()[0]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(tf.constant([row])))
+        weights = layer.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return np.flatnonzero((layer.get_weights()[0] != before).any(axis=1)).tolist()
+
+    for optimizer, is_lazy in zip(optimizers, lazy, strict=True):
+        step(optimizer, 2)
+        # Momentum moves rows that no batch touches, but not lazily.
+        assert step(optimizer, 7) == ([7] if is_lazy else [2, 7])
+    layer.unfreeze_rows([5], lr_scale=0.5)
+    assert [one.row_scales(layer.rows_variable).are_plain for one in optimizers] == [False] * 2
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_variables_can_be_excluded_from_weight_decay(first: bool) -> None:
     own = keras.optimizers.SGD(0.05, weight_decay=0.1)

@@ -9,7 +9,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
-from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402  # after the skip
+from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402  # after the skip
 
 NUM_ROWS, WIDTH = 9, 4
 MATRIX = np.random.default_rng(0).normal(size=(NUM_ROWS, WIDTH)).astype(np.float32)
@@ -104,3 +104,15 @@ def test_it_is_no_variable_that_trains_beside_that_of_the_reserved_rows() -> Non
     _, layer = both()
     assert not layer.embeddings.trainable
     assert [v.shape for v in layer.trainable_variables] == [(2, WIDTH)]
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, rowwise], ids=["plain", "rowwise"])
+def test_it_is_excluded_from_weight_decay_as_the_plain_layers_variable_is(wrap: Any) -> None:
+    for layer in both():
+        layer.build()
+        optimizer = keras.optimizers.SGD(0.1, weight_decay=0.5)
+        optimizer.exclude_from_weight_decay(var_list=[layer.embeddings])
+        optimizer = optimizer if type(layer) is keras.layers.Embedding else wrap(optimizer)
+        (rows,) = layer.trainable_variables
+        optimizer.apply([tf.zeros(rows.shape)], [rows])
+        assert layer.get_weights()[0].tobytes() == MATRIX.tobytes()
