@@ -187,7 +187,8 @@ def _select_range(parts: tuple[int | None, ...], num_rows: int, _: Vocabulary | 
                 "Was the vocabulary resized?"
             )
     ids = np.arange(num_rows, dtype=np.int64)[slice(*parts)]
-    if not len(ids) and parts[0] != parts[1]:
+    start, stop, _step = slice(*parts).indices(num_rows)
+    if not len(ids) and start != stop:
         raise InputError(
             f"a range has rows, from its start up to its stop. Received {list(parts)}, which has "
             f"none of a table of {num_rows}. [2, 5] is rows 2 to 4; for no rows write none."
