@@ -58,7 +58,7 @@ class RowMonitor(Callback):
     A measurement reads a bounded sample, at most `sample` rows of each cohort and frequency band,
     and sums the gradient of one batch by cohort, so it costs a few milliseconds whatever the size
     of the table. Between measurements nothing is done. At default settings that, and
-    `RowUnfreezing`, cost less than 3 % of a step at V=1e5 and K=1e4 (`benchmarks/overhead.md`).
+    `RowUnfreezing`, cost a few per cent of a step at V=1e5 and K=1e4 (`benchmarks/overhead.md`).
 
     Args:
         every_n_steps: Batches between measurements; by default the trainer's `log_every_n_steps`.
