@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
-from small_runs import SCHEDULE, STAGES, D, Net, V, Witness, data, loader, trainer
+from small_runs import SCHEDULE, STAGES, D, Net, Scored, V, Witness, data, loader, trainer
 from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
@@ -37,32 +37,17 @@ class Tied(Net):
         return F.cross_entropy(logits, labels) + self.head(self.words(ids).mean(1)).square().mean()
 
 
-class TiedHead(Net):
+class TiedHead(Scored):
     """A head that is partly trainable too, so that the gradient stays sparse."""
 
     def build(self, **options: Any) -> "TiedHead":
         super().build(**options)
-        rows, width = self.words.weight.shape
-        self.scores = PartialLinear(width, rows, bias=False)
+        self.scores = PartialLinear(D, V, bias=False)
         self.scores.weight = self.words.weight
         return self
 
-    def loss(self, batch: Any) -> Tensor:
-        ids, labels = batch
-        hidden = self.words(ids).mean(1)
-        return F.cross_entropy(self.scores(hidden), labels) + self.head(hidden).square().mean()
-
-
-class Untied(TiedHead):
-    """A head of rows that is tied to none, with rows and a bias of its own."""
-
-    def build(self, **options: Any) -> "Untied":
-        super().build(**options)
-        self.scores = PartialLinear(D, V)
-        return self
-
     def parts(self) -> Any:
-        return {**super().parts(), "scores": list(self.scores.parameters())}
+        return Net.parts(self)
 
 
 class PreparedEarly(Net):
@@ -218,7 +203,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tied_head": {"kind": TiedHead},
     "none_first": {"schedule": NONE_FIRST},
     "sparse_tied_to_dense": {"kind": Tied},
-    "untied": {"kind": Untied, "schedule": {"words": SCHEDULE, "scores": SCHEDULE}},
+    "untied": {"kind": Scored, "schedule": {"words": SCHEDULE, "scores": SCHEDULE}},
     "built_in_setup": {"kind": BuiltInSetup},
     "alone": {"kind": Alone},
     "without_words": {"kind": WithoutWords},

@@ -66,7 +66,7 @@ def run_script(name: str, *arguments: object) -> str:
 
 # What runs on two ranks: importing Lightning takes longer than most cases, so all of it is forked
 # from one process.
-WORKERS = ("ddp_worker", "disagree_worker", "beside_fsdp_worker", "sharded_runs_worker")
+WORKERS = ("ddp_worker", "disagree_worker", "sharded_worker")
 
 
 ON_TWO_RANKS = pytest.mark.skipif(

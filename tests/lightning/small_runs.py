@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.torch import PartialEmbedding
+from partial_embedding.torch import PartialEmbedding, PartialLinear
 
 # The tensors are tiny: threads would only wait for each other, and the tests run in two processes.
 torch.set_num_threads(1)
@@ -137,6 +137,23 @@ class Core:
 
 class Net(Core, pl.LightningModule):
     """Tables, their mean, a linear head, and one stock AdamW over everything."""
+
+
+class Scored(Net):
+    """Has a head of rows too, with rows and a bias of its own."""
+
+    def build(self, **options: Any) -> Any:
+        super().build(**options)
+        self.scores = PartialLinear(D, V)
+        return self
+
+    def loss(self, batch: Any) -> Tensor:
+        ids, labels = batch
+        hidden = self.words(ids).mean(1)
+        return F.cross_entropy(self.scores(hidden), labels) + self.head(hidden).square().mean()
+
+    def parts(self) -> Parts:
+        return {**super().parts(), "scores": list(self.scores.parameters())}
 
 
 def loss_of(head: nn.Module, looked_up: Iterable[Tensor], labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Lightning shards a model over two processes: its tables follow their schedule as in one."""
+"""A model is sharded over two processes, in Lightning and Fabric: its tables learn as in one."""
 
 from typing import Any
 
@@ -8,92 +8,121 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 
 import torch
 from once import ON_TWO_RANKS, run_ranks, seen_by_ranks
-from sharded_runs_worker import SAVED_AT, STEPS, Inner, V, loss_of, optimizer_of
+from sharded_worker import CASES, RATE, ROWS, SAVED, SAVED_AT, batch_of
+from small_runs import (
+    BATCHES,
+    EPOCHS,
+    STAGES,
+    Scored,
+    V,
+    rows_that_differ,
+    same_bits,
+    starting_table,
+    weights_of,
+)
 
-ROWS = {0: [1, 7, 9], 3: [0, 1, 5, 7, 9], 7: [0, 5, 9, 10]}
-KINDS = pytest.mark.parametrize("kind", ["folder", "file"])
+Weights = dict[str, torch.Tensor]
+Ranks = dict[str, list[dict[str, Any]]]
 
 pytestmark = ON_TWO_RANKS
+STEPS = EPOCHS * BATCHES
+BY_EPOCH = [*CASES, "fabric"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each process saw, of runs that went through and of those that went on from a save."""
-    folder = run_ranks(tmp_path_factory, "sharded_runs_worker")
-    names = ["folder-False", "folder-True", "file-False", "file-True", "tensor"]
-    return seen_by_ranks(folder, names)
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """What each of the two ranks saw, for each case."""
+    return seen_by_ranks(run_ranks(tmp_path_factory, "sharded_worker"), [*BY_EPOCH, *SAVED])
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def same(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
-def alone(processes: int) -> list[dict[str, torch.Tensor]]:
+def assert_close(found: Weights, wanted: Weights) -> None:
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", BY_EPOCH)
+def test_ranks_hold_the_same_bits_and_frozen_rows_those_of_before(case: str, ranks: Ranks) -> None:
+    zero, one = ranks[case]
+    assert len(zero["weights"]) == len(one["weights"]) == STEPS
+    before, rows = starting_table(), STAGES[0]
+    for i, (a, b) in enumerate(zip(zero["weights"], one["weights"], strict=True)):
+        assert same(a, b)
+        rows = STAGES.get(i // BATCHES, rows)
+        after = a["words.weight"]
+        assert set(rows_that_differ(before, after)) <= set(rows)
+        before = after
+    assert set(rows_that_differ(starting_table(), before)) == set().union(*STAGES.values())
+    assert zero["reports"] == [0] * (3 if case != "fabric" else 0)
+
+
+@pytest.mark.parametrize("case", [case for case in BY_EPOCH if not case.startswith("ddp")])
+def test_weights_are_those_of_a_run_under_ddp(case: str, ranks: Ranks) -> None:
+    under_ddp = "ddp clipped" if case.endswith("clipped") else "ddp"
+    for found, wanted in zip(
+        ranks[case][0]["weights"], ranks[under_ddp][0]["weights"], strict=True
+    ):
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_a_run_that_is_resumed_ends_bit_for_bit_as_the_one_that_was_not_stopped(
+    case: str, ranks: Ranks
+) -> None:
+    for rank in ranks[case]:
+        whole, resumed = rank["whole"]["seen"][SAVED_AT:], rank["resumed"]["seen"]
+        assert len(resumed) == STEPS - SAVED_AT
+        assert all(same(a, b) for a, b in zip(whole, resumed, strict=True))
+        assert rank["whole"]["rows"].tolist() == rank["resumed"]["rows"].tolist() == ROWS[8]
+
+
+def alone(processes: int) -> list[Weights]:
     """The weights after each step of one process that has the batches of all."""
-    inner, seen = Inner(), []
-    optimizer = optimizer_of(inner.parameters())
-    for table in (inner.table, inner.head):
-        table.set_trainable_rows("none")
+    net, seen = Scored().build(), []
+    (optimizer,) = net.configure_optimizers()
     for step in range(STEPS):
-        for table in (inner.table, inner.head) if step in ROWS else ():
-            rate = {"lr_scale": 0.5, "warmup_steps": 3} if step == 3 else {}
-            table.set_trainable_rows(ROWS[step], **rate)
+        for table in (net.words, net.scores) if step in ROWS else ():
+            table.set_trainable_rows(ROWS[step], **(RATE if step == 3 else {}))
         optimizer.zero_grad()
         for rank in range(processes):
-            (loss_of(inner, step, rank) / processes).backward()
+            (net.loss(batch_of(step, rank)) / processes).backward()
         optimizer.step()
-        seen.append({name: p.detach().clone() for name, p in inner.named_parameters()})
+        seen.append(weights_of(net))
     return seen
 
 
-def test_a_sharded_run_ends_bit_for_bit_as_one_process_does(
-    runs: dict[str, list[dict[str, Any]]],
-) -> None:
-    wanted = alone(2)
-    for process in runs["folder-False"] + runs["file-False"]:
-        assert all(same(a, b) for a, b in zip(process["seen"], wanted, strict=True))
-        assert process["rows"].tolist() == ROWS[7]
+@pytest.mark.parametrize("case", ["sharded in a folder", "sharded in a file"])
+def test_a_sharded_run_ends_bit_for_bit_as_one_process_does(case: str, ranks: Ranks) -> None:
+    for rank in ranks[case]:
+        assert all(same(a, b) for a, b in zip(rank["whole"]["seen"], alone(2), strict=True))
 
 
-def test_tensor_parallelism_follows_the_schedule(runs: dict[str, list[dict[str, Any]]]) -> None:
-    trainable: list[int] = []
-    before = {name: p.detach() for name, p in Inner().named_parameters()}
-    for process in runs["tensor"]:
-        for step, now in enumerate(process["seen"]):
+def test_tensor_parallelism_follows_the_schedule(ranks: Ranks) -> None:
+    for rank in ranks["parallel in a folder"]:
+        before, trainable = weights_of(Scored().build()), ROWS[0]
+        for step, now in enumerate(rank["whole"]["seen"]):
             trainable = ROWS.get(step, trainable)
-            last = process["seen"][step - 1] if step else before
-            for name in ("table.weight", "head.weight"):
-                moved = (now[name] != last[name]).any(1).nonzero().flatten().tolist()
-                assert moved == trainable
-        for name, value in alone(1)[-1].items():
-            torch.testing.assert_close(process["seen"][-1][name], value, rtol=1e-4, atol=1e-5)
+            for name in ("words.weight", "scores.weight"):
+                assert rows_that_differ(now[name], before[name]) == trainable
+            before = now
+        assert_close(before, alone(1)[-1])
 
 
-@KINDS
-def test_a_run_that_is_resumed_ends_bit_for_bit_as_the_uninterrupted_one(
-    kind: str, runs: dict[str, list[dict[str, Any]]]
-) -> None:
-    for whole, resumed in zip(runs[f"{kind}-False"], runs[f"{kind}-True"], strict=True):
-        assert len(resumed["seen"]) == STEPS - SAVED_AT
-        went_on = zip(whole["seen"][SAVED_AT:], resumed["seen"], strict=True)
-        assert all(same(a, b) for a, b in went_on)
-        assert resumed["rows"].tolist() == ROWS[7]
-
-
-def test_the_audit_counts_the_frozen_rows_of_all_processes(
-    runs: dict[str, list[dict[str, Any]]],
-) -> None:
-    for process in runs["folder-False"]:
-        frozen = [V - len(rows) for rows in ROWS.values()]
-        for table in ("inner.table", "inner.head"):
-            own = [found[1:] for found in process["audit"] if found[0] == table]
+@pytest.mark.parametrize("case", [case for case in SAVED if case.startswith("sharded")])
+def test_the_audit_counts_the_frozen_rows_of_all_processes(case: str, ranks: Ranks) -> None:
+    frozen = [V - len(rows) for rows in ROWS.values()]
+    for rank in ranks[case]:
+        for table in ("words", "scores"):
+            own = [found[1:] for found in rank["whole"]["audit"] if found[0] == table]
             assert own == [(number, 0) for number in frozen]
 
 
-def test_the_monitor_measures_rows_of_all_processes(
-    runs: dict[str, list[dict[str, Any]]],
-) -> None:
-    first, other = runs["folder-False"]
-    assert other["record"] is None
-    track = first["record"]["tables"]["inner.table"]
-    assert {int(row["token"].split()[-1]) for row in track["moved"]} == {0, 1, 5, 7, 9, 10}
+@pytest.mark.parametrize("case", SAVED)
+def test_the_monitor_measures_rows_of_all_processes(case: str, ranks: Ranks) -> None:
+    first, other = (rank["whole"]["record"] for rank in ranks[case])
+    assert other is None
+    moved = {int(row["token"].split()[-1]) for row in first["tables"]["words"]["moved"]}
+    assert moved == set().union(*ROWS.values())
