@@ -9,16 +9,15 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from reference import ACCUMULATOR, DELTA, EPSILON, OPTIMIZERS, Array, Batch, Optimizer
+from reference import OPTIMIZERS, Array, Batch, Optimizer, TrainsRows
 
 from partial_embedding.callbacks.keras import RowUnfreezing
-from partial_embedding.schedule import RateScale
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 FRAMEWORK = "tensorflow"
 
 
-class Training:
+class Training(TrainsRows):
     def __init__(
         self,
         matrix: Array,
@@ -27,60 +26,43 @@ class Training:
         ever: object = "all",
         padded: bool = False,
     ) -> None:
-        self._layer = PartialEmbedding.from_matrix(
-            matrix,
-            trainable_rows=rows,
-            reserve_rows=ever,
-            mask_zero=padded,
-            freeze_padding=padded,
+        self.layer = PartialEmbedding.from_matrix(
+            matrix, trainable_rows=rows, reserve_rows=ever, mask_zero=padded, freeze_padding=padded
         )
         self._optimizer = rowwise(_made(optimizer), lazy=optimizer.lazy)
-        self._optimizer.build(self._layer.trainable_variables)
+        self._optimizer.build(self.layer.trainable_variables)
 
     @property
     def table(self) -> Array:
-        return np.array(self._layer.get_weights()[0])
-
-    @property
-    def trainable_rows(self) -> list[int]:
-        return [int(row) for row in self._layer.trainable_rows]
+        return np.array(self.layer.get_weights()[0])
 
     def look_up(self, ids: Array) -> Array:
-        return np.array(self._layer(ids))
-
-    def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
-        self._layer.set_trainable_rows(rows, **vars(rate_scale or RateScale()))
-
-    def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
-        self._layer.unfreeze_rows(rows, **vars(rate_scale or RateScale()))
-
-    def freeze(self, rows: object) -> None:
-        self._layer.freeze_rows(rows)
+        return np.array(self.layer(ids))
 
     def step(self, ids: Array, upstream: Array) -> None:
-        variables = self._layer.trainable_variables
+        variables = self.layer.trainable_variables
         with tf.GradientTape() as tape:
-            rows = self._layer(ids)
+            rows = self.layer(ids)
         gradients = tape.gradient(rows, [v.value for v in variables], output_gradients=upstream)
         self._optimizer.apply(gradients, variables)
 
     # Doors
 
     def plain(self) -> Array:
-        plain = keras.layers.Embedding(self._layer.input_dim, self._layer.output_dim)
+        plain = keras.layers.Embedding(self.layer.input_dim, self.layer.output_dim)
         plain.build()
-        plain.set_weights(self._layer.get_weights())
+        plain.set_weights(self.layer.get_weights())
         return np.array(plain.get_weights()[0])
 
     def take_plain(self, table: Array) -> None:
         plain = keras.layers.Embedding(*table.shape, weights=[table])
-        self._layer.set_weights(plain.get_weights())
+        self.layer.set_weights(plain.get_weights())
 
     def keep(self) -> Any:
-        return keras.Sequential([self._layer]).get_weights()
+        return keras.Sequential([self.layer]).get_weights()
 
     def restore(self, kept: Any) -> None:
-        keras.Sequential([self._layer]).set_weights(kept)
+        keras.Sequential([self.layer]).set_weights(kept)
 
     def save(self, folder: Path) -> None:
         self._checkpoint.write(folder / "state")
@@ -90,10 +72,10 @@ class Training:
 
     @property
     def _checkpoint(self) -> Any:
-        return tf.train.Checkpoint(model=self._layer, optimizer=self._optimizer)
+        return tf.train.Checkpoint(model=self.layer, optimizer=self._optimizer)
 
     def average(self, batches: Sequence[Batch]) -> Array:
-        variables = self._layer.trainable_variables
+        variables = self.layer.trainable_variables
         averages = [np.zeros(v.shape, np.float32) for v in variables]
         for count, batch in enumerate(batches, 1):
             self.step(*batch)
@@ -207,16 +189,5 @@ def _product(upstream: Any, rows: Any) -> Any:
 
 
 def _made(optimizer: Optimizer) -> Any:
-    options: dict[str, Any] = {
-        "SGD": {"momentum": optimizer.momentum, "nesterov": optimizer.nesterov},
-        "Adagrad": {"initial_accumulator_value": ACCUMULATOR, "epsilon": EPSILON},
-        "RMSprop": {"epsilon": EPSILON},
-        "Adadelta": {"rho": 0.9, "epsilon": DELTA},
-        "Lion": {},
-        "Ftrl": {"initial_accumulator_value": ACCUMULATOR},
-        "ScheduleFreeAdamW": {"warmup_steps": 0, "epsilon": EPSILON},
-        "Adamax": {"epsilon": EPSILON},
-        "Adam": {"epsilon": EPSILON},
-        "AdamW": {"epsilon": EPSILON, "weight_decay": optimizer.weight_decay},
-    }[optimizer.name]
-    return getattr(keras.optimizers, optimizer.name)(optimizer.learning_rate, **options)
+    kind = getattr(keras.optimizers, optimizer.name)
+    return kind(optimizer.learning_rate, **optimizer.options)

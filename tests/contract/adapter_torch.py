@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import pytest
 import pytorch_lightning as pl
 import pytorch_optimizer
 import torch
-from reference import ACCUMULATOR, DELTA, EPSILON, Array, Batch, Optimizer
+from reference import Array, Batch, Optimizer, TrainsRows
 from torch import Tensor, nn
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.schedule import RateScale
 from partial_embedding.torch import PartialEmbedding, rowwise
 
 # The tensors are tiny: threads would only wait for each other.
@@ -24,7 +22,7 @@ torch.set_num_threads(1)
 FRAMEWORK = "torch"
 
 
-class Training:
+class Training(TrainsRows):
     """One table that is trained step by step under an optimizer which `rowwise` prepared.
 
     Args:
@@ -43,84 +41,65 @@ class Training:
         ever: object = "all",
         padded: bool = False,
     ) -> None:
-        self._embedding = PartialEmbedding.from_pretrained(
+        self.layer = PartialEmbedding.from_pretrained(
             torch.tensor(matrix), padding_idx=0 if padded else None, trainable_rows=rows
         )
-        self._optimizer = rowwise(
-            _made(optimizer, self._embedding), self._embedding, lazy=optimizer.lazy
-        )
+        self._optimizer = rowwise(_made(optimizer, self.layer), self.layer, lazy=optimizer.lazy)
 
     @property
     def table(self) -> Array:
         """The table, shape (V, D)."""
-        return self._embedding.weight.detach().numpy().copy()
-
-    @property
-    def trainable_rows(self) -> list[int]:
-        """The rows that train, rising."""
-        return [int(row) for row in self._embedding.trainable_rows]
+        return self.layer.weight.detach().numpy().copy()
 
     def look_up(self, ids: Array) -> Array:
         """The rows of ids of any shape."""
-        looked_up: Array = self._embedding(torch.tensor(ids)).detach().numpy()
+        looked_up: Array = self.layer(torch.tensor(ids)).detach().numpy()
         return looked_up
-
-    def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
-        """Train these rows and no others."""
-        self._embedding.set_trainable_rows(rows, **asdict(rate_scale or RateScale()))
-
-    def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
-        """Train these rows too."""
-        self._embedding.unfreeze_rows(rows, **asdict(rate_scale or RateScale()))
-
-    def freeze(self, rows: object) -> None:
-        """Train these rows no longer."""
-        self._embedding.freeze_rows(rows)
 
     def step(self, ids: Array, upstream: Array) -> None:
         """Look up, go back with given gradients, and step."""
         self._optimizer.zero_grad()
-        self._embedding(torch.tensor(ids)).backward(torch.tensor(upstream))
+        self.layer(torch.tensor(ids)).backward(torch.tensor(upstream))
         self._optimizer.step()
 
     # Doors
 
     def plain(self) -> Array:
         """The table of a plain layer that was given the weights of this one."""
-        plain = nn.Embedding(*self._embedding.weight.shape)
-        plain.load_state_dict(self._embedding.state_dict())
+        plain = nn.Embedding(*self.layer.weight.shape)
+        plain.load_state_dict(self.layer.state_dict())
         return plain.weight.detach().numpy().copy()
 
     def take_plain(self, table: Array) -> None:
         """Take the weights of a plain layer with this table."""
         plain = nn.Embedding.from_pretrained(torch.tensor(table))
-        self._embedding.load_state_dict(plain.state_dict())
+        self.layer.load_state_dict(plain.state_dict())
 
     def keep(self) -> Any:
         """What a run keeps of the best weights."""
-        return copy.deepcopy(self._embedding.state_dict())
+        return copy.deepcopy(self.layer.state_dict())
 
     def restore(self, kept: Any) -> None:
         """Put back what was kept."""
-        self._embedding.load_state_dict(kept)
+        self.layer.load_state_dict(kept)
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of weights and optimizer."""
-        state = {"model": self._embedding.state_dict(), "optimizer": self._optimizer.state_dict()}
+        state = {"model": self.layer.state_dict(), "optimizer": self._optimizer.state_dict()}
         torch.save(state, folder / "state.pt")
 
     def load(self, folder: Path) -> None:
         """Read it."""
         state = torch.load(folder / "state.pt", weights_only=True)
-        self._embedding.load_state_dict(state["model"])
+        self.layer.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
 
     def average(self, batches: Sequence[Batch]) -> Array:
         """Step along batches, and give the table of the framework's average of all steps."""
-        averaged = torch.optim.swa_utils.AveragedModel(self._embedding)
+        averaged = torch.optim.swa_utils.AveragedModel(self.layer)
         for batch in batches:
             self.step(*batch)
-            averaged.update_parameters(self._embedding)
+            averaged.update_parameters(self.layer)
         return averaged.module.weight.detach().numpy().copy()
 
 
@@ -212,16 +191,8 @@ class _Model(pl.LightningModule):
 def _made(optimizer: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     if optimizer.name in ("Ftrl", "ScheduleFreeAdamW"):
         pytest.skip(f"torch has no {optimizer.name}")
-    options: dict[str, Any] = {
-        "SGD": {"momentum": optimizer.momentum, "nesterov": optimizer.nesterov},
-        "Adagrad": {"initial_accumulator_value": ACCUMULATOR, "eps": EPSILON},
-        "RMSprop": {"alpha": 0.9, "eps": EPSILON},
-        "Adadelta": {"rho": 0.9, "eps": DELTA},
-        "Lion": {},
-        "Adamax": {"eps": EPSILON},
-        "Adam": {"eps": EPSILON},
-        "AdamW": {"eps": EPSILON, "weight_decay": optimizer.weight_decay},
-    }[optimizer.name]
+    words = {"epsilon": "eps", "rho": "alpha" if optimizer.name == "RMSprop" else "rho"}
+    options = {words.get(key, key): value for key, value in optimizer.options.items()}
     kind = getattr(torch.optim, optimizer.name, None) or getattr(pytorch_optimizer, optimizer.name)
     made: torch.optim.Optimizer = kind(model.parameters(), lr=optimizer.learning_rate, **options)
     return made

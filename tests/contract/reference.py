@@ -20,7 +20,7 @@ Each framework keeps within `TOLERANCE` of these numbers, and so within twice th
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,23 @@ class Optimizer:
     nesterov: bool = False
     weight_decay: float = 0.0
     lazy: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it is made with beside its rate, in Keras's words."""
+        options: dict[str, dict[str, Any]] = {
+            "SGD": {"momentum": self.momentum, "nesterov": self.nesterov},
+            "Adagrad": {"initial_accumulator_value": ACCUMULATOR, "epsilon": EPSILON},
+            "RMSprop": {"rho": 0.9, "epsilon": EPSILON},
+            "Adadelta": {"rho": 0.9, "epsilon": DELTA},
+            "Lion": {},
+            "Ftrl": {"initial_accumulator_value": ACCUMULATOR},
+            "ScheduleFreeAdamW": {"warmup_steps": 0, "epsilon": EPSILON},
+            "Adamax": {"epsilon": EPSILON},
+            "Adam": {"epsilon": EPSILON},
+            "AdamW": {"epsilon": EPSILON, "weight_decay": self.weight_decay},
+        }
+        return options[self.name]
 
 
 OPTIMIZERS = {
@@ -181,6 +198,29 @@ def walk(schedule: Schedule) -> Iterator[tuple[Array, Batch]]:
 def ever_trained(schedule: Schedule) -> Array:
     """The rows that train at any time."""
     return np.unique(np.concatenate([rows for rows, _ in walk(schedule)]))
+
+
+class TrainsRows:
+    """The verbs that are the same words in every framework, of an adapter's `Training`."""
+
+    layer: Any  # the table
+
+    @property
+    def trainable_rows(self) -> list[int]:
+        """The rows that train, rising."""
+        return [int(row) for row in self.layer.trainable_rows]
+
+    def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
+        """Train these rows and no others."""
+        self.layer.set_trainable_rows(rows, **asdict(rate_scale or RateScale()))
+
+    def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
+        """Train these rows too."""
+        self.layer.unfreeze_rows(rows, **asdict(rate_scale or RateScale()))
+
+    def freeze(self, rows: object) -> None:
+        """Train these rows no longer."""
+        self.layer.freeze_rows(rows)
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,7 @@ def test_best_weights_are_restored_after_rows_froze_again(adapter: Any, name: st
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("name", ["AdamW-weight_decay", "Adam-lazy"])
 def test_a_loop_that_is_resumed_before_every_step_ends_in_the_same_bits(
-    adapter: Any,
-    run_along: Callable[[Any, str, str], Run],
-    name: str,
-    history: str,
-    tmp_path: Path,
+    adapter: Any, run_along: Callable[[Any, str, str], Run], name: str, history: str, tmp_path: Path
 ) -> None:
     tables = run_along(adapter, name, history).tables
     schedule, optimizer = HISTORIES[history], OPTIMIZERS[name]

@@ -5,16 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import (
-    HISTORIES,
-    MATRIX,
-    MEASURED,
-    OPTIMIZERS,
-    SCHEDULES,
-    batches_of,
-    told,
-    written,
-)
+from reference import HISTORIES, MATRIX, MEASURED, OPTIMIZERS, SCHEDULES, batches_of, told, written
 
 from partial_embedding import InputError, Schedule
 
