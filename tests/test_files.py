@@ -67,10 +67,7 @@ def test_a_block_that_writes_nothing_fails(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_fails(tmp_path: Path) -> None:
-    with (
-        pytest.raises(FileNotFoundError),
-        write_atomically(tmp_path / "no" / "a.txt") as temporary,
-    ):
+    with pytest.raises(FileNotFoundError), write_atomically(tmp_path / "no" / "a.txt") as temporary:
         temporary.write_text("new")
     assert list(tmp_path.iterdir()) == []
 

@@ -91,12 +91,7 @@ MALFORMED_FILES: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
     ("kind", "name", "write", "received"), MALFORMED_FILES.values(), ids=MALFORMED_FILES
 )
 def test_malformed_files_of_rows_are_refused_in_one_line_with_their_name(
-    kind: str,
-    name: str,
-    write: Callable[[Path], None],
-    received: str,
-    tmp_path: Path,
-    refused: Any,
+    kind: str, name: str, write: Callable[[Path], None], received: str, tmp_path: Path, refused: Any
 ) -> None:
     path = tmp_path / name
     write(path)

@@ -27,9 +27,7 @@ FORMS: dict[str, Callable[[Path], Any]] = {
     "schedule": lambda _: Schedule(STAGE_LIST),
     "mapping": lambda _: {"stages": STAGE_LIST},
     "stages_in_a_tuple": lambda _: {"stages": tuple(STAGE_LIST)},
-    "stage_objects": lambda _: {
-        "stages": [Stage(0, Rows.parse([5, 4])), Stage(2, Rows.all())],
-    },
+    "stage_objects": lambda _: {"stages": [Stage(0, Rows.parse([5, 4])), Stage(2, Rows.all())]},
     "rows_as_an_array": lambda _: {
         "stages": [{"epoch": 0, "rows": np.array([4, 5])}, STAGE_LIST[1]]
     },
@@ -152,7 +150,7 @@ BASE: dict[str, Any] = {
         {"epoch": 0, "rows": {"most_frequent": 1}},
         {"epoch": 3, "rows": "all", "grow": "linear"},
         {"plateau": "loss", "rows": "none", "lr_scale": 0.5},
-    ],
+    ]
 }
 
 

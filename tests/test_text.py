@@ -160,11 +160,7 @@ def test_what_cannot_be_read_is_refused(
 
 @pytest.mark.parametrize(
     ("made", "said"),
-    [
-        ([], "which holds none"),
-        (["a/1", "b/"], "b, which has none"),
-        (["a/1"], "all 1 are 'a'"),
-    ],
+    [([], "which holds none"), (["a/1", "b/"], "b, which has none"), (["a/1"], "all 1 are 'a'")],
 )
 def test_a_bad_folder_is_refused(tmp_path: Path, made: list[str], said: str) -> None:
     for name in made:

@@ -17,37 +17,15 @@ import torch.nn.functional as F
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
-from small_runs import SCHEDULE, STAGES, D, Net, Scored, V, Witness, data, loader, trainer
+from small_runs import SCHEDULE, STAGES, D, Net, Scored, Witness, data, loader, trainer
 from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
-from partial_embedding.torch import PartialLinear, rowwise
 from partial_embedding.torch import ddp as ddp_module
+from partial_embedding.torch import rowwise
 from partial_embedding.torch.row_average import average
 
 rowwise_module = importlib.import_module("partial_embedding.torch.optimizer")
-
-
-class Tied(Net):
-    """A head whose weight is the table's, so that the gradient of the table is dense."""
-
-    def loss(self, batch: Any) -> Tensor:
-        ids, labels = batch
-        logits = F.linear(self.words(ids).mean(1) + self.head.bias.sum(), self.words.weight)
-        return F.cross_entropy(logits, labels) + self.head(self.words(ids).mean(1)).square().mean()
-
-
-class TiedHead(Scored):
-    """A head that is partly trainable too, so that the gradient stays sparse."""
-
-    def build(self, **options: Any) -> "TiedHead":
-        super().build(**options)
-        self.scores = PartialLinear(D, V, bias=False)
-        self.scores.weight = self.words.weight
-        return self
-
-    def parts(self) -> Any:
-        return Net.parts(self)
 
 
 class PreparedEarly(Net):
@@ -107,15 +85,6 @@ class BuiltInSetup(Net):
 
     def setup(self, stage: str) -> None:
         self.build(seed=self.global_rank)
-
-
-class Alone(Net):
-    """A module of which nothing but its table trains."""
-
-    def build(self, **options: Any) -> "Alone":
-        super().build(**options)
-        self.head.requires_grad_(False)
-        return self
 
 
 class WithoutWords(Net):
@@ -194,18 +163,9 @@ CASES: dict[str, dict[str, Any]] = {
     "clipped": {"trainer": {"gradient_clip_val": 0.15}},
     "lazy": {"callback": {"lazy": True}},
     "dense": {"build": {"sparse": False}},
-    "tied": {"build": {"sparse": False}, "kind": Tied},
-    "tied_accumulate": {
-        "build": {"sparse": False},
-        "kind": Tied,
-        "trainer": {"accumulate_grad_batches": 2},
-    },
-    "tied_head": {"kind": TiedHead},
     "none_first": {"schedule": NONE_FIRST},
-    "sparse_tied_to_dense": {"kind": Tied},
     "untied": {"kind": Scored, "schedule": {"words": SCHEDULE, "scores": SCHEDULE}},
     "built_in_setup": {"kind": BuiltInSetup},
-    "alone": {"kind": Alone},
     "without_words": {"kind": WithoutWords},
     "without_words_dense": {"kind": WithoutWords, "build": {"sparse": False}},
     "manual": {"kind": Manual},

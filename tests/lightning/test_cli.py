@@ -284,9 +284,7 @@ def test_bad_input_ends_a_real_process_with_code_2() -> None:
     assert_one_line(done.returncode, done.stderr, "fit, validate, test")
 
 
-def test_checkpoints_keep_the_last_epoch_also_when_it_is_not_the_best(
-    small_run: list[str],
-) -> None:
+def test_checkpoints_keep_the_last_epoch_also_when_it_is_not_the_best(small_run: list[str]) -> None:
     assert main(["fit", *small_run, "--model.lr=0"]) == 0
     epochs = {
         name: torch.load(RUN / f"checkpoints/{name}.ckpt", weights_only=True)["epoch"]

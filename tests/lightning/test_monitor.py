@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning import LightningModule, seed_everything
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
+from small_runs import trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -55,21 +56,10 @@ def fit(
 ) -> Model:
     seed_everything(0, verbose=False)
     model = model or Model()
-    trainer = Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        callbacks=[RowUnfreezing(schedule, vocabulary=VOCABULARY, audit=True), monitor],
-        **{
-            "enable_checkpointing": False,
-            "max_epochs": 4,
-            "logger": CSVLogger(folder, name="", version=""),
-            **options,
-        },
-    )
-    trainer.fit(model, ids())
+    callback = RowUnfreezing(schedule, vocabulary=VOCABULARY, audit=True)
+    options.setdefault("logger", CSVLogger(folder, name="", version=""))
+    made = trainer(callback, monitor, default_root_dir=folder, log_every_n_steps=1, **options)
+    made.fit(model, ids())
     return model
 
 
@@ -281,18 +271,11 @@ def test_it_goes_on_where_a_checkpoint_stood(usual: Run, tmp_path: Path) -> None
     whole = usual[1]
     seed_everything(0, verbose=False)
     half, rest = RowMonitor(), RowMonitor()
-    options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": tmp_path,
-    }
-    trainer = Trainer(max_epochs=3, callbacks=[RowUnfreezing(SCHEDULE), half], **options)
-    trainer.fit(Model(), ids())
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    trainer = Trainer(max_epochs=4, callbacks=[RowUnfreezing(SCHEDULE), rest], **options)
-    trainer.fit(Model(), ids(), ckpt_path=tmp_path / "half.ckpt")
+    made = trainer(RowUnfreezing(SCHEDULE), half, max_epochs=3, default_root_dir=tmp_path)
+    made.fit(Model(), ids())
+    made.save_checkpoint(tmp_path / "half.ckpt")
+    made = trainer(RowUnfreezing(SCHEDULE), rest, default_root_dir=tmp_path)
+    made.fit(Model(), ids(), ckpt_path=tmp_path / "half.ckpt")
     assert [t.trainable for t in rest.tracks.values()] == [
         t.trainable for t in whole.tracks.values()
     ]

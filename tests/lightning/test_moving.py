@@ -122,19 +122,10 @@ def test_rows_grow_step_by_step_and_audits_watch_each_part(
 ) -> None:
     grow = {"shape": "linear", "order": "ids", "increments": 4}
     schedule = {
-        "stages": [
-            {"step": 0, "rows": [11]},
-            {"step": 8, "rows": [2, 3, 4, 5, 11], "grow": grow},
-        ]
+        "stages": [{"step": 0, "rows": [11]}, {"step": 8, "rows": [2, 3, 4, 5, 11], "grow": grow}]
     }
     seen = watch(Net().build(), schedule)
-    assert seen.rows[::2] == [
-        [11],
-        [2, 11],
-        [2, 3, 11],
-        [2, 3, 4, 11],
-        *2 * [[2, 3, 4, 5, 11]],
-    ]
+    assert seen.rows[::2] == [[11], [2, 11], [2, 3, 11], [2, 3, 4, 11], *2 * [[2, 3, 4, 5, 11]]]
     said = capsys.readouterr().out
     assert "words: stage 0 from step 4, increment 2 of 4 towards stage 1: 3 rows train" in said
     assert "audit: words: frozen rows by stage: 11, 7; changed a bit: 0" in said

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 from gensim.models import KeyedVectors
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.errors import InputError
@@ -20,17 +21,9 @@ def data(small_run: list[str]) -> TextData:
     return made
 
 
-def trainer(*callbacks: Callback, **options: Any) -> Trainer:
+def trainer(*callbacks: Callback, **options: Any) -> Any:
     rows = RowUnfreezing({"stages": [{"epoch": 0, "rows": "all"}]})
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[rows, *callbacks],
-        **{"enable_checkpointing": False, **options},
-    )
+    return small_runs.trainer(rows, *callbacks, max_epochs=1, **options)
 
 
 def test_the_table_has_the_vectors_of_the_file_and_the_others_are_missing(data: TextData) -> None:

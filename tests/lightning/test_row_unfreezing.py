@@ -12,22 +12,17 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import (
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from small_runs import (
     BATCH,
     BATCHES,
     BY_NAME,
-    CLASSES,
     EPOCHS,
     NEVER_TRAINED,
     OTHER,
     SCHEDULE,
     STAGES,
-    D,
     Net,
     Parts,
     V,
@@ -44,7 +39,7 @@ from small_runs import (
     starting_table,
     trainer,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from partial_embedding import InputError, Rows, Vocabulary
 from partial_embedding.callbacks.lightning import RowUnfreezing
@@ -176,11 +171,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
         SCHEDULE,
         ("words", "requires_grad=False", "freeze=True", "get_peft_model"),
     ),
-    "lazy_across_rows": (
-        lambda: Net().build(make=adafactor),
-        SCHEDULE,
-        ("lazy", "Adafactor"),
-    ),
+    "lazy_across_rows": (lambda: Net().build(make=adafactor), SCHEDULE, ("lazy", "Adafactor")),
 }
 
 
@@ -215,16 +206,6 @@ def test_a_strategy_that_flattens_is_refused_when_fit_starts(name: str) -> None:
     assert net.steps_begun == 0
 
 
-def test_a_frozen_table_keeps_its_bits_without_the_callback() -> None:
-    net = Net().build()
-    net.words.set_trainable_rows([1, 4])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer(max_epochs=2, gradient_clip_val=0.2).fit(net, loader(data()))
-    assert rows_that_differ(net.words.weight, starting_table()) == [1, 4]
-    assert not [str(w.message) for w in caught if "rowwise" in str(w.message)]
-
-
 def test_an_optimizer_that_was_left_alone_stays_so() -> None:
     def make(parts: Parts) -> list[torch.optim.Optimizer]:
         parameters = [p for part in parts.values() for p in part]
@@ -250,19 +231,6 @@ class Keep(pl.Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
-
-
-def test_checkpoints_hold_the_state_of_trainable_rows_only(tmp_path: Path) -> None:
-    fit(Net().build(), Keep(tmp_path))
-    saved = torch.load(tmp_path / "0.ckpt", weights_only=True)
-    assert list(saved["state_dict"]) == ["words.weight", "head.weight", "head.bias"]
-    (optimizer,) = saved["optimizer_states"]
-    leaves = torch.utils._pytree.tree_leaves(optimizer["state"])
-    shapes = {
-        leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    }
-    assert shapes - {()} == {(CLASSES,), (CLASSES, D)}
-    assert len(STAGES[0]) == CLASSES != V
 
 
 def plain_fit(net: Any, *more: pl.Callback, ckpt_path: Any = None, **options: Any) -> Witness:

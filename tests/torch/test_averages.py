@@ -16,11 +16,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding import InputError
-from partial_embedding.torch import (
-    PartialEmbedding,
-    average_gradients,
-    rowwise,
-)
+from partial_embedding.torch import PartialEmbedding, average_gradients, rowwise
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.table import PartialTable
 
@@ -106,12 +102,13 @@ BESIDE_DDP: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sparse_accumulated": ({}, {"accumulate": 3}),
     "sparse_clipped": ({}, {"max_norm": 0.01}),
     "dense_tied": ({"sparse": False, "head": "tied_dense"}, {}),
+    "dense_tied_accumulated": ({"sparse": False, "head": "tied_dense"}, {"accumulate": 3}),
     "sparse_tied_to_dense": ({"head": "tied_dense"}, {}),
     "tied_head_of_rows": ({"head": "tied_rows"}, {}),
     "untied_sparse_head": ({"head": "untied"}, {}),
 }
 # DDP sums the entries of a sparse gradient in another order.
-EXACT = ("dense", "dense_accumulated", "dense_tied", "rowwise_first")
+EXACT = ("dense", "dense_accumulated", "dense_tied", "dense_tied_accumulated", "rowwise_first")
 
 
 @pytest.mark.parametrize("case", BESIDE_DDP)
@@ -377,7 +374,13 @@ def test_one_table_stays_with_ddp_where_nothing_else_trains() -> None:
     def followed() -> nn.Sequential:
         return nn.Sequential(PartialEmbedding(V, D, trainable_rows=FIRST), nn.Linear(D, D))
 
-    assert ignored(PartialEmbedding(V, D, trainable_rows=FIRST)) == []
+    table = PartialEmbedding(V, D, trainable_rows=FIRST)
+    ddp, optimizer = wrapped(table), adamw(table)
+    assert sorted(ddp.parameters_to_ignore) == []
+    ddp(batch(0)).square().sum().backward()
+    optimizer.step()
+    zero, one = of_all(weights(table))
+    assert same(zero, one)
     frozen, left_out, head = followed(), followed(), net(head="untied")
     frozen[1].requires_grad_(False)
     assert ignored(frozen) == []

@@ -9,11 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from oracle import assert_alike, assert_same_bits
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch import PartialEmbedding, PartialEmbeddingBag, PartialLinear, rowwise

@@ -1,9 +1,5 @@
 """Promises 1 to 3 where they are easily broken: odd shapes, options, and everyday training."""
 
-import warnings
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from cases import (
@@ -251,6 +247,21 @@ def test_the_closure_runs_with_the_table_in_place(case: Case) -> None:
     assert optimizer.step(closure=closure) is not None
 
 
+def test_a_rate_that_a_closure_sets_is_that_of_its_step() -> None:
+    case = case_of("SGD")
+    model, optimizer, oracle = prepared(case, partial_table())
+    batch = batches()[0]
+
+    def loss() -> Tensor:
+        optimizer.param_groups[0]["lr"] = 0.5
+        return batch.loss(model)
+
+    optimizer.step(closure_of(optimizer, loss))
+    oracle.group = {"lr": 0.5}
+    oracle.step(batch.ids, batch.loss_of)
+    assert_same_model(model, oracle, "after a step whose closure set the rate")
+
+
 @pytest.mark.parametrize("case", [c for c in DEFAULTS + FEW if not c.one_history], ids=by_id)
 def test_a_closure_that_raises_leaves_everything_in_place(case: Case) -> None:
     model, optimizer, oracle = prepared(case, partial_table())
@@ -283,17 +294,6 @@ def test_naming_the_same_rows_again_changes_nothing() -> None:
         assert_same_model(model, oracle, "when the same rows are named again")
 
 
-@pytest.mark.parametrize("case", [*DEFAULTS, *FEW], ids=by_id)
-def test_a_row_that_leaves_and_returns_between_two_steps_begins_anew(case: Case) -> None:
-    model, optimizer, oracle = prepared(case, partial_table())
-    follow(case, model, optimizer, oracle, batches(3))
-    model.table.freeze_rows([4, 9])
-    model.table.unfreeze_rows([4, 9])
-    oracle.set_rows({1, 6})
-    oracle.set_rows(ROWS)
-    follow(case, model, optimizer, oracle, batches(4))
-
-
 @pytest.mark.parametrize("case", FEW, ids=by_id)
 def test_gradients_that_are_zeroed_and_not_dropped_still_make_a_step(case: Case) -> None:
     model, optimizer, oracle = prepared(case, partial_table(sparse=False))
@@ -311,54 +311,6 @@ def test_gradients_that_are_zeroed_and_not_dropped_still_make_a_step(case: Case)
             batch.loss_of(model.companions, reference(batch.ids)).backward()
             oracle.step_with_gradient(reference.weight.grad)
         assert_same_bits(model.table.weight, oracle.table, f"after step {number}")
-
-
-# Schedules
-
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
-    # It cycles momentum or betas too.
-    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
-    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8),
-}
-
-
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize("after", [False, True], ids=["before_rowwise", "after_rowwise"])
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("case", FEW, ids=by_id)
-def test_schedulers_reach_the_rows(case: Case, name: str, after: bool, sparse: bool) -> None:
-    if name == "OneCycleLR" and case.name == "Adagrad":
-        pytest.skip("OneCycleLR cycles momentum or betas, and Adagrad has neither")
-    model = model_of(case, partial_table(sparse=sparse))
-    optimizer = case.make(model.parameters())
-    if after:
-        rowwise(optimizer, model)
-    with warnings.catch_warnings():
-        # A scheduler looks for its own mark on `step` and warns when the order seems wrong.
-        warnings.simplefilter("error")
-        scheduler = SCHEDULERS[name](optimizer)
-        if not after:
-            rowwise(optimizer, model)
-        oracle = oracle_of(case, model, ROWS)
-        bystander = nn.Parameter(torch.zeros(1))
-        twin = case.make([bystander])
-        twin_scheduler = SCHEDULERS[name](twin)
-        rates = set()
-        for step, batch in enumerate(batches()):
-            if step == 3:
-                model.table.unfreeze_rows([2, 7])
-                oracle.set_rows((*ROWS, 2, 7))
-            oracle.group = {k: v for k, v in twin.param_groups[0].items() if k != "params"}
-            rates.add(float(oracle.group["lr"]))
-            train(case, model, optimizer, batch)
-            oracle.step(batch.ids, batch.loss_of)
-            assert_same_model(model, oracle, f"after step {step}")
-            twin.step()
-            scheduler.step()
-            twin_scheduler.step()
-        assert len(rates) == len(batches())
-        assert scheduler.get_last_lr() == twin_scheduler.get_last_lr()
 
 
 # Without `rowwise`

@@ -167,23 +167,6 @@ def test_what_is_not_finite_stays_with_the_frozen_rows(case: Case, sparse: bool)
     assert tables[0].weight[list(ROWS)].isfinite().all()
 
 
-@SPARSE_AND_DENSE
-@pytest.mark.parametrize("case", FEW, ids=by_id)
-def test_the_gradient_scaler_sees_no_overflow_of_frozen_rows(case: Case, sparse: bool) -> None:
-    table = partial_table(sparse=sparse)
-    optimizer = rowwise(case.make(table.parameters()), table)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    for batch in batches(3):
-        before = table.weight.detach().clone()
-        scaler.scale(torch.ones(()))  # as any loss would
-        loss_with(table, batch, FROZEN, NOT_FINITE)
-        scaler.step(optimizer)
-        scaler.update()
-        assert not (table.weight[list(ROWS)] == before[list(ROWS)]).all(dim=1).any()
-        assert_same_bits(table.weight[FROZEN], before[FROZEN], "frozen rows")
-    assert scaler.get_scale() == 2.0**8
-
-
 @pytest.mark.parametrize(
     ("case", "sparse"), crossed([c for c in MANY if not c.one_history], GRADIENTS)
 )

@@ -31,9 +31,7 @@ def count_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("case", ONE_BY_ONE, ids=by_id)
 def test_rows_that_are_stepped_in_parts_move_as_if_alone(
-    case: Case,
-    monkeypatch: pytest.MonkeyPatch,
-    record_property: Callable[[str, object], None],
+    case: Case, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     monkeypatch.setattr(blocks, "_IN_CACHE", 2 * D)  # two rows a part
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

@@ -103,6 +103,8 @@ def test_rows_with_a_pace_train_as_a_parameter_at_that_rate(case: Case, sparse: 
     assert_same_bits(model.table.weight[frozen], start[frozen], "rows never trained")
 
 
+# A scheduler looks for its own mark on `step` and warns when the order seems wrong.
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["SGD-momentum=0.9", "Adam", "AdamW", "AdamW-fused"])
 def test_every_learning_rate_scheduler_sees_the_users_groups_alone(name: str) -> None:
     case = Case(torch.optim.SGD, {"momentum": 0.9}) if "SGD" in name else case_of(name)

@@ -200,12 +200,7 @@ def test_malformed_files_are_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [
-        ("tokens", '{"x": "quokka"}'),
-        ("tokens", "[]"),
-        ("added", '{"11": 5}'),
-        ("added", None),
-    ],
+    [("tokens", '{"x": "quokka"}'), ("tokens", "[]"), ("added", '{"11": 5}'), ("added", None)],
 )
 def test_files_whose_tokens_are_malformed_are_refused(
     name: str, said: str | None, tmp_path: Path
@@ -217,10 +212,7 @@ def test_files_whose_tokens_are_malformed_are_refused(
     about.pop(name)
     save_file(tensors, tmp_path / "rows", {**about, **({name: said} if said else {})})
     plain, other = language_model("GPT-2"), tokenizer()
-    with (
-        unchanged(plain),
-        pytest.raises(InputError, match=f"{name!r} of them, an object in JSON"),
-    ):
+    with unchanged(plain), pytest.raises(InputError, match=f"{name!r} of them, an object in JSON"):
         load_rows(plain, tmp_path / "rows", other)
     assert len(other) == len(tokenizer())
 

@@ -345,10 +345,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         by_columns,
         r"by rows, Shard\(0\)\. Received a weight of the shape \(11, 4\).*S.*1.*Rowwise",
     ),
-    "columns_of_fsdp": (
-        by_columns_of_fsdp,
-        r"by rows, Shard\(0\)\. Received .*shard_placement_fn",
-    ),
+    "columns_of_fsdp": (by_columns_of_fsdp, r"by rows, Shard\(0\)\. Received .*shard_placement_fn"),
     "frozen_after_columns": (frozen_after_columns, r"by rows, Shard\(0\)\."),
     "max_norm": (
         max_norm,
@@ -361,10 +358,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "lbfgs": (stepped_by(torch.optim.LBFGS), r"moves each row by itself.* Received LBFGS\."),
     "sparse_adam": (stepped_by(torch.optim.SparseAdam), r"dense gradient\. Received SparseAdam\."),
-    "zero_redundancy": (
-        by_zero_redundancy,
-        r"Received ZeroRedundancyOptimizer, .* AdamW\(whole\)",
-    ),
+    "zero_redundancy": (by_zero_redundancy, r"Received ZeroRedundancyOptimizer, .* AdamW\(whole\)"),
     "fsdp1_with_original_parameters": (
         lambda: in_fsdp1(use_orig_params=True),
         r"a vector of \d+ numbers .*ignored_states=keep_whole",

@@ -20,12 +20,7 @@ CONSTRUCTOR_OPTIONS: dict[str, dict[str, Any]] = {
     "max_norm": {"max_norm": 0.5},
     "max_norm_norm_type": {"max_norm": 0.5, "norm_type": 1.0},
     "scale_grad_by_freq": {"scale_grad_by_freq": True},
-    "everything": {
-        "padding_idx": 2,
-        "max_norm": 0.5,
-        "norm_type": 1.0,
-        "scale_grad_by_freq": True,
-    },
+    "everything": {"padding_idx": 2, "max_norm": 0.5, "norm_type": 1.0, "scale_grad_by_freq": True},
     "float64": {"dtype": torch.float64},
     "bfloat16": {"dtype": torch.bfloat16},
     "device": {"device": "cpu"},

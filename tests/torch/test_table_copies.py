@@ -38,19 +38,6 @@ def test_state_dict_has_the_keys_of_the_plain_module(kind: type[nn.Module]) -> N
     assert list(table.children()) == []
 
 
-@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
-def test_state_dict_loads_strictly_both_ways(assign: bool) -> None:
-    plain = nn.Embedding(V, D)
-    table = table_of()
-    table.load_state_dict(plain.state_dict(), strict=True, assign=assign)
-    assert_same_bits(table.weight, plain.weight, "loaded from a plain module")
-    assert_is_partial(table)
-    other = nn.Embedding(V, D)
-    other.load_state_dict(table_of().state_dict(), strict=True, assign=assign)
-    assert_same_bits(other.weight, vectors(), "loaded into a plain module")
-    assert moved_rows(gradient(other)) == list(range(V))
-
-
 # Copies: the hook does not travel with a tensor, so each of these must put it back
 
 

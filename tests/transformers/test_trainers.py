@@ -285,11 +285,7 @@ def preferences() -> Iterator[Any]:
 @pytest.mark.parametrize("lora_is", ["given_to_trl", "put_on_before", "absent"])
 @TIED
 def test_the_reference_of_dpo_is_the_base_model_at_every_step(
-    tied: bool,
-    lora_is: str,
-    preferences: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tied: bool, lora_is: str, preferences: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trl = pytest.importorskip("trl")
     from trl.trainer import dpo_trainer

@@ -37,9 +37,7 @@ TEXTS = ("the numbat sat on quokkas", "a dog ran and quokkas", "numbat quokkas o
 # Global batches are the same whoever shares them.
 GLOBAL_BATCH = 4
 SAVED_AT, SHARDED_STEPS = 3, 5
-SCHEDULE = {
-    "stages": [{"step": 0, "rows": NEW_ROWS[:1]}, {"step": 2, "rows": [1, *NEW_ROWS]}],
-}
+SCHEDULE = {"stages": [{"step": 0, "rows": NEW_ROWS[:1]}, {"step": 2, "rows": [1, *NEW_ROWS]}]}
 Parameters = dict[str, torch.Tensor]
 
 
