@@ -1,7 +1,6 @@
 """What the runner decides for every framework, on tables that are sets of ids."""
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -213,22 +212,6 @@ def test_a_rate_that_an_optimizer_cannot_keep_is_refused_with_its_stage() -> Non
     runner, _ = runner_of(Schedule(stages))
     with pytest.raises(InputError, match=r"^words: stages\[1\]: no warm-up here"):
         runner.check_rate_scales()
-
-
-def test_stages_that_wait_are_refused_where_nothing_is_measured_and_others_are_not() -> None:
-    runner, _ = runner_of(WAITING)
-    with pytest.raises(InputError, match=r"waits for 'loss'.* never validates: it rests\."):
-        runner.refuse_to_wait("it rests.")
-    runner_of(PLAIN)[0].refuse_to_wait("it rests.")
-
-
-def test_what_stops_a_run_by_a_metric_that_stages_wait_for_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"^Stopper may end the run before stages"):
-        runner_of(WAITING)[0].warn_of_stopper("Stopper", "loss")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        runner_of(WAITING)[0].warn_of_stopper("Stopper", "accuracy")
-        runner_of(PLAIN)[0].warn_of_stopper("Stopper", "loss")
 
 
 @pytest.mark.parametrize("length", [0, float("inf")])

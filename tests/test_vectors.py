@@ -1,11 +1,8 @@
 import gzip
 import os
-import resource
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -210,19 +207,10 @@ def test_vectors_that_could_not_be_read_are_not_saved(
     assert list(tmp_path.iterdir()) == []
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Make every write beyond `size` bytes fail, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, suffix: str) -> None:
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, suffix: str, largest_file: Any
+) -> None:
     path = tmp_path / f"table{suffix}"
     save_vectors(path, TOKENS, TABLE)
     before = path.read_bytes()

@@ -42,7 +42,8 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]
 
 def failure_of(*command: object) -> str:
     """Run a program and all that it forks; what was said, where it failed."""
-    path = filter(None, [str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH")])
+    folders = [HERE.parents[1], HERE, HERE.parent / "torch"]
+    path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,

@@ -13,10 +13,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from oracle import rows_that_differ, same_bits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
+from partial_embedding.recipes.resume import ReplayableLoader
 from partial_embedding.torch import PartialEmbedding, PartialLinear
 
 # The tensors are tiny: threads would only wait for each other, and the tests run in two processes.
@@ -38,15 +40,6 @@ Parts = Mapping[str, list[nn.Parameter]]
 MakeOptimizers = Callable[[Parts], list[torch.optim.Optimizer]]
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, so that NaN equals NaN and -0.0 differs from 0.0."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
-
-
 def differences(a: Any, b: Any, place: str = "") -> list[str]:
     """The places at which two nested states differ in a bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -56,10 +49,6 @@ def differences(a: Any, b: Any, place: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [found for key in a for found in differences(a[key], b[key], f"{place}/{key}")]
     return [] if type(a) is type(b) and a == b else [f"{place}: {a!r}, {b!r}"]
-
-
-def rows_that_differ(a: Tensor, b: Tensor) -> list[int]:
-    return [row for row in range(len(a)) if not same_bits(a[row], b[row])]
 
 
 def starting_table(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -82,6 +71,17 @@ def data(batches: int = BATCHES, *, seed: int = 5, duplicates: bool = True) -> T
 
 def loader(dataset: TensorDataset) -> DataLoader[Any]:
     return DataLoader(dataset, batch_size=BATCH)
+
+
+def replayable(dataset: TensorDataset, seed: int | None = None, **ranks: int) -> Any:
+    """A loader that goes on within an epoch, as `loader` does not."""
+    return ReplayableLoader(
+        lambda chosen: dataset[torch.from_numpy(chosen)],
+        size=len(dataset),
+        batch_size=BATCH,
+        seed=seed,
+        **ranks,
+    )
 
 
 def adamw(parts: Parts) -> list[torch.optim.Optimizer]:

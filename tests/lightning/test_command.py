@@ -216,19 +216,12 @@ def test_runs_that_start_together_have_folders_of_their_own(tmp_path: Path) -> N
 
 
 def test_a_disk_that_fills_while_a_checkpoint_is_refreshed_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, largest_file: Any
 ) -> None:
     path = tmp_path / "checkpoints" / "last.ckpt"
     WholeCheckpoints().save_checkpoint({"epoch": 1}, path)
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            WholeCheckpoints().save_checkpoint({"epoch": torch.zeros(100_000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(OSError, match="File too large"), largest_file(20_000):
+        WholeCheckpoints().save_checkpoint({"epoch": torch.zeros(100_000)}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert os.listdir(path.parent) == ["last.ckpt"]
 

@@ -21,19 +21,18 @@ from small_runs import (
     BATCHES,
     EPOCHS,
     Net,
-    Parts,
     Witness,
     assert_same_run,
     data,
     fit,
     loader,
+    replayable,
     same_bits,
     trainer,
 )
 
 from partial_embedding import InputError
 from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.recipes.resume import ReplayableLoader
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.saved_state import cohorts_of
 
@@ -142,7 +141,7 @@ def test_a_run_resumed_within_an_epoch_trains_on_the_batches_that_were_left(
         net, witness = Net().build(), Witness()
         checkpoint = options.pop("ckpt_path", None)
         made = trainer(RowUnfreezing(schedule), witness, *more, **options)
-        made.fit(net, replayable(seed=3), ckpt_path=checkpoint)
+        made.fit(net, replayable(data(), seed=3), ckpt_path=checkpoint)
         return net, witness
 
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
@@ -151,16 +150,6 @@ def test_a_run_resumed_within_an_epoch_trains_on_the_batches_that_were_left(
         resumed, rest = run(ckpt_path=tmp_path / f"step={step}.ckpt")
         assert_same_run(rest, seen.seen[step:])
         assert same_bits(resumed.words.weight, whole.words.weight)
-
-
-def replayable(seed: int | None = None) -> ReplayableLoader[Any]:
-    ids, labels = data().tensors
-    return ReplayableLoader(
-        lambda chosen: (ids[torch.from_numpy(chosen)], labels[torch.from_numpy(chosen)]),
-        size=len(ids),
-        batch_size=4,
-        seed=seed,
-    )
 
 
 # Metrics
@@ -264,7 +253,7 @@ def test_no_validation_is_left_out_or_counted_twice_on_resume(
         callback, witness = RowUnfreezing({"stages": stages}), RowWitness()
         checkpoint = options.pop("ckpt_path", None)
         made = trainer(callback, witness, *more, val_check_interval=interval, **options)
-        made.fit(ByStep().build(), replayable(), loader(data(1)), ckpt_path=checkpoint)
+        made.fit(ByStep().build(), replayable(data()), loader(data(1)), ckpt_path=checkpoint)
         return callback.state_dict()["position"]["evaluations"], witness.rows
 
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
@@ -277,29 +266,6 @@ def test_no_validation_is_left_out_or_counted_twice_on_resume(
 
 
 # Rates of their own
-
-
-def test_rows_learn_at_their_stages_rate_under_a_scheduler() -> None:
-    def scheduled(optimizer: torch.optim.Optimizer) -> Any:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.8**epoch)
-
-    class Slowed(Net):
-        def configure_optimizers(self) -> Any:
-            (optimizer,) = self.make(self.parts())
-            return [optimizer], [scheduled(optimizer)]
-
-    def two_groups(parts: Parts) -> list[torch.optim.Optimizer]:
-        groups = [{"params": parts["words"], "lr": 0.1 * 0.25}, {"params": parts["head"]}]
-        return [torch.optim.AdamW(groups, lr=0.1, weight_decay=0.3)]
-
-    scaled, plain = Slowed().build(), Slowed().build(make=two_groups)
-    rows = {"epoch": 0, "rows": [1, 4, 6]}
-    one = fit(scaled, schedule={"stages": [{**rows, "lr_scale": 0.25}]})
-    other = fit(plain, schedule={"stages": [rows]})
-    assert_same_run(one, other.seen)
-    # And the same rate for all would be another run.
-    same_rate = fit(Slowed().build(), schedule={"stages": [rows]})
-    assert not same_bits(same_rate.seen[-1]["words.weight"], one.seen[-1]["words.weight"])
 
 
 def test_an_optimizer_that_has_one_rate_is_refused_before_any_step() -> None:

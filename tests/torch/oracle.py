@@ -41,7 +41,7 @@ NOT_PER_ROW_STATE = ("col_var", "exp_avg_sq_col")
 
 def bits(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, so that NaN equals NaN and -0.0 differs from 0.0."""
-    return tensor.detach().contiguous().cpu().view(torch.uint8)
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

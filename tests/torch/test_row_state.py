@@ -36,6 +36,14 @@ def remember_origins(model: nn.Module) -> None:
         table.remember_origin()
 
 
+def trained(**options: Any) -> nn.Sequential:
+    """A model that knows what its rows were before they trained."""
+    model = model_of(**options)
+    remember_origins(model)
+    train(model)
+    return model
+
+
 def saved_rows_of(model: nn.Module) -> dict[str, Any]:
     """The state_dict as it comes back from a file."""
     with rows_saved_alone(table for _, table in tables_in(model)):
@@ -45,9 +53,7 @@ def saved_rows_of(model: nn.Module) -> dict[str, Any]:
 @pytest.mark.parametrize("tied", [False, True], ids=["alone", "tied"])
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 def test_rows_that_trained_make_a_new_table_what_the_old_one_was(tied: bool, assign: bool) -> None:
-    model = model_of(tied=tied)
-    remember_origins(model)
-    train(model)
+    model = trained(tied=tied)
     model[0].set_trainable_rows([7, 11])
     train(model)
     saved = saved_rows_of(model)
@@ -73,9 +79,7 @@ def test_outside_of_the_block_the_whole_table_is_saved() -> None:
 
 
 def test_an_earlier_file_takes_back_what_trained_since() -> None:
-    model = model_of()
-    remember_origins(model)
-    train(model)
+    model = trained()
     early, whole = saved_rows_of(model), copy.deepcopy(model.state_dict())
     model[0].set_trainable_rows("all")
     train(model)
@@ -85,9 +89,7 @@ def test_an_earlier_file_takes_back_what_trained_since() -> None:
 
 
 def test_rows_of_another_base_are_refused_by_name_and_change_nothing() -> None:
-    model = model_of()
-    remember_origins(model)
-    train(model)
+    model = trained()
     saved = saved_rows_of(model)
     other = model_of()
     with torch.no_grad():
@@ -109,9 +111,7 @@ def test_two_rows_that_changed_places_are_another_base() -> None:
 
 
 def test_rows_that_train_may_differ_before_they_are_loaded() -> None:
-    model = model_of()
-    remember_origins(model)
-    train(model)
+    model = trained()
     other = model_of()
     with torch.no_grad():
         other[0].weight[5] = 9.0
@@ -131,9 +131,7 @@ def test_rows_of_a_table_of_another_shape_are_refused(shape: tuple[int, int]) ->
 
 def test_a_whole_table_that_is_loaded_is_saved_whole() -> None:
     # What rows held before belongs to the table that was.
-    model = model_of()
-    remember_origins(model)
-    train(model)
+    model = trained()
     model.load_state_dict(model_of(seed=1).state_dict())
     assert "0.weight" in saved_rows_of(model)
 
@@ -154,9 +152,7 @@ def test_rows_of_a_model_that_was_cast_fit_the_table_as_it_is_made(dtype: torch.
 
 
 def test_a_copy_remembers_what_the_original_does() -> None:
-    model = model_of()
-    remember_origins(model)
-    train(model)
+    model = trained()
     twin = copy.deepcopy(model)
     train(twin)
     again = model_of()

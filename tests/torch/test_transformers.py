@@ -1,7 +1,5 @@
 """Language models of `transformers` whose input embedding is a partly trainable table."""
 
-import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ pytest.importorskip("safetensors")
 
 import torch  # noqa: E402  # after the packages that may be missing
 from oracle import assert_same_bits, rows_that_differ  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from steps import take_steps  # noqa: E402
 from tiny_language_models import V, language_model  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -142,7 +141,7 @@ def test_checkpoints_load_either_way_without_a_key_too_many_or_too_few(
     plain, partial = models(family, tied)
     with torch.no_grad():
         table_of(partial).weight.add_(1)
-    plain_class, partial_class = type(plain), type(partial)
+    plain_class, partial_class, files = type(plain), type(partial), []
     for source, target_class in (
         (partial, plain_class),
         (partial, partial_class),
@@ -150,6 +149,7 @@ def test_checkpoints_load_either_way_without_a_key_too_many_or_too_few(
     ):
         folder = tmp_path / f"{type(source).__name__}-{target_class.__name__}"
         source.save_pretrained(folder)
+        files.append(load_file(folder / "model.safetensors").keys())
         loaded, report = target_class.from_pretrained(folder, output_loading_info=True)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             assert not report[kind], (kind, report[kind])
@@ -159,22 +159,7 @@ def test_checkpoints_load_either_way_without_a_key_too_many_or_too_few(
         if target_class is partial_class:
             assert table_of(loaded).trainable_rows.tolist() == ROWS
             assert gradient_rows(loaded) == ROWS
-
-
-@MODELS
-def test_saved_files_are_those_of_the_plain_model(family: str, tied: bool, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    plain, partial = models(family, tied)
-    saved = []
-    for name, model in (("plain", plain), ("partial", partial)):
-        model.save_pretrained(tmp_path / name)
-        saved.append(load_file(tmp_path / name / "model.safetensors"))
-    assert saved[0].keys() == saved[1].keys()
-    for key, value in saved[0].items():
-        assert_same_bits(saved[1][key], value, key)
-    config = json.loads((tmp_path / "partial" / "config.json").read_text())
-    assert config["vocab_size"] == V
+    assert files[0] == files[1] == files[2]  # a tied weight once, as the plain model has it
 
 
 @MODELS
@@ -219,15 +204,6 @@ def test_tying_weights_again_changes_nothing(family: str, tied: bool) -> None:
 
 
 @MODELS
-def test_generated_tokens_are_those_of_the_plain_model(family: str, tied: bool) -> None:
-    generated = [
-        model.generate(IDS, max_new_tokens=5, do_sample=False) for model in models(family, tied)
-    ]
-    assert generated[0].tolist() == generated[1].tolist()
-    assert generated[0].shape[1] >= 5
-
-
-@MODELS
 def test_gradient_checkpointing_gives_the_same_gradients(family: str, tied: bool) -> None:
     _, partial = models(family, tied)
     partial.train()
@@ -245,18 +221,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, tied: bool
                 torch.testing.assert_close(parameter.grad, expected[name])
         assert table_of(partial).weight.grad.any(1).nonzero().flatten().tolist() == ROWS
         partial.gradient_checkpointing_disable()
-
-
-@MODELS
-def test_a_deepcopy_is_a_model_of_its_own(family: str, tied: bool) -> None:
-    _, partial = models(family, tied)
-    copied = copy.deepcopy(partial)
-    assert is_tied(copied) == head_is_tied(family, tied)
-    assert table_of(copied).weight is not table_of(partial).weight
-    assert_same_bits(copied(**inputs()).logits, partial(**inputs()).logits, "the logits")
-    table_of(copied).set_trainable_rows([3])
-    assert gradient_rows(copied) == [3]
-    assert gradient_rows(partial) == ROWS
 
 
 @MODELS

@@ -32,6 +32,14 @@ def gradients(model: nn.Module) -> None:
     loss.backward()
 
 
+def begun(model: nn.Module) -> SGD:
+    """An optimizer of all parameters that has made a step."""
+    optimizer = SGD(model.parameters(), 0.1)
+    gradients(model)
+    optimizer.step()
+    return optimizer
+
+
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_a_frozen_weight_is_refused_and_learns_by_the_remedy(mode: bool) -> None:
     model = model_with_rows().train(mode)
@@ -45,9 +53,7 @@ def test_a_frozen_weight_is_refused_and_learns_by_the_remedy(mode: bool) -> None
             optimizer.step()
     # The remedy.
     model[0].weight.requires_grad_(True)
-    optimizer = SGD(model.parameters(), 0.1)
-    gradients(model)
-    optimizer.step()
+    begun(model)
     assert rows_that_differ(before, model[0].weight) == [2]
 
 
@@ -179,9 +185,7 @@ def test_a_weight_that_is_frozen_in_mid_run_is_refused_and_learns_on_by_the_reme
 @pytest.mark.parametrize("how", ["assigned", "loaded"])
 def test_a_weight_that_was_replaced_after_the_first_step_is_refused(how: str) -> None:
     model = model_with_rows()
-    optimizer = SGD(model.parameters(), 0.1)
-    gradients(model)
-    optimizer.step()
+    optimizer = begun(model)
     if how == "assigned":
         model[0].weight = nn.Parameter(model[0].weight.detach().clone())
     else:
@@ -199,9 +203,7 @@ def test_a_weight_that_was_replaced_after_the_first_step_is_refused(how: str) ->
 def test_a_table_that_was_made_plain_after_the_first_step_is_refused() -> None:
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2))
     replace_embedding(model, "0", [2])
-    optimizer = SGD(model.parameters(), 0.1)
-    gradients(model)
-    optimizer.step()
+    optimizer = begun(model)
     restore_embedding(model)
     before = model[0].weight.detach().clone()
     gradients(model)
@@ -217,9 +219,7 @@ def test_a_head_may_be_tied_after_the_first_step() -> None:
     model = nn.Sequential(
         PartialEmbedding(6, 4, trainable_rows=[2]), PartialLinear(4, 6, trainable_rows=[2])
     )
-    optimizer = SGD(model.parameters(), 0.1)
-    gradients(model)
-    optimizer.step()
+    optimizer = begun(model)
     model[1].weight = model[0].weight
     before = model[0].weight.detach().clone()
     gradients(model)

@@ -23,11 +23,11 @@ import torch
 from forked import in_processes
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
-from small_runs import CLASSES, Net, V, adamw, trainer
+from small_runs import Net, adamw, data, replayable, trainer
 from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
-from partial_embedding.recipes.resume import RandomState, ReplayableLoader
+from partial_embedding.recipes.resume import RandomState
 
 # Five batches an epoch. The plateau is reached by what is measured after step 15.
 SCHEDULE = {
@@ -93,20 +93,6 @@ class TinyNet(Net):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 
-def batches(data: int, rank: int, processes: int, shuffle: int | None) -> ReplayableLoader[Any]:
-    draw = torch.Generator().manual_seed(data)
-    ids = torch.randint(V, (20 * processes, 3), generator=draw)
-    labels = torch.randint(CLASSES, (20 * processes,), generator=draw)
-    return ReplayableLoader(
-        lambda chosen: (ids[torch.from_numpy(chosen)], labels[torch.from_numpy(chosen)]),
-        size=len(ids),
-        batch_size=4,
-        seed=shuffle,
-        rank=rank,
-        world_size=processes,
-    )
-
-
 def fit(
     folder: Path,
     precision: str,
@@ -145,7 +131,8 @@ def fit(
         **options,
     )
     training, validation = (
-        batches(data, rank, processes, shuffle) for data, shuffle in ((1, 7), (2, None))
+        replayable(data(5 * processes, seed=seed), shuffle, rank=rank, world_size=processes)
+        for seed, shuffle in ((1, 7), (2, None))
     )
     made.fit(net, training, validation, ckpt_path=resume)
     assert made.global_step == 5 * EPOCHS
