@@ -18,7 +18,7 @@ from partial_embedding import InputError
 
 # Programs that tests start in processes of their own, which importing would run; and what is for
 # type checkers alone, of both frameworks.
-collect_ignore_glob = ["*/scripts/*.py", "*/run_*.py", "*/*_worker.py", "typing/*.py"]
+collect_ignore_glob = ["*/scripts/*.py", "*/run_*.py", "typing/*.py"]
 
 IN_CI = bool(os.environ.get("CI"))
 

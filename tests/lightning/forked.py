@@ -1,20 +1,10 @@
-"""Forks the ranks of a run from one process that has imported all that they need.
+"""Forks the ranks of a run from one process that has imported all that they need."""
 
-As a script it runs `main(folder)` of workers beside it on two ranks, one worker after the other,
-each in a folder of its own, to which the logs of its ranks go.
-
-Usage: forked.py FOLDER WORKER...
-"""
-
-import importlib
 import os
 import socket
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from types import ModuleType
 
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -43,23 +33,3 @@ def in_processes(processes: int, run: Callable[[int], None]) -> list[int]:
             os._exit(0)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
-def main(folder: Path, workers: list[str]) -> None:
-    for worker in [importlib.import_module(name) for name in workers]:
-        own = folder / worker.__name__
-        own.mkdir()
-        os.chdir(own)
-        if any(in_processes(2, partial(run_rank, worker, own))):
-            raise SystemExit(1)
-
-
-def run_rank(worker: ModuleType, folder: Path, rank: int) -> None:
-    with (folder / f"{rank}.log").open("w") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-    worker.main(folder)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -5,12 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 HERE = Path(__file__).resolve().parent
 
@@ -63,33 +61,3 @@ def failure_of(*command: object) -> str:
 def run_script(name: str, *arguments: object) -> str:
     """Run one of the scripts beside the tests; returns what it said where it failed."""
     return failure_of(HERE / "scripts" / name, *arguments)
-
-
-# What runs on two ranks: importing Lightning takes longer than most cases, so all of it is forked
-# from one process.
-WORKERS = ("ddp_worker", "disagree_worker", "sharded_worker")
-
-
-ON_TWO_RANKS = pytest.mark.skipif(
-    not (torch.distributed.is_available() and hasattr(os, "fork")),
-    reason="two ranks need torch.distributed, and are forked from one process",
-)
-
-
-def run_ranks(factory: pytest.TempPathFactory, worker: str) -> Path:
-    """The folder in which both ranks left what they saw of the cases of a worker."""
-    return once(factory, "ranks", _run_workers) / worker
-
-
-def _run_workers(folder: Path) -> str:
-    said = failure_of(HERE / "forked.py", folder, *WORKERS)
-    logs = [log.read_text()[-6000:] for log in sorted(folder.glob("*/*.log"))]
-    return "\n".join([said, *logs]) if said else ""
-
-
-def seen_by_ranks(folder: Path, cases: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
-    """What each of the two ranks wrote, for each case."""
-    return {
-        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for case in cases
-    }

@@ -6,6 +6,7 @@ optimizer. A cohort that joins is one more parameter, so that its state begins t
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,7 +15,9 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from oracle import rows_that_differ, same_bits
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.data import DataLoader, TensorDataset
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
@@ -192,6 +195,13 @@ class ShardWitness(pl.Callback):
         self.seen.append(weights_of(pl_module))
         if trainer.global_step == self.save_at:
             trainer.save_checkpoint(self.path)
+
+
+def known_rank() -> int:
+    """The rank of this process, which Lightning then knows too."""
+    rank_zero_only.rank = dist.get_rank()
+    os.environ.update(LOCAL_RANK=str(dist.get_rank()), NODE_RANK="0")
+    return dist.get_rank()
 
 
 def trainer(*callbacks: pl.Callback, package: Any = pl, **options: Any) -> Any:

@@ -1,14 +1,12 @@
 """A model is sharded over two processes, in Lightning and Fabric: its tables learn as in one."""
 
-from typing import Any
-
 import pytest
 
 pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
 
 import torch
-from once import ON_TWO_RANKS, run_ranks, seen_by_ranks
-from sharded_worker import CASES, RATE, ROWS, SAVED, SAVED_AT, batch_of
+from launch import all_same, in_processes, same
+from sharded_runs import CASES, RATE, ROWS, SAVED, SAVED_AT, batch_of, ranks, saved_ranks
 from small_runs import (
     BATCHES,
     EPOCHS,
@@ -16,27 +14,14 @@ from small_runs import (
     Scored,
     V,
     rows_that_differ,
-    same_bits,
     starting_table,
     weights_of,
 )
 
 Weights = dict[str, torch.Tensor]
-Ranks = dict[str, list[dict[str, Any]]]
 
-pytestmark = ON_TWO_RANKS
 STEPS = EPOCHS * BATCHES
 BY_EPOCH = [*CASES, "fabric"]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """What each of the two ranks saw, for each case."""
-    return seen_by_ranks(run_ranks(tmp_path_factory, "sharded_worker"), [*BY_EPOCH, *SAVED])
-
-
-def same(a: Weights, b: Weights) -> bool:
-    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
 def assert_close(found: Weights, wanted: Weights) -> None:
@@ -45,8 +30,9 @@ def assert_close(found: Weights, wanted: Weights) -> None:
 
 
 @pytest.mark.parametrize("case", BY_EPOCH)
-def test_ranks_hold_the_same_bits_and_frozen_rows_those_of_before(case: str, ranks: Ranks) -> None:
-    zero, one = ranks[case]
+@in_processes(2)
+def test_ranks_hold_the_same_bits_and_frozen_rows_those_of_before(case: str) -> None:
+    zero, one = ranks(case)
     assert len(zero["weights"]) == len(one["weights"]) == STEPS
     before, rows = starting_table(), STAGES[0]
     for i, (a, b) in enumerate(zip(zero["weights"], one["weights"], strict=True)):
@@ -60,22 +46,22 @@ def test_ranks_hold_the_same_bits_and_frozen_rows_those_of_before(case: str, ran
 
 
 @pytest.mark.parametrize("case", [case for case in BY_EPOCH if not case.startswith("ddp")])
-def test_weights_are_those_of_a_run_under_ddp(case: str, ranks: Ranks) -> None:
+@in_processes(2)
+def test_weights_are_those_of_a_run_under_ddp(case: str) -> None:
     under_ddp = "ddp clipped" if case.endswith("clipped") else "ddp"
     for found, wanted in zip(
-        ranks[case][0]["weights"], ranks[under_ddp][0]["weights"], strict=True
+        ranks(case)[0]["weights"], ranks(under_ddp)[0]["weights"], strict=True
     ):
         assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("case", SAVED)
-def test_a_run_that_is_resumed_ends_bit_for_bit_as_the_one_that_was_not_stopped(
-    case: str, ranks: Ranks
-) -> None:
-    for rank in ranks[case]:
+@in_processes(2)
+def test_a_run_that_is_resumed_ends_bit_for_bit_as_the_one_that_was_not_stopped(case: str) -> None:
+    for rank in saved_ranks(case):
         whole, resumed = rank["whole"]["seen"][SAVED_AT:], rank["resumed"]["seen"]
         assert len(resumed) == STEPS - SAVED_AT
-        assert all(same(a, b) for a, b in zip(whole, resumed, strict=True))
+        assert all_same(whole, resumed)
         assert rank["whole"]["rows"].tolist() == rank["resumed"]["rows"].tolist() == ROWS[8]
 
 
@@ -95,13 +81,15 @@ def alone(processes: int) -> list[Weights]:
 
 
 @pytest.mark.parametrize("case", ["sharded in a folder", "sharded in a file"])
-def test_a_sharded_run_ends_bit_for_bit_as_one_process_does(case: str, ranks: Ranks) -> None:
-    for rank in ranks[case]:
-        assert all(same(a, b) for a, b in zip(rank["whole"]["seen"], alone(2), strict=True))
+@in_processes(2)
+def test_a_sharded_run_ends_bit_for_bit_as_one_process_does(case: str) -> None:
+    for rank in saved_ranks(case):
+        assert all_same(rank["whole"]["seen"], alone(2))
 
 
-def test_tensor_parallelism_follows_the_schedule(ranks: Ranks) -> None:
-    for rank in ranks["parallel in a folder"]:
+@in_processes(2)
+def test_tensor_parallelism_follows_the_schedule() -> None:
+    for rank in saved_ranks("parallel in a folder"):
         before, trainable = weights_of(Scored().build()), ROWS[0]
         for step, now in enumerate(rank["whole"]["seen"]):
             trainable = ROWS.get(step, trainable)
@@ -112,17 +100,19 @@ def test_tensor_parallelism_follows_the_schedule(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in SAVED if case.startswith("sharded")])
-def test_the_audit_counts_the_frozen_rows_of_all_processes(case: str, ranks: Ranks) -> None:
+@in_processes(2)
+def test_the_audit_counts_the_frozen_rows_of_all_processes(case: str) -> None:
     frozen = [V - len(rows) for rows in ROWS.values()]
-    for rank in ranks[case]:
+    for rank in saved_ranks(case):
         for table in ("words", "scores"):
             own = [found[1:] for found in rank["whole"]["audit"] if found[0] == table]
             assert own == [(number, 0) for number in frozen]
 
 
 @pytest.mark.parametrize("case", SAVED)
-def test_the_monitor_measures_rows_of_all_processes(case: str, ranks: Ranks) -> None:
-    first, other = (rank["whole"]["record"] for rank in ranks[case])
+@in_processes(2)
+def test_the_monitor_measures_rows_of_all_processes(case: str) -> None:
+    first, other = (rank["whole"]["record"] for rank in saved_ranks(case))
     assert other is None
     moved = {int(row["token"].split()[-1]) for row in first["tables"]["words"]["moved"]}
     assert moved == set().union(*ROWS.values())

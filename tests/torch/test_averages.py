@@ -20,10 +20,6 @@ from partial_embedding.torch import PartialEmbedding, average_gradients, rowwise
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.table import PartialTable
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available(), reason="this torch was built without torch.distributed"
-)
-
 V, STEPS = 30, 6
 FIRST, LATER = [3, 4, 9, 20], [2, 3, 9, 20, 21]
 

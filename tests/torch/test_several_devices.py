@@ -49,10 +49,6 @@ from partial_embedding.torch import (
 from partial_embedding.torch.optimizer import prepared
 from partial_embedding.torch.row_files import load_rows, save_rows
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available(), reason="this torch was built without torch.distributed"
-)
-
 
 def mesh() -> Any:
     return dist.init_device_mesh("cpu", (dist.get_world_size(),))

@@ -29,9 +29,6 @@ from partial_embedding import InputError  # noqa: E402
 from partial_embedding.callbacks.transformers import RowUnfreezing  # noqa: E402
 from partial_embedding.torch.shards import is_sharded  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available(), reason="this torch was built without torch.distributed"
-)
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 TEXTS = ("the numbat sat on quokkas", "a dog ran and quokkas", "numbat quokkas on the mat") * 4
 # Global batches are the same whoever shares them.

@@ -1,16 +1,12 @@
-"""One rank of runs in which a model is sharded over two, for `test_sharded_runs.py`.
-
-What it saw, batch by batch, is written to `{folder}/{case}-{rank}.pt`.
-"""
+"""Runs in which a model is sharded over two processes: what each of them saw, batch by batch."""
 
 import json
-import os
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from launch import of_all, shared_folder
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy as FabricStrategy
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
@@ -24,6 +20,7 @@ from small_runs import (
     ShardWitness,
     V,
     data,
+    known_rank,
     loader,
     trainer,
     weights_of,
@@ -96,12 +93,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 def own_batches() -> Any:
     every = data(6)
-    return loader(Subset(every, range(int(os.environ["LOCAL_RANK"]), len(every), 2)))
+    return loader(Subset(every, range(known_rank(), len(every), 2)))
 
 
 def begun_apart(kind: type[Net]) -> Any:
     """Another table in each process; Lightning makes the head alike under DDP alone."""
-    net = kind().build(seed=int(os.environ["LOCAL_RANK"]))
+    net = kind().build(seed=known_rank())
     net.head.load_state_dict(Net().build().head.state_dict())
     return net
 
@@ -111,7 +108,13 @@ def on_two(*callbacks: pl.Callback, strategy: Any, **options: Any) -> Any:
     return trainer(*callbacks, strategy=made, devices=2, use_distributed_sampler=False, **options)
 
 
-def run(name: str, folder: Path) -> None:
+@cache
+def ranks(name: str) -> list[dict[str, Any]]:
+    """What each of the two ranks saw, of a case that is run once."""
+    return of_all(run_fabric() if name == "fabric" else run(name))
+
+
+def run(name: str) -> dict[str, Any]:
     options = dict(CASES[name])
     net = begun_apart(options.pop("kind"))
     strategy: Any = (
@@ -120,11 +123,10 @@ def run(name: str, folder: Path) -> None:
     callback, witness = RowUnfreezing(SCHEDULE, audit=1), ShardWitness()
     made = on_two(callback, witness, strategy=strategy, **options)
     made.fit(net, own_batches())
-    kept = {"weights": witness.seen, "reports": [r.changed for r in callback.audit_results]}
-    torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
+    return {"weights": witness.seen, "reports": [r.changed for r in callback.audit_results]}
 
 
-def run_fabric(folder: Path) -> None:
+def run_fabric() -> dict[str, Any]:
     """A loop of Fabric's, whose rows are set by hand."""
     strategy = FabricStrategy(beside_whole_tables, **BY_DATA, process_group_backend="gloo")
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
@@ -144,7 +146,7 @@ def run_fabric(folder: Path) -> None:
             fabric.clip_gradients(module, optimizer, max_norm=1e9)
             optimizer.step()
             seen.append(weights_of(net))
-    torch.save({"weights": seen, "reports": []}, folder / f"fabric-{fabric.global_rank}.pt")
+    return {"weights": seen, "reports": []}
 
 
 # Runs that are saved at a step, and resumed from there
@@ -186,9 +188,12 @@ class Replayed(pl.Callback):
             part.copy_(made)
 
 
-def run_and_resume(name: str, folder: Path) -> None:
+@cache
+def saved_ranks(name: str) -> list[dict[str, Any]]:
+    """What each of the two ranks saw of a whole run, and of one that goes on from its save."""
+    known_rank()
     kind, in_parts = SAVED[name]
-    path, kept = folder / f"{name}.ckpt", {}
+    path, kept = shared_folder() / f"{name}.ckpt", {}
     strategy: Any = partial(
         ModelParallelStrategy,
         save_distributed_checkpoint=in_parts,
@@ -198,7 +203,7 @@ def run_and_resume(name: str, folder: Path) -> None:
         net, witness = kind().build(), ShardWitness(None if begins else SAVED_AT, path)
         unfreezing, monitor = RowUnfreezing(BY_STEP, audit=1), RowMonitor(every_n_steps=2)
         callbacks = [unfreezing, monitor, witness, Replayed()]
-        made = on_two(*callbacks, strategy=strategy, default_root_dir=folder)
+        made = on_two(*callbacks, strategy=strategy, default_root_dir=path.parent)
         made.fit(net, own_batches(), ckpt_path=begins)
         kept[way] = {
             "seen": witness.seen,
@@ -206,12 +211,4 @@ def run_and_resume(name: str, folder: Path) -> None:
             "audit": [(one.table, one.frozen, one.changed) for one in unfreezing.audit_results],
             "record": json.loads(monitor.path.read_text()) if monitor.path else None,
         }
-    torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
-
-
-def main(folder: Path) -> None:
-    for case in CASES:
-        run(case, folder)
-    run_fabric(folder)
-    for case in SAVED:
-        run_and_resume(case, folder)
+    return of_all(kept)

@@ -1,23 +1,21 @@
-"""One rank of runs on two processes, for `test_ddp.py`.
-
-What it saw, batch by batch, is written to `{folder}/{case}-{rank}.pt`.
-"""
+"""Runs under DDP of modules and options of many kinds, each in both of two processes."""
 
 import importlib
-import os
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, redirect_stdout
+from functools import cache
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from launch import of_all, shared_folder
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
-from small_runs import SCHEDULE, STAGES, D, Net, Scored, Witness, data, loader, trainer
+from small_runs import SCHEDULE, STAGES, D, Net, Scored, Witness, data, known_rank, loader, trainer
 from torch import Tensor
 
 from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
@@ -199,8 +197,16 @@ def counting() -> Iterator[list[int]]:
             vars(module)["average"] = average
 
 
-def run(name: str, folder: Path) -> None:
-    case, rank = CASES[name], int(os.environ["LOCAL_RANK"])
+@cache
+def ranks(name: str) -> list[dict[str, Any]]:
+    """What each of the two ranks saw, batch by batch, of a case that is run once."""
+    with redirect_stdout(io.StringIO()) as said:
+        kept = run(name)
+    return of_all({**kept, "said": said.getvalue()})
+
+
+def run(name: str) -> dict[str, Any]:
+    case, rank = CASES[name], known_rank()
     net = case.get("kind", Net)()
     if not isinstance(net, BuiltInSetup):
         # Each process begins with another module: that of the first one counts.
@@ -214,7 +220,7 @@ def run(name: str, folder: Path) -> None:
         options["plugins"] = MixedPrecision("16-mixed", "cpu", scaler)
     if case.get("monitor"):
         callbacks.insert(1, RowMonitor(every_n_steps=2))
-        options["logger"] = CSVLogger(folder, name="monitored", version=0)
+        options["logger"] = CSVLogger(shared_folder(), name="monitored", version=0)
     strategy = DDPStrategy(process_group_backend="gloo")
     made = trainer(*callbacks, strategy=strategy, **options)
     with counting() as calls:
@@ -229,20 +235,13 @@ def run(name: str, folder: Path) -> None:
             net.words.set_trainable_rows(STAGES[0])
             made = trainer(witness, batches, strategy=strategy, **options)
         made.fit(net, loader(data(6)))
-    optimizer = made.optimizers[0]
-    kept = {
+    return {
         "weights": witness.seen,
         "epochs": witness.epochs,
         "batches": batches.seen,
         "ignored": batches.ignored,
         "ignored_later": list(getattr(net, "_ddp_params_and_buffers_to_ignore", [])),
         "averaged": calls,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": made.optimizers[0].state_dict(),
         "reports": [(r.frozen, r.changed) for r in callback.audit_results if r.table == "words"],
     }
-    torch.save(kept, folder / f"{name}-{made.global_rank}.pt")
-
-
-def main(folder: Path) -> None:
-    for case_name in CASES:
-        run(case_name, folder)
