@@ -11,6 +11,7 @@ pytest.importorskip("safetensors")
 import torch  # noqa: E402  # after the packages that may be missing
 from oracle import assert_same_bits, rows_that_differ  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from small_tables import moved_rows  # noqa: E402
 from steps import take_steps  # noqa: E402
 from tiny_language_models import V, language_model  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -100,8 +101,7 @@ def head_is_tied(family: str, tied: bool) -> bool:
 def gradient_rows(model: Any) -> list[int]:
     model.zero_grad()
     model(**inputs()).loss.backward()
-    grad: Tensor = table_of(model).weight.grad.to_dense()
-    return grad.ne(0).any(1).nonzero().flatten().tolist()
+    return moved_rows(table_of(model).weight.grad.to_dense())
 
 
 @MODELS
@@ -131,7 +131,7 @@ def test_gradient_is_that_of_the_plain_model_without_frozen_rows(family: str, ti
             expected[FROZEN] = 0.0
         assert_same_bits(parameter.grad, expected, name)
     # A tied head has gradients in every row, which the table's hook drops too.
-    assert of_table.grad.any(1).nonzero().flatten().tolist() == ROWS
+    assert moved_rows(of_table.grad) == ROWS
 
 
 @MODELS
@@ -178,7 +178,7 @@ def test_embeddings_are_resized_up_and_down(family: str, tied: bool) -> None:
     ids = torch.tensor([[2, 5, 11, V, V + 1, V + 2, 1]])
     partial.zero_grad()
     partial(**inputs(ids)).loss.backward()
-    moved = table.weight.grad.any(1).nonzero().flatten().tolist()
+    moved = moved_rows(table.weight.grad)
     assert moved == [*ROWS, V, V + 2]
     partial.zero_grad()
     partial.resize_token_embeddings(10)
@@ -188,7 +188,7 @@ def test_embeddings_are_resized_up_and_down(family: str, tied: bool) -> None:
     assert_same_bits(table.weight, start[:10], "old rows")
     small = IDS.clamp(max=9)
     partial(**inputs(small)).loss.backward()
-    assert table.weight.grad.any(1).nonzero().flatten().tolist() == [2, 5]
+    assert moved_rows(table.weight.grad) == [2, 5]
     assert partial.generate(small, max_new_tokens=2, do_sample=False).shape[0] == 2
 
 
@@ -219,7 +219,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, tied: bool
         for name, parameter in partial.named_parameters():
             if name in expected:
                 torch.testing.assert_close(parameter.grad, expected[name])
-        assert table_of(partial).weight.grad.any(1).nonzero().flatten().tolist() == ROWS
+        assert moved_rows(table_of(partial).weight.grad) == ROWS
         partial.gradient_checkpointing_disable()
 
 
