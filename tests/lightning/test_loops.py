@@ -393,17 +393,14 @@ def test_a_table_without_a_schedule_trains_whole() -> None:
 # which may come out as 0.0.
 
 
-class WithoutNegativeZero(Net):
-    """Has no -0.0 in the table."""
-
-    def build(self, *arguments: Any, **options: Any) -> Any:
-        built = super().build(*arguments, **options)
-        built.words.weight.data.abs_()
-        return built
+def without_negative_zero() -> Any:
+    net = Net().build()
+    net.words.weight.data.abs_()
+    return net
 
 
 def test_stochastic_weight_averaging_leaves_frozen_rows_alone() -> None:
-    net = WithoutNegativeZero().build()
+    net = without_negative_zero()
     start = net.words.weight.detach().clone()
     averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1)
     witness = fit(net, averaging, schedule={"stages": [{"epoch": 0, "rows": [1, 4, 6]}]})
@@ -430,14 +427,14 @@ GROWING = {"stages": [{"epoch": 0, "rows": [1, 4]}, {"epoch": 2, "rows": [1, 2, 
 
 @pytest.mark.parametrize("averages", ["ema", "mean"])
 def test_weight_averaging_leaves_rows_alone_that_never_trained(averages: str) -> None:
-    net = WithoutNegativeZero().build()
+    net = without_negative_zero()
     start = net.words.weight.detach().clone()
     averaging = EMAWeightAveraging(decay=0.5) if averages == "ema" else WeightAveraging()
     witness = fit(net, averaging, schedule=GROWING)
     assert rows_that_differ(net.words.weight, start) == [1, 2, 4, 6, 8, 9]
     assert not same_bits(net.words.weight, witness.seen[-1]["words.weight"])
     # While it trains, the module itself goes the way that it goes without averaging.
-    alone = WithoutNegativeZero().build()
+    alone = without_negative_zero()
     assert_same_run(witness, fit(alone, schedule=GROWING).seen)
 
 

@@ -136,24 +136,15 @@ def adafactor(parts: Parts) -> list[torch.optim.Optimizer]:
     return [torch.optim.Adafactor([p for part in parts.values() for p in part])]
 
 
-class Tableless(Net):
-    """Has a plain embedding only."""
-
-    def build(self, *arguments: Any, **options: Any) -> Any:
-        return super().build(*arguments, plain=True, **options)
-
-
-class Frozen(Net):
-    """Freezes its table, as `from_pretrained(freeze=True)` does."""
-
-    def build(self, *arguments: Any, **options: Any) -> Any:
-        built = super().build(*arguments, **options)
-        built.words.requires_grad_(False)
-        return built
+def frozen() -> Any:
+    """Its table is frozen, as by `from_pretrained(freeze=True)`."""
+    net = Net().build()
+    net.words.requires_grad_(False)
+    return net
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
-    "no_table": (lambda: Tableless().build(), SCHEDULE, ("PartialEmbedding", "Tableless")),
+    "no_table": (lambda: Net().build(plain=True), SCHEDULE, ("PartialEmbedding", "Net")),
     "no_optimizer_holds_it": (
         lambda: Net().build(make=without_the_table),
         SCHEDULE,
@@ -167,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
         ("optimizer", "'items'"),
     ),
     "frozen_weight": (
-        lambda: Frozen().build(),
+        frozen,
         SCHEDULE,
         ("words", "requires_grad=False", "freeze=True", "get_peft_model"),
     ),
@@ -360,13 +351,8 @@ def test_a_run_that_raises_leaves_a_whole_model() -> None:
 
 
 def test_schedules_may_freeze_everything_and_padding_never_trains() -> None:
-    class Padded(Net):
-        def build(self, *arguments: Any, **options: Any) -> Any:
-            built = super().build(*arguments, **options)
-            built.words.padding_idx = 0
-            return built
-
-    net = Padded().build()
+    net = Net().build()
+    net.words.padding_idx = 0
     schedule = stages(epoch_0="none", epoch_1="all", epoch_2=Rows.none(), epoch_3=[0, 1])
     witness = fit(net, schedule=schedule)
     rows = {0: (), 1: tuple(range(1, 12)), 2: (), 3: (1,)}
