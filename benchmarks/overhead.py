@@ -180,8 +180,8 @@ def report(num_rows: int, trainable: int, rounds: int) -> str:
         "",
         f"Lightning runs over a table of V = {num_rows:,} rows, D = {WIDTH}, of which K = "
         f"{trainable:,} train; {TEXTS * LENGTH:,} ids a step, half of them trainable, AdamW, "
-        f"TensorBoard, optimizer prepared by `rowwise`. In each of {rounds} rounds of {ROUND} steps "
-        f"every second block of {BLOCK} steps has the callbacks, at default settings, so that one "
+        f"TensorBoard, optimizer prepared by `rowwise`. In each of {rounds} rounds of {ROUND} "
+        f"steps every second block of {BLOCK} has the callbacks, at default settings, so that one "
         "step of 50 with them measures.",
         "",
         "| callbacks | time with over without | middle half of the rounds | ms without | ms with |",
