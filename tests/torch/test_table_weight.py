@@ -78,14 +78,6 @@ def test_functional_gradients_work_under_vmap() -> None:
     assert [moved_rows(grad) for grad in grads] == [ROWS, ROWS]
 
 
-def test_functional_call_with_another_parameter_masks_that_one_too() -> None:
-    table = table_of()
-    other = nn.Parameter(vectors())
-    torch.func.functional_call(table, {"weight": other}, IDS).square().sum().backward()
-    assert moved_rows(other.grad) == ROWS
-    assert_is_partial(table)
-
-
 def test_functional_call_between_forward_and_backward_does_no_harm() -> None:
     # A teacher with averaged weights runs through the student's module.
     table = table_of()
