@@ -27,7 +27,7 @@ from partial_embedding.recipes.keras_text import (
     text_classifier,
     train,
 )
-from partial_embedding.recipes.predictions import write_predictions
+from partial_embedding.recipes.predictions import output_of, write_predictions
 from partial_embedding.recipes.prepare_texts import (
     TextSettings,
     texts_to_predict,
@@ -83,10 +83,9 @@ def measure_command(command: str, args: Sequence[str]) -> None:
         return TextBatches(data.encode(texts, vocabulary), labels, data.batch_size)
 
     if command == "predict":
+        output = output_of(output, text is not None or data.test_path == "-", root)
         asked = texts_to_predict(data, names, print) if text is None else [text]
         scores = model.predict(batches(asked, np.zeros(len(asked), np.int64)), verbose=0)
-        typed = text is not None or data.test_path == "-"
-        output = output or ("-" if typed else root / "predictions.csv")
         probabilities = ops.convert_to_numpy(ops.softmax(scores))
         write_predictions(output, asked, probabilities, names, top_k)
         return

@@ -78,6 +78,8 @@ def read_checkpoint(path: Path, to_go_on: bool) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         # Of other files torch says what its own formats lack.
         reason = str(error).partition("\n")[0] if is_zipfile(path) else "it is no archive of torch"

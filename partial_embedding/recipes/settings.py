@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from partial_embedding.errors import InputError, did_you_mean
-from partial_embedding.files import newest, read_yaml
+from partial_embedding.files import newest, read_yaml, refuse_no_file
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -146,6 +146,7 @@ def find_checkpoint(
             f"{named} is the checkpoint of a run. Received: {root}, which holds none. Pass the "
             "--trainer.default_root_dir of that run, or the path of a checkpoint."
         )
+    refuse_no_file(found, "a checkpoint is a file")
     if not found.is_file():
         raise InputError(
             f"a checkpoint is a file. Received: {named}, which is missing. Pass {names}, or the "

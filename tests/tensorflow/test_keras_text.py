@@ -294,6 +294,8 @@ def test_a_checkpoint_alone_is_measured_and_asked(
     capsys.readouterr()
     assert main(["predict", f"--ckpt_path={run / 'model.keras'}", "--text=ship wave salt"]) == 0
     assert f"ship wave salt,{likely[0]},{shares[0].max():.4f}\n" in capsys.readouterr().out
+    assert main([*asked[:-1], f"--output={run}"]) == 2
+    assert "predictions are written to a file. Received a folder." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
