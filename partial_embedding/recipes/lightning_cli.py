@@ -39,7 +39,12 @@ from partial_embedding.recipes.run_folder import (
     read_checkpoint,
     settings_in,
 )
-from partial_embedding.recipes.settings import diverged, find_checkpoint, read_config
+from partial_embedding.recipes.settings import (
+    ClassifierSettings,
+    diverged,
+    find_checkpoint,
+    read_config,
+)
 
 # Imported so that configurations can name them without their module.
 from partial_embedding.recipes.text_classifier import TextClassifier, TextData
@@ -412,7 +417,9 @@ def _no_option(command: str, name: str) -> str:
 
 def _known_options() -> list[str]:
     own = ["--config", "--ckpt_path", "--text", "--output", "--top_k", "--seed_everything"]
-    for part, made in {**_PARTS, "data": TextSettings, "rows": row_unfreezing}.items():
+    own.append("--model.export")  # beside the settings that Keras's classifier has too
+    known = {"data": TextSettings, "model": ClassifierSettings, "rows": row_unfreezing}
+    for part, made in {**_PARTS, **known}.items():
         own += [f"--{part}.{name}" for name in signature(made).parameters]
     return own
 

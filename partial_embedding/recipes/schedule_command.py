@@ -14,7 +14,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.files import read_yaml, write_text
 from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
 from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
-from partial_embedding.recipes.settings import CommandParser, checked, positive, read_config
+from partial_embedding.recipes.settings import CommandParser, positive, read_config, read_settings
 from partial_embedding.recipes.text import count_tokens, read_texts, tokenize
 from partial_embedding.recipes.vectors import build_table, read_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
@@ -155,7 +155,7 @@ def _table(
         return None, {}
     if not str(data.get("class_path", "TextData")).endswith("TextData"):
         return None, {}  # of a class that only its framework can make
-    settings = TextSettings(**checked(TextSettings, parts.get("data", {}), "data"))
+    settings = read_settings(TextSettings, "data", parts.get("data", {}))
     texts = prepare_texts(settings, print)
     steps = -(-len(texts.training) // settings.batch_size)
     return texts.vocabulary, {"padding": PADDING_ID, "steps_per_epoch": steps}

@@ -32,7 +32,7 @@ from partial_embedding.recipes.prepare_texts import (
     texts_to_validate,
 )
 from partial_embedding.recipes.resume import ReplayableLoader
-from partial_embedding.recipes.settings import check_range
+from partial_embedding.recipes.settings import ClassifierSettings
 from partial_embedding.recipes.vectors import save_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.rows.vocabulary_file import write_vocabulary
@@ -154,12 +154,7 @@ class TextClassifier(LightningModule):
     one that was trained on another vocabulary is refused.
 
     Args:
-        encoder: `"cnn"`, convolutions of widths 3, 4 and 5 with a maximum over time (Kim 2014,
-            https://arxiv.org/abs/1408.5882), or `"mean"`, the average of the vectors.
-        channels: Channels per width of the convolutions.
-        dropout: The share of the encoder's features dropped in training.
-        lr: The learning rate of AdamW.
-        weight_decay: The weight decay of AdamW.
+        **settings: Those of `ClassifierSettings`.
         export: The suffix of the file of word vectors that `fit` writes in the end, as for
             `ExportVectors`; None writes none.
     """
@@ -167,25 +162,12 @@ class TextClassifier(LightningModule):
     embedding: PartialEmbedding
     names: tuple[str, ...]
 
-    def __init__(
-        self,
-        encoder: Literal["cnn", "mean"] = "cnn",
-        channels: int = 64,
-        dropout: float = 0.5,
-        lr: float = 1e-3,
-        weight_decay: float = 0.01,
-        export: VectorSuffix | None = None,
-    ) -> None:
+    def __init__(self, *, export: VectorSuffix | None = None, **settings: Any) -> None:
         super().__init__()
-        check_range("channels", channels, 1)
-        check_range("dropout", dropout, 0, below=1)
-        check_range("lr", lr, 0)
-        check_range("weight_decay", weight_decay, 0)
         # Loggers would open their files before the data are accepted.
         self.save_hyperparameters(logger=False)
-        self.encoder_kind, self.channels, self.export = encoder, channels, export
-        self.dropout = nn.Dropout(dropout)
-        self.lr, self.weight_decay = lr, weight_decay
+        self.settings, self.export = ClassifierSettings(**settings), export
+        self.dropout = nn.Dropout(self.settings.dropout)
         self.vocabulary: Vocabulary | None = None
 
     def setup(self, stage: str) -> None:
@@ -207,8 +189,8 @@ class TextClassifier(LightningModule):
     def _build(self, vocabulary: Vocabulary, names: tuple[str, ...], table: Tensor) -> None:
         self.vocabulary, self.names = vocabulary, names
         self.embedding = PartialEmbedding.from_pretrained(table, padding_idx=PADDING_ID)
-        dimension, channels = table.shape[1], self.channels
-        cnn = self.encoder_kind == "cnn"
+        dimension, channels = table.shape[1], self.settings.channels
+        cnn = self.settings.encoder == "cnn"
         self.encoder = _Convolutions(dimension, channels) if cnn else _Mean()
         self.head = nn.Linear(len(WIDTHS) * channels if cnn else dimension, len(names))
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
@@ -260,7 +242,8 @@ class TextClassifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A plain AdamW over all parameters; `RowUnfreezing` keeps it off the frozen rows."""
-        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        lr, weight_decay = self.settings.lr, self.settings.weight_decay
+        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in what the rows and the classes mean."""

@@ -87,7 +87,7 @@ def test_texts_to_test_come_from_their_own_file(small_run: list[str]) -> None:
 def test_scores_of_a_text_do_not_depend_on_the_others_in_its_batch(
     encoder: Any, data: TextData
 ) -> None:
-    model = TextClassifier(encoder, channels=4)
+    model = TextClassifier(encoder=encoder, channels=4)
     trainer(max_steps=1).fit(model, data)
     model.eval()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_scores_of_a_text_do_not_depend_on_the_others_in_its_batch(
 
 
 def test_the_padding_row_stays_zero_when_all_rows_train(data: TextData) -> None:
-    model = TextClassifier("mean")
+    model = TextClassifier(encoder="mean")
     before = torch.from_numpy(data.table.copy())
     trainer().fit(model, data)
     assert not model.embedding.weight[0].any()
@@ -125,7 +125,7 @@ def test_vectors_are_exported_in_formats_that_gensim_reads(
     suffix: Any, data: TextData, tmp_path: Path
 ) -> None:
     export = ExportVectors(suffix)
-    model = TextClassifier("mean")
+    model = TextClassifier(encoder="mean")
     trainer(export, default_root_dir=tmp_path / "run").fit(model, data)
     assert export.path == tmp_path / "run" / f"vectors.{suffix}"
     read = KeyedVectors.load_word2vec_format(str(export.path), binary="bin" in suffix)
