@@ -69,13 +69,8 @@ class TableSample:
     bands, and compares 32 rows of each cohort with the latter, whatever the size of the table. One
     byte a row says to which cohort it belongs; it is touched only when rows change.
 
-    Args:
-        rows: Reads rows: from sorted ids, int64, shape (n,), to float32, shape (n, D).
-        num_rows: The rows V of the table.
-        unit: The unit of places in training, `"epoch"` or `"step"`.
-        size: The most rows of a cohort or band that are measured.
-        vocabulary: The tokens of the rows and how often they occur, if known.
-        padding: The row of padding, which is not sampled.
+    A function reads rows: from sorted ids, int64, shape (n,), to float32, shape (n, D). That of
+    padding is not sampled.
 
     Example:
         >>> table = np.eye(4, dtype=np.float32)
@@ -275,14 +270,10 @@ class TableSample:
 
 
 def nearest(queries: Values, vectors: Values, most: int, own: Ids) -> Ids:
-    """Find the nearest neighbours of rows by the cosine of the angle between them.
+    """Find the nearest neighbours of rows by the cosine of the angle between them, nearest first.
 
-    Args:
-        queries: The rows whose neighbours are wanted, shape (q, D).
-        vectors: The rows among which they are looked for, shape (n, D).
-        most: How many to find, the nearest first; there are n - 1 at most.
-        own: The place of each query among `vectors`, int64, shape (q,); -1 for one that is not
-            there. No row is a neighbour of itself.
+    Those of queries, shape (q, D), are looked for among vectors, shape (n, D), and are n - 1 at
+    most. No row is a neighbour of itself: `own`, shape (q,), is the place of each there, or -1.
 
     Example:
         >>> vectors = np.array([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]], np.float32)

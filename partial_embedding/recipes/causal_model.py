@@ -37,11 +37,6 @@ class CausalModel(LightningModule):
 
     A checkpoint holds both, so that `test` and `predict` need nothing else. When training ends, a
     folder `model` beside the log holds what plain `transformers` loads.
-
-    Args:
-        lr: The learning rate of AdamW.
-        weight_decay: The weight decay of AdamW.
-        max_new_tokens: How many tokens `predict` adds to a prompt.
     """
 
     model: Any

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, refused_at
 from partial_embedding.files import read_yaml, write_text
 from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
 from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
@@ -121,10 +121,8 @@ def _picture(text: str) -> Path:
 def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedule:
     rows = config.get("rows")
     value = rows["schedule"] if isinstance(rows, Mapping) and "schedule" in rows else config
-    try:
+    with refused_at(str(path)):
         schedules = schedules_by_table(value)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
     if table is None and len(schedules) == 1:
         return next(iter(schedules.values()))
     if table not in schedules:

@@ -40,9 +40,7 @@ def read_config(
 ) -> dict[str, dict[str, Any]]:
     """The parts of a configuration of `fit`; of one that names a `class_path`, its `init_args`.
 
-    Args:
-        path: The file.
-        parts: Those that are refused where they are no mappings, in place of being left out.
+    What is no mapping is left out, or, where it is one of these parts, refused.
 
     Raises:
         InputError: The file cannot be read or is no mapping.

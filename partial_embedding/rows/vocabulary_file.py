@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, refused_at
 from partial_embedding.files import refuse_no_file, write_text
 from partial_embedding.rows.token_text import escaped, unescaped
 from partial_embedding.rows.vocabulary import Vocabulary
@@ -84,14 +84,12 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
     counts = _whole_numbers(path, "count", columns.get("count"))
     missing = _whole_numbers(path, "missing", columns.get("missing"))
-    try:
+    with refused_at(str(path)):
         return Vocabulary(
             [unescaped(token) for token in columns["token"]],
             counts,
             None if missing is None else [row for row, flag in enumerate(missing) if flag],
         )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _whole_numbers(

@@ -25,25 +25,15 @@ _BAR = 24
 
 @dataclass(frozen=True)
 class Planned:
-    """One stage of a plan, or one increment of growing into the next.
-
-    Args:
-        position: Where in training it begins.
-        place: The same in words.
-        trainable: How many rows train.
-        joining: How many of them did not train before.
-        leaving: How many trained before and no longer do.
-        covered: The share of the training data's tokens whose rows train; None without counts.
-        rate_scale: How fast the joining rows learn.
-    """
+    """One stage of a plan, or one increment of growing into the next: where, and which rows."""
 
     position: Position
-    place: str
+    place: str  # the same in words
     trainable: int
     joining: int
     leaving: int
-    covered: float | None
-    rate_scale: RateScale
+    covered: float | None  # the share of the training data's tokens, where that is known
+    rate_scale: RateScale  # of the joining rows
 
 
 def plan(
