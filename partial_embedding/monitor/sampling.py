@@ -18,7 +18,7 @@ from partial_embedding.monitor.track import (
     sample,
 )
 from partial_embedding.rows.cosines import cosines_of
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
+from partial_embedding.rows.vocabulary import Ids, Vocabulary, covered_share
 
 Values = NDArray[np.float32]
 
@@ -174,13 +174,12 @@ class TableSample:
         """Measure once, beside what is known of the batch and its step; give metrics by name."""
         track = self.track
         track.end = place
-        numbers: dict[str, float] = {
-            "trainable_rows": int(np.count_nonzero(self.cohort_of != _FROZEN))
-        }
+        trainable = self.cohort_of != _FROZEN
+        numbers: dict[str, float] = {"trainable_rows": int(np.count_nonzero(trainable))}
         if token_share is not None:
             numbers["tokens_that_train"] = token_share
             track.token_share.append((place, token_share))
-        if (covered := self._covered()) is not None:
+        if (covered := covered_share(trainable, self.vocabulary)) is not None:
             numbers["tokens_covered"] = covered
         pool = self.rows(self._pool)
         for number, cohort in self._cohorts.items():
@@ -217,12 +216,6 @@ class TableSample:
         shares = distances / (self.track.typical_length or 1.0)
         low, middle, high = (round(float(q), 12) for q in np.quantile(shares, QUANTILES))
         return low, middle, high
-
-    def _covered(self) -> float | None:
-        counts = None if self.vocabulary is None else self.vocabulary.counts
-        if counts is None or not (total := int(counts.sum())):
-            return None
-        return float(counts[self.cohort_of != _FROZEN].sum() / total)
 
     def finish(self) -> RowTrack:
         """Find the rows of the pool that went farthest, and give all that was seen."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -155,8 +155,9 @@ class TextClassifier(LightningModule):
 
     Args:
         **settings: Those of `ClassifierSettings`.
-        export: The suffix of the file of word vectors that `fit` writes in the end, as for
-            `ExportVectors`; None writes none.
+        export: Which of word2vec's formats `fit` writes the trained vectors in, `vectors.vec` for
+            example, in the folder of the log; `vec` and `txt` are text, `bin` is binary. None
+            writes none.
     """
 
     embedding: PartialEmbedding
@@ -236,9 +237,21 @@ class TextClassifier(LightningModule):
         """Write the likeliest classes of texts, given what `predict_step` said of each batch."""
         write_predictions(output, texts, torch.cat([*batches]).numpy(), self.names, top_k)
 
-    def configure_callbacks(self) -> list[Callback]:
-        """The export of vectors, where it was asked for."""
-        return [ExportVectors(self.export)] if self.export else []
+    def on_fit_end(self) -> None:
+        """Write the table as word vectors, which gensim loads, where it was asked for.
+
+        Beside them lies `vocabulary.tsv`, which `partial-embedding schedule` reads.
+        """
+        trainer = self.trainer
+        if self.export is None or not trainer.is_global_zero:
+            return
+        assert self.vocabulary is not None  # setup comes first
+        path = Path(trainer.log_dir or trainer.default_root_dir) / f"vectors.{self.export}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = self.embedding.weight.detach().float().cpu().numpy()
+        save_vectors(path, self.vocabulary.tokens, table)
+        write_vocabulary(path.with_name("vocabulary.tsv"), self.vocabulary)
+        print(f"vectors: {shown(path)}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A plain AdamW over all parameters; `RowUnfreezing` keeps it off the frozen rows."""
@@ -312,36 +325,3 @@ def _refuse_another(what: str, units: str, saved: list[str], given: tuple[str, .
         f"data with {len(given):,}, the first other one at {differ}. Pass the data and the seed "
         "that it was trained with; texts of your own to test go to data.test_path."
     )
-
-
-class ExportVectors(Callback):
-    """Writes the trained table as word vectors, which gensim loads, when `fit` ends.
-
-    The file is `vectors.vec`, or of another suffix, in the run's log folder. Beside it lies
-    `vocabulary.tsv`: each token with its count and whether it had a vector, which
-    `partial-embedding schedule` reads. The module has a `PartialEmbedding` named `embedding`, and
-    the `vocabulary` of its rows.
-
-    Args:
-        suffix: Which of word2vec's formats: `vec` and `txt` are text, `bin` is binary.
-
-    Raises:
-        InputError: A value of the table is not finite, or a token has a tab or line break.
-    """
-
-    def __init__(self, suffix: VectorSuffix = "vec") -> None:
-        self.suffix = suffix
-        self.path: Path | None = None
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
-        if not trainer.is_global_zero:
-            return
-        module: Any = pl_module  # with the two that the docstring asks for
-        path = Path(trainer.log_dir or trainer.default_root_dir) / f"vectors.{self.suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = module.embedding.weight.detach().float().cpu().numpy()
-        save_vectors(path, module.vocabulary.tokens, table)
-        write_vocabulary(path.with_name("vocabulary.tsv"), module.vocabulary)
-        self.path = path
-        print(f"vectors: {shown(path)}")
