@@ -187,6 +187,13 @@ def test_no_seed_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert "a whole number from 1 up. Received: '0'" in error_line(capfd)
 
 
+@pytest.mark.usefixtures("small_run")
+def test_a_comparison_without_a_schedule_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text("data: {path: texts.csv}\n")
+    assert main(["compare", "config.yaml"]) == 2
+    assert "config.yaml: a schedule is compared with training without" in error_line(capfd)
+
+
 def test_small_numbers_may_be_written_with_an_exponent(small_run: list[str]) -> None:
     data = {"path": "texts.csv", "vectors": "vectors.txt"}
     stages = "{stages: [{epoch: 0, rows: missing}, {epoch: 1, rows: all, lr_scale: 1e-1}]}"
