@@ -110,6 +110,23 @@ def refuse_no_file(path: str | os.PathLike[str], rule: str) -> None:
         raise InputError(f"{path}: {rule}. Received a {kind}. Name a file.")
 
 
+def read_lines(path: str | os.PathLike[str], rule: str) -> list[str]:
+    """The lines of a text, also those with nothing on them.
+
+    Raises:
+        InputError: It is no file, cannot be read or is not UTF-8; the rule says what it holds.
+    """
+    refuse_no_file(path, rule)
+    try:
+        # Not `splitlines`, which also breaks at characters that tokens may have.
+        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"{path}: {rule}. Received: {reason}. Check the path, or convert the file."
+        ) from None
+
+
 def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
     """Read a YAML file in which numbers are what they are for everybody else.
 

@@ -112,10 +112,9 @@ def _loaded(path: Path) -> tuple[Any, list[str], Vocabulary, TextSettings]:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog=f"partial-embedding {command}",
+        command,
+        "The text classifier in Keras.",
         usage=f"partial-embedding {command} [--config FILE] [--PART.SETTING VALUE …]",
-        description="The text classifier in Keras.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", "-c", action="append", help="a YAML file with any of these")

@@ -91,9 +91,7 @@ def schedule_command(args: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="partial-embedding schedule",
-        description="Print which rows a schedule trains when, before any training.",
-        allow_abbrev=False,
+        "schedule", "Print which rows a schedule trains when, before any training."
     )
     parser.add_argument(
         "file", type=Path, help="a schedule, or a configuration with rows.schedule; YAML"

@@ -21,6 +21,10 @@ Settings = TypeVar("Settings")
 class CommandParser(argparse.ArgumentParser):
     """Raises what it refuses, so that every command says it in the same way, in one line."""
 
+    def __init__(self, command: str, description: str, **options: Any) -> None:
+        prog = f"partial-embedding {command}"
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments."""
         _, unknown, given = message.partition("unrecognized arguments: ")

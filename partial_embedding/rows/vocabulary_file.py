@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from partial_embedding.errors import InputError, refused_at
-from partial_embedding.files import refuse_no_file, write_text
+from partial_embedding.files import read_lines, write_text
 from partial_embedding.rows.token_text import escaped, unescaped
 from partial_embedding.rows.vocabulary import Vocabulary
 
@@ -55,16 +54,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         >>> vocabulary.tokens, vocabulary.counts.tolist(), vocabulary.missing.tolist()
         (('the', 'zyzzyva'), [9, 1], [1])
     """
-    refuse_no_file(path, "a vocabulary is a file")
-    try:
-        # Not `splitlines`, which also breaks at characters that tokens may have.
-        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"{path}: a vocabulary is text in UTF-8, a token a line. Received: {reason}. "
-            "Check the path, or convert the file."
-        ) from None
+    lines = read_lines(path, "a vocabulary is text in UTF-8, a token a line")
     header = lines[0].split("\t")
     if header[0] != "token" or not set(header) <= set(_HEADER) or len(header) == 1:
         header = ["token"]
