@@ -48,7 +48,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "vocabulary.tsv"
+        ...     file = f"{folder}/vocabulary.tsv"
         ...     write_vocabulary(file, Vocabulary(["the", "zyzzyva"], counts=[9, 1], missing=[1]))
         ...     vocabulary = read_vocabulary(file)
         >>> vocabulary.tokens, vocabulary.counts.tolist(), vocabulary.missing.tolist()
