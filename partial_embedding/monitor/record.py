@@ -113,12 +113,8 @@ class Moving(Protocol):
 class RunRecorder:
     """Samples the tables of a run, and keeps its record: what both `RowMonitor`s have in common.
 
-    Args:
-        length: The epochs that are planned, where that is known.
-        epoch_steps: The optimizer steps of an epoch; without them places in training are steps.
-        size: The most rows of a cohort or frequency band that are measured.
-        vocabulary: The tokens of the rows and how often they occur, if known.
-        restored: What `to_state` gave of the run that this one continues.
+    Where the optimizer steps of an epoch are not known, places in training are steps. A run that
+    continues another is given what `to_state` gave of that.
 
     Example:
         >>> import numpy as np
@@ -228,11 +224,7 @@ def write_record(path: str | os.PathLike[str], record: RowRecord) -> None:
 
 
 def read_record(run: str | os.PathLike[str]) -> RowRecord:
-    """Read the record of a run, from its folder or the file itself.
-
-    Raises:
-        InputError: There is no such file, or `RowMonitor` did not write it.
-    """
+    """Read the record of a run, from its folder or the file itself."""
     path = Path(run)
     path = path / RECORD if path.is_dir() else path
     try:

@@ -209,11 +209,7 @@ class CausalModel(LightningModule):
 
 
 def pretrained(name: str) -> tuple[Any, Any]:
-    """A model of the Hugging Face hub or of a local folder, and its tokenizer.
-
-    Raises:
-        InputError: There is none.
-    """
+    """A model of the Hugging Face hub or of a local folder, and its tokenizer."""
     try:
         return (
             transformers.AutoModelForCausalLM.from_pretrained(name),

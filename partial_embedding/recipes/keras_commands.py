@@ -45,20 +45,12 @@ Config = dict[str, dict[str, Any]]
 
 
 def fit_command(args: Sequence[str]) -> Path:
-    """Train from configurations and options, and give the folder of the run.
-
-    Raises:
-        InputError: An argument, a file or the schedule is refused.
-    """
+    """Train from configurations and options, and give the folder of the run."""
     return train(_config(vars(_parser("fit").parse_args(args))))
 
 
 def measure_command(command: str, args: Sequence[str]) -> None:
-    """Measure a model that was saved, by `validate` or `test`, or `predict` what it says of texts.
-
-    Raises:
-        InputError: An argument, a file or the checkpoint is refused.
-    """
+    """Measure a saved model, by `validate` or `test`, or `predict` what it says of texts."""
     given = vars(_parser(command).parse_args(args))
     named, text, output = (given.pop(name, None) for name in ("ckpt_path", "text", "output"))
     top_k = given.pop("top_k", 1)

@@ -173,9 +173,6 @@ def text_classifier(
 
     It goes from ids, shape (B, L), filled up with 0, to one score per class, (B, C), as
     `text_classifier.TextClassifier` does, which is the same model in torch.
-
-    Raises:
-        InputError: The schedule does not fit the vocabulary.
     """
     table = PartialEmbedding.from_matrix(
         data.table,
@@ -217,11 +214,7 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How long training goes, and in which folder the run gets one of its own.
-
-    Raises:
-        InputError: There is no epoch, or a file has the name of the folder.
-    """
+    """How long training goes, and in which folder the run gets one of its own."""
 
     max_epochs: int = 10
     default_root_dir: str = "runs"
@@ -244,11 +237,7 @@ SETTINGS: dict[str, type[Any]] = {
 
 
 def read_parts(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """All settings of each part of a configuration.
-
-    Raises:
-        InputError: There is no such part or setting, or a value is of another type.
-    """
+    """All settings of each part of a configuration."""
     if unknown := [part for part in config if part not in {*SETTINGS, *_LEFT_OUT}]:
         raise InputError(
             f"in Keras, a configuration has the parts {sorted(SETTINGS)}. Received: "
@@ -264,9 +253,6 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
 
     It holds `model.keras` and `meaning.json`; and `config.yaml`, `rows.json` and logs for
     TensorBoard, of which `partial-embedding report` makes a page.
-
-    Raises:
-        InputError: Files, settings and schedule do not fit each other.
     """
     settings = read_parts(config)
     texts: TextSettings = settings["data"]

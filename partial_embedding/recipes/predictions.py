@@ -18,8 +18,7 @@ from partial_embedding.rows.token_text import printable
 def output_of(given: str | None, typed: bool, root: Path) -> str | Path:
     """Where it goes: where it was asked for, to the terminal for what was typed, or into a file.
 
-    Raises:
-        InputError: That is a folder, which is better said before the model is asked.
+    What cannot be a file is refused here, before the model is asked.
     """
     output = given or ("-" if typed else root / "predictions.csv")
     if output != "-":

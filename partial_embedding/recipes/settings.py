@@ -45,9 +45,6 @@ def read_config(
     """The parts of a configuration of `fit`; of one that names a `class_path`, its `init_args`.
 
     What is no mapping is left out, or, where it is one of these parts, refused.
-
-    Raises:
-        InputError: The file cannot be read or is no mapping.
     """
     given = read_yaml(path, "configuration") or {}
     if not isinstance(given, Mapping):
@@ -88,9 +85,6 @@ class ClassifierSettings:
         dropout: The share of the encoder's features dropped in training.
         lr: The learning rate of AdamW.
         weight_decay: The weight decay of AdamW.
-
-    Raises:
-        InputError: A number is out of its range.
     """
 
     encoder: Literal["cnn", "mean"] = "cnn"
@@ -107,12 +101,7 @@ class ClassifierSettings:
 
 
 def read_settings(made: type[Settings], part: str, given: Mapping[str, Any]) -> Settings:
-    """A dataclass of settings, of which some are given, each of the simple type that it asks for.
-
-    Raises:
-        InputError: There is no such setting, or its value is of another type; the message names the
-            part of the configuration.
-    """
+    """Make a dataclass of settings of what is given, each of the type that it asks for."""
     hints = typing.get_type_hints(made)
     for name in given:
         if name not in hints:
@@ -148,11 +137,7 @@ def _checked(place: str, value: Any, hint: Any) -> Any:
 def find_checkpoint(
     command: str, named: str | None, root: Path, patterns: Mapping[str, str]
 ) -> Path:
-    """The checkpoint that is meant: of the newest run in a folder, by a name, or at a path.
-
-    Raises:
-        InputError: There is none.
-    """
+    """The checkpoint that is meant: of the newest run in a folder, by a name, or at a path."""
     names = ", ".join(patterns)
     if named is None:
         raise InputError(
