@@ -222,9 +222,10 @@ class Rowwise(keras.optimizers.Optimizer):
             rest.update_step(gradient, variable, learning_rate)
         elif self.lazy:
             if not isinstance(gradient, tf.IndexedSlices):
-                # Of a head tied to the table, or of a step that was traced before this was built.
+                # Of a head tied to the table, or of the step in which this was built.
                 every = tf.range(variable.shape[0], dtype=tf.int64)
-                rows = tf.where(tf.reduce_any(gradient != 0, axis=1), every, -1)
+                moves, touched = tf.reduce_any(gradient != 0, axis=1), table.state.take_touched()
+                rows = tf.where(moves if touched is None else moves | touched, every, -1)
                 gradient = summed(tf.IndexedSlices(gradient, rows))
             elif self._distribution_strategy.num_replicas_in_sync > 1:
                 # Again, as replicas have put theirs side by side.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -94,6 +94,20 @@ def _carry_eagerly(weights: Any, rows: Any, slots: Any) -> tuple[Any, Any]:
         return _entries(upstream, slots, tf.shape(weights)), None, None
 
     return tf.identity(rows), gradient
+
+
+def noted(rows: Any, note: Callable[[], None]) -> Any:
+    """The same rows, of which every gradient that is computed eagerly calls a function."""
+
+    @tf.custom_gradient  # registers nothing in eager mode
+    def carry(rows: Any) -> tuple[Any, Any]:
+        def gradient(upstream: Any) -> Any:
+            note()
+            return upstream
+
+        return tf.identity(rows), gradient
+
+    return carry(rows)
 
 
 def summed(slices: Any) -> Any:

@@ -167,6 +167,35 @@ def test_a_lazy_step_counts_a_row_of_two_look_ups_and_of_a_tied_head() -> None:
     assert moved(rows(5), lambda: layer.embeddings[7:9]) == [5, 7, 8]
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_lazy_optimizer_that_its_first_step_builds_makes_it_as_later_ones(traced: bool) -> None:
+    def train(built: bool) -> list[Any]:
+        layer = PartialEmbedding.from_matrix(MATRIX, trainable_rows=RESERVED)
+        tables: list[Any] = []
+
+        def step(optimizer: Any, touched: list[int], moved: list[int]) -> None:
+            with tf.GradientTape() as tape:
+                loss = 0.0 * tf.reduce_sum(layer(tf.constant(touched)))
+                loss += tf.reduce_sum(layer(tf.constant(moved)))
+            weights = layer.trainable_variables
+            optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+
+        # What an earlier optimizer stepped is none of the later one's.
+        step(keras.optimizers.SGD(0.5), [0, 1], [5, 3])
+        optimizer = rowwise(keras.optimizers.SGD(0.5, weight_decay=0.1), lazy=True)
+        if built:
+            optimizer.build(layer.trainable_variables)
+        step = tf.function(step) if traced else step
+        for _ in range(3):
+            tables.append(layer.get_weights()[0])
+            step(optimizer, [0, 2, 7], [11, 3])
+        return tables
+
+    tables = train(built=False)
+    assert np.flatnonzero((tables[0] != tables[1]).any(axis=1)).tolist() == [2, 7, 11]
+    np.testing.assert_array_equal(tables, train(built=True))
+
+
 @pytest.mark.parametrize("jit", [None, True])
 def test_a_gradient_is_differentiated_again_in_a_graph(jit: bool | None) -> None:
     def penalty(lazy: bool) -> Any:
