@@ -32,6 +32,21 @@ def tables_in(model: Any) -> dict[str, PartialEmbedding]:
     return tables
 
 
+def tables_for(callback: str, model: Any) -> dict[str, PartialEmbedding]:
+    """The partial tables of the model of a callback, which is there for them.
+
+    Raises:
+        InputError: There is none, or as for `tables_in`.
+    """
+    if not (tables := tables_in(model)):
+        raise InputError(
+            f"{callback} needs a PartialEmbedding in the model. Received a "
+            f"{type(model).__name__} without one. Replace its Embedding, for example by "
+            "PartialEmbedding.from_layer."
+        )
+    return tables
+
+
 def plain_weights(model: Any) -> list[Any]:
     """What `model.get_weights()` would give with `keras.layers.Embedding` for each partial table.
 

@@ -359,7 +359,7 @@ def test_each_model_is_asked_for_its_own_vocabulary() -> None:
         assert model.layers[0].trainable_rows.tolist() == expected
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
+def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"words: stages\[1\]\.rows: .*counts"):
         _fit(_model(), RowUnfreezing(SCHEDULE))
     narrow = _model(trainable_rows=[6, 7], reserve_rows=[6, 7])
@@ -367,8 +367,10 @@ def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
         _fit(narrow, RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY))
     plain = keras.Sequential([keras.layers.Embedding(8, 2), keras.layers.Dense(1)])
     plain.compile("sgd", "mse")
-    with pytest.raises(InputError, match="needs a PartialEmbedding"):
-        _fit(plain, RowUnfreezing(SCHEDULE))
+    for callback in (RowUnfreezing(SCHEDULE), RowMonitor(tmp_path)):
+        name = type(callback).__name__
+        with pytest.raises(InputError, match=f"{name} needs .*PartialEmbedding.from_layer"):
+            _fit(plain, callback)
 
 
 @pytest.fixture(scope="module")

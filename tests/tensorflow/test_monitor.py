@@ -15,7 +15,7 @@ from cohorts import TwoOptimizers  # noqa: E402
 from partial_embedding import InputError, Vocabulary  # noqa: E402
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
 from partial_embedding.monitor.record import read_record  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
+from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise  # noqa: E402
 from partial_embedding.tensorflow.table_state import TableState  # noqa: E402
 
 V, D, RATE = 8, 4, 0.125
@@ -101,6 +101,17 @@ def test_a_model_that_was_not_compiled_is_measured(tmp_path: Path) -> None:
     layer.write_rows(np.array([6]), np.ones((1, D)))  # what a step of one's own does
     monitor.on_train_batch_end(0)
     assert logged(tmp_path)["words/trainable_rows"] == [1]
+
+
+def test_a_plan_knows_the_rows_by_which_a_table_grew(tmp_path: Path) -> None:
+    layer = PartialEmbedding(V, D, trainable_rows=[6], name="words")
+    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
+    grow_table(model, "words", 3)
+    model.compile("sgd", "mse", run_eagerly=True)
+    unfreezing = RowUnfreezing({"stages": [{"epoch": 0, "rows": "new"}]})
+    callbacks = [unfreezing, RowMonitor(tmp_path, unfreezing=unfreezing)]
+    model.fit(IDS, np.zeros((4, 1)), verbose=0, callbacks=callbacks)
+    assert [step.trainable for step in read_record(tmp_path).plans["words"]] == [3]
 
 
 def test_it_logs_the_numbers_of_each_cohort_and_band(usual: tuple[Path, RowMonitor]) -> None:
