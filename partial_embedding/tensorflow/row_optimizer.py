@@ -224,8 +224,8 @@ class Rowwise(keras.optimizers.Optimizer):
             if not isinstance(gradient, tf.IndexedSlices):
                 # Of a head tied to the table, or of the step in which this was built.
                 every = tf.range(variable.shape[0], dtype=tf.int64)
-                moves, touched = tf.reduce_any(gradient != 0, axis=1), table.state.take_touched()
-                rows = tf.where(moves if touched is None else moves | touched, every, -1)
+                moves, seen = tf.reduce_any(gradient != 0, axis=1), table.state.take_looked_up()
+                rows = tf.where(moves if seen is None else moves | seen, every, -1)
                 gradient = summed(tf.IndexedSlices(gradient, rows))
             elif self._distribution_strategy.num_replicas_in_sync > 1:
                 # Again, as replicas have put theirs side by side.

@@ -51,8 +51,8 @@ class TableState:
         # The `Rowwise` that was built last for these rows, and all that were.
         self.optimizer: Any = None
         self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
-        # What `take_touched` gives.
-        self._touched: Any = None
+        # What `take_looked_up` gives.
+        self._looked_up: Any = None
         self._is_freed = False
         with tf.init_scope():
             # int64, as TensorFlow keeps int32 tensors off the GPU.
@@ -109,18 +109,18 @@ class TableState:
             # A lazy optimizer may be built in the very step that this look-up is for, and a dense
             # gradient does not tell a row that was touched by one of zero. A function is traced
             # once more after that.
-            rows = noted(rows, partial(self._note_touched, slots))
+            rows = noted(rows, partial(self._note_looked_up, slots))
         return tf.reshape(rows, tf.concat([tf.shape(ids), self.table.shape[1:]], 0))
 
-    def _note_touched(self, slots: Any) -> None:
+    def _note_looked_up(self, slots: Any) -> None:
         # Negative slots are in no segment, and an empty segment has the least number.
-        touched = tf.math.unsorted_segment_max(slots, slots, len(self.reserved)) >= 0
-        self._touched = touched if self._touched is None else self._touched | touched
+        looked_up = tf.math.unsorted_segment_max(slots, slots, len(self.reserved)) >= 0
+        self._looked_up = looked_up if self._looked_up is None else self._looked_up | looked_up
 
-    def take_touched(self) -> Any:
+    def take_looked_up(self) -> Any:
         """Which reserved rows eager gradients since the last step were of, shape (R,); or None."""
-        touched, self._touched = self._touched, None
-        return touched
+        looked_up, self._looked_up = self._looked_up, None
+        return looked_up
 
     def _free_with_the_layer(self) -> None:
         """Free the memory of the variables when nothing refers to them any more.
@@ -181,7 +181,7 @@ class TableState:
         """The reserved rows after a step of an optimizer, constrained and pinned."""
         # Every optimizer comes by here while its first step is traced, but for lazy ones.
         self._check_optimizer()
-        self._touched = None
+        self._looked_up = None
         if self.layer.embeddings_constraint is not None:
             rows = self.layer.embeddings_constraint(rows)
         return self.pin(rows)
