@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from partial_embedding.errors import InputError
@@ -17,6 +18,7 @@ def tables_in(model: Any) -> dict[str, PartialEmbedding]:
     Raises:
         InputError: Two of them have the same name.
     """
+    check_model(model)
     tables: dict[str, PartialEmbedding] = {}
     for layer in model._flatten_layers():
         if not isinstance(layer, PartialEmbedding):
@@ -30,6 +32,14 @@ def tables_in(model: Any) -> dict[str, PartialEmbedding]:
         layer.build()
         tables[layer.name] = layer
     return tables
+
+
+def check_model(model: Any) -> None:
+    """Refuse what has no layers."""
+    if not isinstance(model, keras.layers.Layer):
+        raise InputError(
+            f"a model is a keras.Model. Received a {type(model).__name__}. Pass the model itself."
+        )
 
 
 def plain_weights(model: Any) -> list[Any]:
@@ -99,6 +109,7 @@ def set_plain_weights(model: Any, weights: Sequence[Any]) -> None:
 
 def _parts(model: Any) -> Iterator[Any]:
     """The weights of a model, with each split table in the place of its variables."""
+    check_model(model)
     tables = {
         id(variable): layer
         for layer in model._flatten_layers()

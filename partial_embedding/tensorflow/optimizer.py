@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from partial_embedding.errors import check_flags
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 from partial_embedding.tensorflow.table_state import state_in
 
@@ -45,6 +46,7 @@ def rowwise(optimizer: Any, lazy: bool = False) -> Any:
         >>> type(rowwise("adam")).__name__
         'Rowwise'
     """
+    check_flags(lazy=lazy)
     optimizer = keras.optimizers.get(optimizer)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return keras.optimizers.LossScaleOptimizer(

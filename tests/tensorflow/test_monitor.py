@@ -70,6 +70,14 @@ def logged(folder: Path) -> dict[str, list[float]]:
     return numbers
 
 
+def test_a_model_that_has_no_table_is_refused(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Embedding(V, D), Summed()])
+    model.compile("sgd", "mse")
+    with pytest.raises(InputError, match=r"a PartialEmbedding in the model\. Received a Seque"):
+        model.fit(IDS, np.zeros((4, 1)), verbose=0, callbacks=[RowMonitor(tmp_path)])
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "options",
     [
