@@ -123,7 +123,7 @@ class RowMonitor(keras.callbacks.Callback):
         """Look at the tables."""
         if (folder := Path(self.log_dir)).exists() and not folder.is_dir():
             raise InputError(f"log_dir is a folder. Received: {folder}, a file. Name another.")
-        tables = tables_for("RowMonitor", self.model)
+        tables = tables_for("measuring rows", self.model)
         batches = self.params.get("steps")
         optimizer = innermost(getattr(self.model, "optimizer", None))  # none in a loop of one's own
         accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1

@@ -25,7 +25,7 @@ class KerasTables:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.tables = tables_for("RowUnfreezing", model)
+        self.tables = tables_for("unfreezing rows", model)
         # What stages train of tables that can still be told which rows to reserve.
         self._stages: dict[str, list[Ids]] = {}
 

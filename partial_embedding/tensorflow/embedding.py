@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows import Rows, RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
@@ -68,6 +68,7 @@ class PartialEmbedding(OneTable):
         freeze_padding: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_flags(freeze_padding=freeze_padding)
         weights = kwargs.pop("weights", None)
         super().__init__(input_dim, output_dim, **kwargs)
         self.freeze_padding = freeze_padding
