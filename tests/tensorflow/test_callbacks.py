@@ -7,16 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError, Vocabulary  # noqa: E402
-from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
-from partial_embedding.monitor.record import read_record  # noqa: E402
-from partial_embedding.tensorflow import (  # noqa: E402
+from partial_embedding import InputError, Vocabulary
+from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
+from partial_embedding.monitor.record import read_record
+from partial_embedding.tensorflow import (
     FrozenRowsMoved,
     PartialEmbedding,
     rowwise,

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 
+import keras
 import pytest
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.tensorflow import PartialEmbedding
 
 
 @pytest.fixture

@@ -3,15 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError, Rows  # noqa: E402
-from partial_embedding.tensorflow import FrozenRowAudit, PartialEmbedding  # noqa: E402
-from partial_embedding.tensorflow.adapter import KerasTables  # noqa: E402
+from partial_embedding import InputError, Rows
+from partial_embedding.tensorflow import FrozenRowAudit, PartialEmbedding
+from partial_embedding.tensorflow.adapter import KerasTables
 
 MATRIX = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 IDS = np.array([[0, 1, 5], [2, 2, 4]])

@@ -9,13 +9,12 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402  # after the skip
+from partial_embedding.tensorflow import PartialEmbedding
 
 # Two programs that differ elsewhere are fused, and so rounded, differently.
 tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})

@@ -2,14 +2,13 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError  # noqa: E402  # after the skip
-from partial_embedding.tensorflow import PartialEmbedding, gradients  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.tensorflow import PartialEmbedding, gradients
 
 MATRIX = np.arange(12, dtype=np.float32).reshape(6, 2)
 IDS = np.array([[1, 4], [4, 5]])

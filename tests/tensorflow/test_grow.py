@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError, Schedule  # noqa: E402  # after the skip
-from partial_embedding.schedule.runner import Runner  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise  # noqa: E402
-from partial_embedding.tensorflow.adapter import KerasTables  # noqa: E402
+from partial_embedding import InputError, Schedule
+from partial_embedding.schedule.runner import Runner
+from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise
+from partial_embedding.tensorflow.adapter import KerasTables
 
 V, D, NEW = 10, 4, 3
 OPTIMIZERS: dict[str, Any] = {

@@ -9,25 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
 pytest.importorskip("gensim")
 
-from partial_embedding import InputError, Schedule  # noqa: E402  # after the skip
-from partial_embedding.cli import main  # noqa: E402
-from partial_embedding.monitor.record import read_record  # noqa: E402
-from partial_embedding.recipes import keras_commands, keras_text  # noqa: E402
-from partial_embedding.recipes.prepare_texts import (  # noqa: E402
+from partial_embedding import InputError, Schedule
+from partial_embedding.cli import main
+from partial_embedding.monitor.record import read_record
+from partial_embedding.recipes import keras_commands, keras_text
+from partial_embedding.recipes.prepare_texts import (
     PreparedTexts,
     TextSettings,
     padded,
     prepare_texts,
 )
-from partial_embedding.recipes.settings import read_config  # noqa: E402
-from partial_embedding.schedule.preview import plan  # noqa: E402
+from partial_embedding.recipes.settings import read_config
+from partial_embedding.schedule.preview import plan
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("tensorflow")
-
 
 @pytest.mark.parametrize(
     "optimizers", [("lazy Adam",), pytest.param((), id="all", marks=pytest.mark.full)]

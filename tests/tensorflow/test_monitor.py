@@ -3,20 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
 pytest.importorskip("tensorboard")  # TensorFlow writes no summaries without
 
-from cohorts import TwoOptimizers  # noqa: E402
+from cohorts import TwoOptimizers
 
-from partial_embedding import InputError, Vocabulary  # noqa: E402
-from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
-from partial_embedding.monitor.record import read_record  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise  # noqa: E402
-from partial_embedding.tensorflow.table_state import TableState  # noqa: E402
+from partial_embedding import InputError, Vocabulary
+from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
+from partial_embedding.monitor.record import read_record
+from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise
+from partial_embedding.tensorflow.table_state import TableState
 
 V, D, RATE = 8, 4, 0.125
 IDS = np.array([[6, 7], [6, 0], [6, 7], [6, 0]])

@@ -2,17 +2,15 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from cohorts import TwoOptimizers
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from cohorts import TwoOptimizers  # noqa: E402
-
-from partial_embedding import InputError, Vocabulary  # noqa: E402
-from partial_embedding.callbacks.keras import RowUnfreezing  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
+from partial_embedding import InputError, Vocabulary
+from partial_embedding.callbacks.keras import RowUnfreezing
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 NUM_ROWS, WIDTH = 8, 2
 IDS = np.arange(NUM_ROWS).reshape(4, 2)

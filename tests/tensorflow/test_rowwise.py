@@ -1,15 +1,12 @@
 """`rowwise`: lazy steps and the optimizers around it; its cohorts are in `test_lr_scale.py`."""
 
-from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
-
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from cohorts import (  # noqa: E402  # after the skip
+import tensorflow as tf
+from cohorts import (
     MATRIX,
     MOVES,
     NUM_ROWS,
@@ -21,9 +18,9 @@ from cohorts import (  # noqa: E402  # after the skip
     run,
 )
 
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.schedule import RateScale  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.schedule import RateScale
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 
 def test_a_plain_optimizer_kicks_rows_that_join_late_and_rowwise_does_not() -> None:
@@ -286,20 +283,6 @@ def test_it_works_in_a_loop_of_ones_own(lazy: bool) -> None:
         step(*map(tf.constant, batch))
     expected = run(model_of(rowwise(keras.optimizers.Adam(0.05), lazy=lazy)))
     np.testing.assert_allclose(layer.get_weights()[0], expected[-1], rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("lazy", [False, True])
-def test_a_file_goes_on_where_the_run_stood(lazy: bool, tmp_path: Path) -> None:
-    schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 3, 0.5)
-    model = model_of(rowwise(keras.optimizers.Adam(schedule), lazy=lazy))
-    run(model, end=4)
-    model.save(tmp_path / "model.keras")
-    again = keras.models.load_model(tmp_path / "model.keras")
-    assert again.optimizer.lazy is lazy
-    run(model, begin=4)
-    run(again, begin=4)
-    expected = model.layers[0].get_weights()[0]
-    assert again.layers[0].get_weights()[0].tobytes() == expected.tobytes()
 
 
 def test_state_is_no_larger_than_the_reserved_rows() -> None:

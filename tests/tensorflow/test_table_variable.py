@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402  # after the skip
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 NUM_ROWS, WIDTH = 9, 4
 MATRIX = np.random.default_rng(0).normal(size=(NUM_ROWS, WIDTH)).astype(np.float32)

@@ -2,14 +2,13 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 IDS = np.array([[1, 2, 3], [2, 2, 8]])
 UPSTREAM = np.random.default_rng(0).integers(-8, 9, (2, 3, 4)).astype(np.float32) / 8

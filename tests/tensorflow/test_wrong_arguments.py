@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
-keras = pytest.importorskip("keras")
-pytest.importorskip("tensorflow")
-
-from partial_embedding.errors import InputError  # noqa: E402
-from partial_embedding.tensorflow import (  # noqa: E402
+from partial_embedding.errors import InputError
+from partial_embedding.tensorflow import (
     PartialEmbedding,
     grow_table,
     plain_weights,
