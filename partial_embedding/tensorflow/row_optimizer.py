@@ -332,18 +332,21 @@ class Rowwise(keras.optimizers.Optimizer):
     def _welcome(self, table: _Table, weights: Any) -> None:
         """Begin afresh for rows that train since the last step."""
         trains, kept = table.state.is_unfrozen(), table.scales.joined_at
-        joined_at = tf.convert_to_tensor(kept)
+        joined_at, now = tf.convert_to_tensor(kept), tf.cast(self.iterations, tf.int64)
 
         def begin() -> None:
             joins = trains & (joined_at < 0)
             for state in state_of(table.optimizer):
                 first = first_value(table.optimizer, state, weights)
                 state.assign(tf.where(joins[:, tf.newaxis], first, state))
-            since = tf.where(joins, tf.cast(self.iterations, tf.int64), joined_at)
+            # Where the count of steps was set back, rows count on from there, as Keras does: no row
+            # is younger than 0, at which Adam's correction would be the root of a negative number.
+            since = tf.where(joins, now, tf.minimum(joined_at, now))
             kept.assign(tf.where(trains, since, -1))
 
         # From the two variables alone, so that it is right after either of them was restored.
-        tf.cond(tf.reduce_any(trains != (joined_at >= 0)), begin, lambda: None)
+        counts = (joined_at >= 0) & (joined_at <= now)
+        tf.cond(tf.reduce_any(trains != counts), begin, lambda: None)
 
     def _decay(self, table: _Table, weights: Any) -> None:
         """Decay weights as Keras does, at the learning rate of each row."""

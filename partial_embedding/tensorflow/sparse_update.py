@@ -159,6 +159,7 @@ class HeldRows:
         self.value = tf.convert_to_tensor(rows)
         self._unique_id = unique_id
 
+    # `tf.convert_to_tensor`, and so all of `keras.ops`, asks for it.
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Any:
         return self.value if dtype is None else tf.cast(self.value, dtype)
 
@@ -183,12 +184,6 @@ class HeldRows:
         return self.value * other
 
     __rmul__ = __mul__
-
-
-# `tf.convert_to_tensor`, and so all of `keras.ops`, accepts registered classes.
-tf.register_tensor_conversion_function(
-    HeldRows, lambda held, dtype=None, name=None, as_ref=False: held.__tf_tensor__(dtype, name)
-)
 
 
 def worker(optimizer: Any, steps: Any, states: Iterable[tuple[Any, Any]] = ()) -> Any:

@@ -57,6 +57,7 @@ COHORTS = [
 
 def batches(every_row: bool = False) -> Batches:
     """Ids, which occur several times, and gradients of what is looked up, step by step."""
+    # Multiples of 1/8, so that sums are exact in any order and at any precision.
     rng = np.random.default_rng(0)
     shape = (4, 6) if every_row else (4, 5)
     ids = np.tile(np.arange(NUM_ROWS), 2).reshape(4, 6) if every_row else None

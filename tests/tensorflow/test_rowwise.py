@@ -24,6 +24,8 @@ from partial_embedding import InputError
 from partial_embedding.schedule import RateScale
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
+EVERY = {0: (RESERVED, RateScale())}
+
 
 def test_a_plain_optimizer_kicks_rows_that_join_late_and_rowwise_does_not() -> None:
     first_steps = []
@@ -36,6 +38,20 @@ def test_a_plain_optimizer_kicks_rows_that_join_late_and_rowwise_does_not() -> N
         first_steps.append(np.abs(model.layers[0].get_weights()[0] - tables[-1]).max())
     assert first_steps[0] > 2 * 0.05
     assert first_steps[1] <= 0.0501
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_rows_count_on_where_the_steps_of_an_optimizer_are_set_back(lazy: bool) -> None:
+    late = {0: ("none", RateScale()), 3: (RESERVED, RateScale())}
+    ends = []
+    for moves, begin in ((late, 0), (EVERY, 3)):
+        model = model_of(rowwise(keras.optimizers.Adam(0.05), lazy), moves, run_eagerly=True)
+        run(model, moves, begin=begin)
+        model.optimizer.iterations.assign(0)
+        run(model, {}, end=3)
+        ends.append(model.layers[0].get_weights()[0])
+    assert np.isfinite(ends[0]).all()
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-6, atol=1e-7)
 
 
 def test_other_variables_step_as_under_the_plain_optimizer() -> None:
@@ -55,8 +71,6 @@ def test_other_variables_step_as_under_the_plain_optimizer() -> None:
 
 
 # Lazy steps
-
-EVERY = {0: (RESERVED, RateScale())}
 
 
 def _sparse_adam(rate: float, decay: float = 0.0) -> Any:
