@@ -241,8 +241,6 @@ class Rowwise(keras.optimizers.Optimizer):
             worker(table.optimizer, ages).update_step(gradient, variable, rates)
 
     def _update_model_variables_moving_average(self, variables: list[Any]) -> None:
-        if not self.use_ema:
-            return
         averages = self._model_variables_moving_average
         for variable, average, table in zip(variables, averages, self._hidden.tables, strict=True):
             steps = self.iterations if table is None else self._ages(table)

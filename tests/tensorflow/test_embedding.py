@@ -320,6 +320,8 @@ def test_moving_rows_inside_a_traced_function_is_refused() -> None:
 def test_a_model_of_weights_that_do_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="one table of shape"):
         _layer().set_weights([MATRIX[:4]])
+    with pytest.raises(InputError, match="one table of shape"):
+        PartialEmbedding(6, 3, trainable_rows=[1], weights=[MATRIX[:4]])
     with pytest.raises(InputError, match="a table is a matrix"):
         PartialEmbedding.from_matrix(MATRIX[0])
     for layer in (keras.layers.Dense(2), keras.layers.ReversibleEmbedding(6, 3)):

@@ -243,11 +243,12 @@ def test_a_table_with_lora_or_quantized_does_not_grow(change: Any) -> None:
         ({"rows": 0}, "from 1 up"),
         ({"init": np.ones((NEW, D + 1))}, "a vector for each new row"),
         ({"init": "zeros"}, "init is 'mean'"),
+        ({"init": [[1.0], [1.0, 2.0]]}, "a vector for each new row"),
         ({"init": np.full((NEW, D), "a")}, r"Received: \(3, 4\), <U1"),
         ({"init": np.full((NEW, D), 1j)}, "Received: .*complex128"),
         ({"init": lambda shape: np.ones((NEW, NEW))}, r"Received: \(3, 3\)"),
     ],
-    ids=["name", "rows", "vectors", "init", "text", "complex", "function"],
+    ids=["name", "rows", "vectors", "init", "lengths", "text", "complex", "function"],
 )
 def test_what_cannot_grow_is_refused_and_stays(change: dict[str, Any], reason: str) -> None:
     model = model_of()

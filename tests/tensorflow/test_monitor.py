@@ -90,6 +90,18 @@ def test_what_would_measure_nothing_is_refused_at_once(options: dict[str, Any]) 
         RowMonitor("logs", **options)
 
 
+def test_data_of_unknown_length_is_measured_by_steps(tmp_path: Path) -> None:
+    data = tf.data.Dataset.from_tensor_slices((IDS, np.zeros((4, 1)))).batch(2)
+    model = network("sgd", trainable_rows=[6, 7], reserve_rows="all")
+    # A stage of the second epoch.
+    unfreezing = RowUnfreezing({"stages": [{"epoch": 0, "rows": [6]}, {"step": 2, "rows": [7]}]})
+    callbacks = [unfreezing, monitor := RowMonitor(tmp_path, unfreezing=unfreezing)]
+    unknown = data.filter(lambda ids, targets: True)
+    model.fit(unknown, epochs=2, verbose=0, callbacks=callbacks)
+    assert monitor.tracks["words"].trainable == [(0.0, 1), (2.0, 1)]
+    assert [step.trainable for step in read_record(tmp_path).plans["words"]] == [1, 1]
+
+
 def test_a_file_is_no_folder_of_logs(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("")
     with pytest.raises(InputError, match="log_dir is a folder"):

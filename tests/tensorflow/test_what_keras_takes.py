@@ -105,6 +105,10 @@ def test_of_several_optimizers_it_wraps_those_of_tables(by_map: bool) -> None:
     model = network(optimizer, keras.layers.Dense(4, use_bias=False))
     model.train_on_batch(IDS, UPSTREAM)
     assert [type(one).__name__ for one in optimizer.optimizers] == ["Rowwise", "Muon"]
+    if by_map:  # Keras writes no functions down
+        again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+        again.build(model.trainable_variables)
+        assert [type(one).__name__ for one in again.optimizers] == ["Rowwise", "Muon"]
     # A row that joins after a thousand steps moves by one learning rate.
     for one in optimizer.optimizers:
         one.iterations.assign(1000)
