@@ -34,6 +34,13 @@ def test_the_schedule_alone_reserves_what_it_will_ever_train(lazy: bool | None) 
     assert layer.get_weights()[0][2:6].tobytes() == table[2:6].tobytes()
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_table_that_was_built_whole_is_reserved_at_half_precision_too(policy: str) -> None:
+    model = small_model(dtype=policy)
+    assert run(model) == [0, 1, 6, 7]
+    assert model.layers[0](IDS).dtype == model.layers[0].compute_dtype
+
+
 def test_it_reserves_before_a_backup_is_read(tmp_path: Any) -> None:
     def callbacks() -> list[Any]:
         return [
