@@ -249,7 +249,9 @@ class TableState:
 
 
 def _empty(handle: Any, dtype: Any) -> None:
-    with tf.init_scope():
+    # Garbage is found at any time: while a file is loaded, too, which builds a graph that
+    # `tf.init_scope` does not leave.
+    with tf.__internal__.eager_context.eager_mode():
         nothing = tf.zeros([0], dtype)
         tf.raw_ops.AssignVariableOp(resource=handle, value=nothing, validate_shape=False)
 

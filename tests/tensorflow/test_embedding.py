@@ -1,5 +1,6 @@
 """`PartialEmbedding` is an ordinary Keras embedding: shapes, files, configs, policies, models."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +360,16 @@ def test_a_frozen_padding_row_never_trains(mask_zero: bool) -> None:
     after = layer.get_weights()[0]
     assert before[0].tobytes() == after[0].tobytes()
     assert before[2].tobytes() != after[2].tobytes()
+
+
+def test_a_table_may_be_dropped_while_a_graph_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr("sys.unraisablehook", said.append)
+    layer = _layer()
+    layer(IDS)
+    handle = layer.table_state.table.value.handle
+    with tf.Graph().as_default():
+        del layer
+        gc.collect()
+    assert said == []
+    assert tf.raw_ops.ReadVariableOp(resource=handle, dtype=tf.float32).shape == (0,)
