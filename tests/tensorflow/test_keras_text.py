@@ -54,6 +54,19 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """The one line in which a command is refused."""
+
+    def refusal(args: list[str]) -> str:
+        capsys.readouterr()
+        assert main(args) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return refusal
+
+
 def texts_of(config: Path) -> PreparedTexts:
     return prepare_texts(keras_text.read_settings(read_config(config))["data"])
 
@@ -220,18 +233,12 @@ def test_settings_of_a_model_that_are_out_of_range_are_refused(config: Path) -> 
     ],
 )
 def test_a_configuration_that_is_wrong_is_refused_in_one_line(
-    text: str,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(text)
-    assert main(["fit", "--config=config.yaml"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    with pytest.raises(InputError, match=message):
-        raise InputError(line)
+    line = refusal(["fit", "--config=config.yaml"])
+    assert re.search(message, line), line
 
 
 def test_a_configuration_of_the_lightning_recipe_runs_with_options_and_says_what_is_left_out(
@@ -309,10 +316,9 @@ def test_a_checkpoint_alone_is_measured_and_asked(
     ],
 )
 def test_an_option_that_is_wrong_is_refused_in_one_line(
-    option: str, message: str, capsys: pytest.CaptureFixture[str]
+    option: str, message: str, refusal: Any
 ) -> None:
-    assert main(["fit", option]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refusal(["fit", option])
     assert re.search(message, line), line
 
 
@@ -325,18 +331,14 @@ DAMAGES: dict[str, tuple[str, Callable[[Any], object]]] = {
 }
 
 
-def test_a_checkpoint_that_is_damaged_is_refused_in_one_line(
-    config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_that_is_damaged_is_refused_in_one_line(config: Path, refusal: Any) -> None:
     assert main(["fit", f"--config={config}", "--trainer.max_epochs=1"]) == 0
     run = config.parent / "text" / "version_0"
     whole = json.loads((run / "meaning.json").read_text())
     asked = ["predict", f"--ckpt_path={run}", "--text=ship"]
     for message, damage in DAMAGES.values():
         (run / "meaning.json").write_text(json.dumps(damage(whole)))
-        capsys.readouterr()
-        assert main(asked) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = refusal(asked)
         assert re.search(f"a checkpoint is the model.keras of a run.*{message}", line), line
     (run / "meaning.json").write_text(json.dumps(whole))
     with zipfile.ZipFile(run / "model.keras", "w") as file:
@@ -356,17 +358,12 @@ def test_a_checkpoint_that_is_damaged_is_refused_in_one_line(
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
-    args: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if "--ckpt_path=." in args:
         (tmp_path / "model.keras").touch()
-    assert main(args) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refusal(args)
     assert re.search(message, line), line
 
 
