@@ -312,43 +312,6 @@ def test_a_saved_model_gives_the_same_numbers_after_rows_froze_again(
         assert any(one is not None for one in gradients())
 
 
-class Freezing(keras.callbacks.Callback):  # type: ignore[misc]
-    """Thaws one set of rows after the other, as chain-thaw does, and keeps each epoch's table."""
-
-    rows = ([3], [5], [7], [3], RESERVED)
-
-    def __init__(self, losses: list[float]) -> None:
-        super().__init__()
-        self.losses = losses
-        self.tables: list[Any] = []
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self.model.get_layer("words").set_trainable_rows(self.rows[epoch])
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        logs["told"] = self.losses[epoch]
-        self.tables.append(bits(self.model))
-
-
-@pytest.mark.usefixtures("eagerly")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("best", range(4))
-def test_early_stopping_restores_the_best_weights_after_rows_froze_again(
-    kind: str, best: int
-) -> None:
-    losses = [1.0 if epoch == best else 2.0 for epoch in range(5)]
-    losses[:best] = [3.0 - epoch / 10 for epoch in range(best)]
-    freezing = Freezing(losses)
-    stopping = keras.callbacks.EarlyStopping(
-        "told", mode="min", patience=9, restore_best_weights=True
-    )
-    model = fresh(kind)
-    model.fit(IDS[0], TARGETS[0], epochs=5, verbose=0, callbacks=[freezing, stopping])
-    assert stopping.best_epoch == best
-    assert bits(model) == freezing.tables[best]
-    assert model.get_layer("words").trainable_rows.tolist() == freezing.rows[best]
-
-
 # Averages
 
 

@@ -86,17 +86,6 @@ def test_it_is_too_late_once_an_optimizer_was_built_for_the_table() -> None:
     assert run(again) == [0, 1, 6, 7]
 
 
-def test_a_layer_that_does_not_train_is_refused_under_a_schedule() -> None:
-    model = small_model()
-    model.layers[0].trainable = False
-    with pytest.raises(InputError, match="'words' with trainable=False"):
-        run(model)
-    # The remedy: before it is compiled.
-    model.layers[0].trainable = True
-    model.compile("adam", "mse", run_eagerly=True)
-    assert run(model) == [0, 1, 6, 7]
-
-
 def test_an_optimizer_that_was_built_without_the_table_is_refused() -> None:
     model = small_model()
     model.layers[0].trainable = False

@@ -27,19 +27,6 @@ from partial_embedding.tensorflow import PartialEmbedding, rowwise
 EVERY = {0: (RESERVED, RateScale())}
 
 
-def test_a_plain_optimizer_kicks_rows_that_join_late_and_rowwise_does_not() -> None:
-    first_steps = []
-    for optimizer in (keras.optimizers.Adam(0.05), rowwise(keras.optimizers.Adam(0.05))):
-        model = model_of(optimizer, run_eagerly=True)
-        tables = run(model)
-        optimizer.iterations.assign(1000)
-        model.layers[0].set_trainable_rows([1])
-        model.train_on_batch(np.array([[1]]), np.ones((1, 1, WIDTH)))
-        first_steps.append(np.abs(model.layers[0].get_weights()[0] - tables[-1]).max())
-    assert first_steps[0] > 2 * 0.05
-    assert first_steps[1] <= 0.0501
-
-
 @pytest.mark.parametrize("lazy", [False, True])
 def test_rows_count_on_where_the_steps_of_an_optimizer_are_set_back(lazy: bool) -> None:
     late = {0: ("none", RateScale()), 3: (RESERVED, RateScale())}
