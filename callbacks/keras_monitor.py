@@ -27,7 +27,7 @@ from partial_embedding.monitor.track import RowTrack
 from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
 from partial_embedding.tensorflow.adapter import innermost
 from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.models import tables_for
 from partial_embedding.tensorflow.optimizer import optimizer_of, optimizers_in
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 
@@ -77,7 +77,7 @@ class RowMonitor(keras.callbacks.Callback):
 
     Raises:
         InputError: `every_n_steps` or `sample` is no whole number from 1 up, or `unfreezing` is no
-            such callback. When `fit` starts: `log_dir` is a file.
+            such callback. When `fit` starts: `log_dir` is a file, or the model has no table.
         OSError: The record cannot be written.
 
     Example:
@@ -123,6 +123,7 @@ class RowMonitor(keras.callbacks.Callback):
         """Look at the tables."""
         if (folder := Path(self.log_dir)).exists() and not folder.is_dir():
             raise InputError(f"log_dir is a folder. Received: {folder}, a file. Name another.")
+        tables = tables_for("measuring rows", self.model)
         batches = self.params.get("steps")
         optimizer = innermost(getattr(self.model, "optimizer", None))  # none in a loop of one's own
         accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
@@ -134,10 +135,10 @@ class RowMonitor(keras.callbacks.Callback):
         )
         self._writer = tf.summary.create_file_writer(self.log_dir)
         self._tables = {}
-        for name, layer in tables_in(self.model).items():
+        for name, layer in tables.items():
             padding = 0 if layer.freeze_padding else None
             rows = partial(_rows_of, layer)
-            sample = self._run.add_table(name, rows, layer.input_dim, padding)
+            sample = self._run.add_table(name, rows, layer.input_dim, padding, layer.new_rows)
             self._tables[name] = _Table(layer, sample)
         if isinstance(optimizer, MultiOptimizer) and self.model.built:
             self.model.optimizer.build(self.model.trainable_variables)  # with those of tables

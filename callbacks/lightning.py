@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows.vocabulary import Vocabulary, find_vocabulary
 from partial_embedding.schedule import AnySchedule, schedules_by_table
 from partial_embedding.schedule.messages import AuditResult
@@ -86,6 +86,7 @@ class RowUnfreezing(Callback):
         audit: bool | int = False,
         checkpoint: str = "table",
     ) -> None:
+        check_flags(lazy=lazy)
         self.schedules = schedules_by_table(schedule)
         self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.lazy = lazy

@@ -15,6 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from partial_embedding.errors import InputError
 from partial_embedding.monitor.record import (
     RECORD,
     RunRecorder,
@@ -68,7 +69,8 @@ class RowMonitor(Callback):
             default the `vocabulary` of the datamodule or of the module.
 
     Raises:
-        InputError: `every_n_steps` or `sample` is no whole number from 1 up.
+        InputError: `every_n_steps` or `sample` is no whole number from 1 up. When `fit` starts:
+            the module has no table.
         OSError: The record cannot be written.
 
     Example:
@@ -96,6 +98,15 @@ class RowMonitor(Callback):
     def tracks(self) -> dict[str, RowTrack]:
         """What was seen so far, by the name of the table."""
         return self._run.tracks
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module that has nothing to measure."""
+        if not any(tables_in(pl_module)):
+            raise InputError(
+                "measuring rows needs a PartialEmbedding in the model. Received a "
+                f"{type(pl_module).__name__} without one. Take it for nn.Embedding, or leave out "
+                "RowMonitor."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the tables, and go on where a checkpoint stood."""

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.schedule import AnySchedule, Position, schedules_by_table
 from partial_embedding.schedule.runner import Runner
@@ -63,6 +63,7 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         audit: bool | int = False,
         checkpoint: str = "table",
     ) -> None:
+        check_flags(lazy=lazy)
         self.schedules = schedules_by_table(schedule)
         self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
         self.lazy = lazy

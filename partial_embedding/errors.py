@@ -37,6 +37,19 @@ def refused_at(place: str) -> Iterator[None]:
         raise InputError(f"{place}: {error}") from None
 
 
+def check_flags(**flags: object) -> None:
+    """Refuse options that are neither true nor false: Python takes the word "no" for true.
+
+    Example:
+        >>> check_flags(lazy=True, sparse=False)
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise InputError(
+                f"{name} is True or False. Received: {value!r}. Leave it out for the default."
+            )
+
+
 # What others call it, or what it was called before.
 _OTHER_NAMES = {
     "lr": "lr_scale",

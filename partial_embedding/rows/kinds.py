@@ -365,6 +365,17 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_added(rows: Any) -> int:
+    """How many rows a table grows by."""
+    # Whoever counts new items does so with NumPy, too.
+    if isinstance(rows, bool) or not isinstance(rows, int | np.integer) or rows < 1:
+        raise InputError(
+            f"a table grows by a whole number of rows from 1 up. Received: {rows!r}. "
+            "Pass at least 1."
+        )
+    return int(rows)
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a number, which booleans are only to Python."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows import Rows, RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
@@ -68,6 +68,7 @@ class PartialEmbedding(OneTable):
         freeze_padding: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_flags(freeze_padding=freeze_padding)
         weights = kwargs.pop("weights", None)
         super().__init__(input_dim, output_dim, **kwargs)
         self.freeze_padding = freeze_padding
@@ -249,9 +250,6 @@ class PartialEmbedding(OneTable):
 
         Raises:
             InputError: The layer has LoRA and these are not all rows, or it is quantized.
-
-        Example:
-            >>> PartialEmbedding(5, 2, lora_rank=2).check_kind(np.arange(5))
         """
         if self.quantization_mode and rows.size:
             raise InputError(
@@ -334,11 +332,7 @@ class PartialEmbedding(OneTable):
             self._tracker.lock()
 
     def grow(self, rows: Any, trainable: bool) -> None:
-        """Add rows; `partial_embedding.tensorflow.grow_table` does it in a model.
-
-        Args:
-            rows: What they begin from, shape (n, D).
-            trainable: Whether they train from here on.
+        """Add rows, of shape (n, D), that train or not; for `grow_table`, which knows the model.
 
         Raises:
             InputError: They are not to train, and the layer can freeze none.

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
+from partial_embedding.rows.kinds import check_added
 from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.models import tables_in
 from partial_embedding.tensorflow.optimizer import steppers
@@ -63,11 +64,8 @@ def grow_table(
         raise InputError(
             f"a table is named as its layer. Received: {name!r}. Name one of {sorted(tables)}."
         )
-    if type(rows) is not int or rows < 1:
-        raise InputError(
-            f"a table grows by a whole number of rows from 1 up. Received: {rows!r}. "
-            "Pass at least 1."
-        )
+    rows = check_added(rows)
+    check_flags(trainable=trainable)
     layer = tables[name]
     if layer.lora_enabled or layer.quantization_mode:
         raise InputError(

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from partial_embedding.errors import check_flags
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 from partial_embedding.tensorflow.table_state import state_in
 
@@ -66,6 +67,7 @@ class TableOptimizers:
     """
 
     def __init__(self, choose: Any, lazy: bool = False) -> None:
+        check_flags(lazy=lazy)
         self.choose = choose
         self.lazy = lazy
         self._wrapped: list[tuple[Any, Any]] = []

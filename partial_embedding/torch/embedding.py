@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.hooks import by_rows, is_rewritten
 from partial_embedding.torch.table import PartialTable
@@ -65,6 +65,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         *,
         trainable_rows: RowsLike = "all",
     ) -> None:
+        check_flags(sparse=sparse)
         if sparse and scale_grad_by_freq:
             raise InputError(
                 "scale_grad_by_freq needs a dense gradient. Received sparse=True. "
@@ -200,6 +201,7 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         *,
         trainable_rows: RowsLike = "all",
     ) -> None:
+        check_flags(sparse=sparse)
         if sparse and (scale_grad_by_freq or mode == "max"):
             option = "scale_grad_by_freq" if scale_grad_by_freq else 'mode="max"'
             raise InputError(

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
+from partial_embedding.rows.kinds import check_added
 from partial_embedding.torch.replace import find_table, users_of
 from partial_embedding.torch.table import PartialTable
 
@@ -70,7 +71,8 @@ def grow_table(
         tensor([10, 11])
     """
     tables = _tables(model, name)
-    _check_rows(rows)
+    rows = check_added(rows)
+    check_flags(trainable=trainable)
     made = _made(model, tables, rows, init)
     size = len(tables[0].leaf_weight)
     new = np.arange(size, size + rows, dtype=np.int64)
@@ -143,14 +145,6 @@ def _tables(model: nn.Module, name: Name | Sequence[Name] | None) -> list[Partia
                     f"is tied to a table. Call replace_embedding(model, {path!r}) first."
                 )
     return tables
-
-
-def _check_rows(rows: object) -> None:
-    if type(rows) is not int or rows < 1:
-        raise InputError(
-            f"a table grows by a whole number of rows from 1 up. Received: {rows!r}. "
-            "Pass at least 1."
-        )
 
 
 def _made(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
+from partial_embedding.errors import check_flags
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.fused_losses import serve_fused_losses
 from partial_embedding.torch.hooks import by_rows, is_rewritten, tables_of
@@ -63,6 +64,7 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         sparse: bool = True,
         trainable_rows: RowsLike = "all",
     ) -> None:
+        check_flags(sparse=sparse)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.sparse = sparse
         self.set_trainable_rows(trainable_rows)

@@ -10,7 +10,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import SGD, Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
 from partial_embedding.torch.dry_run import is_dry_run
 from partial_embedding.torch.hooks import is_any_hook
 from partial_embedding.torch.inspection import KEY, first_state, is_eager
@@ -78,6 +78,7 @@ def rowwise(
             "an optimizer is prepared once. Received one that is: rowwise was called, or it has "
             "stepped. Call detach_rowwise first."
         )
+    check_flags(lazy=lazy)
     named = {} if model is None else {id(p): name for name, _, p in row_parameters_in(model)}
     Rowwise(_inside(optimizer), lazy, named)
     return optimizer

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows import Rows
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowset import shown
-from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.table import PartialTable, check_model
 
 _PARTIAL: dict[type[nn.Module], type[PartialTable]] = {
     nn.Embedding: PartialEmbedding,
@@ -106,6 +106,7 @@ def restore_embedding(model: nn.Module) -> list[str]:
           (0): Embedding(10, 4)
         )
     """
+    check_model(model)
     tables = {n: m for n, m in model.named_modules() if isinstance(m, PartialTable)}
     plain = {name: _plain_class(name, type(table)) for name, table in tables.items()}
     if _PEFT in sys.modules:
@@ -126,6 +127,7 @@ def find_table(model: nn.Module, name: str | nn.Module | None) -> Any:
     Raises:
         InputError: There is none, there are several, or its weight is no plain matrix.
     """
+    check_model(model)
     candidates: dict[str, Any] = {
         path: module
         for path, module in model.named_modules(remove_duplicate=False)
@@ -214,6 +216,7 @@ def _check_weight(name: str, module: Any) -> None:
 
 def check_replaceable(model: nn.Module, table: Any, sparse: bool) -> None:
     """Refuse a table that could not be replaced with all that has its weight."""
+    check_flags(sparse=sparse)
     for name, module in users_of(model, table):
         if isinstance(module, PartialTable):
             continue

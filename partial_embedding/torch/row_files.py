@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
 from partial_embedding.files import write_atomically
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.sharded_rows import is_first, put_rows, rows_of, rows_that_differ
-from partial_embedding.torch.table import row_parameters_in
+from partial_embedding.torch.table import check_model, row_parameters_in
 from partial_embedding.torch.tokens import put_into, tokenizer_of
 from partial_embedding.torch.vocabulary_tables import VocabularyTables
 
@@ -283,6 +283,7 @@ def _plain(name: str) -> str:
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    check_model(model)
     named = model.named_parameters(remove_duplicate=False)
     return {_plain(name): parameter for name, parameter in named}
 
@@ -450,6 +451,7 @@ def _check_parts(
 
 
 def _check_overlap(model: nn.Module, path: Path_, parts: Parts, overwrite: bool) -> None:
+    check_flags(overwrite=overwrite)
     known = _parameters(model)
     for key, (ids, values) in parts.items():
         parameter = known[key]

@@ -205,7 +205,7 @@ def _height(weight: Any) -> int:
 
 def _check(table: nn.Module, mesh: Any) -> None:
     dimensions = getattr(mesh, "ndim", 0)
-    if is_sharded(table._parameters.get("weight")) or dimensions != 1:
+    if is_sharded(getattr(table, "weight", None)) or dimensions != 1:
         raise InputError(
             "rows are split once, over a mesh of one dimension. Received "
             f"{dimensions} dimensions and a {type(table).__name__}, which may be sharded. Call "

@@ -342,8 +342,18 @@ def tables_in(model: nn.Module) -> Iterator[tuple[str, PartialTable]]:
             yield name, table
 
 
+def check_model(model: object) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"a model is a torch.nn.Module. Received a {type(model).__name__}. Pass the model "
+            "itself."
+        )
+
+
 def row_parameters_in(model: nn.Module) -> Iterator[tuple[str, PartialTable, nn.Parameter]]:
     """The parameters of a model of which only rows train, each once, with names for messages."""
+    check_model(model)
     seen: set[int] = set()
     for name, module in model.named_modules():
         for attribute in module.row_parameters if isinstance(module, PartialTable) else ():

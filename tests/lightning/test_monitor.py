@@ -19,7 +19,7 @@ from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor, _row_squares
 from partial_embedding.monitor.record import read_record
 from partial_embedding.monitor.sampling import TableSample
-from partial_embedding.torch import PartialEmbedding
+from partial_embedding.torch import PartialEmbedding, restore_embedding
 
 V, D, BATCHES = 40, 4, 5
 # Three rows occur often, the others once or never.
@@ -216,6 +216,15 @@ def test_rows_are_followed_by_how_often_they_occur(usual: Run) -> None:
 def test_what_would_measure_nothing_is_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="is a whole number from 1 up"):
         RowMonitor(**options)
+
+
+def test_a_model_that_has_no_table_is_refused(tmp_path: Path) -> None:
+    model = Model()
+    restore_embedding(model)
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[RowMonitor()])
+    with pytest.raises(InputError, match=r"a PartialEmbedding in the model\. Received a Model"):
+        trainer.fit(model, ids())
+    assert trainer.global_step == 0
 
 
 def test_the_record_holds_plan_scores_and_audit(usual: Run) -> None:

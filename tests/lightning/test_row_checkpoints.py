@@ -141,9 +141,11 @@ def test_averaged_weights_are_refused(tmp_path: Path) -> None:
         run(tmp_path, None, None, WeightAveraging())
 
 
-def test_an_unknown_checkpoint_is_refused() -> None:
+def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(InputError, match=r"'table' or 'rows'.*'row'"):
         RowUnfreezing(SCHEDULE, checkpoint="row")
+    with pytest.raises(InputError, match="lazy is True or False"):
+        RowUnfreezing(SCHEDULE, lazy="no")  # type: ignore[arg-type]  # as a file may have it
 
 
 def test_tables_of_other_schedules_are_saved_whole(tmp_path: Path) -> None:

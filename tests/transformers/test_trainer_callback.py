@@ -107,6 +107,11 @@ def test_rows_of_another_base_are_refused(tmp_path: Path) -> None:
         train(tmp_path / "again", tmp_path / "checkpoint-8", model_of(seed=1), checkpoint="rows")
 
 
+def test_a_word_is_not_taken_for_true() -> None:
+    with pytest.raises(InputError, match="lazy is True or False"):
+        RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}]}, lazy="no")  # type: ignore[arg-type]
+
+
 def test_the_best_rows_are_loaded_at_the_end_and_saved_whole(tmp_path: Path) -> None:
     model = train(
         tmp_path,
