@@ -221,10 +221,10 @@ def test_what_would_measure_nothing_is_refused_at_once(options: dict[str, Any]) 
 def test_a_model_that_has_no_table_is_refused(tmp_path: Path) -> None:
     model = Model()
     restore_embedding(model)
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[RowMonitor()])
+    made = trainer(RowMonitor(), default_root_dir=tmp_path)
     with pytest.raises(InputError, match=r"a PartialEmbedding in the model\. Received a Model"):
-        trainer.fit(model, ids())
-    assert trainer.global_step == 0
+        made.fit(model, ids())
+    assert made.global_step == 0
 
 
 def test_the_record_holds_plan_scores_and_audit(usual: Run) -> None:
