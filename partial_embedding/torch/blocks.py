@@ -85,13 +85,7 @@ class Block:
 
 
 class Blocks:
-    """What makes the blocks of one step, and puts them back: the working half of `TableState`.
-
-    Args:
-        parameter: What the optimizer holds of the table.
-        layout: How the optimizer keeps its state.
-        lazy: Step only rows that the batch touched.
-    """
+    """What makes the blocks of one step, and puts them back: the working half of `TableState`."""
 
     def __init__(self, parameter: nn.Parameter, layout: StateLayout, lazy: bool) -> None:
         self.parameter = parameter
@@ -165,7 +159,10 @@ class Blocks:
         if grad is not None and self.layout.sparse:
             compact = _split_sparse(rows.slots, entries, sizes)
         elif entries is not None:
-            compact = torch.split_with_sizes(self._compact(rows, *entries), sizes)
+            # By slot, of which the last is that of frozen rows.
+            slots = rows.slots.index_select(0, entries[0])
+            self._summed = sum_rows(slots, entries[1], len(rows) + 1, self._summed)
+            compact = self._summed[: len(rows)].split_with_sizes(sizes)
         elif grad is not None:
             dense = as_tensor(grad)
             cohorts = self.cohorts.values()
@@ -200,12 +197,6 @@ class Blocks:
     def _shared(self, own: Tensor, num_rows: int) -> Tensor:
         """Rows of this process, as a part of those of all that share the table."""
         return sharded_like(own, self.parameter, num_rows) if is_sharded(self.parameter) else own
-
-    def _compact(self, rows: RowSet, ids: Tensor, values: Tensor) -> Tensor:
-        """The gradient of the trainable rows by slot, shape (K, D)."""
-        slots = rows.slots.index_select(0, ids)
-        self._summed = sum_rows(slots, values, len(rows) + 1, self._summed)
-        return self._summed[: len(rows)]
 
     def _lazy_blocks(self, ids_given: Tensor, values_given: Tensor) -> Iterator[Block]:
         rows, sizes = self.rows, [cohort.ids.shape[0] for cohort in self.cohorts.values()]

@@ -29,23 +29,15 @@ def is_dry_run(optimizer: Optimizer) -> bool:
 
 
 class DryRun:
-    """A copy of an optimizer over one parameter.
-
-    Args:
-        optimizer: The optimizer, stepped or not.
-        group: The parameter group whose options count.
-        block: The parameter.
-        sparse: Give sparse gradients.
-        state: The state to begin from.
-    """
+    """A copy of an optimizer, stepped or not, over one parameter with the options of a group."""
 
     def __init__(
         self,
         optimizer: Optimizer,
         group: Group,
         block: nn.Parameter,
-        sparse: bool = False,
-        state: State | None = None,
+        sparse: bool,
+        state: State | None,
     ) -> None:
         self.block = block
         self.sparse = sparse

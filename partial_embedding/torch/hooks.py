@@ -12,7 +12,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.engines import zero_error
-from partial_embedding.torch.row_gradient import RowGradient
+from partial_embedding.torch.row_gradient import RowGradient, sparse_entries
 from partial_embedding.torch.shards import (
     Shard,
     as_placed,
@@ -59,11 +59,6 @@ class RowHook:
             if id(parameter) == self._parameter_id:
                 return parameter
         return None
-
-    @property
-    def is_orphaned(self) -> bool:
-        """Whether the table is gone."""
-        return self._table() is None
 
     def is_of(self, table: PartialTable) -> bool:
         """Whether it is this table's."""
@@ -141,7 +136,7 @@ def refuse_orphan(parameter: Tensor) -> None:
     hooks = hooks_on(parameter)
     if not any(hook.rows.has_frozen for hook in hooks) or any(tables_of(parameter)):
         return
-    if any(hook.is_orphaned for hook in hooks):
+    if any(hook._table() is None for hook in hooks):
         raise InputError(
             "rows of a weight are frozen for as long as its table is there. Received a weight of "
             f"the shape {tuple(parameter.shape)} whose table is gone, as where a graph was made of "
@@ -171,8 +166,7 @@ def _sparse_without_frozen(grad: Tensor, table: PartialTable) -> Tensor:
         grad = grad.coalesce()  # only then do its values take part in a second derivative
         ids, values = grad.indices()[0], grad.values()
     else:
-        # Not coalesced: that would sort all ids, and change the order of the sums.
-        ids, values = grad._indices()[0], grad._values()
+        ids, values = sparse_entries(grad)
     kept, left = _without_frozen(ids, values, table)
     if kept is ids:
         return grad
@@ -215,7 +209,7 @@ def _hold_rows_of(parameter: Tensor) -> None:
         # Its rows cannot be read without losing what a second derivative needs.
         parameter.grad = grad.to_dense()
         return
-    parameter.grad = RowGradient(grad._indices()[0], grad._values(), len(grad), grad.is_coalesced())
+    parameter.grad = RowGradient(*sparse_entries(grad), len(grad), grad.is_coalesced())
 
 
 # A sparse gradient on its way to the weight
@@ -282,8 +276,7 @@ class _ByRows(torch.autograd.Function):
             # Rows cannot be read without losing a second derivative.
             dense = grad if grad.layout == torch.strided else grad.to_dense()
             return dense if table is None else _zero_where_frozen(dense, table), None
-        # Not coalesced: that would sort all ids, and change the order of the sums.
-        ids, values = grad._indices()[0], grad._values()
+        ids, values = sparse_entries(grad)
         if table is not None:
             ids, values = _without_frozen(ids, values, table)
         return RowGradient(ids, values, grad.shape[0], grad.is_coalesced()), None

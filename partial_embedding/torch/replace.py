@@ -142,7 +142,8 @@ def find_table(model: nn.Module, name: str | nn.Module | None) -> Any:
     else:
         fitting = _input_embeddings(model, candidates)
     if len({id(module.weight) for module in fitting.values()}) != 1:
-        asked = "no name" if name is None else _told(name)
+        asked = "no name" if name is None else f"a {type(name).__name__}"
+        asked = repr(name) if isinstance(name, str) else asked
         embeddings = [n for n, m in candidates.items() if not isinstance(m, nn.Linear)]
         listed = ", ".join(map(repr, fitting or embeddings)) or "none"
         raise InputError(
@@ -166,10 +167,6 @@ def _input_embeddings(model: Any, candidates: dict[str, Any]) -> dict[str, Any]:
     except (NotImplementedError, AttributeError):  # a model without words, such as one for sound
         return embeddings
     return {name: module for name, module in embeddings.items() if module in within}
-
-
-def _told(name: str | nn.Module) -> str:
-    return repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
 
 
 def users_of(model: nn.Module, table: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -306,24 +303,21 @@ def _make_plain(table: Any, plain: type[nn.Module]) -> None:
 
 
 def _partial_class(plain: type[nn.Module]) -> type[PartialTable]:
-    for base, partial in _PARTIAL.items():
-        if plain is base:
-            return partial
-        if issubclass(plain, base):
-            # First the subclass, which scales or casts what the partial table, now its parent,
-            # looks up.
-            made = type(
-                f"Partial{plain.__name__}",
-                (plain, partial),
-                {
-                    "__doc__": plain.__doc__,
-                    "__module__": plain.__module__,
-                    "__reduce_ex__": _reduce,
-                    "_plain_class": plain,
-                },
-            )
-            return cast(type[PartialTable], made)
-    raise TypeError(plain)
+    if (own := _PARTIAL.get(plain)) is not None:
+        return own
+    partial = next(partial for base, partial in _PARTIAL.items() if issubclass(plain, base))
+    # First the subclass, which scales or casts what the partial table, now its parent, looks up.
+    made = type(
+        f"Partial{plain.__name__}",
+        (plain, partial),
+        {
+            "__doc__": plain.__doc__,
+            "__module__": plain.__module__,
+            "__reduce_ex__": _reduce,
+            "_plain_class": plain,
+        },
+    )
+    return cast(type[PartialTable], made)
 
 
 def _plain_class(name: str, partial: type[PartialTable]) -> type[nn.Module]:

@@ -18,11 +18,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch import shards
@@ -239,10 +241,5 @@ def _restore_history(optimizer: Optimizer, group: Group, saved: State) -> None:
     params: list[nn.Parameter] = group["params"]
     for index, history in saved.items():
         param = params[int(index)]
-        optimizer.state[param] = {k: _moved(v, param.device) for k, v in history.items()}
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, list):
-        return [_moved(part, device) for part in value]
-    return value.to(device) if isinstance(value, Tensor) else value
+        to_device = methodcaller("to", param.device)
+        optimizer.state[param] = tree_map_only(Tensor, to_device, history)

@@ -115,12 +115,11 @@ def is_lent(parameter: Tensor, shard: Tensor, table: nn.Module) -> bool:
         return True
     if not vars(table).get("_is_fsdp_managed_module"):
         return False
-    return not (is_sharded(parameter) and _are_alike(parameter, shard))
-
-
-def _are_alike(one: DTensor, other: DTensor) -> bool:
-    """Whether two tensors are sharded in one way; not so a weight that is gathered in part."""
-    return bool(one.device_mesh == other.device_mesh and one.placements == other.placements)
+    one: DTensor = parameter
+    other: DTensor = shard
+    # Not in the same way is a weight that is gathered in part.
+    placed = other.device_mesh, other.placements
+    return not (is_sharded(one) and (one.device_mesh, one.placements) == placed)
 
 
 def sharded_like(own: Tensor, whole: DTensor, num_rows: int | None = None) -> Tensor:

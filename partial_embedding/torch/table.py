@@ -24,6 +24,7 @@ from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
+from partial_embedding.torch.table_files import TableFiles
 from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
 
 Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
@@ -68,22 +69,12 @@ class PartialTable(TrainableRows):
     # `DistributedDataParallel` reduces the table itself.
     _averaged = MappingProxyType({})
 
-    # Of these jit.script can make nothing.
+    # Of its properties jit.script can make nothing.
     __jit_unused_properties__ = (
-        "trainable_rows",
-        "row_set",
-        "_row_set",
-        "rate_scales",
-        "has_frozen_rows",
-        "padding_row",
-        "leaf_weight",
         "is_sharded",
         "is_left_to_ddp",
-        "new_rows",
-        "earlier_sizes",
-        "origin",
-        "saves_rows",
-        "steppers",
+        *(name for name, value in vars(TrainableRows).items() if isinstance(value, property)),
+        *(name for name, value in vars(TableFiles).items() if isinstance(value, property)),
     )
 
     # Tensors in these it would make attributes, which stay behind when the module moves.

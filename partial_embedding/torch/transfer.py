@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.replace import check_replaceable, train_only, users_of
 from partial_embedding.torch.tokens import check_init, check_vectors, means_of_pieces, tokenizer_of
-from partial_embedding.torch.vocabulary_tables import VocabularyTables, configs_of
+from partial_embedding.torch.vocabulary_tables import VocabularyTables, configurations_in
 
 Init = str | Tensor
 
@@ -147,7 +146,7 @@ def _move_ids(model: Any, tables: VocabularyTables, source: Tensor, new: Any) ->
         for _, user in users_of(model, table):
             if getattr(user, "padding_idx", None) is not None:
                 user.padding_idx = moved.get(user.padding_idx)  # type: ignore[assignment]
-    for config in _configurations(model):
+    for config in configurations_in(model):
         for name, value in list(vars(config).items()):
             if not name.endswith(("_token_id", "_token_ids")):
                 continue
@@ -156,13 +155,3 @@ def _move_ids(model: Any, tables: VocabularyTables, source: Tensor, new: Any) ->
                 setattr(config, name, [moved[row] for row in value if row in moved])
             elif isinstance(value, int):
                 setattr(config, name, moved.get(value) if own is None else own)
-
-
-def _configurations(model: nn.Module) -> Iterator[Any]:
-    seen: set[int] = set()
-    for module in model.modules():
-        for name in ("config", "generation_config"):
-            for config in configs_of(getattr(module, name, None)):
-                if id(config) not in seen:
-                    seen.add(id(config))
-                    yield config
