@@ -14,7 +14,7 @@ from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows import Rows
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
-from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
+from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag, check_sparse
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.table import PartialTable, check_model
@@ -218,12 +218,8 @@ def check_replaceable(model: nn.Module, table: Any, sparse: bool) -> None:
         if isinstance(module, PartialTable):
             continue
         _check_forward(name, module)
-        for option, value in (("scale_grad_by_freq", True), ("mode", "max")):
-            if sparse and getattr(module, option, None) == value:
-                raise InputError(
-                    f"{option}={value!r} needs a dense gradient. Received sparse=True for "
-                    f"{name!r}. Pass sparse=False."
-                )
+        by_frequency, mode = (getattr(module, n, None) for n in ("scale_grad_by_freq", "mode"))
+        check_sparse(sparse, bool(by_frequency), mode, f" for {name!r}")
 
 
 def _checked_rows(model: nn.Module, table: Any, trainable_rows: RowsLike) -> Ids:
