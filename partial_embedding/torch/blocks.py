@@ -113,7 +113,9 @@ class Blocks:
         """Make the compact parameters of this step, with their gradients and state."""
         grad = None if self.parameter.grad is None else local(self.parameter.grad)
         if grad is None and not self.layout.flat and not self.layout.in_group:
-            return  # without a gradient the optimizer neither moves a parameter nor counts the step
+            # Without one an optimizer neither moves a parameter nor counts its step; but LBFGS
+            # flattens all of its parameters, and a count in the group goes on.
+            return
         # In a dense gradient nothing tells an untouched row from one whose gradient is zero.
         entries = None if grad is None else entries_of(grad)
         if entries is not None and (self.lazy or self._rests_where_untouched(entries[0].shape[0])):
@@ -242,7 +244,7 @@ class Blocks:
         """Put the values and the state of a block, stepped with the options of `group`, back."""
         state = {k: local(v) if is_sharded(v) else v for k, v in state.items()}
         if self._summed is not None and _keeps(state, self._summed):
-            self._summed = None
+            self._summed = None  # as a momentum that begins as the gradient itself
         write_rows(self.values, block.ids, block.run, local(block.parameter))
         if block.places is not None and state:
             whole = block.cohort.state

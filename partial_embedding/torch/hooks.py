@@ -97,7 +97,7 @@ class RowHook:
             if table.is_left_to_ddp and parameter is not None and isinstance(held, RowGradient):
                 parameter.grad = held.to_sparse()  # its own, which it adds to
             return _sparse_without_frozen(grad, table)
-        if not grad.requires_grad:
+        if not grad.requires_grad:  # which makes it dense whatever it came from
             table.take_dense(grad)
         return _zero_where_frozen(grad, table)
 

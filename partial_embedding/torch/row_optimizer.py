@@ -43,16 +43,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Rowwise:
-    """The hooks on one optimizer, and the state of its tables.
-
-    Args:
-        optimizer: The optimizer to prepare.
-        lazy: Step only rows that the batch touched.
-        names: Names of parameters for messages, by their ids.
-
-    Raises:
-        InputError: As for `rowwise`.
-    """
+    """The hooks on one optimizer, and the state of its tables; `names` are of parameters by id."""
 
     def __init__(self, optimizer: Optimizer, lazy: bool, names: Mapping[int, str]) -> None:
         self.optimizer = optimizer

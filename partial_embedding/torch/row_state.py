@@ -9,12 +9,10 @@ from typing import Any
 from partial_embedding.errors import InputError
 from partial_embedding.torch.table import PartialTable
 
-CHECKPOINTS = ("table", "rows")
-
 
 def check_checkpoint(checkpoint: object) -> str:
     """What a checkpoint is to hold of a table, `"table"` or `"rows"`; refuses all else."""
-    if checkpoint not in CHECKPOINTS:
+    if checkpoint not in ("table", "rows"):
         raise InputError(
             f"checkpoint is what of a table it holds, 'table' or 'rows'. Received: {checkpoint!r}. "
             "Take one of these."

@@ -57,7 +57,8 @@ def write_rows(target: Tensor, ids: Tensor, run: slice | None, values: Tensor) -
         target[run].copy_(values)  # does nothing where both are the same memory
         return
     are_alike = target.dtype == values.dtype and target.is_cpu and values.is_cpu
-    if not (are_alike and values.numel() > _MANY and _has_whole_rows(target, values)):
+    are_whole = target.dim() > 1 and target.is_contiguous() and values.is_contiguous()
+    if not (are_alike and are_whole and values.numel() > _MANY):
         target.index_copy_(0, ids, values)
         return
     # torch copies element by element, and NumPy what it is told is one element: twice as fast.
@@ -107,10 +108,6 @@ def _fits(into: Tensor | None, like: Tensor, height: int) -> TypeGuard[Tensor]:
         and into.shape == (height, *like.shape[1:])
         and (into.dtype, into.device) == (like.dtype, like.device)
     )
-
-
-def _has_whole_rows(*tensors: Tensor) -> bool:
-    return all(tensor.dim() > 1 and tensor.is_contiguous() for tensor in tensors)
 
 
 def _as_elements(rows: Tensor) -> NDArray[np.void]:

@@ -29,12 +29,7 @@ DTensor = Any
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows of a weight that this process has.
-
-    Args:
-        start: The first of them.
-        stop: The one after the last of them.
-    """
+    """The rows of a weight that this process has, `range(start, stop)`."""
 
     start: int
     stop: int

@@ -77,12 +77,12 @@ def transfer_vocabulary(
         check_replaceable(model, table, sparse)
     tables.check_can_change()
     check_init(init, ("pieces",))
-    if len({len(table.weight) for table in tables.tables}) > 1:
+    sizes = [len(table.weight) for table in tables.tables]
+    if len(set(sizes)) > 1:
         raise InputError(
             "a vocabulary is replaced in tables of one size. Received a "
-            f"{type(model).__name__} whose tables have "
-            f"{', '.join(str(len(table.weight)) for table in tables.tables)} rows. "
-            "Resize them to one first."
+            f"{type(model).__name__} whose tables have {', '.join(map(str, sizes))} rows. Resize "
+            "them to one first."
         )
     source = _sources(old_tokenizer, new_tokenizer, tables.num_rows)
     fresh = (source < 0).nonzero().flatten()
