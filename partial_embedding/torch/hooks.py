@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.engines import zero_error
+from partial_embedding.torch.engines import refuse_zero
 from partial_embedding.torch.row_gradient import RowGradient, sparse_entries
 from partial_embedding.torch.shards import (
     Shard,
@@ -79,9 +79,7 @@ class RowHook:
             return grad  # another model's, which was the table's for one call
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
         if parameter is not None:
-            error = zero_error(parameter, table)
-            if error is not None and table.has_frozen_rows:
-                raise error
+            refuse_zero(parameter, table)
         if is_sharded(grad):
             return _zero_in_shard(grad, parameter, table)
         held = None if parameter is None else parameter.grad
@@ -97,7 +95,8 @@ class RowHook:
             if table.is_left_to_ddp and parameter is not None and isinstance(held, RowGradient):
                 parameter.grad = held.to_sparse()  # its own, which it adds to
             return _sparse_without_frozen(grad, table)
-        if not grad.requires_grad:  # which makes it dense whatever it came from
+        # One that a second derivative needs is dense, whatever it came from.
+        if not grad.requires_grad:
             table.take_dense(grad)
         return _zero_where_frozen(grad, table)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -169,14 +168,14 @@ def _input_embeddings(model: Any, candidates: dict[str, Any]) -> dict[str, Any]:
     return {name: module for name, module in embeddings.items() if module in within}
 
 
-def users_of(model: nn.Module, table: Any) -> Iterator[tuple[str, nn.Module]]:
+def users_of(model: nn.Module, table: Any) -> list[tuple[str, nn.Module]]:
     """The modules that have a table's weight, by name, the table itself first."""
     having = [
         (name, module)
         for name, module in model.named_modules()
         if any(parameter is table.weight for parameter in module._parameters.values())
     ]
-    return iter(sorted(having, key=lambda item: item[1] is not table))
+    return sorted(having, key=lambda item: item[1] is not table)
 
 
 # Checks, before anything is changed

@@ -19,13 +19,13 @@ from partial_embedding.torch.hooks import refuse_orphan, tables_of
 from partial_embedding.torch.inspection import (
     KEY,
     StateLayout,
-    first_state,
     inspect_optimizer,
     kind_of,
     options_of,
 )
 from partial_embedding.torch.saving import (
     Entries,
+    begin_afresh,
     check,
     into_state_dict,
     mark,
@@ -232,6 +232,7 @@ class Rowwise:
                 f"other rows of {state.name!r} in a closure of {type(self.optimizer).__name__}. "
                 "Call set_trainable_rows before step()."
             )
+        # Looked for only where there can be any: a group may have thousands of parameters.
         there, own = dist.is_available() and dist.is_initialized(), is_sharded(state.parameter)
         of_two_kinds = there and any(is_sharded(one) != own for one in group["params"])
         shared: list[nn.Parameter] = []
@@ -347,12 +348,7 @@ class Rowwise:
                 state.table.steppers.discard(state)
         if any(state.layout.flat for state in self.tables.values()):
             clear_history(self.optimizer)
-        take_from(self.optimizer)
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                table = self.tables.get(id(param))
-                if table is not None and table.layout.eager:
-                    self.optimizer.state[param] = first_state(self.optimizer, group, param)
+        begin_afresh(self.optimizer, self.tables)
 
 
 class _Lent(NamedTuple):

@@ -16,7 +16,7 @@ optimizer's `state_dict` is then a collective call, which every process makes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
 from operator import methodcaller
 from typing import Any
@@ -30,7 +30,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.torch import shards
 from partial_embedding.torch.blocks import Cohort
 from partial_embedding.torch.dry_run import Group, State
-from partial_embedding.torch.inspection import KEY, state_of_one_row
+from partial_embedding.torch.inspection import KEY, first_state, is_eager, state_of_one_row
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.saved_state import (
     by_row,
@@ -122,6 +122,15 @@ def take_from(optimizer: Optimizer) -> Entries:
     for group in optimizer.param_groups:
         group.pop(KEY, None)
     return entries
+
+
+def begin_afresh(optimizer: Optimizer, tables: Container[int]) -> None:
+    """Let an optimizer forget its tables, by the ids of their parameters, as if just made."""
+    take_from(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in tables and is_eager(optimizer, group, parameter):
+                optimizer.state[parameter] = first_state(optimizer, group, parameter)
 
 
 def check(

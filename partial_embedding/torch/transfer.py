@@ -10,7 +10,13 @@ from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.replace import check_replaceable, train_only, users_of
-from partial_embedding.torch.tokens import check_init, check_vectors, means_of_pieces, tokenizer_of
+from partial_embedding.torch.tokens import (
+    check_init,
+    check_vectors,
+    means_of_pieces,
+    pieces_of,
+    tokenizer_of,
+)
 from partial_embedding.torch.vocabulary_tables import VocabularyTables, configurations_in
 
 Init = str | Tensor
@@ -132,8 +138,7 @@ def _old_pieces(old: Any, new: Any, rows: list[int], num_rows: int) -> list[list
         # A piece of a word says so by a mark that is not part of it; bytes that are no character
         # alone tell nothing.
         text = "" if name is None else new.convert_tokens_to_string([name]).removeprefix("##")
-        found = [] if "\ufffd" in text else old(text, add_special_tokens=False)["input_ids"]
-        pieces.append([row for row in found if row != old.unk_token_id and row < num_rows])
+        pieces.append([] if "\ufffd" in text else pieces_of(old, text, num_rows))
     return pieces
 
 
