@@ -48,13 +48,16 @@ test-keras: $(KERAS)/.ready-for-tests
 test-floors: $(FLOORS)/.ready-for-tests
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python $(PYTEST) --ignore=tests/torch/test_nn_suite.py $(OF_TORCH)
 
-# On a machine with a GPU; without one, every test says that it was left out.
+# On a machine with a GPU; without one, each file says that it was left out, and pytest says by 5
+# that nothing was run.
 test-gpu: $(LIGHTNING)/.ready-for-tests
-	$(LIGHTNING)/bin/python -m pytest -rs tests/torch/test_gpu.py
+	$(LIGHTNING)/bin/python -m pytest -rs tests/torch/test_gpu.py \
+	  tests/lightning/test_lightning_gpu.py tests/transformers/test_trainer_gpu.py || test $$? -eq 5
 
 bench-gpu: $(LIGHTNING)/.ready-for-bench
 	$(LIGHTNING)/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available() and "A GPU is needed. Received none.")'
 	$(LIGHTNING)/bin/python benchmarks/run.py $(FULL) --out $(BENCH)-gpu
+	$(LIGHTNING)/bin/python benchmarks/gpu_ways.py --report $(BENCH)-gpu/ways.md
 
 # As users install it: from the wheel, with each extra, outside of the sources.
 test-wheel: $(LIGHTNING)/.ready-for-tests

@@ -18,6 +18,8 @@ from partial_embedding import open_vectors
 from partial_embedding.torch import PartialEmbedding, rowwise
 
 BATCHES = 16
+# Tensors of the size of what is trained that an optimizer remembers.
+STATES = {"AdamW": 2, "Adam": 2, "Adagrad": 1, "SGD": 0}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Work:
         dtype: Of the table.
         together: The rows that train lie side by side at the end, as added tokens do.
         mapped: The table lies in a file, of which what is read and written enters the memory.
+        fused: The optimizer makes its step in one kernel, as torch offers where it is asked.
         device: `cpu` or `cuda`.
     """
 
@@ -48,6 +51,7 @@ class Work:
     dtype: str = "float32"
     together: bool = False
     mapped: bool = False
+    fused: bool = False
     device: str = "cpu"
 
     @property
@@ -82,7 +86,8 @@ class Work:
 
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer, with its defaults."""
-        return getattr(torch.optim, self.optimizer)(parameters)
+        options = {"fused": True} if self.fused else {}
+        return getattr(torch.optim, self.optimizer)(parameters, **options)
 
 
 @dataclass(frozen=True)
@@ -302,8 +307,7 @@ def copying(work: Work, lazy: bool = False) -> Step:
             return table.index_copy_(0, rows, buffer)
 
         return Step(copy, None, batches_of(work, "all"))
-    states = {"AdamW": 2, "Adam": 2, "Adagrad": 1, "SGD": 0}[work.optimizer]
-    kept = [torch.zeros_like(buffer) for _ in range(states)]
+    kept = [torch.zeros_like(buffer) for _ in range(STATES[work.optimizer])]
     touched = [(slots.unique(), gradient) for slots, gradient in batches_of(work, "trainable")]
 
     def copy_touched(slots: Tensor) -> Tensor:

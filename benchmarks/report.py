@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from contenders import CONTENDERS, Work
+from contenders import CONTENDERS, STATES, Work
 from ddp import WAYS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -87,9 +87,9 @@ def _has(results: Results, race: str, *contenders: str) -> bool:
 
 def targets(results: Results) -> Iterator[Target]:
     """All targets of which the figures were measured."""
-    for optimizer in OPTIMIZERS:
-        for trainable in COUNTED:
-            yield from _step_targets(results, optimizer, trainable)
+    # A GPU waits for calls where a CPU waits for memory, so that it has an aim of its own.
+    on_cpu = results["machine"]["device"] == "CPU"
+    yield from _cpu_targets(results) if on_cpu else _bandwidth_targets(results)
     if _has(results, "vocabulary", "ours", "lookup"):
         small, large = (
             one(results, "vocabulary", "ours", rows=rows)["ms"]
@@ -97,21 +97,6 @@ def targets(results: Results) -> Iterator[Target]:
             for rows in (10**4, 10**7)
         )
         yield Target("step without reading at V = 10,000,000 over V = 10,000", large / small, 1.15)
-    for name, ours, limit in (
-        ("dense", "ours", 100),
-        ("peft", "ours", 30),
-        ("sparse_adam", "lazy", 2),
-    ):
-        if _has(results, "peers", name):
-            ratio = one(results, "peers", name)["ms"] / one(results, "peers", ours)["ms"]
-            yield Target(
-                f"{CONTENDERS[name].name} over {CONTENDERS[ours].name}", ratio, limit, True
-            )
-    for optimizer in ("Adagrad", "SGD"):
-        race = f"fbgemm-{optimizer}"
-        if _has(results, race, "fbgemm"):
-            ratio = one(results, race, "fbgemm")["ms"] / one(results, race, "lazy")["ms"]
-            yield Target(f"FBGEMM over ours, lazy: {optimizer}", ratio, 1.0, True)
     for entry in results.get("memory", []):
         if entry["contender"] in ("ours", "lazy"):
             same = [e for e in results["memory"] if e["work"] == entry["work"]]
@@ -133,6 +118,28 @@ def targets(results: Results) -> Iterator[Target]:
         what = "new tokens, V = 256,000, D = 2,048: step over the frozen model's passes"
         yield Target(what, heads["ours"] / heads["plain"], 1.1)
     yield from _traffic_targets(results.get("ddp", []))
+
+
+def _cpu_targets(results: Results) -> Iterator[Target]:
+    """Aims of time against other ways to make the step."""
+    for optimizer in OPTIMIZERS:
+        for trainable in COUNTED:
+            yield from _step_targets(results, optimizer, trainable)
+    for name, ours, limit in (
+        ("dense", "ours", 100),
+        ("peft", "ours", 30),
+        ("sparse_adam", "lazy", 2),
+    ):
+        if _has(results, "peers", name):
+            ratio = one(results, "peers", name)["ms"] / one(results, "peers", ours)["ms"]
+            yield Target(
+                f"{CONTENDERS[name].name} over {CONTENDERS[ours].name}", ratio, limit, True
+            )
+    for optimizer in ("Adagrad", "SGD"):
+        race = f"fbgemm-{optimizer}"
+        if _has(results, race, "fbgemm"):
+            ratio = one(results, race, "fbgemm")["ms"] / one(results, race, "lazy")["ms"]
+            yield Target(f"FBGEMM over ours, lazy: {optimizer}", ratio, 1.0, True)
 
 
 def _step_targets(results: Results, optimizer: str, trainable: int) -> Iterator[Target]:
@@ -158,6 +165,34 @@ def _step_targets(results: Results, optimizer: str, trainable: int) -> Iterator[
         one(results, race, "ours", together=False)["ms"] / by_hand,
         1.0,
     )
+
+
+def least_bytes(work: Measured) -> float:
+    """Bytes that no way to make a step can leave alone.
+
+    Ids are read; what is looked up is read and written; the gradient of the entries that train is
+    read, and summed by row; a row that is stepped, its gradient and its state are read, and it and
+    its state are written.
+    """
+    task = Work(**work)
+    entries = task.share * task.ids
+    stepped: float = task.trainable
+    if task.optimizer in RESTING and task.trainable > task.ids:  # as many as uniform ids touch
+        stepped *= 1 - (1 - 1 / task.trainable) ** entries
+    touched = 8 * task.ids + (2 * task.ids + entries) * task.row_bytes
+    return touched + stepped * task.row_bytes * (4 + 2 * STATES[task.optimizer])
+
+
+def _bandwidth_targets(results: Results) -> Iterator[Target]:
+    """The share of what a GPU's memory moves in that time which a step needed."""
+    for optimizer in OPTIMIZERS:
+        for entry in results["races"].get(f"bandwidth-{optimizer}", []):
+            if entry["contender"] == "lazy":
+                continue
+            needed = least_bytes(entry["work"]) / results["bandwidth"]
+            named = "; ".join([CONTENDERS[entry["contender"]].name, *_task(entry["work"])])
+            share = needed / (1e-3 * entry["ms"])
+            yield Target(f"share of the memory's bandwidth: {named}", share, 0.7, True)
 
 
 def _part_targets(parts: Measured) -> Iterator[Target]:
@@ -200,7 +235,13 @@ def _task(work: Measured) -> list[str]:
     parts = [f"V = {work['rows']:,}", f"K = {work['trainable']:,}", work["optimizer"]]
     default = asdict(Work())
     spelled = {"ids": "{:,} ids", "width": "D = {}", "share": "{:.0%} of the ids trainable"}
-    spelled |= {"law": "{}", "dtype": "{}", "together": "rows side by side", "mapped": "mapped"}
+    spelled |= {
+        "law": "{}",
+        "dtype": "{}",
+        "together": "rows side by side",
+        "mapped": "mapped",
+        "fused": "fused",
+    }
     parts += [text.format(work[key]) for key, text in spelled.items() if work[key] != default[key]]
     return parts
 
@@ -249,10 +290,23 @@ def traffic_table(entries: list[Measured]) -> list[str]:
 
 def _where(results: Results) -> str:
     here = results["machine"]
-    device = here["processor"] if here["device"] == "CPU" else here["device"]
+    if here["device"] != "CPU":
+        return f"{here['device']}, by its own clock, torch {here['torch']}"
     one_thread = "1 CPU thread (the time that it computed)"
     threads = one_thread if here["threads"] == 1 else f"{here['threads']} CPU threads"
-    return f"{device}, {threads}, torch {here['torch']}"
+    return f"{here['processor']}, {threads}, torch {here['torch']}"
+
+
+def _of_bandwidth(results: Results) -> list[str]:
+    if "bandwidth" not in results:
+        return []
+    return [
+        "",
+        f"Its memory moves {results['bandwidth'] / 1e12:.2f} TB/s, read and written, in a copy",
+        "within it. The share of that is the bytes that a step cannot leave alone (ids, what is",
+        "looked up, the gradient, and rows, gradient and state of the update, each once), over the",
+        "bytes that could have been moved in its time.",
+    ]
 
 
 def _report(results: Results) -> list[str]:
@@ -270,6 +324,7 @@ def _report(results: Results) -> list[str]:
         "gather and scatter of the rows that are stepped (with `lazy`, of their state too).",
         "",
         f"Measured on {_where(results)}.",
+        *_of_bandwidth(results),
         *(f"Not installed: {name}." for name in results["missing"]),
         "",
         "| target | figure | aim | |",

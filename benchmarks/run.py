@@ -97,6 +97,8 @@ def races() -> Iterator[Race]:
     for name, works in scale(base).items():
         entries = [(contender, work) for work in works for contender in SCALED]
         yield Race(f"scale-{name}", entries, full=True)
+    if base.device == "cuda":
+        yield from _wide_races(base)
     work = replace(base, trainable=base.rows)
     yield Race("all-rows", [(n, work) for n in ("dense", "ours", "stages", "lazy", "copying")])
 
@@ -110,6 +112,17 @@ def races() -> Iterator[Race]:
     }
     for name, work in others.items():
         yield Race(name, [(contender, work) for contender in few], full=not name.startswith("al"))
+
+
+def _wide_races(base: Work) -> Iterator[Race]:
+    """Tasks that are large enough for a GPU's memory to be what they wait for."""
+    for optimizer in ("AdamW", "SGD", "Adagrad"):
+        large = replace(base, rows=10**7, trainable=10**6, optimizer=optimizer)
+        fused = replace(large, fused=True)
+        works = [large] if optimizer == "Adagrad" else [fused, large]  # which torch fuses on CPUs
+        entries = [(name, work) for work in works for name in SCALED]
+        entries.append(("ours", replace(works[0], together=True)))
+        yield Race(f"bandwidth-{optimizer}", entries)
 
 
 def scale(base: Work) -> dict[str, list[Work]]:
@@ -262,6 +275,18 @@ def memory_in_a_process(name: str, work: Work) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def copied_in_a_second() -> float:
+    """Bytes that a GPU reads and writes in a second while it copies from its memory to it."""
+    source = torch.ones(2**28, device=DEVICE)
+    target = torch.empty_like(source)
+    mark, spans = marks()
+    for _ in range(20):
+        mark()
+        target.copy_(source)
+    mark()
+    return 2 * source.nbytes / (1e-3 * statistics.median(spans()))
+
+
 # All of it
 
 
@@ -297,12 +322,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names of races")
+    parser.add_argument("--seconds", type=float, help="for each race; 8, or 40 in the long run")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure_memory(args.one[0], Work(**json.loads(args.one[1])))))
         return
     torch.set_num_threads(args.threads)
+    seconds = args.seconds or (40 if args.full else 8)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
     # A run of a part replaces that part of what was measured before.
@@ -312,31 +339,40 @@ def main() -> None:
     def wanted(name: str) -> bool:
         return any(name.startswith(only) for only in args.only)
 
+    def keep() -> None:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
     for race in races():
         if wanted(race.name) and (args.full or not race.full):
             print(race.name, flush=True)
-            results["races"][race.name] = run_race(race, seconds=40 if args.full else 8)
+            results["races"][race.name] = run_race(race, seconds)
+            keep()
             gc.collect()
     if wanted("memory") and (DEVICE == "cuda" or _STATUS.exists()):
         print("memory", flush=True)
         entries = [e for e in memory_entries(args.full) if CONTENDERS[e[0]].installed]
-        results["memory"] = [memory_in_a_process(*entry) for entry in entries]
+        # A GPU counts its bytes itself; a CPU's are those of a process.
+        measured = measure_memory if DEVICE == "cuda" else memory_in_a_process
+        results["memory"] = [measured(*entry) for entry in entries]
+    if wanted("bandwidth") and DEVICE == "cuda":
+        results["bandwidth"] = copied_in_a_second()
     if wanted("fit"):
         print("fit", flush=True)
         results["fit"] = measure_fits(Work(device=DEVICE, ids=IDS), rounds=6)
-    if wanted("callbacks"):
+    if wanted("callbacks") and DEVICE == "cpu":
         print("callbacks", flush=True)
         results["callbacks"] = measure_callbacks(pairs=80 if args.full else 40)
     if wanted("parts") and DEVICE == "cpu":
         print("parts", flush=True)
         results["parts"] = measure_parts()
-    if wanted("heads") and DEVICE == "cpu":
+    if wanted("heads"):
         print("heads", flush=True)
-        results["heads"] = measure_heads(256_000, 2048, rounds=7 if args.full else 3)
-    if wanted("ddp") and COUNTS.exists():
+        rounds = 7 if args.full or DEVICE == "cuda" else 3
+        results["heads"] = measure_heads(256_000, 2048, rounds, DEVICE)
+    if wanted("ddp") and DEVICE == "cpu" and COUNTS.exists():
         print("ddp", flush=True)
         results["ddp"] = measure_all(Work())
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    keep()
     print(write_report(results, args.out))
 
 

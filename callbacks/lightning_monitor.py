@@ -275,7 +275,7 @@ def _count_tokens(caught: _Table, table: PartialTable, args: tuple[Tensor, ...])
 def _row_squares(grad: Tensor) -> tuple[Ids, NDArray[np.float64]]:
     """The rows of a gradient, each once, and the sums of their squares."""
     if (entries := entries_of(grad)) is None:
-        ids, summed = torch.arange(len(grad)), as_tensor(grad).detach()
+        ids, summed = torch.arange(len(grad), device="cpu"), as_tensor(grad).detach()
     else:
         ids, places = distinct(entries[0], len(grad))
         summed = sum_rows(places, entries[1].detach(), len(ids))

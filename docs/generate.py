@@ -46,9 +46,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the changelog and the reports of the benchmarks, where they are, as pages."""
     files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
-    for path in sorted((ROOT / "benchmarks").glob("*.*")):
+    for path in sorted((ROOT / "benchmarks").rglob("*.*")):
         if path.suffix in (".md", ".png"):
-            name = f"benchmarks/{path.name}"
+            name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
@@ -60,7 +60,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri == "changelog.md":
         folder = ROOT
     elif page.file.src_uri.startswith("benchmarks/"):
-        folder = ROOT / "benchmarks"
+        folder = (ROOT / page.file.src_uri).parent
     else:
         folder = (ROOT / "docs" / page.file.src_uri).parent
 

@@ -138,7 +138,7 @@ def serve_tokens(table: PartialTable, wrapper: Any) -> nn.Module:
     if isinstance(part, AdapterRows):
         for adapter, ids in wrapper.token_adapter.token_indices.items():
             learn = wrapper.token_adapter.trainable_tokens_delta[adapter].requires_grad
-            part.take(adapter, torch.tensor(ids), learn)
+            part.take(adapter, torch.tensor(ids, device="cpu"), learn)
     return table
 
 
@@ -172,7 +172,7 @@ class AdapterRows(ModulesToSaveWrapper):
         self._name = name
         # In a list, past nn.Module's own way of setting attributes: no part of its own part.
         self._table = [table]
-        self._ids = torch.empty(0, dtype=torch.int64)
+        self._ids = torch.empty(0, dtype=torch.int64, device="cpu")
         # The rows as they were before any adapter, and those of adapters that are not shown.
         self._base: Rows = {name: getattr(table, name).detach()[:0].clone() for name in attributes}
         self._hidden: dict[str, Rows] = {}
@@ -341,7 +341,7 @@ class AdapterRows(ModulesToSaveWrapper):
         self._keep(ids)
         # Each place in `loaded` of a row that is kept.
         order = {row: place for place, row in enumerate(self._ids.tolist())}
-        places = torch.tensor([order[row] for row in ids.tolist()])
+        places = torch.tensor([order[row] for row in ids.tolist()], device="cpu")
         rows = self._read() if self._loading == self._shown else self._hidden[self._loading]
         for name, values in loaded.items():
             rows[name][places] = values.to(rows[name])

@@ -21,7 +21,9 @@ from partial_embedding.torch.rowcopy import distinct, read_rows, run_of, sum_row
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import is_sharded, local, sharded_like
 
-_FEW = 1000
+# What takes as long to step as to sort out which rows were touched: rows on a CPU, and numbers on a
+# GPU, which waits for calls and hardly for memory.
+_FEW, _FEW_ON_GPU = 1000, 2**25
 # As many numbers of a tensor as an optimizer can go over several times within the cache of a CPU;
 # fewer at once cost more calls than they save memory's time.
 _IN_CACHE = 2**19
@@ -132,8 +134,8 @@ class Blocks:
         """Whether stepping touched rows alone gives the same bits, at a lower cost."""
         if not self.layout.rests:
             return False
-        # To sort out which rows were touched takes as long as to step some more.
-        return self._is_exact_by_row and entries + _FEW < len(self.rows)
+        few = _FEW if self.parameter.is_cpu else _FEW_ON_GPU // self.row_size
+        return self._is_exact_by_row and entries + few < len(self.rows)
 
     @property
     def _is_exact_by_row(self) -> bool:

@@ -357,7 +357,8 @@ def _scaled(
         # Of the table's own only padding is frozen. No row set is made here, whose tensors would
         # be the exporter's.
         assert table.padding_idx is not None
-        mask = torch.arange(table.num_embeddings).ne(table.padding_idx)
+        every = torch.arange(table.num_embeddings, device=weight.device)
+        mask = every.ne(table.padding_idx)
     else:
         mask = rows.mask
     too_long = mask.unsqueeze(1) & (norms > max_norm)

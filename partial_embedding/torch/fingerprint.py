@@ -78,5 +78,6 @@ def _prints(rows: Tensor) -> Tensor:
     word = next(word for word in _WORDS if width % word.itemsize == 0)
     words = rows.contiguous().view(torch.uint8).view(word)
     generator = torch.Generator().manual_seed(0x5EED)
-    factors = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator) * 2 + 1
-    return (words.long() * factors.to(rows.device)).sum(1)
+    shape = (words.shape[1],)
+    drawn = torch.randint(-(2**62), 2**62, shape, generator=generator, device="cpu")
+    return (words.long() * (drawn * 2 + 1).to(rows.device)).sum(1)

@@ -338,7 +338,8 @@ def _begins_alike(dry_run_of: DryRunOf, group: Group, weight: Tensor) -> bool:
 def _scratch(height: int, weight: Tensor) -> Tensor:
     """Values of as many axes as the weight has: some optimizers treat a vector as no matrix."""
     width = [_WIDTH] * (weight.dim() - 1)
-    values = torch.arange(height * math.prod(width), dtype=torch.float32).add_(1).sin_()
+    count = height * math.prod(width)
+    values = torch.arange(1, count + 1, dtype=torch.float32, device="cpu").sin_()
     return values.view(height, *width).to(weight.device)
 
 

@@ -31,7 +31,7 @@ class Origin:
         # Rows by which the table grows later have no origin that another process could know.
         self.num_rows = weight.shape[0]
         # The rows that ever trained, rising, int64, shape (n,), and their first values, (n, D).
-        self.ids = torch.empty(0, dtype=torch.int64)
+        self.ids = torch.empty(0, dtype=torch.int64, device="cpu")
         self.values = weight.detach().new_empty(0, *weight.shape[1:], device="cpu")
         self._fingerprints: dict[tuple[torch.dtype, int], int] = {}
 
@@ -85,7 +85,7 @@ class SavedRows:
     def of(weight: Tensor, origin: Origin) -> SavedRows:
         """What is to be saved of a table that held what `origin` knows."""
         num_first = min(origin.num_rows, weight.shape[0])
-        origin.include(weight, torch.arange(num_first, weight.shape[0]))
+        origin.include(weight, torch.arange(num_first, weight.shape[0], device="cpu"))
         others = origin.fingerprint_without(weight, origin.ids, num_first, weight.dtype)
         ids = origin.ids
         return SavedRows(ids, _rows(weight, ids), weight.shape[0], num_first, others)
@@ -93,7 +93,7 @@ class SavedRows:
     def put_into(self, state_dict: dict[str, Any], name: str) -> None:
         """Take the place of the whole weight in a `state_dict`."""
         state_dict.pop(name, None)
-        about = torch.tensor([self.num_rows, self.num_first, self.others])
+        about = torch.tensor([self.num_rows, self.num_first, self.others], device="cpu")
         entries = {"ids": self.ids, "rows": self.rows, "others": about}
         # Of tables that are tied the file has one, as it has of their weight.
         tied = [key.removesuffix("ids") for key, value in state_dict.items() if value is self.ids]

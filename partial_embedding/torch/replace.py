@@ -225,7 +225,7 @@ def _checked_rows(model: nn.Module, table: Any, trainable_rows: RowsLike) -> Ids
     if isinstance(trainable_rows, Tensor):
         trainable_rows = trainable_rows.detach().cpu().numpy()
     ids = Rows.parse(trainable_rows).resolve(table.weight.shape[0])
-    asked = torch.tensor(ids)
+    asked = torch.from_numpy(ids)
     asked = asked[asked != _padding_row(model, table)]
     for name, module in users_of(model, table):
         if not isinstance(module, PartialTable) or not module.has_frozen_rows:

@@ -41,12 +41,15 @@ def by_row(
         Nested dictionaries of tensors of shape (K, …), in the order of cohorts.
     """
     every, sizes = list(cohorts.values()), [len(cohort.ids) for cohort in cohorts.values()]
-    ids = torch.cat([torch.empty(0, dtype=torch.int64), *(c.ids.cpu() for c in every)])
+    ids = torch.cat(
+        [torch.empty(0, dtype=torch.int64, device="cpu"), *(c.ids.cpu() for c in every)]
+    )
     rates = [(c.rate_scale.lr_scale, c.rate_scale.warmup_steps, c.steps) for c in every]
-    by_cohort = torch.tensor(rates, dtype=torch.float64).view(-1, 3)
+    by_cohort = torch.tensor(rates, dtype=torch.float64, device="cpu").view(-1, 3)
+    numbers = torch.tensor(list(cohorts), dtype=torch.int64, device="cpu")
     return {
         "rows": _as_bytes(ids.add(start)),
-        "cohorts": _as_bytes(_repeated(torch.tensor(list(cohorts), dtype=torch.int64), sizes)),
+        "cohorts": _as_bytes(_repeated(numbers, sizes)),
         "rate_scales": _as_bytes(_repeated(by_cohort, sizes)),
         "state": _columns([cohort.state for cohort in every], sizes, per_row, one_row),
         "group_state": _columns([cohort.group_state for cohort in every], sizes),
@@ -71,7 +74,9 @@ def joined(own: State, gather: Callable[[Any], list[Any]], chunk_bytes: int) -> 
     rows, cohorts = (torch.cat([head[i] for head in heads]) for i in (0, 1))
     by_id = rows.argsort(stable=True)
     order = by_id[cohorts[by_id].argsort(stable=True)]
-    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+    places = torch.empty_like(order).index_copy_(
+        0, order, torch.arange(len(order), device=order.device)
+    )
     whole: State = {}
     for _, _, empty, _ in heads:
         # A process that has no row of any cohort may not know what there is of others.
@@ -148,7 +153,8 @@ def _columns(
     states, sizes = [*states, one_row], [*sizes, 0]
     for key in dict.fromkeys(key for state in states for key in state):
         kinds = [_kind(key, state.get(key, ...), per_row) for state in states]
-        columns[key] = {"kind": _repeated(torch.tensor(kinds, dtype=torch.uint8), sizes)}
+        of_cohort = torch.tensor(kinds, dtype=torch.uint8, device="cpu")
+        columns[key] = {"kind": _repeated(of_cohort, sizes)}
         parts = [
             _rows(state[key], size, kind) if kind not in (_NOTHING, _NONE) else None
             for state, size, kind in zip(states, sizes, kinds, strict=True)
@@ -181,8 +187,9 @@ def _rows(value: Any, size: int, kind: int) -> Tensor:
     if kind == _ROWS:
         value = value[:size]
     else:
-        number = kind != _TENSOR
-        one = _as_bytes(torch.tensor([value], dtype=torch.float64))[0] if number else value
+        one = value
+        if kind != _TENSOR:
+            one = _as_bytes(torch.tensor([value], dtype=torch.float64, device="cpu"))[0]
         value = one.repeat(size, *[1] * one.dim())
     rows: Tensor = value
     return rows
@@ -206,7 +213,7 @@ def _value(column: Tensor | None, kind: int, here: slice) -> Any:
 
 
 def _repeated(values: Tensor, sizes: list[int]) -> Tensor:
-    return values.repeat_interleave(torch.tensor(sizes, dtype=torch.int64), dim=0)
+    return values.repeat_interleave(torch.tensor(sizes, device=values.device), dim=0)
 
 
 def _as_bytes(numbers: Tensor) -> Tensor:

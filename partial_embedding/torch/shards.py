@@ -235,7 +235,7 @@ def rows_that_differ(weight: Tensor, ids: Tensor, values: Tensor) -> Tensor:
         mine, values, places = ids[here], values[here], shard.own(ids)
     held = own[places.to(own.device)].cpu()
     unlike = [bool((a != b).any()) for a, b in zip(held, values.to(held), strict=True)]
-    found = mine[torch.tensor(unlike, dtype=torch.bool)]
+    found = mine[torch.tensor(unlike, dtype=torch.bool, device=mine.device)]
     return found if shard is None else torch.cat(gathered(found, weight)).unique()
 
 

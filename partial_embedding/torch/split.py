@@ -102,7 +102,7 @@ class SplitEmbedding(PartialEmbedding):
         own = local(self.weight)
         nn.init.normal_(own)
         if (padding := self.padding_row) is not None:
-            own[_shard(self.weight).own(torch.tensor([padding]))] = 0
+            own[_shard(self.weight).own(torch.tensor([padding], device=own.device))] = 0
 
     def own_rows(self) -> RowSet:
         """The trainable rows that this process has, numbered from its first."""

@@ -121,7 +121,7 @@ def transfer_vocabulary(
 def _sources(old: Any, new: Any, num_rows: int) -> Tensor:
     """The old row of each new one, or -1, int64, shape (V,)."""
     before, after = old.get_vocab(), new.get_vocab()
-    source = torch.full((max(after.values()) + 1,), -1)
+    source = torch.full((max(after.values()) + 1,), -1, device="cpu")
     for name, row in after.items():
         if before.get(name, num_rows) < num_rows:
             source[row] = before[name]

@@ -107,18 +107,28 @@ class LeftOut:
         return "-".join([self.case.id, *(k for k in self.extra if k not in self.case.options)])
 
 
-def _implementations_of(info: OptimizerInfo) -> list[str]:
+def _implementations_of(info: OptimizerInfo, device: str) -> list[str]:
     names = [""]
     if "foreach" in info.supported_impls:
         names += ["foreach", "forloop"]
-    if "fused" in info.supported_impls and "cpu" in info.supports_fused_on:
+    if "fused" in info.supported_impls and device in info.supports_fused_on:
         names.append("fused")
     return names
 
 
+def _cases_on(device: str) -> dict[str, Case]:
+    """What `optim_db` knows of a kind of device, by name."""
+    cases = [
+        Case(info.optim_cls, entry.kwargs, implementation)
+        for info in optim_db
+        for entry in info.optim_inputs_func(device=device)
+        for implementation in _implementations_of(info, device)
+    ]
+    return {case.id: case for case in cases}
+
+
 def _read() -> tuple[list[Case], list[LeftOut]]:
     """Sort what `optim_db` knows into what runs on a CPU and what doesn't."""
-    cases: dict[str, Case] = {}
     left_out: dict[str, LeftOut] = {}
     for info in optim_db:
         # Asked for "cuda", the table adds the options that only an accelerator takes.
@@ -127,9 +137,6 @@ def _read() -> tuple[list[Case], list[LeftOut]]:
                 case = Case(info.optim_cls, entry.kwargs)
                 left_out[case.id] = LeftOut(case, {}, "capturable needs an accelerator")
         for entry in info.optim_inputs_func(device="cpu"):
-            for implementation in _implementations_of(info):
-                case = Case(info.optim_cls, entry.kwargs, implementation)
-                cases[case.id] = case
             if "differentiable" in info.supported_impls:
                 one = LeftOut(
                     Case(info.optim_cls, entry.kwargs),
@@ -137,10 +144,12 @@ def _read() -> tuple[list[Case], list[LeftOut]]:
                     "a differentiable step can't write to a leaf, and a table is one",
                 )
                 left_out[one.id] = one
-    return list(cases.values()), list(left_out.values())
+    return list(_cases_on("cpu").values()), list(left_out.values())
 
 
 CASES, LEFT_OUT = _read()
+# Each parameter has a state of its own, which LBFGS does not give it.
+CASES_ON_GPU = [case for case in _cases_on("cuda").values() if not case.one_history]
 
 # Beyond torch's table: learning rates and betas that are tensors, which it tries with `capturable`
 # alone although a CPU takes them as well.

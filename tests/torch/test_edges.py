@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ from models import (
     train,
 )
 from oracle import assert_same_bits, same_bits
-from steps import closure_of
+from steps import closure_of, train_save_and_load
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -382,3 +383,11 @@ def test_counts_of_cases_do_not_shrink_unseen() -> None:
     assert len(MANY) >= 110
     assert len(ELEMENT_WISE) >= 240
     assert len(DEFAULTS) == 15
+
+
+def test_a_default_device_is_for_what_users_make(tmp_path: Path) -> None:
+    """What is put on this one is lost, as what is put on a GPU meets what lies on the CPU."""
+    table = PartialEmbedding.from_pretrained(torch.randn(V, D), trainable_rows=[3, 4])
+    with torch.device("meta"):
+        again = train_save_and_load(table, tmp_path)
+    assert_same_bits(again.weight, table.weight, "the table")

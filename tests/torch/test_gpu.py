@@ -1,48 +1,48 @@
 """What needs a GPU: `make test-gpu`.
 
-Each row is looked up once a step, since sums have no order there. Written without a GPU at hand,
-and so not run yet but for what a CPU can do of it.
+Each row is looked up once a step, since sums have no order there.
 """
 
 import copy
+import io
 import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import CASES_ON_GPU, GRADIENTS, Case, case_of, crossed
 from oracle import assert_same_bits
+from steps import train_save_and_load
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from partial_embedding.torch import PartialEmbedding, PartialLinear
+from partial_embedding.torch import (
+    FrozenRowAudit,
+    PartialEmbedding,
+    PartialLinear,
+    rowwise,
+    split_rows,
+)
+from partial_embedding.torch.rowcopy import write_rows
 
 DEVICE = torch.device("cuda")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a GPU")
+if not torch.cuda.is_available():
+    pytest.skip("these tests need a GPU", allow_module_level=True)
 
 V, D, STEPS = 400, 8, 6
 FIRST, LATE = list(range(3, 90, 2)), list(range(100, 160))
 FROZEN = [row for row in range(V) if row not in FIRST and row not in LATE]
-OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "AdamW": ("AdamW", {"weight_decay": 0.1}),
-    "AdamW, one by one": ("AdamW", {"weight_decay": 0.1, "foreach": False}),
-    "AdamW, fused": ("AdamW", {"weight_decay": 0.1, "fused": True}),
-    "AdamW, capturable": ("AdamW", {"weight_decay": 0.1, "capturable": True}),
-    "SGD, fused": ("SGD", {"momentum": 0.9, "weight_decay": 0.1, "fused": True}),
-    "SGD": ("SGD", {}),
-    "Adagrad": ("Adagrad", {}),
-    "RMSprop, capturable": ("RMSprop", {"capturable": True}),
-}
 
 
 def start() -> Tensor:
     return torch.randn(V, D, generator=torch.Generator().manual_seed(0))
-
-
-def made(kind: str, parameters: Any) -> torch.optim.Optimizer:
-    name, options = OPTIMIZERS[kind]
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(parameters, lr=0.1, **options)
-    return optimizer
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -51,16 +51,19 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return ids.to(DEVICE), torch.randn(len(ids), D, generator=generator).to(DEVICE)
 
 
-def small_tables(kind: str) -> dict[int, Tensor]:
+def small_tables(case: Case) -> dict[int, Tensor]:
     """The rows of each cohort, trained in a plain table of their own."""
     found = {}
-    for rows, since in ((FIRST, 0), (LATE, 3)):
-        table = nn.Embedding.from_pretrained(start()[rows], freeze=False).to(DEVICE)
-        optimizer = made(kind, table.parameters())
+    for listed, since in ((FIRST, 0), (LATE, 3)):
+        rows = torch.tensor(listed, device=DEVICE)
+        table = nn.Embedding.from_pretrained(
+            start()[listed], freeze=False, sparse=case.sparse_only
+        ).to(DEVICE)
+        optimizer = case.make(table.parameters())
         for step in range(since, STEPS):
             ids, up = batch(step)
-            mine = torch.isin(ids, torch.tensor(rows, device=DEVICE))
-            slots = torch.searchsorted(torch.tensor(rows, device=DEVICE), ids[mine])
+            mine = torch.isin(ids, rows)
+            slots = torch.searchsorted(rows, ids[mine])
             optimizer.zero_grad()
             table(slots).backward(up[mine])
             optimizer.step()
@@ -68,12 +71,19 @@ def small_tables(kind: str) -> dict[int, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_rows_move_as_if_alone(kind: str, sparse: bool) -> None:
+def saved_and_loaded(state: Any, device: str) -> Any:
+    """What another machine finds in a file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, map_location=device)
+
+
+@pytest.mark.parametrize(("case", "sparse"), crossed(CASES_ON_GPU, GRADIENTS))
+def test_rows_move_as_if_alone(case: Case, sparse: bool) -> None:
     table = PartialEmbedding.from_pretrained(start(), trainable_rows=FIRST, sparse=sparse)
     table.to(DEVICE)
-    optimizer = made(kind, table.parameters())
+    optimizer = case.make(table.parameters())
     for step in range(STEPS):
         if step == 3:
             table.unfreeze_rows(LATE)
@@ -82,9 +92,57 @@ def test_rows_move_as_if_alone(kind: str, sparse: bool) -> None:
         table(ids).backward(up)
         optimizer.step()
         assert_same_bits(table.weight[FROZEN].cpu(), start()[FROZEN], f"frozen at {step}")
-    small = small_tables(kind)
+    small = small_tables(case)
     assert_same_bits(table.weight[FIRST], small[0], "the first rows")
     assert_same_bits(table.weight[LATE], small[3], "the late rows")
+
+
+@pytest.mark.parametrize("name", ["AdamW-weight_decay=0.1", "SGD-momentum=0.9", "Adagrad"])
+def test_lazily_the_rows_touched_move_as_if_alone(name: str) -> None:
+    case = case_of(name)
+    table = PartialEmbedding.from_pretrained(start(), trainable_rows=FIRST).to(DEVICE)
+    optimizer = rowwise(case.make(table.parameters()), lazy=True)
+    small = nn.Embedding.from_pretrained(start()[FIRST], freeze=False).to(DEVICE)
+    other = case.make(small.parameters())
+    rows = torch.tensor(FIRST, device=DEVICE)
+    for step in range(STEPS):
+        up = batch(step)[1][: len(FIRST)]
+        for one, ids, module in (
+            (optimizer, rows, table),
+            (other, torch.arange(len(FIRST), device=DEVICE), small),
+        ):
+            one.zero_grad()
+            module(ids).backward(up)
+            one.step()
+    assert_same_bits(table.weight[FIRST], small.weight, "the rows")
+    assert_same_bits(table.weight[FROZEN].cpu(), start()[FROZEN], "frozen rows")
+
+
+@pytest.mark.parametrize(("here", "there"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_on_on_another_device(here: str, there: str) -> None:
+    def begun(device: str) -> tuple[PartialEmbedding, torch.optim.Optimizer]:
+        table = PartialEmbedding.from_pretrained(start(), trainable_rows=FIRST).to(device)
+        return table, rowwise(torch.optim.AdamW(table.parameters(), lr=0.1))
+
+    def train(table: PartialEmbedding, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            if step == 3:
+                table.unfreeze_rows(LATE)
+            ids, up = batch(step)
+            optimizer.zero_grad()
+            table(ids.to(table.weight.device)).backward(up.to(table.weight.device))
+            optimizer.step()
+
+    table, optimizer = begun(here)
+    train(table, optimizer, range(4))
+    again, other = begun(there)
+    again.set_trainable_rows([*FIRST, *LATE])
+    again.load_state_dict(saved_and_loaded(table.state_dict(), there))
+    other.load_state_dict(saved_and_loaded(optimizer.state_dict(), there))
+    train(table, optimizer, range(4, STEPS))
+    train(again, other, range(4, STEPS))
+    assert_same_bits(again.weight[FROZEN].cpu(), start()[FROZEN], "frozen rows")
+    torch.testing.assert_close(again.weight.cpu(), table.weight.cpu(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_table_goes_to_the_gpu_and_back_in_the_midst_of_training() -> None:
@@ -135,6 +193,107 @@ def test_scaling_finds_infinities_and_skips_the_step() -> None:
         scaler.step(optimizer)
         scaler.update()
         assert torch.equal(table.weight, before) == (step == 1)
+
+
+def waits(call: Callable[[], object]) -> int:
+    """How often a call makes the host wait for the GPU."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(one.message) for one in caught)
+
+
+@pytest.mark.parametrize("clipped", [False, True], ids=["plain", "clipped"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_a_step_hardly_waits(sparse: bool, clipped: bool) -> None:
+    """The host must learn how many sparse entries are of trainable rows; and of how many rows."""
+    table = PartialEmbedding.from_pretrained(start(), trainable_rows=FIRST, sparse=sparse)
+    optimizer = torch.optim.AdamW(table.to(DEVICE).parameters())
+    ids, up = batch(0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        table(ids).backward(up)
+        if clipped:
+            nn.utils.clip_grad_norm_(table.parameters(), 1.0)
+        optimizer.step()
+
+    step()
+    waits(step)  # what is loaded when it is first used may wait
+    assert waits(step) == sparse + (sparse and clipped)
+
+
+@pytest.mark.parametrize("width", [8, 6, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_written_by_wide_elements_to_the_bit(dtype: torch.dtype, width: int) -> None:
+    table = torch.randn(V, width, device=DEVICE).to(dtype)
+    rows = torch.tensor(FIRST, device=DEVICE)
+    # Every pattern of bits, so that there are numbers that are none.
+    shape = (len(FIRST), width * dtype.itemsize)
+    values = torch.randint(256, shape, dtype=torch.uint8, device=DEVICE).view(dtype)
+    wanted = table.clone()
+    wanted[rows] = values
+    write_rows(table, rows, None, values)
+    assert_same_bits(table, wanted, "the table")
+
+
+def test_memory_follows_the_rows() -> None:
+    wide, few = 64, range(0, 1_000_000, 100)
+    weight = torch.zeros(1_000_000, wide, device=DEVICE)
+    table = PartialEmbedding.from_pretrained(weight, trainable_rows=few)
+    optimizer = torch.optim.AdamW(table.parameters())
+    ids = torch.randint(1_000_000, (4096,), device=DEVICE)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        optimizer.zero_grad()
+        table(ids).sum().backward()
+        optimizer.step()
+    of_rows = len(few) * wide * weight.itemsize
+    added = torch.cuda.max_memory_allocated() - before
+    # Mask and slots take five bytes a row of the table; its values are 256.
+    assert added < 12 * of_rows + 9 * len(weight)
+
+
+def test_a_compiled_model_trains_as_the_plain_one() -> None:
+    def trained(compiled: bool) -> Tensor:
+        torch.manual_seed(0)
+        table = PartialEmbedding.from_pretrained(start(), trainable_rows=FIRST)
+        model = nn.Sequential(table, nn.Linear(D, D)).to(DEVICE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+        run = torch.compile(model) if compiled else model
+        for step in range(STEPS):
+            if step == 3:
+                table.unfreeze_rows(LATE)
+            ids, up = batch(step)
+            optimizer.zero_grad()
+            run(ids).backward(up)
+            optimizer.step()
+        assert_same_bits(table.weight[FROZEN].cpu(), start()[FROZEN], "frozen rows")
+        return table.weight.detach()
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=1e-3, atol=1e-3)
+
+
+def test_averages_and_an_audit_see_frozen_rows_that_stay() -> None:
+    table = PartialEmbedding.from_pretrained(start(), trainable_rows=FIRST).to(DEVICE)
+    average = AveragedModel(table, use_buffers=True)
+    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1)
+    audit = FrozenRowAudit(table)
+    for step in range(STEPS):
+        ids, up = batch(step)
+        optimizer.zero_grad()
+        table(ids).backward(up)
+        optimizer.step()
+        average.update_parameters(table)
+        audit.check(step)
+    frozen = [row for row in range(V) if row not in FIRST]
+    assert_same_bits(average.module.weight[frozen].cpu(), start()[frozen], "frozen rows")
+    assert not torch.equal(average.module.weight[FIRST].cpu(), start()[FIRST])
 
 
 def test_a_step_is_captured_and_replayed() -> None:
@@ -189,27 +348,62 @@ def test_a_head_that_is_tied_to_a_table_in_bfloat16() -> None:
     assert not torch.equal(table.weight[FIRST].cpu(), start().bfloat16()[FIRST])
 
 
-def test_one_process_under_nccl_trains_as_it_does_alone(tmp_path: Any) -> None:
+@pytest.fixture
+def nccl(tmp_path: Path) -> Iterator[None]:
+    """This process, as a group of one."""
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def by_ddp(model: nn.Sequential) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def by_fsdp(model: nn.Sequential) -> nn.Module:
+    mesh = init_device_mesh("cuda", (1,))
+    fully_shard(model[0], mesh=mesh)
+    sharded: nn.Module = fully_shard(model, mesh=mesh)
+    return sharded
+
+
+def by_split_rows(model: nn.Sequential) -> nn.Module:
+    split_rows(model[0], init_device_mesh("cuda", (1,)))
+    return model
+
+
+@pytest.mark.parametrize("share", [by_ddp, by_fsdp, by_split_rows])
+def test_one_process_under_nccl_trains_as_it_does_alone(
+    share: Callable[[nn.Sequential], nn.Module], nccl: None
+) -> None:
     def trained(model: nn.Module, table: PartialEmbedding) -> Tensor:
-        optimizer = torch.optim.AdamW(table.parameters(), lr=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
         for step in range(STEPS):
+            if step == 3:
+                table.unfreeze_rows(LATE)
             ids, up = batch(step)
             optimizer.zero_grad()
             model(ids).backward(up)
             optimizer.step()
-        return table.weight.detach()
+        weight = table.weight.detach()
+        return weight.to_local() if hasattr(weight, "to_local") else weight
 
-    alone = PartialEmbedding.from_pretrained(start(), trainable_rows=FIRST).to(DEVICE)
-    shared = copy.deepcopy(alone)
-    shared.set_trainable_rows(FIRST)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(nn.Sequential(shared, nn.Linear(D, D).to(DEVICE)))
-        assert model(batch(0)[0]).shape == (V // 2, D)
-        assert_same_bits(trained(shared, shared), trained(alone, alone), "the table")
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(0)
+    table = PartialEmbedding.from_pretrained(start(), trainable_rows=FIRST)
+    alone = nn.Sequential(table, nn.Linear(D, D)).to(DEVICE)
+    model = copy.deepcopy(alone)
+    shared = trained(share(model), model[0])
+    assert_same_bits(shared[FROZEN].cpu(), start()[FROZEN], "frozen rows")
+    assert_same_bits(shared, trained(alone, table), "the table")
+
+
+def test_a_default_device_is_for_what_users_make(tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        table = PartialEmbedding.from_pretrained(start().to(device), trainable_rows=FIRST)
+        with torch.device("cuda"):
+            again = train_save_and_load(table, tmp_path)
+        assert_same_bits(again.weight, table.weight, "the table")
 
 
 def test_a_pinned_table_stays_with_the_cpu_and_feeds_the_gpu() -> None:
