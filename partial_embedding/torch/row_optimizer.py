@@ -79,8 +79,8 @@ class Rowwise:
         vars(self.optimizer)["_optimizer_step_pre_hooks"].move_to_end(before.id)
         vars(self.optimizer)["_optimizer_step_post_hooks"].move_to_end(after.id, last=False)
 
-    def _add_tables(self) -> None:
-        """Serve all tables that the optimizer holds, of which some may have come later."""
+    def _add_tables(self) -> list[tuple[TableState, Group]]:
+        """Serve all tables that the optimizer holds; gives the state of new ones, and groups."""
         new = [
             (group, parameter, table)
             for group, parameter, table in held_tables(self.optimizer)
@@ -91,12 +91,11 @@ class Rowwise:
                 table.attach()  # to what was put there past its own `register_parameter`
             waiting.discard(table)
         # All of them or none.
-        made = [self._state_of(parameter, table, group) for group, parameter, table in new]
-        for (group, parameter, table), state in zip(new, made, strict=True):
-            self.tables[id(parameter)] = state
-            table.steppers.add(state)
-            if hasattr(self, "_hooks"):
-                state.adopt_from(self.optimizer, group)
+        made = [(self._state_of(one, table, group), group) for group, one, table in new]
+        for state, _ in made:
+            self.tables[id(state.parameter)] = state
+            state.table.steppers.add(state)
+        return made
 
     def _state_of(self, parameter: nn.Parameter, table: PartialTable, group: Group) -> TableState:
         name = self._names.get(id(parameter)) or _name_in(group, parameter) or repr(table)
@@ -147,7 +146,9 @@ class Rowwise:
         # Once a step, and by what costs next to nothing: a model may have thousands of parameters.
         hooked = (p for group in groups for p in group if p._backward_hooks)
         if any(id(p) not in self.tables and any(tables_of(p)) for p in hooked):
-            self._add_tables()  # a group came, or a parameter became a table's
+            # A group came, or a parameter became a table's.
+            for state, group in self._add_tables():
+                state.adopt_from(self.optimizer, group)
         for state in self.tables.values():
             if not state.parameter.requires_grad or not any(tables_of(state.parameter)):
                 refuse_lost(self.optimizer, state.table, state.parameter, state.name)

@@ -210,12 +210,11 @@ class TrainableRows(TableFiles):
             ids = ids[ids != self.padding_row]
         for parameter in self._shards.values():
             check_sharding(parameter, self)
-        if self._row_set is None and len(ids) == self._most_trainable(self.leaf_weight.shape[0]):
-            return  # every row trains already, with no bookkeeping to keep
         if self._row_set is None:
-            # Those that stay are the first cohort. All rows, which leave, are not written down.
-            of_first = {0: torch.tensor(ids, device="cpu")}
-            self.row_set = RowSet(self.leaf_weight.shape[0], of_first, 1)
+            num_rows = self.leaf_weight.shape[0]
+            if len(ids) < self._most_trainable(num_rows):  # or every row trains already
+                # Those that stay are the first cohort. All rows, which leave, are not written down.
+                self.row_set = RowSet(num_rows, {0: torch.tensor(ids, device="cpu")}, 1)
             return
         before = self.row_set
         self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
