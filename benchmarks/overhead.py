@@ -3,8 +3,10 @@
     python benchmarks/overhead.py [--report benchmarks/overhead.md]
 
 One run, whose optimizer `rowwise` prepared for a fixed set of rows, has the callbacks at default
-settings for every second block of steps and goes without them for the others. Two runs beside each
-other would differ more by where their tables lie in memory than by what is measured.
+settings for every second block of ten steps and goes without them for the others: two runs beside
+each other would differ more by where their tables lie in memory than by what is measured, and so
+would longer blocks by what else the machine does. Of a hundred steps, a round, fifty are with the
+callbacks, and one of these measures, as of any fifty.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
 from partial_embedding.torch import PartialEmbedding
 
 WIDTH, TEXTS, LENGTH = 64, 64, 64
-BLOCK = 50  # steps: as many as from one measurement to the next
+BLOCK, ROUND = 10, 100  # steps
 
 
 class Texts(Dataset[tuple[Tensor, Tensor]]):
@@ -91,23 +93,25 @@ class Idler(Idle):
     """Another one, since Lightning wants callbacks of different classes."""
 
 
+UNFREEZING = "`RowUnfreezing`"
 # Which callbacks come and go, of those that a run needs.
 WAYS: dict[str, Callable[[list[Callback]], list[Callback]]] = {
     "both": lambda ours: ours,
     "both, measuring every 500 steps": lambda ours: ours,
-    "`RowUnfreezing`": lambda ours: ours[:1],
+    UNFREEZING: lambda ours: ours[:1],
     "two that do nothing": lambda ours: [Idle(), Idler()],
 }
 
 
 class Turns(Callback):
-    """Takes the other callbacks away for every second block of steps, and times each block."""
+    """Takes the other callbacks away for every second block of steps, and times each round."""
 
     def __init__(self, others: list[Callback]) -> None:
         self.others = others
-        self.milliseconds: dict[bool, list[float]] = {True: [], False: []}
         self.with_others = True
         self.start = 0.0  # in the processor's time
+        self.spent = {True: 0.0, False: 0.0}  # seconds of this round, with the others and without
+        self.rounds: list[tuple[float, float]] = []  # milliseconds a step, without and with
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -117,26 +121,30 @@ class Turns(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         """Change turns after a block of steps."""
-        if (index + 1) % BLOCK == 0:
-            took = 1e3 * (time.process_time() - self.start) / BLOCK
-            self.milliseconds[self.with_others].append(took)
-            self.with_others = not self.with_others
-            others = self.others if self.with_others else []
-            trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # Lightning sets it
-            self.start = time.process_time()
+        if (index + 1) % BLOCK:
+            return
+        self.spent[self.with_others] += time.process_time() - self.start
+        self.with_others = not self.with_others
+        others = self.others if self.with_others else []
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # Lightning sets it
+        if (index + 1) % ROUND == 0:
+            without, with_others = (2e3 * self.spent[there] / ROUND for there in (False, True))
+            self.rounds.append((without, with_others))
+            self.spent = {True: 0.0, False: 0.0}
+        self.start = time.process_time()
 
 
 def measure(
-    num_rows: int, trainable: int, pairs: int, way: str = "both"
+    num_rows: int, trainable: int, rounds: int, way: str = "both"
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds a step of each block, without the callbacks and with them."""
+    """Milliseconds a step of each round, without the callbacks and with them."""
     schedule = {"stages": [{"epoch": 0, "rows": {"range": [0, trainable]}}]}
     counts = np.maximum(1e6 / np.arange(1, num_rows + 1), 1).astype(np.int64)
     vocabulary = Vocabulary(map(str, range(num_rows)), counts)
     every = 500 if way.endswith("500 steps") else None
     ours = [RowUnfreezing(schedule), RowMonitor(vocabulary=vocabulary, every_n_steps=every)]
     turns = Turns(WAYS[way](ours))
-    steps = 2 * (pairs + 1) * BLOCK
+    steps = (rounds + 1) * ROUND
     data = DataLoader(Texts(num_rows, trainable, steps), batch_size=None)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -150,35 +158,38 @@ def measure(
             enable_model_summary=False,
         )
         trainer.fit(Classifier(num_rows), data)
-    # The first of each warms up.
-    return turns.milliseconds[False][1:], turns.milliseconds[True][1:]
+    without, with_callbacks = zip(*turns.rounds[1:], strict=True)  # the first one warms up
+    return list(without), list(with_callbacks)
 
 
-def measure_callbacks(pairs: int) -> dict[str, float]:
-    """Over and above a step without callbacks: the quartiles of both callbacks' share of it."""
-    without, with_callbacks = measure(100_000, 10_000, pairs)
+def shares(without: list[float], with_callbacks: list[float]) -> dict[str, float]:
+    """The quartiles of a step with callbacks over one without."""
     ratios = [b / a for a, b in zip(without, with_callbacks, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {"low": low, "ratio": middle, "high": high}
 
 
-def report(num_rows: int, trainable: int, pairs: int) -> str:
+def measure_callbacks(rounds: int) -> dict[str, dict[str, float]]:
+    """What a step with callbacks takes over one without, by what they are."""
+    return {way: shares(*measure(100_000, 10_000, rounds, way)) for way in ("both", UNFREEZING)}
+
+
+def report(num_rows: int, trainable: int, rounds: int) -> str:
     lines = [
         "# What RowUnfreezing and RowMonitor add to a step",
         "",
         f"Lightning runs over a table of V = {num_rows:,} rows, D = {WIDTH}, of which K = "
         f"{trainable:,} train; {TEXTS * LENGTH:,} ids a step, half of them trainable, AdamW, "
-        "TensorBoard, optimizer prepared by `rowwise`. Callbacks at default settings, so with one "
-        f"measurement every {BLOCK} steps, are there for every second block of {BLOCK} steps; "
-        f"{pairs} pairs of blocks.",
+        f"TensorBoard, optimizer prepared by `rowwise`. In each of {rounds} rounds of {ROUND} "
+        f"steps every second block of {BLOCK} has the callbacks, at default settings, so that one "
+        "step of 50 with them measures.",
         "",
-        "| callbacks | time with over without | middle half of the pairs | ms without | ms with |",
+        "| callbacks | time with over without | middle half of the rounds | ms without | ms with |",
         "|---|---:|---:|---:|---:|",
     ]
     for way in WAYS:
-        without, with_callbacks = measure(num_rows, trainable, pairs, way)
-        ratios = [b / a for a, b in zip(without, with_callbacks, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        without, with_callbacks = measure(num_rows, trainable, rounds, way)
+        low, middle, high = shares(without, with_callbacks).values()
         medians = (f"{statistics.median(times):.2f}" for times in (without, with_callbacks))
         lines.append(
             f"| {way} | **{middle:.3f}** | {low:.3f} to {high:.3f} | {' | '.join(medians)} |"
@@ -197,12 +208,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--trainable", type=int, default=10_000)
-    parser.add_argument("--pairs", type=int, default=80)
+    parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--report", type=Path, help="write the result to this Markdown file")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    text = report(args.rows, args.trainable, args.pairs)
+    text = report(args.rows, args.trainable, args.rounds)
     print(text)
     if args.report:
         args.report.write_text(text, encoding="utf-8")

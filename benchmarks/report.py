@@ -106,12 +106,10 @@ def targets(results: Results) -> Iterator[Target]:
             yield Target(
                 f"peak memory over 1.2 × floor + 9 B a row: {named}", entry["peak"] / bound, 1.0
             )
-    if fit := results.get("fit"):
-        added = 100 * (fit["callback"] - fit["fit"]) / fit["fit"]
-        yield Target("what `RowUnfreezing` adds to a step of `fit`, %", added, 2.0)
     if callbacks := results.get("callbacks"):
-        added = 100 * (callbacks["ratio"] - 1)
-        yield Target("what both callbacks add to a step of `fit`, %", added, 3.0)
+        for way, limit in (("`RowUnfreezing`", 2.0), ("both", 3.0)):
+            added = 100 * (callbacks[way]["ratio"] - 1)
+            yield Target(f"added to a step of Lightning's `fit`, %: {way}", added, limit)
     if parts := results.get("parts"):
         yield from _part_targets(parts)
     if heads := results.get("heads"):
@@ -345,14 +343,6 @@ def _report(results: Results) -> list[str]:
     if memory := results.get("memory"):
         lines += ["## memory beyond the table", ""]
         lines += [*memory_table(memory), ""]
-    if fit := results.get("fit"):
-        lines += [
-            "## Lightning",
-            "",
-            f"AdamW, K = 10,000: {fit['loop']:.2f} ms in a bare loop, {fit['fit']:.2f} ms in `fit` "
-            f"with `rowwise`, {fit['callback']:.2f} ms in `fit` with `RowUnfreezing`.",
-            "",
-        ]
     if ddp := results.get("ddp"):
         lines += [
             "## two processes",

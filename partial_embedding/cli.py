@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from partial_embedding.errors import FrozenRowsMoved, InputError, did_you_mean
+from partial_embedding.files import shown
 from partial_embedding.rows.token_text import printable
 
 _HELP = """\
@@ -40,6 +42,12 @@ _EXTRAS = {
     "tensorboard": "text",
     "rich": "lightning,text",
 }
+# What the system says with more regard to itself than to the reader.
+_WRONG_KIND = {
+    errno.EISDIR: "a folder where a file is meant",
+    errno.EEXIST: "a file where a folder is meant",
+    errno.ENOTDIR: "a file where a folder is meant",
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -60,8 +68,10 @@ def main(args: Sequence[str] | None = None) -> int:
             _command(args)(args[1:])
     except FrozenRowsMoved as error:
         return _complain(error, 1)
-    except (InputError, OSError) as error:
+    except InputError as error:
         return _complain(error, 2)
+    except OSError as error:
+        return _complain(_refused_path(error), 2)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
@@ -77,6 +87,15 @@ def _complain(error: Exception | str, code: int) -> int:
     # What files hold is quoted in it, and may hold what a terminal obeys.
     print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return code
+
+
+def _refused_path(error: OSError) -> str:
+    reason = _WRONG_KIND.get(error.errno or 0) or error.strerror or str(error)
+    place = "" if error.filename is None else f" for {shown(error.filename)}"
+    return (
+        f"files and folders can be read and written. Received: {reason}{place}. Check the path, "
+        "its permissions and the room on the disk."
+    )
 
 
 def _command(args: Sequence[str]) -> Callable[[Sequence[str]], object]:

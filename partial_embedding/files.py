@@ -7,7 +7,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     writers which look at the suffix behave the same. Permissions of a replaced file and a link at
     `path` are kept. The folder must exist, and the block must create a file.
 
+    Raises:
+        InputError: A folder is in its place, or a device, which a file must not replace.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -38,6 +41,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         ...     target.read_text(), len(list(Path(folder).iterdir()))
         ('all of it', 1)
     """
+    refuse_no_file(path, "what is written is a file")
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
     try:
@@ -48,8 +52,13 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         if target.exists():
             shutil.copymode(target, temporary)
         temporary.replace(target)
+    except OSError as error:
+        if error.filename == str(temporary):  # a name that nobody gave
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            temporary.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -99,6 +108,23 @@ def refuse_no_file(path: str | os.PathLike[str], rule: str) -> None:
     if Path(path).exists() and not Path(path).is_file():
         kind = "folder" if Path(path).is_dir() else "device"
         raise InputError(f"{path}: {rule}. Received a {kind}. Name a file.")
+
+
+def read_lines(path: str | os.PathLike[str], rule: str) -> list[str]:
+    """The lines of a text, also those with nothing on them.
+
+    Raises:
+        InputError: It is no file, cannot be read or is not UTF-8; the rule says what it holds.
+    """
+    refuse_no_file(path, rule)
+    try:
+        # Not `splitlines`, which also breaks at characters that tokens may have.
+        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"{path}: {rule}. Received: {reason}. Check the path, or convert the file."
+        ) from None
 
 
 def read_yaml(path: str | os.PathLike[str], what: str) -> Any:

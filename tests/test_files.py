@@ -58,6 +58,30 @@ def test_a_disk_that_is_full_at_the_end_leaves_what_was_there(
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
+def test_only_a_file_is_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("folder", "folder"), ("pipe", "device")):
+        with (
+            pytest.raises(
+                InputError, match=f"{name}: what is written is a file. Received a {kind}"
+            ),
+            write_atomically(tmp_path / name) as temporary,
+        ):
+            temporary.write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("no", "file"):
+        target = tmp_path / folder / "a.txt"
+        with pytest.raises(OSError) as failed, write_atomically(target) as temporary:  # noqa: PT011
+            temporary.write_text("new")
+        assert failed.value.filename == str(target)
+
+
 def test_a_block_that_writes_nothing_fails(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")

@@ -299,6 +299,36 @@ def test_an_error_that_says_what_was_received_says_what_to_do(path: Path) -> Non
     assert lacking == []
 
 
+MAKES_TENSORS = {
+    "arange",
+    "empty",
+    "full",
+    "ones",
+    "randint",
+    "randn",
+    "randperm",
+    "tensor",
+    "zeros",
+}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "partial_embedding" / "torch").glob("*.py")), ids=lambda path: path.name
+)
+def test_a_tensor_is_made_where_it_is_needed(path: Path) -> None:
+    """Else it would lie on the default device, which is the user's to choose."""
+    made = (
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in MAKES_TENSORS
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "torch"
+    )
+    assert [n.lineno for n in made if "device" not in {k.arg for k in n.keywords}] == []
+
+
 def test_no_file_needs_a_table_of_contents() -> None:
     lengths = {
         path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())

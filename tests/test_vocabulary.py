@@ -52,6 +52,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "fractional_counts": ({"tokens": "ab", "counts": [1.5, 2.0]}, ("counts", "float64")),
     "counts_of_truth": ({"tokens": "ab", "counts": [True, False]}, ("counts", "bool")),
     "ragged_counts": ({"tokens": "ab", "counts": [[1], [2, 3]]}, ("counts",)),
+    "negative_counts": ({"tokens": "ab", "counts": [1, -2]}, ("not negative", "-2")),
     "missing_beyond": ({"tokens": "ab", "missing": [0, 2]}, ("[0, 2)", "Received: 2.")),
     "missing_as_mask": ({"tokens": "ab", "missing": [True, False]}, ("missing", "bool")),
     "tokens_that_are_numbers": ({"tokens": ["a", 7]}, ("7", "map(str")),

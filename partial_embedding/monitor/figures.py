@@ -49,25 +49,15 @@ svg.chart { display: block; width: 100%; height: auto; font: 12px system-ui, san
 
 @dataclass(frozen=True)
 class Line:
-    """What is drawn of one thing over training.
-
-    Args:
-        label: What it is.
-        points: Where in training, and its number there.
-        band: Where in training, and the numbers between which most of it lies.
-        color: The color, in CSS.
-        stepped: Whether a number holds until the next one, and not on the way to it.
-        dashed: Whether it is dashed.
-        dotted: Whether its points are marked.
-    """
+    """What is drawn of one thing over training: its numbers, and between which most of it lies."""
 
     label: str
     points: Points
     band: Sequence[tuple[float, float, float]] = ()
     color: str = "var(--accent)"
-    stepped: bool = False
+    stepped: bool = False  # a number holds until the next one
     dashed: bool = False
-    dotted: bool = False
+    dotted: bool = False  # its points are marked
 
     def finite(self) -> Line:
         """The line without what a run that diverged has measured."""
@@ -100,16 +90,9 @@ def figure(
 ) -> str:
     """Draw lines over training, as an HTML figure that holds an SVG, with a legend for several.
 
-    Args:
-        lines: What is drawn.
-        title: What the numbers are.
-        alt: What the picture shows, for those who cannot see it.
-        unit: The unit of places in training, `"epoch"` or `"step"`.
-        end: Where training ends.
-        bottom: The number at the lower end, unless there are lower ones; None for about the least.
-        top: The number at the upper end; None for about the greatest.
-        shade: Where in training, and the share of the height that is shaded from there on.
-        marks: Places that are marked.
+    Its numbers go from the bottom, or about the least of the lines, to the top, or about the
+    greatest. A shade is of a share of the height, from a place in training on; `alt` is for those
+    who cannot see the picture.
 
     Example:
         >>> html = figure([Line("a", [(0, 1), (2, 3)])], title="n", alt="a", unit="epoch", end=2)

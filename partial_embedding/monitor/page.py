@@ -73,11 +73,7 @@ def page(record: RowRecord, title: str, settings: str = "") -> str:
 
 
 def comparison(records: Mapping[str, RowRecord], title: str) -> str:
-    """Make one page of several runs by name, as HTML: what each reached, and with which rows.
-
-    Raises:
-        InputError: Some runs count epochs and others steps.
-    """
+    """Make one page of several runs by name, as HTML: what each reached, and with which rows."""
     units = {track.unit: name for name, run in records.items() for track in run.tables.values()}
     if len(units) > 1:
         shown = ", ".join(f"{name} counts {unit}s" for unit, name in units.items())

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import yaml
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import write_atomically
+from partial_embedding.files import write_text
 from partial_embedding.monitor.sampling import TableSample, Values
 from partial_embedding.monitor.track import RowTrack, thinned
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
@@ -29,13 +29,7 @@ _MOST_TEXT = 120
 
 @dataclass
 class Score:
-    """What a validation measured.
-
-    Args:
-        place: Where in training.
-        trainable: The rows that trained, in all tables together.
-        metrics: The numbers by name.
-    """
+    """What a validation measured, where in training, and how many rows trained in all tables."""
 
     place: float
     trainable: int
@@ -44,23 +38,14 @@ class Score:
 
 @dataclass
 class RowRecord:
-    """What a run did to its rows.
-
-    Args:
-        tables: What was seen of each table.
-        schedules: The schedule of each table, as YAML.
-        plans: What it was to do, step by step.
-        scores: What validations measured, in order.
-        audit: The frozen rows of each stage, and how many changed a bit; empty without an audit.
-        length: The epochs that were planned, where that is known.
-        epoch_steps: The optimizer steps of an epoch, where that is known.
-    """
+    """What a run did to its rows: by table, in validations, and in the audit of each stage."""
 
     tables: dict[str, RowTrack] = field(default_factory=dict)
-    schedules: dict[str, str] = field(default_factory=dict)
+    schedules: dict[str, str] = field(default_factory=dict)  # as YAML
     plans: dict[str, list[Planned]] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
     audit: list[AuditResult] = field(default_factory=list)
+    # The epochs that were planned, and the optimizer steps of each, where these are known.
     length: int | None = None
     epoch_steps: int | None = None
 
@@ -105,17 +90,7 @@ def _planned(state: Mapping[str, Any]) -> Planned:
 
 
 def check_amounts(**amounts: int) -> None:
-    """Refuse arguments of a `RowMonitor` with which it would measure nothing.
-
-    Args:
-        **amounts: Their values.
-
-    Raises:
-        InputError: One of them is no whole number from 1 up.
-
-    Example:
-        >>> check_amounts(every_n_steps=50, sample=256)
-    """
+    """Refuse arguments of a `RowMonitor` with which it would measure nothing."""
     for name, value in amounts.items():
         if type(value) is not int or value < 1:
             raise InputError(
@@ -138,12 +113,8 @@ class Moving(Protocol):
 class RunRecorder:
     """Samples the tables of a run, and keeps its record: what both `RowMonitor`s have in common.
 
-    Args:
-        length: The epochs that are planned, where that is known.
-        epoch_steps: The optimizer steps of an epoch; without them places in training are steps.
-        size: The most rows of a cohort or frequency band that are measured.
-        vocabulary: The tokens of the rows and how often they occur, if known.
-        restored: What `to_state` gave of the run that this one continues.
+    Where the optimizer steps of an epoch are not known, places in training are steps. A run that
+    continues another is given what `to_state` gave of that.
 
     Example:
         >>> import numpy as np
@@ -249,16 +220,11 @@ class RunRecorder:
 
 def write_record(path: str | os.PathLike[str], record: RowRecord) -> None:
     """Write a record as JSON, in full or not at all."""
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(record.to_state()) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record.to_state()) + "\n")
 
 
 def read_record(run: str | os.PathLike[str]) -> RowRecord:
-    """Read the record of a run, from its folder or the file itself.
-
-    Raises:
-        InputError: There is no such file, or `RowMonitor` did not write it.
-    """
+    """Read the record of a run, from its folder or the file itself."""
     path = Path(run)
     path = path / RECORD if path.is_dir() else path
     try:

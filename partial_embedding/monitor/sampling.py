@@ -18,7 +18,7 @@ from partial_embedding.monitor.track import (
     sample,
 )
 from partial_embedding.rows.cosines import cosines_of
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
+from partial_embedding.rows.vocabulary import Ids, Vocabulary, covered_share
 
 Values = NDArray[np.float32]
 
@@ -69,13 +69,8 @@ class TableSample:
     bands, and compares 32 rows of each cohort with the latter, whatever the size of the table. One
     byte a row says to which cohort it belongs; it is touched only when rows change.
 
-    Args:
-        rows: Reads rows: from sorted ids, int64, shape (n,), to float32, shape (n, D).
-        num_rows: The rows V of the table.
-        unit: The unit of places in training, `"epoch"` or `"step"`.
-        size: The most rows of a cohort or band that are measured.
-        vocabulary: The tokens of the rows and how often they occur, if known.
-        padding: The row of padding, which is not sampled.
+    A function reads rows: from sorted ids, int64, shape (n,), to float32, shape (n, D). That of
+    padding is not sampled.
 
     Example:
         >>> table = np.eye(4, dtype=np.float32)
@@ -179,13 +174,12 @@ class TableSample:
         """Measure once, beside what is known of the batch and its step; give metrics by name."""
         track = self.track
         track.end = place
-        numbers: dict[str, float] = {
-            "trainable_rows": int(np.count_nonzero(self.cohort_of != _FROZEN))
-        }
+        trainable = self.cohort_of != _FROZEN
+        numbers: dict[str, float] = {"trainable_rows": int(np.count_nonzero(trainable))}
         if token_share is not None:
             numbers["tokens_that_train"] = token_share
             track.token_share.append((place, token_share))
-        if (covered := self._covered()) is not None:
+        if (covered := covered_share(trainable, self.vocabulary)) is not None:
             numbers["tokens_covered"] = covered
         pool = self.rows(self._pool)
         for number, cohort in self._cohorts.items():
@@ -222,12 +216,6 @@ class TableSample:
         shares = distances / (self.track.typical_length or 1.0)
         low, middle, high = (round(float(q), 12) for q in np.quantile(shares, QUANTILES))
         return low, middle, high
-
-    def _covered(self) -> float | None:
-        counts = None if self.vocabulary is None else self.vocabulary.counts
-        if counts is None or not (total := int(counts.sum())):
-            return None
-        return float(counts[self.cohort_of != _FROZEN].sum() / total)
 
     def finish(self) -> RowTrack:
         """Find the rows of the pool that went farthest, and give all that was seen."""
@@ -275,14 +263,10 @@ class TableSample:
 
 
 def nearest(queries: Values, vectors: Values, most: int, own: Ids) -> Ids:
-    """Find the nearest neighbours of rows by the cosine of the angle between them.
+    """Find the nearest neighbours of rows by the cosine of the angle between them, nearest first.
 
-    Args:
-        queries: The rows whose neighbours are wanted, shape (q, D).
-        vectors: The rows among which they are looked for, shape (n, D).
-        most: How many to find, the nearest first; there are n - 1 at most.
-        own: The place of each query among `vectors`, int64, shape (q,); -1 for one that is not
-            there. No row is a neighbour of itself.
+    Those of queries, shape (q, D), are looked for among vectors, shape (n, D), and are n - 1 at
+    most. No row is a neighbour of itself: `own`, shape (q,), is the place of each there, or -1.
 
     Example:
         >>> vectors = np.array([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]], np.float32)

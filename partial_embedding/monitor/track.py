@@ -16,7 +16,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 _MOST_POINTS = 1000
 
 Point = TypeVar("Point")
-# Where in training, and the `QUANTILES` of how far rows went.
+# Where in training, and the `QUANTILES` of how far rows went, in lengths of a typical row.
 Drift = list[tuple[float, float, float, float]]
 # Where in training, and a number.
 Series = list[tuple[float, float]]
@@ -24,49 +24,31 @@ Series = list[tuple[float, float]]
 
 @dataclass
 class CohortTrack:
-    """What became of the rows that were unfrozen together.
-
-    Args:
-        unfrozen_at: Where in training they were unfrozen, in the unit of the whole track.
-        size: How many rows they are.
-        drift: How far they went from where they were unfrozen, divided by the length of a typical
-            row.
-        numbers: The other measurements by name, as `TableSample` lists them.
-    """
+    """What became of the rows that were unfrozen together, at one place in training."""
 
     unfrozen_at: float
     size: int
-    drift: Drift = field(default_factory=list)
+    drift: Drift = field(default_factory=list)  # from where they were unfrozen
+    # The other measurements by name, as `TableSample` lists them.
     numbers: dict[str, Series] = field(default_factory=dict)
 
 
 @dataclass
 class BandTrack:
-    """What became of the rows that occur about as often in the training data.
-
-    Args:
-        low: How often a row of the band occurs at least.
-        high: How often it occurs at most; None where there is no limit.
-        size: How many rows they are.
-        drift: How far they went from where training began, divided by the length of a typical row.
-    """
+    """What became of the rows that occur in the training data so often at least and at most."""
 
     low: int
-    high: int | None
+    high: int | None  # no limit
     size: int
-    drift: Drift = field(default_factory=list)
+    drift: Drift = field(default_factory=list)  # from where training began
 
 
 @dataclass
 class MovedRow:
-    """A row that went far, and its nearest neighbours among the rows that are sampled.
+    """A row that went far, by its token or number; how often it occurs, if that is known.
 
-    Args:
-        token: What the row means, or its number.
-        count: How often it occurs in the training data, where that is known.
-        distance: How far it went, divided by the length of a typical row.
-        before: Its neighbours when training began, the nearest first.
-        after: Its neighbours now.
+    Its neighbours among the rows that are sampled, the nearest first, are those when training began
+    and those now.
     """
 
     token: str
@@ -78,30 +60,19 @@ class MovedRow:
 
 @dataclass
 class RowTrack:
-    """What was seen of one table in training.
-
-    Args:
-        num_rows: The rows V of the table.
-        typical_length: The median length of its rows when training began.
-        unit: The unit of every place in training, `"epoch"` or `"step"`.
-        trainable: Where in training, and how many rows trained from there on.
-        token_share: Where in training, and the share of the batch's tokens whose rows trained.
-        cohorts: The rows that were unfrozen together, by number.
-        bands: The rows by how often they occur, by name.
-        moved: The rows that went farthest, the farthest first.
-        sampled: How many rows were compared to find these.
-        end: Where training stands.
-    """
+    """What was seen of one table in training, of which `end` is where it stands."""
 
     num_rows: int
-    typical_length: float
-    unit: str = "epoch"
+    typical_length: float  # the median when training began
+    unit: str = "epoch"  # of every place in training; or "step"
+    # Where in training, and how many rows trained from there on.
     trainable: list[tuple[float, int]] = field(default_factory=list)
+    # The same, and the share of the batch's tokens whose rows trained.
     token_share: Series = field(default_factory=list)
     cohorts: dict[int, CohortTrack] = field(default_factory=dict)
     bands: dict[str, BandTrack] = field(default_factory=dict)
-    moved: list[MovedRow] = field(default_factory=list)
-    sampled: int = 0
+    moved: list[MovedRow] = field(default_factory=list)  # the farthest first
+    sampled: int = 0  # of so many
     end: float = 0.0
 
     @property
@@ -147,10 +118,6 @@ def sample(ids: Ids, most: int) -> Ids:
 
 def frequency_bands(counts: Ids, ids: Ids) -> dict[str, tuple[BandTrack, Ids]]:
     """Divide rows by how often they occur: never, 1 to 9 times, 10 to 99 times and so on.
-
-    Args:
-        counts: How often each row occurs, int64, shape (V,).
-        ids: The rows to divide, sorted, int64.
 
     Example:
         >>> bands = frequency_bands(np.array([3, 0, 12, 5]), np.arange(4))

@@ -37,11 +37,6 @@ class CausalModel(LightningModule):
 
     A checkpoint holds both, so that `test` and `predict` need nothing else. When training ends, a
     folder `model` beside the log holds what plain `transformers` loads.
-
-    Args:
-        lr: The learning rate of AdamW.
-        weight_decay: The weight decay of AdamW.
-        max_new_tokens: How many tokens `predict` adds to a prompt.
     """
 
     model: Any
@@ -56,8 +51,6 @@ class CausalModel(LightningModule):
         check_range("weight_decay", weight_decay, 0)
         check_range("max_new_tokens", max_new_tokens, 1)
         self.model = None  # until it is loaded, trained or read from a checkpoint
-        self.lr, self.weight_decay = lr, weight_decay
-        self.max_new_tokens = max_new_tokens
 
     def data_of(self, kind: type[Data]) -> Data:
         """The datamodule of the run; one of another kind is refused."""
@@ -128,7 +121,7 @@ class CausalModel(LightningModule):
         given = {key: batch[key][:, :length] for key in ("input_ids", "attention_mask")}
         made = self.model.generate(
             **given,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.hparams["max_new_tokens"],
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id or 0,
         )
@@ -155,7 +148,8 @@ class CausalModel(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A plain AdamW; frozen rows are out of its reach."""
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(learning, lr=self.lr, weight_decay=self.weight_decay)
+        own = self.hparams
+        return torch.optim.AdamW(learning, lr=own["lr"], weight_decay=own["weight_decay"])
 
     # What is kept
 
@@ -214,11 +208,7 @@ class CausalModel(LightningModule):
 
 
 def pretrained(name: str) -> tuple[Any, Any]:
-    """A model of the Hugging Face hub or of a local folder, and its tokenizer.
-
-    Raises:
-        InputError: There is none.
-    """
+    """A model of the Hugging Face hub or of a local folder, and its tokenizer."""
     try:
         return (
             transformers.AutoModelForCausalLM.from_pretrained(name),

@@ -106,10 +106,9 @@ def _best(folder: Path, metric: str, mode: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="partial-embedding compare",
+        "compare",
+        "Train frozen, missing and all rows, and by schedule; say which was best.",
         usage="partial-embedding compare CONFIG [--seeds N] [--metric NAME] [options of fit]",
-        description="Train frozen, missing and all rows, and by schedule; say which was best.",
-        allow_abbrev=False,
     )
     parser.add_argument("config", type=Path, help="a configuration of fit, with a schedule")
     parser.add_argument("--seeds", type=positive, default=3, help="runs of each way, by default 3")

@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 from partial_embedding.errors import InputError
 from partial_embedding.files import parse_yaml, shown
 from partial_embedding.recipes.keras_text import (
+    SETTINGS,
     TABLE,
-    RowSettings,
     TextBatches,
     TrainerSettings,
-    text_classifier,
     train,
 )
-from partial_embedding.recipes.predictions import write_predictions
+from partial_embedding.recipes.predictions import output_of, write_predictions
 from partial_embedding.recipes.prepare_texts import (
     TextSettings,
     texts_to_predict,
@@ -36,38 +35,28 @@ from partial_embedding.recipes.prepare_texts import (
 )
 from partial_embedding.recipes.settings import (
     CommandParser,
-    checked,
     find_checkpoint,
     read_config,
-    settings,
+    read_settings,
 )
 from partial_embedding.rows.vocabulary import Vocabulary
 
 Config = dict[str, dict[str, Any]]
-_PARTS = ("data", "model", "rows", "trainer")
 
 
 def fit_command(args: Sequence[str]) -> Path:
-    """Train from configurations and options, and give the folder of the run.
-
-    Raises:
-        InputError: An argument, a file or the schedule is refused.
-    """
+    """Train from configurations and options, and give the folder of the run."""
     return train(_config(vars(_parser("fit").parse_args(args))))
 
 
 def measure_command(command: str, args: Sequence[str]) -> None:
-    """Measure a model that was saved, by `validate` or `test`, or `predict` what it says of texts.
-
-    Raises:
-        InputError: An argument, a file or the checkpoint is refused.
-    """
+    """Measure a saved model, by `validate` or `test`, or `predict` what it says of texts."""
     given = vars(_parser(command).parse_args(args))
     named, text, output = (given.pop(name, None) for name in ("ckpt_path", "text", "output"))
     top_k = given.pop("top_k", 1)
     config = _config(given)
-    trainer = checked(TrainerSettings, config.get("trainer", {}), "trainer")
-    root = Path(TrainerSettings(**trainer).default_root_dir)
+    trainer = read_settings(TrainerSettings, "trainer", config.get("trainer", {}))
+    root = Path(trainer.default_root_dir)
     if named == "best":
         raise InputError("in Keras, a run keeps its last model. Received: best. Pass last.")
     if named is not None and Path(named).is_dir():
@@ -75,18 +64,16 @@ def measure_command(command: str, args: Sequence[str]) -> None:
     path = find_checkpoint(command, named, root, {"last": "**/model.keras"})
     model, names, vocabulary, trained = _loaded(path)
     # Settings of the data may be others than in training.
-    changed = checked(TextSettings, config.get("data", {}), "data")
-    data = TextSettings(**{**asdict(trained), **changed})
+    data = read_settings(TextSettings, "data", asdict(trained) | config.get("data", {}))
     print(f"checkpoint: {shown(path)}")
 
     def batches(texts: Sequence[str], labels: NDArray[np.int64]) -> TextBatches:
         return TextBatches(data.encode(texts, vocabulary), labels, data.batch_size)
 
     if command == "predict":
+        output = output_of(output, text is not None or data.test_path == "-", root)
         asked = texts_to_predict(data, names, print) if text is None else [text]
         scores = model.predict(batches(asked, np.zeros(len(asked), np.int64)), verbose=0)
-        typed = text is not None or data.test_path == "-"
-        output = output or ("-" if typed else root / "predictions.csv")
         probabilities = ops.convert_to_numpy(ops.softmax(scores))
         write_predictions(output, asked, probabilities, names, top_k)
         return
@@ -117,17 +104,14 @@ def _loaded(path: Path) -> tuple[Any, list[str], Vocabulary, TextSettings]:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog=f"partial-embedding {command}",
+        command,
+        "The text classifier in Keras.",
         usage=f"partial-embedding {command} [--config FILE] [--PART.SETTING VALUE …]",
-        description="The text classifier in Keras.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", "-c", action="append", help="a YAML file with any of these")
-    parts: dict[str, Any] = {"data": TextSettings, "trainer": TrainerSettings}
-    if command == "fit":
-        parts |= {"model": text_classifier, "rows": RowSettings}
-    else:
+    parts = SETTINGS if command == "fit" else {part: SETTINGS[part] for part in ("data", "trainer")}
+    if command != "fit":
         parser.add_argument("--ckpt_path", help="last, or the path of a model.keras")
     if command == "predict":
         parser.add_argument("--text", help="a text, instead of a file")
@@ -135,10 +119,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--top_k", type=int, help="the classes of each text")
     for part, made in parts.items():
         options = parser.add_argument_group(part)
-        hints = typing.get_type_hints(made)
-        for name in settings(made):
-            read = _reader(hints[name])
-            options.add_argument(f"--{part}.{name}", type=read, metavar=name.upper())
+        for name, hint in typing.get_type_hints(made).items():
+            options.add_argument(f"--{part}.{name}", type=_reader(hint), metavar=name.upper())
     return parser
 
 
@@ -163,7 +145,7 @@ def _config(given: dict[str, Any]) -> Config:
     """The parts of the configuration files, and what options say instead."""
     config: Config = {}
     for path in given.pop("config", []):
-        for part, keys in read_config(path, _PARTS).items():
+        for part, keys in read_config(path, SETTINGS).items():
             config.setdefault(part, {}).update(keys)
     for name, value in given.items():
         part, _, setting = name.partition(".")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
@@ -30,7 +31,12 @@ from partial_embedding.recipes.prepare_texts import (
     padded,
     prepare_texts,
 )
-from partial_embedding.recipes.settings import check_range, checked, diverged
+from partial_embedding.recipes.settings import (
+    ClassifierSettings,
+    check_range,
+    diverged,
+    read_settings,
+)
 from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
@@ -160,25 +166,14 @@ class MeanOfText(keras.layers.Layer):
 def text_classifier(
     data: PreparedTexts,
     schedule: Schedule,
-    lazy: bool,
-    encoder: Literal["cnn", "mean"] = "cnn",
-    channels: int = 64,
-    dropout: float = 0.5,
-    lr: float = 1e-3,
-    weight_decay: float = 0.01,
+    settings: ClassifierSettings,
+    lazy: bool = False,
 ) -> Any:
     """A small text classifier over a partly trainable table of word vectors, compiled.
 
-    It goes from ids, shape (B, L), filled up with 0, to one score per class, (B, C). The settings
-    are those of `text_classifier.TextClassifier`, which is the same model in torch.
-
-    Raises:
-        InputError: A setting is out of its range, or the schedule does not fit the vocabulary.
+    It goes from ids, shape (B, L), filled up with 0, to one score per class, (B, C), as
+    `text_classifier.TextClassifier` does, which is the same model in torch.
     """
-    check_range("channels", channels, 1)
-    check_range("dropout", dropout, 0, below=1)
-    check_range("lr", lr, 0)
-    check_range("weight_decay", weight_decay, 0)
     table = PartialEmbedding.from_matrix(
         data.table,
         trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
@@ -186,17 +181,20 @@ def text_classifier(
         name=TABLE,
     )
     ids = keras.Input((None,), dtype="int64", name="ids")
-    words = keras.layers.Dropout(dropout)(table(ids))
-    if encoder == "cnn":
-        convolved = [keras.layers.Conv1D(channels, w, activation="relu")(words) for w in WIDTHS]
+    dropout = keras.layers.Dropout
+    words = dropout(settings.dropout)(table(ids))
+    if settings.encoder == "cnn":
+        convolution = partial(keras.layers.Conv1D, settings.channels, activation="relu")
+        convolved = [convolution(kernel_size=width)(words) for width in WIDTHS]
         pooled = [MaxOverText(w)(c, ids) for w, c in zip(WIDTHS, convolved, strict=True)]
         features = keras.layers.Concatenate()(pooled)
     else:
         features = MeanOfText()(words, ids)
-    scores = keras.layers.Dense(len(data.training.names))(keras.layers.Dropout(dropout)(features))
+    scores = keras.layers.Dense(len(data.training.names))(dropout(settings.dropout)(features))
     model = keras.Model(ids, scores)
+    optimizer = keras.optimizers.AdamW(settings.lr, weight_decay=settings.weight_decay)
     model.compile(
-        rowwise(keras.optimizers.AdamW(lr, weight_decay=weight_decay), lazy=lazy),
+        rowwise(optimizer, lazy=lazy),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -216,11 +214,7 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How long training goes, and in which folder the run gets one of its own.
-
-    Raises:
-        InputError: There is no epoch, or a file has the name of the folder.
-    """
+    """How long training goes, and in which folder the run gets one of its own."""
 
     max_epochs: int = 10
     default_root_dir: str = "runs"
@@ -233,24 +227,25 @@ class TrainerSettings:
             )
 
 
-def read_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The parts of a configuration with all settings; those of the model as keyword arguments.
+# The parts of a configuration, in the order of `--help`.
+SETTINGS: dict[str, type[Any]] = {
+    "data": TextSettings,
+    "model": ClassifierSettings,
+    "rows": RowSettings,
+    "trainer": TrainerSettings,
+}
 
-    Raises:
-        InputError: There is no such part or setting, or a value is of another type.
-    """
-    made: dict[str, Callable[..., Any]] = {
-        "data": TextSettings,
-        "rows": RowSettings,
-        "trainer": TrainerSettings,
-    }
-    if unknown := [part for part in config if part not in {*made, "model", *_LEFT_OUT}]:
+
+def read_parts(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All settings of each part of a configuration."""
+    if unknown := [part for part in config if part not in {*SETTINGS, *_LEFT_OUT}]:
         raise InputError(
-            f"in Keras, a configuration has the parts {sorted([*made, 'model'])}. Received: "
-            f"{unknown[0]!r}.{did_you_mean(unknown[0], [*made, 'model'], ' Remove it.')}"
+            f"in Keras, a configuration has the parts {sorted(SETTINGS)}. Received: "
+            f"{unknown[0]!r}.{did_you_mean(unknown[0], SETTINGS, ' Remove it.')}"
         )
-    settings = {part: of(**checked(of, config.get(part, {}), part)) for part, of in made.items()}
-    return {**settings, "model": checked(text_classifier, config.get("model", {}), "model")}
+    return {
+        part: read_settings(made, part, config.get(part, {})) for part, made in SETTINGS.items()
+    }
 
 
 def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -258,11 +253,8 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
 
     It holds `model.keras` and `meaning.json`; and `config.yaml`, `rows.json` and logs for
     TensorBoard, of which `partial-embedding report` makes a page.
-
-    Raises:
-        InputError: Files, settings and schedule do not fit each other.
     """
-    settings = read_settings(config)
+    settings = read_parts(config)
     texts: TextSettings = settings["data"]
     rows: RowSettings = settings["rows"]
     trainer: TrainerSettings = settings["trainer"]
@@ -271,7 +263,7 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
     keras.utils.set_random_seed(texts.seed)
     data = prepare_texts(texts, print)
     schedule = _of_the_table(rows.schedule)
-    model = text_classifier(data, schedule, rows.lazy, **settings["model"])
+    model = text_classifier(data, schedule, settings["model"], rows.lazy)
     training, validation = (
         TextBatches(texts.encode(side.texts, data.vocabulary), side.labels, texts.batch_size, seed)
         for side, seed in ((data.training, texts.seed), (data.validation, None))

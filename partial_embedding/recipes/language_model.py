@@ -97,7 +97,6 @@ class NewTokens(CausalModel):
         max_new_tokens: int = 20,
     ) -> None:
         super().__init__(lr, weight_decay, max_new_tokens)
-        self.name, self.init = name, init
         self.rows: list[int] = []
 
     def setup(self, stage: str) -> None:
@@ -105,8 +104,9 @@ class NewTokens(CausalModel):
         if self.rows or stage != "fit":
             return
         data = self.data_of(TokenTexts)
+        name = self.hparams["name"]
         self.model, self.tokenizer = (
-            pretrained(self.name) if self.name else small_language_model(data.training)
+            pretrained(name) if name else small_language_model(data.training)
         )
         # A token that the original model does not know cannot be in a text compared with it.
         words = [token.lower() for token in data.tokens]
@@ -114,7 +114,7 @@ class NewTokens(CausalModel):
         self._unchanged = unchanged[:_COMPARED]
         self._columns = self.model.get_input_embeddings().weight.shape[0]
         self._logits = self._logits_of(self._unchanged, data.max_length)
-        self.rows = add_tokens(self.model, self.tokenizer, data.tokens, self.init)
+        self.rows = add_tokens(self.model, self.tokenizer, data.tokens, self.hparams["init"])
         self.train_tables(self.rows)
 
     def _logits_of(self, texts: list[str], max_length: int) -> Tensor:

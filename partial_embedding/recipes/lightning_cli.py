@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import (  # type: ignore[attr-defined]
     ActionConfigFile,
     ArgumentError,
+    Namespace,
     class_from_function,
 )
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -27,7 +28,8 @@ from torch import Tensor
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError, did_you_mean
-from partial_embedding.files import shown
+from partial_embedding.files import read_yaml, shown
+from partial_embedding.recipes.predictions import output_of
 from partial_embedding.recipes.prepare_texts import TextSettings
 from partial_embedding.recipes.report_command import write_page
 from partial_embedding.recipes.resume import RandomState
@@ -37,7 +39,12 @@ from partial_embedding.recipes.run_folder import (
     read_checkpoint,
     settings_in,
 )
-from partial_embedding.recipes.settings import diverged, find_checkpoint, read_config
+from partial_embedding.recipes.settings import (
+    ClassifierSettings,
+    diverged,
+    find_checkpoint,
+    read_config,
+)
 
 # Imported so that configurations can name them without their module.
 from partial_embedding.recipes.text_classifier import TextClassifier, TextData
@@ -46,6 +53,7 @@ _DEFAULT_CLASSES: dict[str, dict[str, Any]] = {
     "data": {"class_path": "TextData"},
     "model": {"class_path": "TextClassifier", "init_args": {"export": "vec"}},
 }
+_OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 _CHECKPOINTS = {name: f"**/checkpoints/{name}.ckpt" for name in ("last", "best")}
 _DEFAULTS = {
     "rows.schedule": {"stages": [{"epoch": 0, "rows": "missing"}]},
@@ -238,6 +246,9 @@ class RecipeCLI(LightningCLI):
             # jsonargparse gives the settings of the default class to another one that has the same
             # names, so the class that is meant becomes the default before the settings are read.
             named = parser.parse_args([arg for arg in args if not arg.startswith("--print_config")])
+            for path in filter(None, named.config or []):
+                for option in _left_out(read_yaml(str(path), "configuration"), named):
+                    raise InputError(_no_option(self.command, option))
             for key, default in _DEFAULT_CLASSES.items():
                 if not named[key].class_path.endswith(f".{default['class_path']}"):
                     parser.set_defaults({key: {"class_path": named[key].class_path}})
@@ -314,11 +325,28 @@ class RecipeCLI(LightningCLI):
             )
         if config.text is not None:
             data.given_texts = [config.text]
-        batches = self.trainer.predict(self.model, datamodule=data, ckpt_path=self.ckpt_path)
         typed = config.text is not None or data.hparams.get("test_path") == "-"
-        file = Path(config.trainer.default_root_dir) / "predictions.csv"
-        output = config.output or ("-" if typed else file)
+        output = output_of(config.output, typed, Path(config.trainer.default_root_dir))
+        batches = self.trainer.predict(self.model, datamodule=data, ckpt_path=self.ckpt_path)
         self.model.write_predictions(output, data.given_texts, batches, config.top_k)
+
+
+def _left_out(given: Any, parsed: Any, option: str = "--") -> Iterator[str]:
+    """Options that jsonargparse left out: it passes over unknown keys of an empty mapping."""
+    if isinstance(given, list) and isinstance(parsed, list):
+        for one, made in zip(given, parsed, strict=False):
+            yield from _left_out(one, made, option)
+    if not isinstance(given, dict) or not isinstance(parsed, Namespace):
+        return
+    if "class_path" in parsed:  # whose settings may stand beside it, or below init_args
+        given = {**(given.get("init_args") or {}), **given}
+        given = {key: value for key, value in given.items() if key not in _OF_A_CLASS}
+        parsed = parsed.get("init_args", parsed)
+    for key, value in given.items():
+        if key not in parsed:
+            yield f"{option}{key}"
+        else:
+            yield from _left_out(value, parsed[key], f"{option}{key}.")
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -367,8 +395,7 @@ def _in_one_line(command: str, message: str) -> str:
     )
     see = f"See partial-embedding {command} --help."
     if unknown:
-        name = unknown[2] or f"{option}.{unknown[1]}".replace("--.", "--")
-        return f"{name} is no option.{did_you_mean(name, _known_options())} {see}"
+        return _no_option(command, unknown[2] or f"{option}.{unknown[1]}".replace("--.", "--"))
     if path := re.search(r"dot import path string: (.+)", message):
         return (
             f"{option} is the path of a class, as in my_module.MyModel. Received: {path[1]}. {see}"
@@ -383,9 +410,16 @@ def _in_one_line(command: str, message: str) -> str:
     return said if "Received" in said else f"{said}. {see}"
 
 
+def _no_option(command: str, name: str) -> str:
+    meant = did_you_mean(name, _known_options())
+    return f"{name} is no option.{meant} See partial-embedding {command} --help."
+
+
 def _known_options() -> list[str]:
     own = ["--config", "--ckpt_path", "--text", "--output", "--top_k", "--seed_everything"]
-    for part, made in {**_PARTS, "data": TextSettings, "rows": row_unfreezing}.items():
+    own.append("--model.export")  # beside the settings that Keras's classifier has too
+    known = {"data": TextSettings, "model": ClassifierSettings, "rows": row_unfreezing}
+    for part, made in {**_PARTS, **known}.items():
         own += [f"--{part}.{name}" for name in signature(made).parameters]
     return own
 

@@ -10,9 +10,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from partial_embedding.files import shown, write_atomically
+from partial_embedding.files import refuse_no_file, shown, write_atomically
 from partial_embedding.recipes.settings import check_range
 from partial_embedding.rows.token_text import printable
+
+
+def output_of(given: str | None, typed: bool, root: Path) -> str | Path:
+    """Where it goes: where it was asked for, to the terminal for what was typed, or into a file.
+
+    What cannot be a file is refused here, before the model is asked.
+    """
+    output = given or ("-" if typed else root / "predictions.csv")
+    if output != "-":
+        refuse_no_file(output, "predictions are written to a file")
+    return output
 
 
 def write_predictions(

@@ -57,9 +57,6 @@ class TextSettings:
         seed: Divides, shuffles and draws; another seed does so differently.
         cache: The folder that keeps trained and converted vectors, by default `partial_embedding`
             in the user's cache folder; an empty string keeps nothing.
-
-    Raises:
-        InputError: A number is out of its range.
     """
 
     path: str | None = None
@@ -142,11 +139,7 @@ def _read_sides(settings: TextSettings, say: Say | None) -> tuple[LabelledTexts,
 def texts_to_validate(
     settings: TextSettings, names: Sequence[str], say: Say, known: PreparedTexts | None = None
 ) -> LabelledTexts:
-    """The validation side in the classes of a model, read anew where it is not known.
-
-    Raises:
-        InputError: The texts are refused, or are of a class that is not among them.
-    """
+    """The validation side in the classes of a model, read anew where it is not known."""
     validation = known.validation if known else _read_sides(settings, say)[1]
     return _with_names(validation, names, settings.validation_path or "the texts")
 
@@ -184,9 +177,6 @@ def _with_names(texts: LabelledTexts, names: Sequence[str], path: str) -> Labell
 
 def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTexts:
     """Read, split and count texts, and find their vectors; `say` takes each line about them.
-
-    Raises:
-        InputError: Files are missing, malformed or do not fit.
 
     Example:
         >>> texts = prepare_texts(TextSettings(dimension=8, cache=""))

@@ -18,9 +18,7 @@ PAGE = "report.html"
 def report_command(args: Sequence[str]) -> None:
     """Write the page of a run into its folder, or that of several into the one around them."""
     parser = CommandParser(
-        prog="partial-embedding report",
-        description="Write one HTML page of what a run did to its rows, or several side by side.",
-        allow_abbrev=False,
+        "report", "Write one HTML page of what a run did to its rows, or several side by side."
     )
     parser.add_argument(
         "run", type=Path, nargs="+", help="the folder of a run, or one that holds some: the newest"

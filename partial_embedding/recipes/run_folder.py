@@ -24,11 +24,8 @@ class RunLogger(TensorBoardLogger):
     """Logs into a folder of its own, and opens its file with the first numbers.
 
     Lightning's own looks for the highest `version_N` and takes the next, so that runs which start
-    together take the same one; and it opens its file before the data are accepted.
-
-    Args:
-        root: The folder that holds the runs.
-        folder: The folder of a run that goes on; None begins a new one.
+    together take the same one; and it opens its file before the data are accepted. A run that goes
+    on has its folder already.
     """
 
     def __init__(self, root: str, folder: Path | None = None) -> None:
@@ -78,6 +75,8 @@ def read_checkpoint(path: Path, to_go_on: bool) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         # Of other files torch says what its own formats lack.
         reason = str(error).partition("\n")[0] if is_zipfile(path) else "it is no archive of torch"

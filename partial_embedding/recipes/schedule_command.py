@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, refused_at
 from partial_embedding.files import read_yaml, write_text
 from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
 from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
-from partial_embedding.recipes.settings import CommandParser, checked, positive, read_config
+from partial_embedding.recipes.settings import CommandParser, positive, read_config, read_settings
 from partial_embedding.recipes.text import count_tokens, read_texts, tokenize
 from partial_embedding.recipes.vectors import build_table, read_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
@@ -91,9 +91,7 @@ def schedule_command(args: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="partial-embedding schedule",
-        description="Print which rows a schedule trains when, before any training.",
-        allow_abbrev=False,
+        "schedule", "Print which rows a schedule trains when, before any training."
     )
     parser.add_argument(
         "file", type=Path, help="a schedule, or a configuration with rows.schedule; YAML"
@@ -121,10 +119,8 @@ def _picture(text: str) -> Path:
 def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedule:
     rows = config.get("rows")
     value = rows["schedule"] if isinstance(rows, Mapping) and "schedule" in rows else config
-    try:
+    with refused_at(str(path)):
         schedules = schedules_by_table(value)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
     if table is None and len(schedules) == 1:
         return next(iter(schedules.values()))
     if table not in schedules:
@@ -155,7 +151,7 @@ def _table(
         return None, {}
     if not str(data.get("class_path", "TextData")).endswith("TextData"):
         return None, {}  # of a class that only its framework can make
-    settings = TextSettings(**checked(TextSettings, parts.get("data", {}), "data"))
+    settings = read_settings(TextSettings, "data", parts.get("data", {}))
     texts = prepare_texts(settings, print)
     steps = -(-len(texts.training) // settings.batch_size)
     return texts.vocabulary, {"padding": PADDING_ID, "steps_per_epoch": steps}

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import os
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from partial_embedding.errors import InputError, did_you_mean
-from partial_embedding.files import newest, read_yaml
+from partial_embedding.files import newest, read_yaml, refuse_no_file
+
+Settings = TypeVar("Settings")
 
 
 class CommandParser(argparse.ArgumentParser):
     """Raises what it refuses, so that every command says it in the same way, in one line."""
+
+    def __init__(self, command: str, description: str, **options: Any) -> None:
+        prog = f"partial-embedding {command}"
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments."""
@@ -38,12 +44,7 @@ def read_config(
 ) -> dict[str, dict[str, Any]]:
     """The parts of a configuration of `fit`; of one that names a `class_path`, its `init_args`.
 
-    Args:
-        path: The file.
-        parts: Those that are refused where they are no mappings, in place of being left out.
-
-    Raises:
-        InputError: The file cannot be read or is no mapping.
+    What is no mapping is left out, or, where it is one of these parts, refused.
     """
     given = read_yaml(path, "configuration") or {}
     if not isinstance(given, Mapping):
@@ -73,36 +74,43 @@ def check_range(name: str, value: float, least: float, below: float = math.inf) 
         raise InputError(f"{name} {rule}. Received: {value}. Leave it out for the default.")
 
 
-def settings(made: Callable[..., Any]) -> list[str]:
-    """The names of those arguments of a class or function that have a default.
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """What a small text classifier is made of, and how it learns, in either framework.
 
-    Example:
-        >>> settings(lambda data, lr=1e-3: None)
-        ['lr']
+    Args:
+        encoder: `"cnn"`, convolutions of widths 3, 4 and 5 with a maximum over time (Kim 2014,
+            https://arxiv.org/abs/1408.5882), or `"mean"`, the average of the vectors.
+        channels: Channels per width of the convolutions.
+        dropout: The share of the encoder's features dropped in training.
+        lr: The learning rate of AdamW.
+        weight_decay: The weight decay of AdamW.
     """
-    parameters = inspect.signature(made).parameters.items()
-    return [name for name, one in parameters if one.default is not one.empty]
+
+    encoder: Literal["cnn", "mean"] = "cnn"
+    channels: int = 64
+    dropout: float = 0.5
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_range("channels", self.channels, 1)
+        check_range("dropout", self.dropout, 0, below=1)
+        check_range("lr", self.lr, 0)
+        check_range("weight_decay", self.weight_decay, 0)
 
 
-def checked(made: Callable[..., Any], given: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The arguments for a class or function, each of the simple type that it asks for.
-
-    What has no default is for its caller to give.
-
-    Raises:
-        InputError: There is no such argument, or its value is of another type; the message names
-            the part of the configuration.
-    """
-    # Those of a dataclass stand at the class.
+def read_settings(made: type[Settings], part: str, given: Mapping[str, Any]) -> Settings:
+    """Make a dataclass of settings of what is given, each of the type that it asks for."""
     hints = typing.get_type_hints(made)
-    known = settings(made)
     for name in given:
-        if name not in known:
+        if name not in hints:
             raise InputError(
-                f"{part} has the keys {known}. Received: {name!r}."
-                f"{did_you_mean(name, known, ' Remove it.')}"
+                f"{part} has the keys {list(hints)}. Received: {name!r}."
+                f"{did_you_mean(name, hints, ' Remove it.')}"
             )
-    return {name: _checked(f"{part}.{name}", value, hints[name]) for name, value in given.items()}
+    read = {name: _checked(f"{part}.{name}", value, hints[name]) for name, value in given.items()}
+    return made(**read)
 
 
 def _checked(place: str, value: Any, hint: Any) -> Any:
@@ -129,11 +137,7 @@ def _checked(place: str, value: Any, hint: Any) -> Any:
 def find_checkpoint(
     command: str, named: str | None, root: Path, patterns: Mapping[str, str]
 ) -> Path:
-    """The checkpoint that is meant: of the newest run in a folder, by a name, or at a path.
-
-    Raises:
-        InputError: There is none.
-    """
+    """The checkpoint that is meant: of the newest run in a folder, by a name, or at a path."""
     names = ", ".join(patterns)
     if named is None:
         raise InputError(
@@ -146,6 +150,7 @@ def find_checkpoint(
             f"{named} is the checkpoint of a run. Received: {root}, which holds none. Pass the "
             "--trainer.default_root_dir of that run, or the path of a checkpoint."
         )
+    refuse_no_file(found, "a checkpoint is a file")
     if not found.is_file():
         raise InputError(
             f"a checkpoint is a file. Received: {named}, which is missing. Pass {names}, or the "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -32,7 +32,7 @@ from partial_embedding.recipes.prepare_texts import (
     texts_to_validate,
 )
 from partial_embedding.recipes.resume import ReplayableLoader
-from partial_embedding.recipes.settings import check_range
+from partial_embedding.recipes.settings import ClassifierSettings
 from partial_embedding.recipes.vectors import save_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.rows.vocabulary_file import write_vocabulary
@@ -154,38 +154,21 @@ class TextClassifier(LightningModule):
     one that was trained on another vocabulary is refused.
 
     Args:
-        encoder: `"cnn"`, convolutions of widths 3, 4 and 5 with a maximum over time (Kim 2014,
-            https://arxiv.org/abs/1408.5882), or `"mean"`, the average of the vectors.
-        channels: Channels per width of the convolutions.
-        dropout: The share of the encoder's features dropped in training.
-        lr: The learning rate of AdamW.
-        weight_decay: The weight decay of AdamW.
-        export: The suffix of the file of word vectors that `fit` writes in the end, as for
-            `ExportVectors`; None writes none.
+        **settings: Those of `ClassifierSettings`.
+        export: Which of word2vec's formats `fit` writes the trained vectors in, `vectors.vec` for
+            example, in the folder of the log; `vec` and `txt` are text, `bin` is binary. None
+            writes none.
     """
 
     embedding: PartialEmbedding
     names: tuple[str, ...]
 
-    def __init__(
-        self,
-        encoder: Literal["cnn", "mean"] = "cnn",
-        channels: int = 64,
-        dropout: float = 0.5,
-        lr: float = 1e-3,
-        weight_decay: float = 0.01,
-        export: VectorSuffix | None = None,
-    ) -> None:
+    def __init__(self, *, export: VectorSuffix | None = None, **settings: Any) -> None:
         super().__init__()
-        check_range("channels", channels, 1)
-        check_range("dropout", dropout, 0, below=1)
-        check_range("lr", lr, 0)
-        check_range("weight_decay", weight_decay, 0)
         # Loggers would open their files before the data are accepted.
         self.save_hyperparameters(logger=False)
-        self.encoder_kind, self.channels, self.export = encoder, channels, export
-        self.dropout = nn.Dropout(dropout)
-        self.lr, self.weight_decay = lr, weight_decay
+        self.settings, self.export = ClassifierSettings(**settings), export
+        self.dropout = nn.Dropout(self.settings.dropout)
         self.vocabulary: Vocabulary | None = None
 
     def setup(self, stage: str) -> None:
@@ -207,8 +190,8 @@ class TextClassifier(LightningModule):
     def _build(self, vocabulary: Vocabulary, names: tuple[str, ...], table: Tensor) -> None:
         self.vocabulary, self.names = vocabulary, names
         self.embedding = PartialEmbedding.from_pretrained(table, padding_idx=PADDING_ID)
-        dimension, channels = table.shape[1], self.channels
-        cnn = self.encoder_kind == "cnn"
+        dimension, channels = table.shape[1], self.settings.channels
+        cnn = self.settings.encoder == "cnn"
         self.encoder = _Convolutions(dimension, channels) if cnn else _Mean()
         self.head = nn.Linear(len(WIDTHS) * channels if cnn else dimension, len(names))
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
@@ -254,13 +237,26 @@ class TextClassifier(LightningModule):
         """Write the likeliest classes of texts, given what `predict_step` said of each batch."""
         write_predictions(output, texts, torch.cat([*batches]).numpy(), self.names, top_k)
 
-    def configure_callbacks(self) -> list[Callback]:
-        """The export of vectors, where it was asked for."""
-        return [ExportVectors(self.export)] if self.export else []
+    def on_fit_end(self) -> None:
+        """Write the table as word vectors, which gensim loads, where it was asked for.
+
+        Beside them lies `vocabulary.tsv`, which `partial-embedding schedule` reads.
+        """
+        trainer = self.trainer
+        if self.export is None or not trainer.is_global_zero:
+            return
+        assert self.vocabulary is not None  # setup comes first
+        path = Path(trainer.log_dir or trainer.default_root_dir) / f"vectors.{self.export}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = self.embedding.weight.detach().float().cpu().numpy()
+        save_vectors(path, self.vocabulary.tokens, table)
+        write_vocabulary(path.with_name("vocabulary.tsv"), self.vocabulary)
+        print(f"vectors: {shown(path)}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A plain AdamW over all parameters; `RowUnfreezing` keeps it off the frozen rows."""
-        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        lr, weight_decay = self.settings.lr, self.settings.weight_decay
+        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in what the rows and the classes mean."""
@@ -329,36 +325,3 @@ def _refuse_another(what: str, units: str, saved: list[str], given: tuple[str, .
         f"data with {len(given):,}, the first other one at {differ}. Pass the data and the seed "
         "that it was trained with; texts of your own to test go to data.test_path."
     )
-
-
-class ExportVectors(Callback):
-    """Writes the trained table as word vectors, which gensim loads, when `fit` ends.
-
-    The file is `vectors.vec`, or of another suffix, in the run's log folder. Beside it lies
-    `vocabulary.tsv`: each token with its count and whether it had a vector, which
-    `partial-embedding schedule` reads. The module has a `PartialEmbedding` named `embedding`, and
-    the `vocabulary` of its rows.
-
-    Args:
-        suffix: Which of word2vec's formats: `vec` and `txt` are text, `bin` is binary.
-
-    Raises:
-        InputError: A value of the table is not finite, or a token has a tab or line break.
-    """
-
-    def __init__(self, suffix: VectorSuffix = "vec") -> None:
-        self.suffix = suffix
-        self.path: Path | None = None
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
-        if not trainer.is_global_zero:
-            return
-        module: Any = pl_module  # with the two that the docstring asks for
-        path = Path(trainer.log_dir or trainer.default_root_dir) / f"vectors.{self.suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = module.embedding.weight.detach().float().cpu().numpy()
-        save_vectors(path, module.vocabulary.tokens, table)
-        write_vocabulary(path.with_name("vocabulary.tsv"), module.vocabulary)
-        self.path = path
-        print(f"vectors: {shown(path)}")

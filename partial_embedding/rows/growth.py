@@ -15,30 +15,14 @@ from partial_embedding.rows.kinds import by_frequency, is_whole, rows_of, shown
 from partial_embedding.rows.rows import Config, Rows
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
-
-def _linear(increment: int, increments: int, before: int, after: int) -> float:
-    return before + (after - before) * increment / increments
-
-
-def _cosine(increment: int, increments: int, before: int, after: int) -> float:
-    return before + (after - before) * (1 - math.cos(math.pi * increment / increments)) / 2
-
-
-def _exponential(increment: int, increments: int, before: int, after: int) -> float:
-    first = max(before, 1)
-    return float(first * (after / first) ** (increment / increments))
-
-
-def _doubling(increment: int, increments: int, before: int, after: int) -> float:
-    return math.ldexp(after, increment - increments)
-
-
-# How many rows train after `increment` of `increments` increments.
+# How many rows train after i of n increments, from so many before to so many after.
 _SHAPES: Mapping[str, Callable[[int, int, int, int], float]] = {
-    "linear": _linear,
-    "cosine": _cosine,
-    "exponential": _exponential,
-    "doubling": _doubling,
+    "linear": lambda i, n, before, after: before + (after - before) * i / n,
+    "cosine": lambda i, n, before, after: (
+        before + (after - before) * (1 - math.cos(math.pi * i / n)) / 2
+    ),
+    "exponential": lambda i, n, before, after: max(before, 1) * (after / max(before, 1)) ** (i / n),
+    "doubling": lambda i, n, _, after: math.ldexp(after, i - n),
 }
 _ORDERS = ("most_frequent", "least_frequent", "random", "ids")
 

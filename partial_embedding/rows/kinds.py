@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from partial_embedding.errors import InputError
+from partial_embedding.files import read_lines
 from partial_embedding.rows.cosines import cosines_of
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
@@ -352,14 +353,7 @@ def read_ids(path: str | Path) -> Any:
 
 def read_tokens(path: str | Path) -> list[str]:
     """Read tokens from a text file, one a line; empty lines are left out."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"{path}: tokens are text in UTF-8, one a line. Received: {reason}. "
-            "Check the path, or convert the file."
-        ) from None
+    lines = read_lines(path, "tokens are text in UTF-8, one a line")
     return [token for line in lines if (token := line.strip())]
 
 

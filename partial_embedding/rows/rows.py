@@ -10,7 +10,7 @@ from typing import Any, Literal, SupportsIndex, Union
 
 import numpy as np
 
-from partial_embedding.errors import InputError, did_you_mean
+from partial_embedding.errors import InputError, did_you_mean, refused_at
 from partial_embedding.rows.kinds import CHOICES, Choice, flat_array, read_ids, read_tokens
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
@@ -247,10 +247,8 @@ def _from_file(path: Any, read: Callable[[str], Any], kind: str | None) -> Rows:
             "Write ids without a file as [3, 7]."
         )
     values = read(fspath(path))
-    try:
+    with refused_at(fspath(path)):
         return Rows.parse(values if kind is None else {kind: values})
-    except InputError as error:
-        raise InputError(f"{fspath(path)}: {error}") from None
 
 
 def _ascending(ids: range) -> list[int]:

@@ -219,6 +219,14 @@ def _same(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
     return a is b or (a is not None and b is not None and np.array_equal(a, b))
 
 
+def covered_share(rows: Ids | NDArray[np.bool_], vocabulary: Vocabulary | None) -> float | None:
+    """The share of the training data's tokens that are of some rows, where tokens were counted."""
+    counts = None if vocabulary is None else vocabulary.counts
+    if counts is None or not (total := counts.sum()):
+        return None
+    return float(counts[rows].sum() / total)
+
+
 def find_vocabulary(given: Vocabulary | None, *owners: Any) -> Vocabulary | None:
     """The vocabulary that was given, or the first that one of some objects has as `vocabulary`.
 

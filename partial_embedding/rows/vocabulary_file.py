@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from partial_embedding.errors import InputError
-from partial_embedding.files import refuse_no_file, write_text
+from partial_embedding.errors import InputError, refused_at
+from partial_embedding.files import read_lines, write_text
 from partial_embedding.rows.token_text import escaped, unescaped
 from partial_embedding.rows.vocabulary import Vocabulary
 
@@ -49,22 +48,13 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "vocabulary.tsv"
+        ...     file = f"{folder}/vocabulary.tsv"
         ...     write_vocabulary(file, Vocabulary(["the", "zyzzyva"], counts=[9, 1], missing=[1]))
         ...     vocabulary = read_vocabulary(file)
         >>> vocabulary.tokens, vocabulary.counts.tolist(), vocabulary.missing.tolist()
         (('the', 'zyzzyva'), [9, 1], [1])
     """
-    refuse_no_file(path, "a vocabulary is a file")
-    try:
-        # Not `splitlines`, which also breaks at characters that tokens may have.
-        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"{path}: a vocabulary is text in UTF-8, a token a line. Received: {reason}. "
-            "Check the path, or convert the file."
-        ) from None
+    lines = read_lines(path, "a vocabulary is text in UTF-8, a token a line")
     header = lines[0].split("\t")
     if header[0] != "token" or not set(header) <= set(_HEADER) or len(header) == 1:
         header = ["token"]
@@ -84,14 +74,12 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
     counts = _whole_numbers(path, "count", columns.get("count"))
     missing = _whole_numbers(path, "missing", columns.get("missing"))
-    try:
+    with refused_at(str(path)):
         return Vocabulary(
             [unescaped(token) for token in columns["token"]],
             counts,
             None if missing is None else [row for row, flag in enumerate(missing) if flag],
         )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _whole_numbers(

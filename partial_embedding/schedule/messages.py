@@ -20,14 +20,7 @@ from partial_embedding.schedule.starts import Plateau
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What happened to a table's frozen rows during one stage.
-
-    Args:
-        table: The table's name.
-        stage: The stage's index.
-        frozen: How many rows were frozen.
-        changed: How many of them changed a bit.
-    """
+    """How many of a table's rows were frozen during one stage, and how many changed a bit."""
 
     table: str
     stage: int
@@ -97,15 +90,9 @@ def resumed_lines(
     """What a resumed run says of a schedule that was changed since its checkpoint.
 
     A schedule may be changed wherever the rows that train at the checkpoint's position stay the
-    same. Rows that train already keep the rate_scale that they joined with.
-
-    Args:
-        table: The table's name.
-        then: The schedule of the checkpoint.
-        now: The schedule of the run.
-        before: Where the checkpoint's rows were set last.
-        position: The same place, as the run sees it: its length may have changed.
-        resolve: Evaluates rows for the table.
+    same. Rows that train already keep the rate_scale that they joined with. The position is where
+    the checkpoint's rows were set last, and the same place as the run sees it, whose length may
+    have changed.
 
     Example:
         >>> then = Schedule([{"epoch": 0, "rows": [1]}, {"epoch": 3, "rows": "all"}])

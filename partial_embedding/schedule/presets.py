@@ -89,9 +89,6 @@ def from_preset(value: object) -> Stages:
     Args:
         value: The name of a function of this module, or `{name: {argument: value}}`.
 
-    Raises:
-        InputError: There is no such preset, or no such argument.
-
     Example:
         >>> from_preset({"missing_first": {"epochs": 3}}) == missing_first(3)
         True

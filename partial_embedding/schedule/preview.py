@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from partial_embedding.errors import refused_at
-from partial_embedding.rows.vocabulary import Ids, Vocabulary
+from partial_embedding.rows.vocabulary import Ids, Vocabulary, covered_share
 from partial_embedding.schedule import (
     Evaluation,
     Plateau,
@@ -25,25 +25,15 @@ _BAR = 24
 
 @dataclass(frozen=True)
 class Planned:
-    """One stage of a plan, or one increment of growing into the next.
-
-    Args:
-        position: Where in training it begins.
-        place: The same in words.
-        trainable: How many rows train.
-        joining: How many of them did not train before.
-        leaving: How many trained before and no longer do.
-        covered: The share of the training data's tokens whose rows train; None without counts.
-        rate_scale: How fast the joining rows learn.
-    """
+    """One stage of a plan, or one increment of growing into the next: where, and which rows."""
 
     position: Position
-    place: str
+    place: str  # the same in words
     trainable: int
     joining: int
     leaving: int
-    covered: float | None
-    rate_scale: RateScale
+    covered: float | None  # the share of the training data's tokens, where that is known
+    rate_scale: RateScale  # of the joining rows
 
 
 def plan(
@@ -80,7 +70,7 @@ def plan(
                 ids.size,
                 joining,
                 before.size - (ids.size - joining),
-                _covered(ids, vocabulary),
+                covered_share(ids, vocabulary),
                 schedule.rate_scale_at(stage_state),
             )
         )
@@ -178,10 +168,3 @@ def rate_texts(rate_scale: RateScale) -> list[str]:
     """How fast rows learn, where it is not at the optimizer's own rate."""
     rate, warmup = rate_scale.lr_scale, rate_scale.warmup_steps
     return [f"lr × {rate:.3g}"] * (rate != 1) + [f"warm-up of {warmup:,} steps"] * bool(warmup)
-
-
-def _covered(ids: Ids, vocabulary: Vocabulary | None) -> float | None:
-    counts = None if vocabulary is None else vocabulary.counts
-    if counts is None or not (total := counts.sum()):
-        return None
-    return float(counts[ids].sum() / total)

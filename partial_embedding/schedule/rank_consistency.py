@@ -16,17 +16,11 @@ Metrics = Mapping[str, float]
 
 
 class RankView(NamedTuple):
-    """What one process trains, small enough to be sent to all others.
+    """What one process trains, small enough to be sent to all others."""
 
-    Args:
-        metrics: What was just measured, if anything was.
-        stage_states: Where each table is in its schedule, or will be after what was just measured.
-        rows: The rows of each table, as `digest` writes them.
-    """
-
-    metrics: Metrics | None
-    stage_states: Mapping[str, StageState]
-    rows: Mapping[str, str]
+    metrics: Metrics | None  # of what was just measured, if anything was
+    stage_states: Mapping[str, StageState]  # after what was just measured
+    rows: Mapping[str, str]  # as `digest` writes them
 
 
 def digest(ids: Ids) -> str:

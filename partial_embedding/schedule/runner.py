@@ -40,13 +40,7 @@ class Runner:
     Every stage is resolved when this is made, so that a schedule that does not fit is refused
     before the first step. Where several processes train the model, they compare their rows whenever
     rows change, and their metrics whenever one is observed; all of them stop where these differ.
-
-    Args:
-        adapter: The tables, as their framework hands them in.
-        schedules: A schedule for each table's name; the key None is for all other tables.
-        vocabulary: What rows mean, for schedules that ask for it.
-        audit: As the callbacks take it.
-        say: What takes the lines that tell of the run.
+    There is a schedule for each table's name, and that of None is for all others.
 
     Raises:
         InputError: A schedule is for no table, or a stage does not fit its table.

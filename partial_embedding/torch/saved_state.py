@@ -213,7 +213,9 @@ def _value(column: Tensor | None, kind: int, here: slice) -> Any:
 
 
 def _repeated(values: Tensor, sizes: list[int]) -> Tensor:
-    return values.repeat_interleave(torch.tensor(sizes, device=values.device), dim=0)
+    # Of no sizes, where no row trains, torch would make floating-point numbers.
+    counts = torch.tensor(sizes, dtype=torch.int64, device=values.device)
+    return values.repeat_interleave(counts, dim=0)
 
 
 def _as_bytes(numbers: Tensor) -> Tensor:

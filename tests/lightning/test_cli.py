@@ -127,12 +127,24 @@ def stage(epoch: int, rows: object = "all") -> dict[str, Any]:
     return {"epoch": epoch, "rows": rows}
 
 
+EARLY = "{class_path: EarlyStopping, init_args: {monitor: val_loss, %s}}"
 BAD_SCHEDULE = ["--rows.schedule=bad.yaml"]
 BAD_VECTORS = ["--data.vectors=bad.txt"]
 BAD_TEXTS = ["--data.path=bad.csv"]
 BAD_CHECKPOINT = ["--ckpt_path=bad.ckpt"]
 CASES: dict[str, Case] = {
     "config_missing": (nothing, ["--config=none.yaml"], "none.yaml"),
+    "config_folder": (nothing, ["--config=."], "a configuration is a file. Received a folder"),
+    "root_file": (
+        nothing,
+        ["--trainer.default_root_dir=texts.csv"],
+        "Received: a file where a folder is meant for texts.csv. Check the path",
+    ),
+    "checkpoint_folder": (
+        nothing,
+        ["--ckpt_path=."],
+        "a checkpoint is a file. Received a folder. Name a file.",
+    ),
     "config_no_yaml": (write("c.yaml", "trainer: [1, {"), ["--config=c.yaml"], "c.yaml"),
     "config_unknown_key": (write("c.yaml", "trainerz: 1"), ["--config=c.yaml"], "trainerz"),
     "option_unknown": (nothing, ["--data.pathz=x"], "pathz"),
@@ -171,6 +183,26 @@ CASES: dict[str, Case] = {
         write("typo.yaml", "rows: {schedul: {stages: []}}"),
         ["--config=typo.yaml"],
         "--rows.schedul is no option. Did you mean '--rows.schedule'?",
+    ),
+    "key_of_an_empty_mapping": (
+        write("typo.yaml", "rows: {schedul: {}}"),
+        ["--config=typo.yaml"],
+        "--rows.schedul is no option. Did you mean '--rows.schedule'? See",
+    ),
+    "part_of_an_empty_mapping": (
+        write("typo.yaml", "trainr: {}"),
+        ["--config=typo.yaml"],
+        "--trainr is no option.",
+    ),
+    "empty_mapping_of_a_class": (
+        write("typo.yaml", "data: {init_args: {pathh: {}}}"),
+        ["--config=typo.yaml"],
+        "--data.pathh is no option. Did you mean '--data.path'? See",
+    ),
+    "empty_mapping_of_a_callback": (
+        write("typo.yaml", f"trainer: {{callbacks: [{EARLY % 'patienc: {}'}]}}"),
+        ["--config=typo.yaml"],
+        "--trainer.callbacks.patienc is no option.",
     ),
     "number": (nothing, ["--model.lr=fast"], "--model.lr is float. Received: fast"),
     "choice": (nothing, ["--model.encoder=lstm"], "one of 'cnn', 'mean'. Received: lstm"),
@@ -216,6 +248,16 @@ def test_bad_input_gets_one_line_and_leaves_no_file(
     code = main(["fit", *small_run, "--trainer.max_epochs=1", *args])
     assert_one_line(code, capfd.readouterr().err, part)
     assert (files_below(Path()) == before) == (case not in BEGUN)
+
+
+def test_empty_mappings_of_known_keys_say_nothing(small_run: list[str]) -> None:
+    callback = EARLY % "patience: 3"
+    Path("empty.yaml").write_text(
+        "data: {}\nmodel: {class_path: TextClassifier, init_args: {}, dict_kwargs: {}}\n"
+        f"rows: {{}}\nmonitor: {{}}\ntrainer: {{callbacks: [{callback}]}}\n"
+    )
+    quick = ["--config=empty.yaml", "--trainer.fast_dev_run=true"]
+    assert main(["fit", *small_run, *quick]) == 0
 
 
 @pytest.mark.parametrize(

@@ -155,9 +155,43 @@ def test_help_shows_the_texts_and_the_model_before_lightnings_trainer(
 # One line
 
 
+@pytest.mark.usefixtures("only_the_run")
+def test_an_output_that_cannot_be_a_file_is_refused_before_the_model_is_asked(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("new.txt").write_text("a warm film\n")
+    Path("said").mkdir()
+    monkeypatch.delattr(TextClassifier, "predict_step")
+    asked = ["predict", "--ckpt_path=last", "--data.test_path=new.txt", *QUIET]
+    assert main([*asked, "--output=said"]) == 2
+    assert (
+        error_line(capfd)
+        == "error: said: predictions are written to a file. Received a folder. Name a file."
+    )
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("only_the_run")
+def test_a_path_through_a_file_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("new.txt").write_text("a warm film\n")
+    asked = ["predict", "--ckpt_path=last", "--data.test_path=new.txt", *QUIET]
+    assert main([*asked, "--output=new.txt/said.csv"]) == 2
+    assert error_line(capfd) == (
+        "error: files and folders can be read and written. Received: a file where a folder is "
+        "meant for new.txt. Check the path, its permissions and the room on the disk."
+    )
+
+
 def test_no_seed_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "config.yaml", "--seeds=0"]) == 2
     assert "a whole number from 1 up. Received: '0'" in error_line(capfd)
+
+
+@pytest.mark.usefixtures("small_run")
+def test_a_comparison_without_a_schedule_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text("data: {path: texts.csv}\n")
+    assert main(["compare", "config.yaml"]) == 2
+    assert "config.yaml: a schedule is compared with training without" in error_line(capfd)
 
 
 def test_small_numbers_may_be_written_with_an_exponent(small_run: list[str]) -> None:

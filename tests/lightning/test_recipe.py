@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, Trainer
 
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.errors import InputError
-from partial_embedding.recipes.text_classifier import ExportVectors, TextClassifier, TextData
+from partial_embedding.recipes.text_classifier import TextClassifier, TextData
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_texts_to_test_come_from_their_own_file(small_run: list[str]) -> None:
 def test_scores_of_a_text_do_not_depend_on_the_others_in_its_batch(
     encoder: Any, data: TextData
 ) -> None:
-    model = TextClassifier(encoder, channels=4)
+    model = TextClassifier(encoder=encoder, channels=4)
     trainer(max_steps=1).fit(model, data)
     model.eval()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_scores_of_a_text_do_not_depend_on_the_others_in_its_batch(
 
 
 def test_the_padding_row_stays_zero_when_all_rows_train(data: TextData) -> None:
-    model = TextClassifier("mean")
+    model = TextClassifier(encoder="mean")
     before = torch.from_numpy(data.table.copy())
     trainer().fit(model, data)
     assert not model.embedding.weight[0].any()
@@ -124,10 +124,9 @@ def test_a_checkpoint_of_something_else_is_refused(data: TextData) -> None:
 def test_vectors_are_exported_in_formats_that_gensim_reads(
     suffix: Any, data: TextData, tmp_path: Path
 ) -> None:
-    export = ExportVectors(suffix)
-    model = TextClassifier("mean")
-    trainer(export, default_root_dir=tmp_path / "run").fit(model, data)
-    assert export.path == tmp_path / "run" / f"vectors.{suffix}"
-    read = KeyedVectors.load_word2vec_format(str(export.path), binary="bin" in suffix)
+    model = TextClassifier(encoder="mean", export=suffix)
+    trainer(default_root_dir=tmp_path / "run").fit(model, data)
+    path = tmp_path / "run" / f"vectors.{suffix}"
+    read = KeyedVectors.load_word2vec_format(str(path), binary="bin" in suffix)
     assert read.index_to_key == list(data.vocabulary.tokens)
     assert torch.equal(torch.from_numpy(read.vectors.copy()), model.embedding.weight.detach())

@@ -20,6 +20,8 @@ def files(small_run: list[str]) -> None:
     Path("by_step.yaml").write_text(yaml.safe_dump(by_step))
     cycle = {"stages": [{"epoch": 0, "rows": [1]}, {"epoch": 1, "rows": "all"}], "cycle": 2}
     Path("cycle.yaml").write_text(yaml.safe_dump(cycle))
+    Path("list.yaml").write_text("[1]")
+    Path("typo.yaml").write_text("{stages: [{epoch: 0, rowz: all}]}")
     Path("tables.yaml").write_text(yaml.safe_dump({"users": stages, "items": by_step}))
 
 
@@ -121,6 +123,9 @@ def test_a_long_run_is_planned_at_once(files: None, capsys: pytest.CaptureFixtur
 
 
 REFUSED = {
+    "no_mapping": (["list.yaml", "--rows=5"], "list.yaml: a schedule is a mapping with the key"),
+    "no_key": (["typo.yaml", "--rows=5"], "typo.yaml: stages[0]: the keys are"),
+    "no_size": (["schedule.yaml"], "Received neither --vocab nor --rows."),
     "no_end": (["cycle.yaml", "--rows=9", "--epochs=100000000"], "up to 10,000 changes"),
     "no_folder_of_texts": (["schedule.yaml", "--texts=none.csv"], "none.csv, which is missing"),
     "no_file": (["absent.yaml", "--rows=3"], "absent.yaml: the schedule cannot be read"),

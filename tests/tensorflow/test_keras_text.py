@@ -26,7 +26,7 @@ from partial_embedding.recipes.prepare_texts import (  # noqa: E402
     padded,
     prepare_texts,
 )
-from partial_embedding.recipes.settings import read_config  # noqa: E402
+from partial_embedding.recipes.settings import ClassifierSettings, read_config  # noqa: E402
 from partial_embedding.schedule.preview import plan  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def texts_of(config: Path) -> PreparedTexts:
-    return prepare_texts(keras_text.read_settings(read_config(config))["data"])
+    return prepare_texts(keras_text.read_parts(read_config(config))["data"])
 
 
 def test_a_run_says_its_stages_and_saves_a_file_that_a_fresh_process_loads(
@@ -180,7 +180,7 @@ def test_the_order_and_the_dropout_of_an_epoch_follow_from_its_number(config: Pa
 def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) -> None:
     data = texts_of(config)
     schedule = Schedule.parse(read_config(config)["rows"]["schedule"])
-    model = keras_text.text_classifier(data, schedule, False, channels=4)
+    model = keras_text.text_classifier(data, schedule, ClassifierSettings(channels=4))
     short = np.array([[3, 4, 5, 6, 7]])
     padded = np.pad(short, ((0, 0), (0, 9)))
     np.testing.assert_allclose(
@@ -188,13 +188,11 @@ def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) 
     )
 
 
-def test_settings_of_a_model_that_are_out_of_range_are_refused(config: Path) -> None:
-    data = texts_of(config)
-    schedule = Schedule.parse(read_config(config)["rows"]["schedule"])
+def test_settings_of_a_model_that_are_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match=r"channels is at least 1\. Received: 0"):
-        keras_text.text_classifier(data, schedule, False, channels=0)
+        keras_text.read_parts({"model": {"channels": 0}})
     with pytest.raises(InputError, match=r"dropout lies in \[0, 1\)\. Received: 2"):
-        keras_text.text_classifier(data, schedule, False, dropout=2.0)
+        keras_text.read_parts({"model": {"dropout": 2.0}})
 
 
 @pytest.mark.parametrize(
@@ -294,6 +292,8 @@ def test_a_checkpoint_alone_is_measured_and_asked(
     capsys.readouterr()
     assert main(["predict", f"--ckpt_path={run / 'model.keras'}", "--text=ship wave salt"]) == 0
     assert f"ship wave salt,{likely[0]},{shares[0].max():.4f}\n" in capsys.readouterr().out
+    assert main([*asked[:-1], f"--output={run}"]) == 2
+    assert "predictions are written to a file. Received a folder." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,7 @@ from partial_embedding.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class LabelledTexts:
-    """Texts, the class of each, and the names of the classes.
-
-    Args:
-        texts: One text per example.
-        labels: The class of each text as an index into `names`, shape (N,), int64.
-        names: The names of the classes, sorted.
-    """
+    """Texts, the class of each as an index, shape (N,), and the names of the classes, sorted."""
 
     texts: tuple[str, ...]
     labels: NDArray[np.int64]

@@ -53,8 +53,9 @@ def opened(path: Path) -> Iterator[tuple[BufferedReader, str]]:
             f"the word vectors are in a file. Received: {path}, which is missing. Check the path."
         ) from error
     except _DAMAGES as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"the word vectors can be read. Received: {error} for {path}. Check its permissions, "
+            f"the word vectors can be read. Received: {reason} for {path}. Check its permissions, "
             "or get it again if it is cut off."
         ) from error
 

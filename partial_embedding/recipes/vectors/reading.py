@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import write_atomically
+from partial_embedding.files import write_atomically, write_text
 from partial_embedding.mapped import open_vectors
 from partial_embedding.recipes.vectors.formats import (
     TWICE,
@@ -145,9 +145,7 @@ def _keep(path: Path, blocks: Iterator[Block], noted: Counter[str]) -> None:
             file.seek(0)
             header["shape"] = (len(tokens), values.shape[1])
             np.lib.format.write_array_header_1_0(file, header)
-        with write_atomically(path.with_suffix(_TOKENS)) as beside:
-            lines = [json.dumps(_notes(noted)), *tokens]
-            beside.write_text("\n".join(lines), encoding="utf-8", newline="\n")
+        write_text(path.with_suffix(_TOKENS), "\n".join([json.dumps(_notes(noted)), *tokens]))
 
 
 def _read_kept(path: Path) -> WordVectors:

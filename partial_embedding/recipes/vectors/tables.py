@@ -57,10 +57,10 @@ def train_vectors(
         file = Path(cache) / f"{_fingerprint(documents, settings)}.bin.gz"
         with contextlib.suppress(InputError):
             return read_vectors(file, dimension)
+        file.parent.mkdir(parents=True, exist_ok=True)
     trained = Word2Vec(documents, **settings).wv
     if file is None:
         return WordVectors(trained.index_to_key, trained.vectors)
-    file.parent.mkdir(parents=True, exist_ok=True)
     save_vectors(file, trained.index_to_key, trained.vectors)
     return read_vectors(file, dimension)
 
