@@ -349,7 +349,8 @@ class Rowwise:
                 state.table.steppers.discard(state)
         if any(state.layout.flat for state in self.tables.values()):
             clear_history(self.optimizer)
-        begin_afresh(self.optimizer, self.tables)
+        eager = {key for key, state in self.tables.items() if state.layout.eager}
+        begin_afresh(self.optimizer, eager)
 
 
 class _Lent(NamedTuple):

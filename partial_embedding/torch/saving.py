@@ -124,12 +124,15 @@ def take_from(optimizer: Optimizer) -> Entries:
     return entries
 
 
-def begin_afresh(optimizer: Optimizer, tables: Container[int]) -> None:
-    """Let an optimizer forget its tables, by the ids of their parameters, as if just made."""
+def begin_afresh(optimizer: Optimizer, made: Container[int]) -> None:
+    """Forget the tables of an optimizer, which makes state anew for these parameters, by their ids.
+
+    That is the state that its constructor makes, if it makes any.
+    """
     take_from(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if id(parameter) in tables and is_eager(optimizer, group, parameter):
+            if id(parameter) in made and is_eager(optimizer, group, parameter):
                 optimizer.state[parameter] = first_state(optimizer, group, parameter)
 
 
