@@ -27,7 +27,7 @@ from partial_embedding.monitor.track import RowTrack
 from partial_embedding.rows.vocabulary import Ids, Vocabulary, find_vocabulary
 from partial_embedding.tensorflow.adapter import innermost
 from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.models import tables_for
 from partial_embedding.tensorflow.optimizer import optimizer_of, optimizers_in
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 
@@ -123,13 +123,7 @@ class RowMonitor(keras.callbacks.Callback):
         """Look at the tables."""
         if (folder := Path(self.log_dir)).exists() and not folder.is_dir():
             raise InputError(f"log_dir is a folder. Received: {folder}, a file. Name another.")
-        tables = tables_in(self.model)
-        if not tables:
-            raise InputError(
-                "measuring rows needs a PartialEmbedding in the model. Received a "
-                f"{type(self.model).__name__} without one. Take it for Embedding, or leave out "
-                "RowMonitor."
-            )
+        tables = tables_for("measuring rows", self.model)
         batches = self.params.get("steps")
         optimizer = innermost(getattr(self.model, "optimizer", None))  # none in a loop of one's own
         accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
@@ -144,7 +138,7 @@ class RowMonitor(keras.callbacks.Callback):
         for name, layer in tables.items():
             padding = 0 if layer.freeze_padding else None
             rows = partial(_rows_of, layer)
-            sample = self._run.add_table(name, rows, layer.input_dim, padding)
+            sample = self._run.add_table(name, rows, layer.input_dim, padding, layer.new_rows)
             self._tables[name] = _Table(layer, sample)
         if isinstance(optimizer, MultiOptimizer) and self.model.built:
             self.model.optimizer.build(self.model.trainable_variables)  # with those of tables

@@ -12,7 +12,7 @@ from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.tensorflow.audit import FrozenRowAudit
-from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.models import tables_for
 from partial_embedding.tensorflow.optimizer import optimizer_of
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 
@@ -25,15 +25,9 @@ class KerasTables:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.tables = tables_in(model)
+        self.tables = tables_for("unfreezing rows", model)
         # What stages train of tables that can still be told which rows to reserve.
         self._stages: dict[str, list[Ids]] = {}
-        if not self.tables:
-            raise InputError(
-                "RowUnfreezing needs a PartialEmbedding in the model. Received a "
-                f"{type(model).__name__} without one. Replace its Embedding, for example by "
-                "PartialEmbedding.from_layer."
-            )
 
     @property
     def optimizer(self) -> Any:

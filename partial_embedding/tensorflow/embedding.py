@@ -250,9 +250,6 @@ class PartialEmbedding(OneTable):
 
         Raises:
             InputError: The layer has LoRA and these are not all rows, or it is quantized.
-
-        Example:
-            >>> PartialEmbedding(5, 2, lora_rank=2).check_kind(np.arange(5))
         """
         if self.quantization_mode and rows.size:
             raise InputError(
@@ -335,11 +332,7 @@ class PartialEmbedding(OneTable):
             self._tracker.lock()
 
     def grow(self, rows: Any, trainable: bool) -> None:
-        """Add rows; `partial_embedding.tensorflow.grow_table` does it in a model.
-
-        Args:
-            rows: What they begin from, shape (n, D).
-            trainable: Whether they train from here on.
+        """Add rows, of shape (n, D), that train or not; for `grow_table`, which knows the model.
 
         Raises:
             InputError: They are not to train, and the layer can freeze none.

@@ -129,7 +129,7 @@ def set_rows(variable: Any, rows: RowsLike, values: Any) -> None:
         values: Broadcast to (K, D).
 
     Raises:
-        InputError: The rows do not lie in the table.
+        InputError: It is no such variable, or the rows do not lie in the table.
 
     Example:
         >>> table = keras.Variable(np.zeros((3, 1), "float32"))
@@ -154,6 +154,11 @@ def add_to_rows(variable: Any, rows: RowsLike, values: Any) -> None:
 
 def _write(variable: Any, rows: RowsLike, values: Any, method: str) -> None:
     native = variable.value if isinstance(variable, keras.Variable) else variable
+    if not isinstance(native, tf.Variable) or native.shape.rank != 2:
+        raise InputError(
+            "rows are written in a keras.Variable or tf.Variable of shape (V, D). Received a "
+            f"{type(variable).__name__}. Of a PartialEmbedding, call set_weights."
+        )
     num_rows, width = native.shape
     ids = Rows.parse(rows).resolve(num_rows)
     values = tf.broadcast_to(tf.cast(values, native.dtype), (ids.size, width))

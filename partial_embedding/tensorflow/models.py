@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -18,9 +18,8 @@ def tables_in(model: Any) -> dict[str, PartialEmbedding]:
     Raises:
         InputError: Two of them have the same name.
     """
-    check_model(model)
     tables: dict[str, PartialEmbedding] = {}
-    for layer in model._flatten_layers():
+    for layer in _layers_of(model):
         if not isinstance(layer, PartialEmbedding):
             continue
         if layer.name in tables:
@@ -34,12 +33,27 @@ def tables_in(model: Any) -> dict[str, PartialEmbedding]:
     return tables
 
 
-def check_model(model: Any) -> None:
-    """Refuse what has no layers."""
+def tables_for(purpose: str, model: Any) -> dict[str, PartialEmbedding]:
+    """`tables_in` a model, of which there is at least one.
+
+    Raises:
+        InputError: There is none, or as for `tables_in`.
+    """
+    if not (tables := tables_in(model)):
+        raise InputError(
+            f"{purpose} needs a PartialEmbedding in the model. Received a "
+            f"{type(model).__name__} without one. Replace its Embedding, for example by "
+            "PartialEmbedding.from_layer, or leave the callback out."
+        )
+    return tables
+
+
+def _layers_of(model: Any) -> Iterable[Any]:
     if not isinstance(model, keras.layers.Layer):
         raise InputError(
             f"a model is a keras.Model. Received a {type(model).__name__}. Pass the model itself."
         )
+    return model._flatten_layers()  # type: ignore[no-any-return]
 
 
 def plain_weights(model: Any) -> list[Any]:
@@ -109,10 +123,9 @@ def set_plain_weights(model: Any, weights: Sequence[Any]) -> None:
 
 def _parts(model: Any) -> Iterator[Any]:
     """The weights of a model, with each split table in the place of its variables."""
-    check_model(model)
     tables = {
         id(variable): layer
-        for layer in model._flatten_layers()
+        for layer in _layers_of(model)
         if isinstance(layer, PartialEmbedding) and layer.table_state is not None
         for variable in layer.weights
     }

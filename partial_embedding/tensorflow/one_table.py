@@ -141,6 +141,9 @@ class OneTable(keras.layers.Embedding):
             # Keras sorts variables into those that train and the others when it takes them.
             self._untrack_variable(self._embeddings)
             self._embeddings.trainable = False
+            # As of one that is built split: under a mixed policy, reading it would convert all of
+            # it, and to another dtype than that of the reserved rows.
+            self._embeddings._autocast = False
             self._track_variable(self._embeddings)
         self.table_state = None
         if reserved.size:

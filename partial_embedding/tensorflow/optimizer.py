@@ -46,7 +46,6 @@ def rowwise(optimizer: Any, lazy: bool = False) -> Any:
         >>> type(rowwise("adam")).__name__
         'Rowwise'
     """
-    check_flags(lazy=lazy)
     optimizer = keras.optimizers.get(optimizer)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return keras.optimizers.LossScaleOptimizer(
@@ -68,6 +67,7 @@ class TableOptimizers:
     """
 
     def __init__(self, choose: Any, lazy: bool = False) -> None:
+        check_flags(lazy=lazy)
         self.choose = choose
         self.lazy = lazy
         self._wrapped: list[tuple[Any, Any]] = []

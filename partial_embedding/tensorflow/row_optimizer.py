@@ -222,9 +222,10 @@ class Rowwise(keras.optimizers.Optimizer):
             rest.update_step(gradient, variable, learning_rate)
         elif self.lazy:
             if not isinstance(gradient, tf.IndexedSlices):
-                # Of a head tied to the table, or of a step that was traced before this was built.
+                # Of a head tied to the table, or of the step in which this was built.
                 every = tf.range(variable.shape[0], dtype=tf.int64)
-                rows = tf.where(tf.reduce_any(gradient != 0, axis=1), every, -1)
+                moves, seen = tf.reduce_any(gradient != 0, axis=1), table.state.take_looked_up()
+                rows = tf.where(moves if seen is None else moves | seen, every, -1)
                 gradient = summed(tf.IndexedSlices(gradient, rows))
             elif self._distribution_strategy.num_replicas_in_sync > 1:
                 # Again, as replicas have put theirs side by side.
@@ -240,8 +241,6 @@ class Rowwise(keras.optimizers.Optimizer):
             worker(table.optimizer, ages).update_step(gradient, variable, rates)
 
     def _update_model_variables_moving_average(self, variables: list[Any]) -> None:
-        if not self.use_ema:
-            return
         averages = self._model_variables_moving_average
         for variable, average, table in zip(variables, averages, self._hidden.tables, strict=True):
             steps = self.iterations if table is None else self._ages(table)
@@ -331,18 +330,21 @@ class Rowwise(keras.optimizers.Optimizer):
     def _welcome(self, table: _Table, weights: Any) -> None:
         """Begin afresh for rows that train since the last step."""
         trains, kept = table.state.is_unfrozen(), table.scales.joined_at
-        joined_at = tf.convert_to_tensor(kept)
+        joined_at, now = tf.convert_to_tensor(kept), tf.cast(self.iterations, tf.int64)
 
         def begin() -> None:
             joins = trains & (joined_at < 0)
             for state in state_of(table.optimizer):
                 first = first_value(table.optimizer, state, weights)
                 state.assign(tf.where(joins[:, tf.newaxis], first, state))
-            since = tf.where(joins, tf.cast(self.iterations, tf.int64), joined_at)
+            # Where the count of steps was set back, rows count on from there, as Keras does: no row
+            # is younger than 0, at which Adam's correction would be the root of a negative number.
+            since = tf.where(joins, now, tf.minimum(joined_at, now))
             kept.assign(tf.where(trains, since, -1))
 
         # From the two variables alone, so that it is right after either of them was restored.
-        tf.cond(tf.reduce_any(trains != (joined_at >= 0)), begin, lambda: None)
+        counts = (joined_at >= 0) & (joined_at <= now)
+        tf.cond(tf.reduce_any(trains != counts), begin, lambda: None)
 
     def _decay(self, table: _Table, weights: Any) -> None:
         """Decay weights as Keras does, at the learning rate of each row."""

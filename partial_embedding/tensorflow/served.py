@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from partial_embedding.errors import InputError
+from partial_embedding.errors import InputError, check_flags
 
 # They move each element by itself, with no state but one value per element and a count of steps.
 SERVED = (
@@ -48,6 +48,7 @@ def settings_of(optimizer: Any) -> dict[str, Any]:
 
 def check_served(optimizer: Any, lazy: bool) -> None:
     """Refuse an optimizer that cannot begin afresh for some rows, or step touched ones only."""
+    check_flags(lazy=lazy)
     name = type(optimizer).__name__
     if type(optimizer) is not getattr(keras.optimizers, name, None) or name not in SERVED:
         raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -96,6 +96,20 @@ def _carry_eagerly(weights: Any, rows: Any, slots: Any) -> tuple[Any, Any]:
     return tf.identity(rows), gradient
 
 
+def noted(rows: Any, note: Callable[[], None]) -> Any:
+    """The same rows, of which every gradient that is computed eagerly calls a function."""
+
+    @tf.custom_gradient  # registers nothing in eager mode
+    def carry(rows: Any) -> tuple[Any, Any]:
+        def gradient(upstream: Any) -> Any:
+            note()
+            return upstream
+
+        return tf.identity(rows), gradient
+
+    return carry(rows)
+
+
 def summed(slices: Any) -> Any:
     """The same `tf.IndexedSlices` with one entry for each row; entries of row -1 are void.
 
@@ -145,6 +159,7 @@ class HeldRows:
         self.value = tf.convert_to_tensor(rows)
         self._unique_id = unique_id
 
+    # `tf.convert_to_tensor`, and so all of `keras.ops`, asks for it.
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Any:
         return self.value if dtype is None else tf.cast(self.value, dtype)
 
@@ -169,12 +184,6 @@ class HeldRows:
         return self.value * other
 
     __rmul__ = __mul__
-
-
-# `tf.convert_to_tensor`, and so all of `keras.ops`, accepts registered classes.
-tf.register_tensor_conversion_function(
-    HeldRows, lambda held, dtype=None, name=None, as_ref=False: held.__tf_tensor__(dtype, name)
-)
 
 
 def worker(optimizer: Any, steps: Any, states: Iterable[tuple[Any, Any]] = ()) -> Any:

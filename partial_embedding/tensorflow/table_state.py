@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.rows import Config
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
-from partial_embedding.tensorflow.sparse_update import choose_rows, summed
+from partial_embedding.tensorflow.sparse_update import choose_rows, noted, summed
 
 
 def state_in(variable: Any) -> TableState | None:
@@ -50,6 +51,8 @@ class TableState:
         # The `Rowwise` that was built last for these rows, and all that were.
         self.optimizer: Any = None
         self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+        # What `take_looked_up` gives.
+        self._looked_up: Any = None
         self._is_freed = False
         with tf.init_scope():
             # int64, as TensorFlow keeps int32 tensors off the GPU.
@@ -102,7 +105,22 @@ class TableState:
         slots = self._slots_of(flat)
         sparse = self.optimizer is not None and self.optimizer.lazy
         rows = choose_rows(self.rows.value, slots, frozen, sparse)
+        if self.optimizer is None and tf.executing_eagerly():
+            # A lazy optimizer may be built in the very step that this look-up is for, and a dense
+            # gradient does not tell a row that was touched by one of zero. A function is traced
+            # once more after that.
+            rows = noted(rows, partial(self._note_looked_up, slots))
         return tf.reshape(rows, tf.concat([tf.shape(ids), self.table.shape[1:]], 0))
+
+    def _note_looked_up(self, slots: Any) -> None:
+        # Negative slots are in no segment, and an empty segment has the least number.
+        looked_up = tf.math.unsorted_segment_max(slots, slots, len(self.reserved)) >= 0
+        self._looked_up = looked_up if self._looked_up is None else self._looked_up | looked_up
+
+    def take_looked_up(self) -> Any:
+        """Which reserved rows eager gradients since the last step were of, shape (R,); or None."""
+        looked_up, self._looked_up = self._looked_up, None
+        return looked_up
 
     def _free_with_the_layer(self) -> None:
         """Free the memory of the variables when nothing refers to them any more.
@@ -163,6 +181,7 @@ class TableState:
         """The reserved rows after a step of an optimizer, constrained and pinned."""
         # Every optimizer comes by here while its first step is traced, but for lazy ones.
         self._check_optimizer()
+        self._looked_up = None
         if self.layer.embeddings_constraint is not None:
             rows = self.layer.embeddings_constraint(rows)
         return self.pin(rows)
@@ -230,7 +249,9 @@ class TableState:
 
 
 def _empty(handle: Any, dtype: Any) -> None:
-    with tf.init_scope():
+    # Garbage is found at any time: while a file is loaded, too, which builds a graph that
+    # `tf.init_scope` does not leave.
+    with tf.__internal__.eager_context.eager_mode():
         nothing = tf.zeros([0], dtype)
         tf.raw_ops.AssignVariableOp(resource=handle, value=nothing, validate_shape=False)
 

@@ -30,21 +30,22 @@ class TableVariable(Variable, tf.__internal__.types.Tensor):
         self._path, self._name = path, path.rsplit("/", 1)[-1]
         self._shape, self._ndim, self._dtype = table.shape, 2, table.dtype
         # What is asked of a variable. The reserved rows are what trains.
-        self._trainable = self._autocast = self._overwrite_with_gradient = False
+        self._trainable = self._overwrite_with_gradient = False
+        self._autocast = True
         self._aggregation, self._synchronization = "none", "auto"
         self._regularizer = self._constraint = None
 
     @property
     def value(self) -> Any:
         """The whole table as a tensor."""
-        return self._state.merged()
+        return self._maybe_autocast(self._state.merged())
 
     def numpy(self) -> Any:
         """The whole table, shape (V, D)."""
         return self.value.numpy()
 
     def _direct_assign(self, value: Any) -> None:
-        self._state.assign(tf.cast(value, self.dtype))
+        self._state.assign(tf.cast(value, self._dtype))
 
     def _convert_to_tensor(self, value: Any, dtype: Any = None) -> Any:
         return keras.ops.convert_to_tensor(value, dtype)

@@ -57,6 +57,7 @@ COHORTS = [
 
 def batches(every_row: bool = False) -> Batches:
     """Ids, which occur several times, and gradients of what is looked up, step by step."""
+    # Multiples of 1/8, so that sums are exact in any order and at any precision.
     rng = np.random.default_rng(0)
     shape = (4, 6) if every_row else (4, 5)
     ids = np.tile(np.arange(NUM_ROWS), 2).reshape(4, 6) if every_row else None
@@ -80,6 +81,20 @@ def gradient(ids: Any, upstream: Any) -> Any:
 def product(upstream: Any, rows: Any) -> Any:
     """The loss whose gradients are those given."""
     return tf.reduce_sum(upstream * rows)
+
+
+def moved(layer: Any, before: Any) -> list[int]:
+    """The rows that are not what they were."""
+    return [int(row) for row in np.flatnonzero((layer.get_weights()[0] != before).any(axis=1))]
+
+
+def step(layer: Any, optimizer: Any, *parts: Callable[[], Any]) -> list[int]:
+    """Step down the sum of some parts in a loop of one's own, and give the rows that moved."""
+    (before,), weights = layer.get_weights(), layer.trainable_variables
+    with tf.GradientTape() as tape:
+        loss = sum(tf.reduce_sum(part()) for part in parts)
+    optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+    return moved(layer, before)
 
 
 def model_of(optimizer: Any, moves: Moves = MOVES, **settings: Any) -> Any:

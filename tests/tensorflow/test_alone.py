@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
 import pytest
 
-pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 
 @pytest.fixture

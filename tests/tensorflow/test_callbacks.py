@@ -7,39 +7,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from small_fits import IDS, TARGETS, VOCABULARY, Watch, fit, small_model
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError, Vocabulary  # noqa: E402
-from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
-from partial_embedding.monitor.record import read_record  # noqa: E402
-from partial_embedding.tensorflow import (  # noqa: E402
+from partial_embedding import InputError, Vocabulary
+from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
+from partial_embedding.monitor.record import read_record
+from partial_embedding.tensorflow import (
     FrozenRowsMoved,
     PartialEmbedding,
     rowwise,
 )
 
-IDS = np.arange(8).reshape(4, 2)
 SCHEDULE = {"stages": [{"epoch": 0, "rows": [6, 7]}, {"epoch": 2, "rows": {"most_frequent": 4}}]}
-VOCABULARY = Vocabulary("abcdefgh", counts=[8, 7, 6, 5, 1, 1, 1, 1])
-
-
-def _model(**settings: Any) -> Any:
-    settings = {"trainable_rows": "all", "reserve_rows": "all", "name": "words", **settings}
-    layer = PartialEmbedding(8, 2, **settings)
-    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, keras.layers.Dense(1)])
-    # Tracing takes longer than these runs do.
-    model.compile(keras.optimizers.AdamW(0.1), "mse", run_eagerly=True)
-    return model
-
-
-def _fit(model: Any, *callbacks: Any, epochs: int = 4) -> None:
-    model.fit(
-        IDS, np.ones((4, 2, 1)), epochs=epochs, batch_size=2, verbose=0, callbacks=list(callbacks)
-    )
 
 
 class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
@@ -52,7 +35,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 def test_the_best_epoch_is_restored_under_a_schedule_that_freezes_again() -> None:
-    model, recorder = _model(reserve_rows=None), Recorder()
+    model, recorder = small_model(), Recorder()
     thaws = {"preset": {"chain_thaw": {"bands": 2}}}
     vocabulary = Vocabulary("abcdefgh", counts=[8, 7, 6, 5, 1, 1, 1, 1], missing=[7])
 
@@ -64,48 +47,29 @@ def test_the_best_epoch_is_restored_under_a_schedule_that_freezes_again() -> Non
         "told", mode="min", patience=2, restore_best_weights=True
     )
     unfreezing = RowUnfreezing(thaws, vocabulary=vocabulary, audit=True)
-    _fit(model, unfreezing, Fall(), recorder, stopping)
+    fit(model, unfreezing, Fall(), recorder, stopping)
     assert stopping.best_epoch == 1
     (last,) = model.layers[0].get_weights()
     assert last.tobytes() == recorder.tables[1].tobytes() != recorder.tables[3].tobytes()
 
 
 def test_an_epoch_in_the_middle_of_a_schedule_needs_no_epochs_before_it() -> None:
-    model = _model()
-    model.fit(
-        IDS,
-        np.ones((4, 2, 1)),
-        initial_epoch=3,
-        epochs=4,
-        verbose=0,
-        callbacks=[RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY)],
-    )
+    model = small_model(reserve_rows="all")
+    fit(model, RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY), initial_epoch=3)
     assert model.layers[0].trainable_rows.tolist() == [0, 1, 2, 3]
 
 
-class Watch(keras.callbacks.Callback):  # type: ignore[misc]
-    """Keeps which rows train before each batch that Keras calls for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[list[int]] = []
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        self.rows.append(self.model.layers[0].trainable_rows.tolist())
-
-
-def _watched(optimizer: Any, schedule: Any, fit: Any, **compiled: Any) -> list[list[int]]:
+def _watched(optimizer: Any, schedule: Any, **compiled: Any) -> list[list[int]]:
     """The rows before each batch of two epochs of eight."""
-    layer = PartialEmbedding(8, 2, trainable_rows="none", reserve_rows="all", name="words")
-    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, keras.layers.Dense(1)])
+    model = small_model(trainable_rows="none", reserve_rows="all")
     model.compile(optimizer, "mse", **compiled)
     watch, ids = Watch(), np.arange(16).reshape(8, 2) % 8
-    callbacks = [RowUnfreezing(schedule), watch]
-    fit = {"epochs": 2, "batch_size": 1, "verbose": 0, **fit}
-    model.fit(ids, np.full((8, 2, 1), 1000.0), callbacks=callbacks, **fit)
+    callbacks, settings = [RowUnfreezing(schedule), watch], {"batch_size": 1, "verbose": 0}
+    model.fit(ids, np.full((8, 2, 1), 1000.0), epochs=2, callbacks=callbacks, **settings)
     return watch.rows
 
 
+ACCUMULATES = {"gradient_accumulation_steps": 2}
 LATE = {"stages": [{"step": 0, "rows": [1]}, {"step": 3, "rows": [2]}, {"step": 5, "rows": [3]}]}
 HALF = {
     "stages": [
@@ -123,21 +87,16 @@ HALF = {
         (LATE, {}, {"run_eagerly": True}, {0: [1], 3: [2], 5: [3]}),
         # Keras calls before batches 0, 2, 4, …
         (LATE, {}, {"steps_per_execution": 2}, {0: [1], 2: [2], 3: [3]}),
-        (LATE, {"gradient_accumulation_steps": 2}, {}, {0: [1], 6: [2], 10: [3]}),
+        (LATE, ACCUMULATES, {}, {0: [1], 6: [2], 10: [3]}),
         (HALF, {}, {}, {0: [1], 4: [2], 8: [2, 3], 12: [2, 3, 4, 5]}),
-        (
-            HALF,
-            {"gradient_accumulation_steps": 2},
-            {},
-            {0: [1], 4: [2], 8: [2, 3], 12: [2, 3, 4, 5]},
-        ),
+        (HALF, ACCUMULATES, {}, {0: [1], 4: [2], 8: [2, 3], 12: [2, 3, 4, 5]}),
         ({**LATE, "cycle": 7}, {}, {}, {0: [1], 3: [2], 5: [3], 7: [1], 10: [2], 12: [3], 14: [1]}),
     ],
 )
 def test_rows_move_before_the_batch_of_their_step(
     schedule: Any, settings: Any, compiled: Any, expected: dict[int, list[int]]
 ) -> None:
-    rows = _watched(keras.optimizers.SGD(0.1, **settings), schedule, {}, **compiled)
+    rows = _watched(keras.optimizers.SGD(0.1, **settings), schedule, **compiled)
     began = {i: r for i, r in enumerate(rows) if not i or r != rows[i - 1]}
     assert began == expected
 
@@ -145,7 +104,7 @@ def test_rows_move_before_the_batch_of_their_step(
 def test_steps_that_a_scaled_loss_skips_are_none() -> None:
     # The scaled gradients of the first steps are infinite, until the scale has fallen.
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1e-6), initial_scale=1e37)
-    rows = _watched(optimizer, LATE, {})
+    rows = _watched(optimizer, LATE)
     skipped = 16 - int(optimizer.iterations)
     assert 0 < skipped < 10
     assert rows.index([2]) == 3 + skipped
@@ -153,28 +112,19 @@ def test_steps_that_a_scaled_loss_skips_are_none() -> None:
 
 
 def test_a_second_fit_begins_at_step_0_again_and_one_that_goes_on_does_not() -> None:
-    model = _model()
+    model = small_model(reserve_rows="all")
     watches = []
     unfreezing = RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}, {"step": 3, "rows": [2]}]})
     for settings in ({"epochs": 2}, {"epochs": 1}, {"epochs": 2, "initial_epoch": 1}):
         watches.append(Watch())
-        model.fit(
-            IDS,
-            np.ones((4, 2, 1)),
-            batch_size=2,
-            verbose=0,
-            callbacks=[unfreezing, watches[-1]],
-            **settings,
-        )
+        fit(model, unfreezing, watches[-1], **settings)
     assert [watch.rows for watch in watches] == [[[1]] * 3 + [[2]], [[1]] * 2, [[1], [2]]]
 
 
 @pytest.mark.parametrize("metric", ["loss", "val_loss"])
 def test_a_plateau_starts_a_stage_with_the_next_epoch(metric: str) -> None:
-    layer = PartialEmbedding(8, 2, trainable_rows=[1], reserve_rows="all", name="words")
-    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer])
     # Nothing learns, so no epoch is an improvement on the first.
-    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model = small_model(keras.optimizers.SGD(0.0), True, trainable_rows=[1], reserve_rows="all")
     waits = {"monitor": metric, "patience": 2}
     schedule = {
         "stages": [
@@ -183,57 +133,47 @@ def test_a_plateau_starts_a_stage_with_the_next_epoch(metric: str) -> None:
             {"epoch": 6, "rows": [3]},
         ]
     }
-    watch, targets = Watch(), np.ones((4, 2, 2))
+    watch, unfreezing = Watch(), RowUnfreezing(schedule)
     traces, step = [], model.train_step
     model.train_step = lambda data: (traces.append(1), step(data))[1]
-    unfreezing = RowUnfreezing(schedule)
-    model.fit(
-        IDS,
-        targets,
-        epochs=7,
-        shuffle=False,  # a sum in another order can be an improvement in its last bit
-        verbose=0,
-        validation_data=(IDS, targets) if metric == "val_loss" else None,
-        callbacks=[unfreezing, watch],
-    )
+    validation = (IDS, TARGETS) if metric == "val_loss" else None
+    # A sum in another order can be an improvement in its last bit.
+    settings = {"epochs": 7, "batch_size": 4, "shuffle": False, "validation_data": validation}
+    fit(model, unfreezing, watch, **settings)
     assert watch.rows == [[1]] * 3 + [[2]] * 3 + [[3]]
     assert unfreezing.position.epoch == 6
     assert len(traces) == 1
 
 
 def test_a_metric_that_is_not_logged_is_refused_with_what_was_logged() -> None:
-    def fit(metric: str, **settings: Any) -> None:
+    def wait(metric: str, **settings: Any) -> None:
         schedule = {"stages": [{"epoch": 0, "rows": [1]}, {"plateau": metric, "rows": [2]}]}
-        callbacks = [RowUnfreezing(schedule)]
-        _model().fit(IDS, np.ones((4, 2, 1)), verbose=0, callbacks=callbacks, **settings)
+        fit(small_model(), RowUnfreezing(schedule), **{"epochs": 1, **settings})
 
     with pytest.raises(InputError, match=r"'lost'\. Received: \['loss'\]"):
-        fit("lost")
+        wait("lost")
     with pytest.raises(InputError, match=r"'val_loss'\. Received: \['loss'\]"):
-        fit("val_loss")
+        wait("val_loss")
     with pytest.raises(InputError, match=r"Received: epoch 1 to begin with, and 0 measured"):
-        fit("loss", initial_epoch=1, epochs=2)
-    fit("val_loss", validation_data=(IDS, np.ones((4, 2, 1))), validation_freq=2, epochs=2)
+        wait("loss", initial_epoch=1, epochs=2)
+    wait("val_loss", validation_data=(IDS, TARGETS), validation_freq=2, epochs=2)
 
 
 def test_a_share_of_data_of_unknown_length_is_refused() -> None:
     def batches() -> Any:
         while True:
-            yield IDS, np.ones((4, 2, 1))
+            yield IDS, TARGETS
 
     with pytest.raises(InputError, match=r"unknown length\. .*pass steps_per_epoch="):
-        _model().fit(batches(), verbose=0, callbacks=[RowUnfreezing(HALF)])
+        small_model().fit(batches(), verbose=0, callbacks=[RowUnfreezing(HALF)])
     # Steps need no length.
-    model = _model()
-    model.fit(
-        tf.data.Dataset.from_generator(
-            lambda: ((IDS, np.ones((4, 2, 1))) for _ in range(4)),
-            output_types=("int64", "float32"),
-            output_shapes=((4, 2), (4, 2, 1)),
-        ),
-        verbose=0,
-        callbacks=[RowUnfreezing(LATE)],
+    model, callbacks = small_model(), [RowUnfreezing(LATE)]
+    data = tf.data.Dataset.from_generator(
+        lambda: ((IDS, TARGETS) for _ in range(4)),
+        output_types=("int64", "float32"),
+        output_shapes=((4, 2), (4, 2, 1)),
     )
+    model.fit(data, verbose=0, callbacks=callbacks)
     assert model.layers[0].trainable_rows.tolist() == [2]
 
 
@@ -247,38 +187,29 @@ def test_the_optimizer_is_asked_for_its_step_only_where_rows_may_change() -> Non
                 Counted.asked += 1
             return super().iterations
 
-    _watched(Counted(0.1), LATE, {})
+    _watched(Counted(0.1), LATE)
     # As each of two epochs begins and ends, twice at its last batch, at two stages and at the end.
     assert Counted.asked <= 12
 
 
 def test_a_backup_that_is_no_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "row_unfreezing.json").write_text("[]")
-    callbacks = [RowUnfreezing(LATE, backup_dir=tmp_path)]
-    goes_on = {"initial_epoch": 1, "epochs": 2, "verbose": 0, "callbacks": callbacks}
     with pytest.raises(InputError, match=r"row_unfreezing\.json: the record of a run is the JSON"):
-        _model().fit(IDS, np.ones((4, 2, 1)), **goes_on)
+        fit(small_model(), RowUnfreezing(LATE, backup_dir=tmp_path), initial_epoch=1)
 
 
 def test_a_vocabulary_may_be_a_plain_list_of_tokens() -> None:
-    model = _model()
+    model = small_model()
     schedule = {"stages": [{"epoch": 0, "rows": {"tokens": ["b", "h"]}}]}
-    _fit(model, RowUnfreezing(schedule, vocabulary=list("abcdefgh")), epochs=1)
+    fit(model, RowUnfreezing(schedule, vocabulary=list("abcdefgh")), epochs=1)
     assert model.layers[0].trainable_rows.tolist() == [1, 7]
 
 
 def test_the_record_of_a_run_and_that_of_a_monitor_share_a_folder(tmp_path: Path) -> None:
     waits = {"stages": [{"epoch": 0, "rows": [1]}, {"plateau": "loss", "rows": [2]}]}
     for epochs in (2, 4):
-        unfreezing = RowUnfreezing(waits, backup_dir=tmp_path)
-        _model().fit(
-            IDS,
-            np.ones((4, 2, 1)),
-            epochs=epochs,
-            initial_epoch=epochs - 2,
-            verbose=0,
-            callbacks=[unfreezing, RowMonitor(tmp_path)],
-        )
+        callbacks = RowUnfreezing(waits, backup_dir=tmp_path), RowMonitor(tmp_path)
+        fit(small_model(), *callbacks, epochs=epochs, initial_epoch=epochs - 2)
     assert read_record(tmp_path).tables.keys() == {"words"}
 
 
@@ -286,7 +217,7 @@ def test_a_pace_needs_an_optimizer_that_keeps_it() -> None:
     schedule = {"stages": [{"epoch": 0, "rows": [6]}, {"epoch": 1, "rows": [7], "lr_scale": 0.5}]}
     rule = r"words: stages\[1\]: lr_scale and warmup_steps .* AdamW\. Compile"
     with pytest.raises(InputError, match=rule):
-        _fit(_model(), RowUnfreezing(schedule))
+        fit(small_model(keras.optimizers.AdamW()), RowUnfreezing(schedule))
     unbuilt = keras.Sequential([PartialEmbedding(8, 2, reserve_rows="all", name="words")])
     unbuilt.compile(rowwise(keras.optimizers.SGD(0.1)), "mse")
     with pytest.raises(InputError, match=r"in a built model"):
@@ -295,7 +226,7 @@ def test_a_pace_needs_an_optimizer_that_keeps_it() -> None:
 
 def test_growing_rows_are_reserved_told_and_audited(capsys: pytest.CaptureFixture[str]) -> None:
     stages = [{"epoch": 0, "rows": [6, 7]}, {"epoch": 3, "rows": "all", "grow": {"order": "ids"}}]
-    _fit(_model(reserve_rows=None), RowUnfreezing({"stages": stages}, audit=True))
+    fit(small_model(), RowUnfreezing({"stages": stages}, audit=True))
     towards = "of 3 towards stage 1"
     assert capsys.readouterr().out.splitlines()[1:] == [
         "words: stage 0 from epoch 0: 2 rows train, 25.0 % of the table",
@@ -306,7 +237,7 @@ def test_growing_rows_are_reserved_told_and_audited(capsys: pytest.CaptureFixtur
     ]
     unknown = {"stages": [stages[0], {**stages[1], "grow": {"order": ["a", "nobody"]}}]}
     with pytest.raises(InputError, match=r"words: stages\[1\]\.rows: .*nobody"):
-        _fit(_model(), RowUnfreezing(unknown, vocabulary=VOCABULARY))
+        fit(small_model(), RowUnfreezing(unknown, vocabulary=VOCABULARY))
 
 
 def test_the_audit_names_rows_that_were_written_from_outside() -> None:
@@ -317,22 +248,14 @@ def test_the_audit_names_rows_that_were_written_from_outside() -> None:
             self.model.layers[0].set_weights([matrix])
 
     with pytest.raises(FrozenRowsMoved, match=r"words: 1 frozen row changed by step 1: 1\. Most"):
-        _fit(_model(), RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY, audit=1), Vandal())
+        fit(small_model(), RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY, audit=1), Vandal())
 
 
 def test_tables_may_have_schedules_of_their_own() -> None:
-    model = keras.Sequential(
-        [
-            keras.Input((2,), dtype="int64"),
-            PartialEmbedding(8, 2, reserve_rows="all", name="words"),
-        ]
-    )
-    model.compile("sgd", "mse")
-    schedule = {"words": {"stages": [{"epoch": 0, "rows": [5]}]}}
-    model.fit(IDS, np.ones((4, 2, 2)), verbose=0, callbacks=[RowUnfreezing(schedule)])
-    assert model.layers[0].trainable_rows.tolist() == [5]
+    model, schedule = small_model(), {"stages": [{"epoch": 0, "rows": [5]}]}
+    assert fit(model, RowUnfreezing({"words": schedule})) == [5]
     with pytest.raises(InputError, match=r"\['words'\]. Received: 'other'"):
-        _fit(model, RowUnfreezing({"other": schedule["words"]}))
+        fit(model, RowUnfreezing({"other": schedule}))
 
 
 def test_two_tables_of_one_name_are_refused() -> None:
@@ -353,22 +276,24 @@ def test_two_tables_of_one_name_are_refused() -> None:
 def test_each_model_is_asked_for_its_own_vocabulary() -> None:
     callback = RowUnfreezing({"stages": [{"epoch": 0, "rows": {"most_frequent": 2}}]})
     for counts, expected in [([9, 8, 1, 1, 1, 1, 1, 1], [0, 1]), ([1] * 6 + [8, 9], [6, 7])]:
-        model = _model()
+        model = small_model()
         model.vocabulary = Vocabulary("abcdefgh", counts=counts)
-        _fit(model, callback, epochs=1)
+        fit(model, callback, epochs=1)
         assert model.layers[0].trainable_rows.tolist() == expected
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step() -> None:
+def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"words: stages\[1\]\.rows: .*counts"):
-        _fit(_model(), RowUnfreezing(SCHEDULE))
-    narrow = _model(trainable_rows=[6, 7], reserve_rows=[6, 7])
+        fit(small_model(), RowUnfreezing(SCHEDULE))
+    narrow = small_model(trainable_rows=[6, 7], reserve_rows=[6, 7])
     with pytest.raises(InputError, match=r"words: stages\[1\]\.rows: .*reserve_rows"):
-        _fit(narrow, RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY))
-    plain = keras.Sequential([keras.layers.Embedding(8, 2), keras.layers.Dense(1)])
+        fit(narrow, RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY))
+    plain = keras.Sequential([keras.Input((2,)), keras.layers.Embedding(8, 2)])
     plain.compile("sgd", "mse")
-    with pytest.raises(InputError, match="needs a PartialEmbedding"):
-        _fit(plain, RowUnfreezing(SCHEDULE))
+    for callback in (RowUnfreezing(SCHEDULE), RowMonitor(tmp_path)):
+        with pytest.raises(InputError, match=r"ing rows needs a PartialEmbedding .*from_layer"):
+            fit(plain, callback)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402  # after the skip
-from partial_embedding.tensorflow.table_state import TableState  # noqa: E402
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
+from partial_embedding.tensorflow.table_state import TableState
 
 NUM_ROWS, WIDTH = 1000, 8
 

@@ -1,14 +1,13 @@
-"""What Keras accepts of several devices and does not follow is refused, with the way out."""
+"""On several devices replicas hold the same rows, and what Keras does not follow is refused."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import keras
 import pytest
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.tensorflow import PartialEmbedding
 
 
 @pytest.fixture
@@ -32,3 +31,16 @@ def test_model_parallel_is_refused_when_a_partial_table_is_built() -> None:
     keras.distribution.set_distribution(None)
     layer.build()
     assert layer.trainable_rows.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "optimizers", [("lazy Adam",), pytest.param((), id="all", marks=pytest.mark.full)]
+)
+def test_replicas_are_identical_after_every_unfreeze(
+    optimizers: tuple[str, ...], start: Callable[..., Any]
+) -> None:
+    # In a process of its own, since logical devices are made before TensorFlow starts.
+    run = start("run_mirrored.py", *optimizers)
+    output, errors = run.communicate()
+    assert run.returncode == 0, errors[-3000:]
+    assert output.splitlines()[-1] == "replicas agree"

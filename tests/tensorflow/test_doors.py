@@ -12,15 +12,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.callbacks.keras import RowCheckpoint  # noqa: E402
-from partial_embedding.tensorflow import (  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.callbacks.keras import RowCheckpoint
+from partial_embedding.tensorflow import (
     PartialEmbedding,
     plain_weights,
     rowwise,
@@ -33,10 +32,16 @@ MATRIX = np.random.default_rng(0).normal(size=(NUM_ROWS, WIDTH)).astype(np.float
 IDS = np.random.default_rng(1).integers(0, NUM_ROWS, (STEPS, 4, 5))
 TARGETS = np.random.default_rng(2).normal(size=(STEPS, 4, 2)).astype(np.float32)
 
+
+def adamw(falls: bool = False) -> Any:
+    falling = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
+    return keras.optimizers.AdamW(falling if falls else 0.1, weight_decay=0.1)
+
+
 KINDS: dict[str, Callable[[], Any]] = {
-    "split": lambda: keras.optimizers.AdamW(0.1, weight_decay=0.1),
-    "rowwise": lambda: rowwise(keras.optimizers.AdamW(0.1, weight_decay=0.1)),
-    "lazy": lambda: rowwise(keras.optimizers.AdamW(0.1, weight_decay=0.1), lazy=True),
+    "split": adamw,
+    "rowwise": lambda: rowwise(adamw()),
+    "lazy": lambda: rowwise(adamw(falls=True), lazy=True),
 }
 # The steps that are made before the cut, and whether the rows of the next one are set already.
 CUTS = {"before": (STAGE - 1, False), "at": (STAGE, True), "after": (STAGE + 2, False)}
@@ -77,9 +82,12 @@ def train(model: Any, first: int, last: int) -> None:
         model.train_on_batch(IDS[step], TARGETS[step])
 
 
+def bits(model: Any) -> list[bytes]:
+    return [array.tobytes() for array in plain_weights(model)]
+
+
 def state(model: Any) -> list[bytes]:
-    arrays = [*plain_weights(model), *(v.numpy() for v in model.optimizer.variables)]
-    return [array.tobytes() for array in arrays]
+    return bits(model) + [v.numpy().tobytes() for v in model.optimizer.variables]
 
 
 @cache
@@ -89,19 +97,14 @@ def whole_run(kind: str, traced: bool) -> list[bytes]:
     return state(model)
 
 
-def by_checkpoint(model: Any, kind: str, folder: Path) -> Any:
-    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(folder / "state")
-    other = fresh(kind)
-    restored = tf.train.Checkpoint(model=other, optimizer=other.optimizer).restore(path)
-    restored.assert_consumed()
-    return other
+def by_checkpoint(hold: Callable[[Any], Any]) -> Callable[[Any, str, Path], Any]:
+    def go(model: Any, kind: str, folder: Path) -> Any:
+        path = hold(model).save(folder / "state")
+        other = fresh(kind)
+        hold(other).restore(path).assert_consumed()
+        return other
 
-
-def by_checkpoint_of_a_model(model: Any, kind: str, folder: Path) -> Any:
-    path = tf.train.Checkpoint(model).save(folder / "state")  # Keras models hold their optimizer
-    other = fresh(kind)
-    tf.train.Checkpoint(other).restore(path).assert_consumed()
-    return other
+    return go
 
 
 def by_backup(model: Any, kind: str, folder: Path) -> Any:
@@ -128,40 +131,41 @@ def by_file(make: Any, name: str) -> Callable[[Any, str, Path], Any]:
     return go
 
 
-def by_arrays(model: Any, kind: str, folder: Path) -> Any:
-    other = fresh(kind)
-    other.set_weights(model.get_weights())
-    other.optimizer.set_weights([v.numpy() for v in model.optimizer.variables])
-    return other
+def arrays_of(model: Any) -> tuple[list[Any], list[Any]]:
+    return model.get_weights(), [v.numpy() for v in model.optimizer.variables]
+
+
+def with_arrays(model: Any, weights: list[Any], variables: list[Any]) -> Any:
+    model.set_weights(weights)
+    model.optimizer.set_weights(variables)
+    return model
 
 
 def by_clone(model: Any, kind: str, folder: Path) -> Any:
     other = keras.models.clone_model(model)
     other.compile(KINDS[kind](), "mse")
     other.optimizer.build(other.trainable_variables)
-    other.set_weights(model.get_weights())
-    other.optimizer.set_weights([v.numpy() for v in model.optimizer.variables])
-    return other
+    return with_arrays(other, *arrays_of(model))
 
 
 def by_going_back(model: Any, kind: str, folder: Path) -> Any:
-    weights = model.get_weights()
-    variables = [v.numpy() for v in model.optimizer.variables]
+    arrays = arrays_of(model)
     model.get_layer("words").set_trainable_rows([8])
     model.fit(IDS[0], TARGETS[0], epochs=2, verbose=0)
-    model.set_weights(weights)
-    model.optimizer.set_weights(variables)
-    return model
+    return with_arrays(model, *arrays)
 
 
 DOORS: dict[str, Callable[[Any, str, Path], Any]] = {
-    "tf.train.Checkpoint": by_checkpoint,
-    "tf.train.Checkpoint of a model": by_checkpoint_of_a_model,
+    "tf.train.Checkpoint": by_checkpoint(
+        lambda model: tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+    ),
+    # Keras models hold their optimizer.
+    "tf.train.Checkpoint of a model": by_checkpoint(tf.train.Checkpoint),
     "BackupAndRestore": by_backup,
     ".keras": by_file(keras.callbacks.ModelCheckpoint, "model.keras"),
     ".weights.h5": by_file(keras.callbacks.ModelCheckpoint, "model.weights.h5"),
     "RowCheckpoint": by_file(RowCheckpoint, "model.weights.h5"),
-    "set_weights": by_arrays,
+    "set_weights": lambda model, kind, folder: with_arrays(fresh(kind), *arrays_of(model)),
     "clone_model": by_clone,
     "pickle": lambda model, kind, folder: pickle.loads(pickle.dumps(model)),
     "deepcopy": lambda model, kind, folder: copy.deepcopy(model),
@@ -214,10 +218,9 @@ def test_a_run_that_goes_on_through_a_door_ends_where_the_whole_one_does(
     train(model, 0, steps)
     if is_set:
         set_rows(model, steps)
-    at_cut = plain_weights(model)
+    at_cut = bits(model)
     other = DOORS[door](model, kind, tmp_path)
-    for got, expected in zip(plain_weights(other), at_cut, strict=True):
-        assert got.tobytes() == expected.tobytes()
+    assert bits(other) == at_cut
     train(other, steps, STEPS)
     assert state(other) == whole_run(kind, traced)
     assert other.get_layer("words").trainable_rows.tolist() == rows_at(STEPS)
@@ -238,55 +241,32 @@ def through_layers(source: Any, target: Any, folder: Path) -> None:
         other.set_weights(one.get_weights())
 
 
-def through_a_weights_file(source: Any, target: Any, folder: Path) -> None:
-    source.save_weights(folder / "model.weights.h5")
-    target.load_weights(folder / "model.weights.h5")
+def through_a_file(name: str, **options: Any) -> Callable[[Any, Any, Path], None]:
+    def go(source: Any, target: Any, folder: Path) -> None:
+        (source.save_weights if ".weights" in name else source.save)(folder / name)
+        target.load_weights(folder / name, **options)
+
+    return go
 
 
-def through_an_old_file(source: Any, target: Any, folder: Path) -> None:
-    source.save(folder / "model.h5")
-    target.load_weights(folder / "model.h5")
-
-
-def through_an_old_file_by_name(source: Any, target: Any, folder: Path) -> None:
-    source.save(folder / "model.h5")
-    target.load_weights(folder / "model.h5", by_name=True)
-
-
-def through_the_named_way(source: Any, target: Any, folder: Path) -> None:
-    set_plain_weights(target, plain_weights(source))
-
-
-EXCHANGES = [
-    through_layers,
-    through_a_weights_file,
-    through_an_old_file,
-    through_an_old_file_by_name,
-    through_the_named_way,
-]
+EXCHANGES: dict[str, Callable[[Any, Any, Path], None]] = {
+    "layers": through_layers,
+    "weights file": through_a_file("model.weights.h5"),
+    "old file": through_a_file("model.h5"),
+    "old file by name": through_a_file("model.h5", by_name=True),
+    "named way": lambda source, target, _: set_plain_weights(target, plain_weights(source)),
+}
 
 
 @pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_weights_go_to_a_plain_model_and_back(exchange: Any, tmp_path: Path) -> None:
+def test_weights_go_to_a_plain_model_and_back(exchange: str, tmp_path: Path) -> None:
     source, plain, back = trained(), plain_network(), network(partial())
-    exchange(source, plain, tmp_path)
+    EXCHANGES[exchange](source, plain, tmp_path)
     np.testing.assert_array_equal(plain(IDS[0]), source(IDS[0]))
-    exchange(plain, back, tmp_path)
-    assert [a.tobytes() for a in plain_weights(back)] == [a.tobytes() for a in plain.get_weights()]
+    EXCHANGES[exchange](plain, back, tmp_path)
+    assert bits(back) == bits(plain)
     assert back.get_layer("words").trainable_rows.tolist() == [3, 5]
-
-
-@pytest.mark.usefixtures("eagerly")
-def test_a_checkpoint_without_the_optimizer_holds_the_table_and_which_rows_train(
-    tmp_path: Path,
-) -> None:
-    model, other = trained(), network(partial())
-    path = tf.train.Checkpoint(layers=model.layers).save(tmp_path / "state")
-    tf.train.Checkpoint(layers=other.layers).restore(path).assert_consumed()
-    for got, expected in zip(plain_weights(other), plain_weights(model), strict=True):
-        assert got.tobytes() == expected.tobytes()
-    assert other.get_layer("words").trainable_rows.tolist() == [5, 7, 8]
 
 
 def test_weights_of_another_model_are_refused_before_any_is_set() -> None:
@@ -330,62 +310,6 @@ def test_a_saved_model_gives_the_same_numbers_after_rows_froze_again(
             gradients()
     else:
         assert any(one is not None for one in gradients())
-
-
-class Freezing(keras.callbacks.Callback):  # type: ignore[misc]
-    """Thaws one set of rows after the other, as chain-thaw does, and keeps each epoch's table."""
-
-    rows = ([3], [5], [7], [3], RESERVED)
-
-    def __init__(self, losses: list[float]) -> None:
-        super().__init__()
-        self.losses = losses
-        self.tables: list[Any] = []
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self.model.get_layer("words").set_trainable_rows(self.rows[epoch])
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        logs["told"] = self.losses[epoch]
-        self.tables.append(plain_weights(self.model))
-
-
-@pytest.mark.usefixtures("eagerly")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("best", range(4))
-def test_early_stopping_restores_the_best_weights_after_rows_froze_again(
-    kind: str, best: int
-) -> None:
-    losses = [1.0 if epoch == best else 2.0 for epoch in range(5)]
-    losses[:best] = [3.0 - epoch / 10 for epoch in range(best)]
-    freezing = Freezing(losses)
-    stopping = keras.callbacks.EarlyStopping(
-        "told", mode="min", patience=9, restore_best_weights=True
-    )
-    model = fresh(kind)
-    model.fit(IDS[0], TARGETS[0], epochs=5, verbose=0, callbacks=[freezing, stopping])
-    assert stopping.best_epoch == best
-    for got, expected in zip(plain_weights(model), freezing.tables[best], strict=True):
-        assert got.tobytes() == expected.tobytes()
-    assert model.get_layer("words").trainable_rows.tolist() == freezing.rows[best]
-
-
-@pytest.mark.usefixtures("eagerly")
-@pytest.mark.parametrize("weights_only", [False, True])
-def test_model_checkpoint_keeps_the_best_table(weights_only: bool, tmp_path: Path) -> None:
-    freezing, model = Freezing([3.0, 1.0, 2.0, 2.0, 2.0]), fresh("rowwise")
-    path = tmp_path / ("best.weights.h5" if weights_only else "best.keras")
-    keep = keras.callbacks.ModelCheckpoint(
-        path, "told", mode="min", save_best_only=True, save_weights_only=weights_only
-    )
-    model.fit(IDS[0], TARGETS[0], epochs=5, verbose=0, callbacks=[freezing, keep])
-    if weights_only:
-        model.load_weights(path)
-    else:
-        model = keras.models.load_model(path)
-        assert model.get_layer("words").trainable_rows.tolist() == [5]
-    for got, expected in zip(plain_weights(model), freezing.tables[1], strict=True):
-        assert got.tobytes() == expected.tobytes()
 
 
 # Averages

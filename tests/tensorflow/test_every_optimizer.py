@@ -9,20 +9,16 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from cohorts import MATRIX, NUM_ROWS, RESERVED, batches, gradient, product
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402  # after the skip
+from partial_embedding.tensorflow import PartialEmbedding
 
 # Two programs that differ elsewhere are fused, and so rounded, differently.
 tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-
-NUM_ROWS, WIDTH = 12, 4
-RESERVED = np.array([1, 2, 5, 7, 8, 11])
-MATRIX = np.random.default_rng(1).normal(size=(NUM_ROWS, WIDTH)).astype(np.float32)
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD": ("SGD", {}),
@@ -94,19 +90,6 @@ def _cases() -> list[Any]:
     return cases
 
 
-def _batches(steps: int) -> list[tuple[Any, Any]]:
-    rng = np.random.default_rng(0)
-    # Ids repeat, and gradients are multiples of 1/8, so that sums are exact in any order and at
-    # any precision.
-    return [
-        (
-            rng.integers(0, NUM_ROWS, (4, 6)),
-            rng.integers(-8, 9, (4, 6, WIDTH)).astype(np.float32) / 8,
-        )
-        for _ in range(steps)
-    ]
-
-
 def _optimizer(name: str, option: Option) -> Any:
     kind, settings = OPTIMIZERS[name]
     made = getattr(keras.optimizers, kind)(learning_rate=0.05, **{**settings, **option.optimizer})
@@ -129,8 +112,7 @@ def _partial(name: str, option: str) -> tuple[Any, list[Any]]:
         MATRIX, trainable_rows="none", reserve_rows=RESERVED, dtype=dtype
     )
     model = keras.Sequential([keras.Input((None,), dtype="int64"), layer])
-    dot = lambda upstream, rows: tf.reduce_sum(upstream * rows)  # noqa: E731
-    model.compile(_optimizer(name, how), loss=dot, **how.compile)
+    model.compile(_optimizer(name, how), loss=product, **how.compile)
     # Keras would build it inside the traced step, where ScheduleFreeAdamW loses its first state.
     model.optimizer.build(model.trainable_variables)
     return model, [v.numpy() for v in model.optimizer.variables]
@@ -143,7 +125,7 @@ def _train_partial(name: str, option: str, scenario: list[list[int]]) -> list[An
     layer.set_weights([MATRIX])
     _set(model.optimizer, start)
     tables = [layer.get_weights()[0]]
-    for rows, (ids, upstream) in zip(scenario, _batches(len(scenario)), strict=True):
+    for rows, (ids, upstream) in zip(scenario, batches(), strict=False):
         layer.set_trainable_rows(rows)
         model.train_on_batch(ids, upstream)
         tables.append(layer.get_weights()[0])
@@ -157,9 +139,9 @@ def _alone(name: str, option: str) -> tuple[Any, Any, list[Any], Any]:
     table = keras.Variable(MATRIX[RESERVED], name="embeddings")
     optimizer.build([table])
 
-    def step(gradient: Any, live: Any) -> None:
+    def step(own: Any, live: Any) -> None:
         before = tf.identity(table.value)
-        optimizer.apply([optimizer.scale_loss(gradient)], [table])
+        optimizer.apply([optimizer.scale_loss(own)], [table])
         table.assign(tf.where(live, table.value, before))
 
     if not how.compile.get("run_eagerly"):
@@ -172,11 +154,9 @@ def _train_alone(name: str, option: str, scenario: list[list[int]]) -> list[Any]
     table.assign(MATRIX[RESERVED])
     _set(optimizer, start)
     tables = [table.numpy()]
-    for rows, (ids, upstream) in zip(scenario, _batches(len(scenario)), strict=True):
-        gradient = np.zeros(MATRIX.shape, np.float32)
-        np.add.at(gradient, ids, upstream)
+    for rows, batch in zip(scenario, batches(), strict=False):
         live = np.isin(RESERVED, rows)[:, np.newaxis]
-        step(tf.constant(np.where(live, gradient[RESERVED], 0)), tf.constant(live))
+        step(tf.constant(np.where(live, gradient(*batch)[RESERVED], 0)), tf.constant(live))
         tables.append(table.numpy())
     return tables
 

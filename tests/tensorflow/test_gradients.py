@@ -2,14 +2,13 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError  # noqa: E402  # after the skip
-from partial_embedding.tensorflow import gradients  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.tensorflow import PartialEmbedding, gradients
 
 MATRIX = np.arange(12, dtype=np.float32).reshape(6, 2)
 IDS = np.array([[1, 4], [4, 5]])
@@ -89,3 +88,7 @@ def test_what_cannot_work_is_refused() -> None:
         gradients.keep_rows(tf.IndexedSlices(tf.ones((1, 2)), [1]), [1])
     with pytest.raises(InputError, match=r"must lie in \[0, 6\)"):
         gradients.set_rows(keras.Variable(MATRIX), [6], 0.0)
+    split = PartialEmbedding.from_matrix(MATRIX, trainable_rows=[1]).embeddings
+    for table in (None, "words", MATRIX, split, tf.Variable(MATRIX[0])):
+        with pytest.raises(InputError, match=r"tf\.Variable of shape \(V, D\)\. Received a "):
+            gradients.add_to_rows(table, [1], 0.0)

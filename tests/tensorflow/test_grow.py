@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+from cohorts import TwoOptimizers, moved
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from partial_embedding import InputError, Schedule  # noqa: E402  # after the skip
-from partial_embedding.schedule.runner import Runner  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise  # noqa: E402
-from partial_embedding.tensorflow.adapter import KerasTables  # noqa: E402
+from partial_embedding import InputError, Schedule
+from partial_embedding.schedule.runner import Runner
+from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise
+from partial_embedding.tensorflow.adapter import KerasTables
 
 V, D, NEW = 10, 4, 3
 OPTIMIZERS: dict[str, Any] = {
@@ -158,25 +157,6 @@ class Unregistered(keras.optimizers.schedules.LearningRateSchedule):
         return 0.1
 
 
-class TwoOptimizers(keras.Model):
-    """A model that steps its table and its head by optimizers of their own."""
-
-    def compile(self, of_table: Any, of_head: Any, **options: Any) -> None:
-        super().compile(**options)
-        self.of_table, self.of_head = of_table, of_head
-
-    def train_step(self, data: Any) -> Any:
-        ids, targets = data
-        with tf.GradientTape() as tape:
-            loss = self.compute_loss(y=targets, y_pred=self(ids))
-        parts = [self.layers[1].trainable_variables, self.layers[-1].trainable_variables]
-        for optimizer, part, gradients in zip(
-            (self.of_table, self.of_head), parts, tape.gradient(loss, parts), strict=True
-        ):
-            optimizer.apply(gradients, part)
-        return {"loss": loss}
-
-
 @pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, rowwise], ids=["plain", "rowwise"])
 @pytest.mark.parametrize("rate", [lambda: 0.1, Unregistered()], ids=["function", "unregistered"])
 def test_an_optimizer_goes_on_at_a_rate_that_keras_cannot_write_down(wrap: Any, rate: Any) -> None:
@@ -216,17 +196,16 @@ def test_averages_of_new_rows_begin_at_the_rows() -> None:
 def test_every_optimizer_that_a_model_has_of_the_table_goes_on() -> None:
     parts = model_of()
     model = TwoOptimizers(parts.inputs, parts.outputs)
-    model.compile(rowwise(keras.optimizers.Adam(0.1)), keras.optimizers.SGD(0.1), loss="mse")
-    model.run_eagerly = True
+    model.of_table, of_rest = rowwise(keras.optimizers.Adam(0.1)), keras.optimizers.SGD(0.1)
+    model.of_rest = of_rest
+    model.compile(loss="mse", run_eagerly=True)
     fit(model, V, epochs=1)
-    of_head = model.of_head
     grow_table(model, "items", NEW)
     before = parts.layers[0].get_weights()[0]
     fit(model, V + NEW, epochs=2)
-    moved = np.flatnonzero((parts.layers[0].get_weights()[0] != before).any(axis=1))
-    assert moved.tolist() == [1, 5, 10, 11, 12]
-    assert model.of_head is of_head
-    assert int(model.of_table.iterations) == int(of_head.iterations) == 9
+    assert moved(parts.layers[0], before) == [1, 5, 10, 11, 12]
+    assert model.of_rest is of_rest
+    assert int(model.of_table.iterations) == int(of_rest.iterations) == 9
 
 
 def test_an_optimizer_that_cannot_be_made_anew_is_refused_before_the_table_grows() -> None:
@@ -264,11 +243,12 @@ def test_a_table_with_lora_or_quantized_does_not_grow(change: Any) -> None:
         ({"rows": 0}, "from 1 up"),
         ({"init": np.ones((NEW, D + 1))}, "a vector for each new row"),
         ({"init": "zeros"}, "init is 'mean'"),
+        ({"init": [[1.0], [1.0, 2.0]]}, "a vector for each new row"),
         ({"init": np.full((NEW, D), "a")}, r"Received: \(3, 4\), <U1"),
         ({"init": np.full((NEW, D), 1j)}, "Received: .*complex128"),
         ({"init": lambda shape: np.ones((NEW, NEW))}, r"Received: \(3, 3\)"),
     ],
-    ids=["name", "rows", "vectors", "init", "text", "complex", "function"],
+    ids=["name", "rows", "vectors", "init", "lengths", "text", "complex", "function"],
 )
 def test_what_cannot_grow_is_refused_and_stays(change: dict[str, Any], reason: str) -> None:
     model = model_of()

@@ -4,10 +4,9 @@ from typing import Any
 
 import pytest
 
-keras = pytest.importorskip("keras")
-suite = pytest.importorskip("keras.src.layers.core.embedding_test")
+from partial_embedding.tensorflow import PartialEmbedding
 
-from partial_embedding.tensorflow import PartialEmbedding  # noqa: E402  # after the skip
+suite = pytest.importorskip("keras.src.layers.core.embedding_test")
 
 # Keras ships this many; fewer would mean that the suite was not found.
 LEAST = 45

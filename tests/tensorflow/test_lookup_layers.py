@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import pytest
-
-pytest.importorskip("tensorflow", reason="these tests run in the Keras environment")
-
 import keras
+import pytest
 
 from partial_embedding import InputError, Rows, Vocabulary
 

@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
-
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-
-from cohorts import (  # noqa: E402  # after the skip
+import tensorflow as tf
+from cohorts import (
     RATE,
     RESERVED,
     SCALED,
@@ -21,9 +19,9 @@ from cohorts import (  # noqa: E402  # after the skip
     run,
 )
 
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
-from partial_embedding.tensorflow.served import SERVED  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
+from partial_embedding.tensorflow.served import SERVED
 
 OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{name: (name, {}, {}) for name in SERVED},

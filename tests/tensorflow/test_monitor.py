@@ -3,20 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
 pytest.importorskip("tensorboard")  # TensorFlow writes no summaries without
 
-from cohorts import TwoOptimizers  # noqa: E402
+from cohorts import TwoOptimizers
 
-from partial_embedding import InputError, Vocabulary  # noqa: E402
-from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing  # noqa: E402
-from partial_embedding.monitor.record import read_record  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
-from partial_embedding.tensorflow.table_state import TableState  # noqa: E402
+from partial_embedding import InputError, Vocabulary
+from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
+from partial_embedding.monitor.record import read_record
+from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise
+from partial_embedding.tensorflow.table_state import TableState
 
 V, D, RATE = 8, 4, 0.125
 IDS = np.array([[6, 7], [6, 0], [6, 7], [6, 0]])
@@ -31,20 +31,25 @@ class Summed(keras.layers.Layer):  # type: ignore[misc]
         return keras.ops.sum(rows, axis=(1, 2))[:, None]
 
 
+def network(optimizer: Any, traced: bool = False, **rows: Any) -> Any:
+    layer = PartialEmbedding.from_matrix(np.ones((V, D)), name="words", **rows)
+    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
+    model.compile(optimizer, lambda _, value: keras.ops.sum(value), run_eagerly=not traced)
+    return model
+
+
+def train(model: Any, *callbacks: Any) -> None:
+    settings = {"epochs": 4, "batch_size": 2, "shuffle": False, "verbose": 0}
+    model.fit(IDS, np.zeros((4, 1)), callbacks=list(callbacks), **settings)
+
+
 def fit(folder: Path, traced: bool = False, **options: Any) -> tuple[RowMonitor, Any]:
     keras.utils.set_random_seed(0)
-    layer = PartialEmbedding.from_matrix(
-        np.ones((V, D)), trainable_rows=[6, 7], reserve_rows="all", name="words"
-    )
-    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
-    optimizer = rowwise(keras.optimizers.SGD(RATE))
-    model.compile(optimizer, lambda _, value: keras.ops.sum(value), run_eagerly=not traced)
+    rows = {"trainable_rows": [6, 7], "reserve_rows": "all"}
+    model = network(rowwise(keras.optimizers.SGD(RATE)), traced, **rows)
     unfreezing = RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY, audit=True)
     monitor = RowMonitor(folder, vocabulary=VOCABULARY, unfreezing=unfreezing, **options)
-    callbacks = [unfreezing, monitor]
-    model.fit(
-        IDS, np.zeros((4, 1)), epochs=4, batch_size=2, verbose=0, shuffle=False, callbacks=callbacks
-    )
+    train(model, unfreezing, monitor)
     return monitor, model
 
 
@@ -70,14 +75,6 @@ def logged(folder: Path) -> dict[str, list[float]]:
     return numbers
 
 
-def test_a_model_that_has_no_table_is_refused(tmp_path: Path) -> None:
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Embedding(V, D), Summed()])
-    model.compile("sgd", "mse")
-    with pytest.raises(InputError, match=r"a PartialEmbedding in the model\. Received a Seque"):
-        model.fit(IDS, np.zeros((4, 1)), verbose=0, callbacks=[RowMonitor(tmp_path)])
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -91,6 +88,18 @@ def test_what_would_measure_nothing_is_refused_at_once(options: dict[str, Any]) 
     (name,) = options
     with pytest.raises(InputError, match=f"^{name} is "):
         RowMonitor("logs", **options)
+
+
+def test_data_of_unknown_length_is_measured_by_steps(tmp_path: Path) -> None:
+    data = tf.data.Dataset.from_tensor_slices((IDS, np.zeros((4, 1)))).batch(2)
+    model = network("sgd", trainable_rows=[6, 7], reserve_rows="all")
+    # A stage of the second epoch.
+    unfreezing = RowUnfreezing({"stages": [{"epoch": 0, "rows": [6]}, {"step": 2, "rows": [7]}]})
+    callbacks = [unfreezing, monitor := RowMonitor(tmp_path, unfreezing=unfreezing)]
+    unknown = data.filter(lambda ids, targets: True)
+    model.fit(unknown, epochs=2, verbose=0, callbacks=callbacks)
+    assert monitor.tracks["words"].trainable == [(0.0, 1), (2.0, 1)]
+    assert [step.trainable for step in read_record(tmp_path).plans["words"]] == [1, 1]
 
 
 def test_a_file_is_no_folder_of_logs(tmp_path: Path) -> None:
@@ -109,6 +118,14 @@ def test_a_model_that_was_not_compiled_is_measured(tmp_path: Path) -> None:
     layer.write_rows(np.array([6]), np.ones((1, D)))  # what a step of one's own does
     monitor.on_train_batch_end(0)
     assert logged(tmp_path)["words/trainable_rows"] == [1]
+
+
+def test_a_plan_knows_the_rows_by_which_a_table_grew(tmp_path: Path) -> None:
+    model = network("sgd", trainable_rows=[6])
+    grow_table(model, "words", 3)
+    unfreezing = RowUnfreezing({"stages": [{"epoch": 0, "rows": "new"}]})
+    train(model, unfreezing, RowMonitor(tmp_path, unfreezing=unfreezing))
+    assert [step.trainable for step in read_record(tmp_path).plans["words"]] == [3]
 
 
 def test_it_logs_the_numbers_of_each_cohort_and_band(usual: tuple[Path, RowMonitor]) -> None:
@@ -179,17 +196,11 @@ def test_it_changes_no_bit_of_training(each_step: tuple[RowMonitor, Any], tmp_pa
 
 def test_a_cohort_with_an_lr_scale_has_another_rate(tmp_path: Path) -> None:
     slow = {"epoch": 2, "rows": {"most_frequent": 4}, "lr_scale": 0.5, "warmup_steps": 4}
-    layer = PartialEmbedding(V, D, trainable_rows=[6, 7], reserve_rows="all", name="words")
-    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
     optimizer = rowwise(keras.optimizers.SGD(RATE))
-    model.compile(optimizer, lambda _, value: keras.ops.sum(value))
+    model = network(optimizer, True, trainable_rows=[6, 7], reserve_rows="all")
     optimizer.build(model.trainable_variables)
-    schedule = {"stages": [SCHEDULE["stages"][0], slow]}
-    monitor = RowMonitor(tmp_path, every_n_steps=1)
-    model.fit(
-        IDS, np.zeros((4, 1)), epochs=4, batch_size=2, verbose=0,
-        callbacks=[RowUnfreezing(schedule, vocabulary=VOCABULARY), monitor],
-    )  # fmt: skip
+    unfreezing = RowUnfreezing({"stages": [SCHEDULE["stages"][0], slow]}, vocabulary=VOCABULARY)
+    train(model, unfreezing, monitor := RowMonitor(tmp_path, every_n_steps=1))
     cohorts = monitor.tracks["words"].cohorts
     assert [rate for _, rate in cohorts[0].numbers["lr"]] == [RATE] * 4
     assert [rate for _, rate in cohorts[1].numbers["lr"]] == [
@@ -207,9 +218,8 @@ def test_rows_are_read_where_they_were_set_or_a_step_is_measured(
         reads.append(1)
         return read(state)
 
-    layer = PartialEmbedding(V, D, trainable_rows=[1], reserve_rows=[1, 2], name="words")
-    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, Summed()])
-    model.compile("sgd", lambda _, value: keras.ops.sum(value))
+    model = network("sgd", True, trainable_rows=[1], reserve_rows=[1, 2])
+    layer = model.layers[0]
     moves = keras.callbacks.LambdaCallback(
         on_train_batch_begin=lambda batch, logs: batch == 7 and layer.set_trainable_rows([1, 2])
     )

@@ -2,52 +2,43 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from cohorts import TwoOptimizers
+from small_fits import IDS, NUM_ROWS, TARGETS, VOCABULARY, WIDTH, Watch, fit, small_model
 
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
+from partial_embedding import InputError
+from partial_embedding.callbacks.keras import RowUnfreezing
+from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
-from cohorts import TwoOptimizers  # noqa: E402
-
-from partial_embedding import InputError, Vocabulary  # noqa: E402
-from partial_embedding.callbacks.keras import RowUnfreezing  # noqa: E402
-from partial_embedding.tensorflow import PartialEmbedding, rowwise  # noqa: E402
-
-NUM_ROWS, WIDTH = 8, 2
-IDS = np.arange(NUM_ROWS).reshape(4, 2)
 STAGES = {"stages": [{"epoch": 0, "rows": [6, 7]}, {"epoch": 1, "rows": {"most_frequent": 2}}]}
-VOCABULARY = Vocabulary("abcdefgh", counts=[9, 8, 1, 1, 1, 1, 1, 1])
 
 
-def network(layer: Any = None, optimizer: Any = "adam", traced: bool = False) -> Any:
-    layer = layer or PartialEmbedding(NUM_ROWS, WIDTH, name="words")
-    model = keras.Sequential([keras.Input((2,), dtype="int64"), layer, keras.layers.Dense(1)])
-    model.compile(optimizer, "mse", run_eagerly=not traced)  # tracing takes longer than these runs
-    return model
-
-
-def fit(model: Any, schedule: Any = STAGES, **settings: Any) -> list[int]:
-    """Train two epochs, and say which rows moved."""
-    before = model.layers[0].get_weights()[0]
-    unfreezing = RowUnfreezing(schedule, vocabulary=VOCABULARY, audit=True)
-    settings = {"epochs": 2, "batch_size": 2, "callbacks": [unfreezing], **settings}
-    model.fit(IDS, np.ones((4, 2, 1)), verbose=0, **settings)
-    moved = (model.layers[0].get_weights()[0] != before).any(axis=1)
-    return [int(row) for row in np.flatnonzero(moved)]
+def run(model: Any, schedule: Any = STAGES) -> list[int]:
+    """Train two epochs along a schedule, and give the rows that moved."""
+    return fit(model, RowUnfreezing(schedule, vocabulary=VOCABULARY, audit=True), epochs=2)
 
 
 @pytest.mark.parametrize("lazy", [None, False, True])
 def test_the_schedule_alone_reserves_what_it_will_ever_train(lazy: bool | None) -> None:
     optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
     optimizer = optimizer if lazy is None else rowwise(optimizer, lazy=lazy)
-    model = network(optimizer=optimizer, traced=True)
+    model = small_model(optimizer, traced=True)
     (table,) = model.layers[0].get_weights()
-    assert fit(model) == [0, 1, 6, 7]
+    assert run(model) == [0, 1, 6, 7]
     layer = model.layers[0]
     assert layer.reserved_rows.tolist() == [0, 1, 6, 7]
     assert [tuple(v.shape) for v in layer.trainable_variables] == [(4, WIDTH)]
     assert layer.get_weights()[0][2:6].tobytes() == table[2:6].tobytes()
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_table_that_was_built_whole_is_reserved_at_half_precision_too(policy: str) -> None:
+    model = small_model(dtype=policy)
+    assert run(model) == [0, 1, 6, 7]
+    assert model.layers[0](IDS).dtype == model.layers[0].compute_dtype
 
 
 def test_it_reserves_before_a_backup_is_read(tmp_path: Any) -> None:
@@ -57,65 +48,53 @@ def test_it_reserves_before_a_backup_is_read(tmp_path: Any) -> None:
             RowUnfreezing(STAGES, vocabulary=VOCABULARY, backup_dir=tmp_path),
         ]
 
-    fit(model := network(), epochs=1, callbacks=callbacks())
-    resumed = network()
-    fit(resumed, callbacks=callbacks())
-    fit(model, initial_epoch=1, callbacks=callbacks())
+    fit(model := small_model(), *callbacks(), epochs=1)
+    fit(resumed := small_model(), *callbacks(), epochs=2)
+    fit(model, *callbacks(), initial_epoch=1, epochs=2)
     assert resumed.layers[0].trainable_rows.tolist() == [0, 1]
 
 
 def test_a_model_that_has_predicted_predicts_what_it_learns() -> None:
-    model = network(traced=True)
+    model = small_model(traced=True)
     before = model.predict(IDS, verbose=0)
-    fit(model)
+    run(model)
     after = model.predict(IDS, verbose=0)
     assert (before != after).any()
     np.testing.assert_array_equal(after, model(IDS))
 
 
 def test_a_table_whose_rows_all_train_throughout_stays_a_plain_one() -> None:
-    model = network()
-    fit(model, {"stages": [{"epoch": 0, "rows": "all"}]})
+    model = small_model()
+    run(model, {"stages": [{"epoch": 0, "rows": "all"}]})
     assert [v.name for v in model.layers[0].variables] == ["embeddings"]
 
 
 def test_rows_that_a_layer_was_told_to_reserve_are_not_added_to() -> None:
-    layer = PartialEmbedding(NUM_ROWS, WIDTH, trainable_rows=[6], reserve_rows=[6, 7])
+    model = small_model(trainable_rows=[6], reserve_rows=[6, 7])
     with pytest.raises(InputError, match=r"stages\[1\]\.rows: .*among the 2 reserved ones"):
-        fit(network(layer))
+        run(model)
 
 
 def test_it_is_too_late_once_an_optimizer_was_built_for_the_table() -> None:
-    model = network()
-    model.fit(IDS, np.ones((4, 2, 1)), verbose=0)
+    model = small_model()
+    fit(model)
     with pytest.raises(InputError, match="it is a plain one"):
-        fit(model)
+        run(model)
     # The remedy.
-    again = network(PartialEmbedding(NUM_ROWS, WIDTH, reserve_rows="all", name="words"))
-    again.fit(IDS, np.ones((4, 2, 1)), verbose=0)
-    assert fit(again) == [0, 1, 6, 7]
-
-
-def test_a_layer_that_does_not_train_is_refused_under_a_schedule() -> None:
-    model = network()
-    model.layers[0].trainable = False
-    with pytest.raises(InputError, match="'words' with trainable=False"):
-        fit(model)
-    # The remedy: before it is compiled.
-    model.layers[0].trainable = True
-    model.compile("adam", "mse", run_eagerly=True)
-    assert fit(model) == [0, 1, 6, 7]
+    again = small_model(reserve_rows="all")
+    fit(again)
+    assert run(again) == [0, 1, 6, 7]
 
 
 def test_an_optimizer_that_was_built_without_the_table_is_refused() -> None:
-    model = network()
+    model = small_model()
     model.layers[0].trainable = False
-    model.fit(IDS, np.ones((4, 2, 1)), verbose=0)
+    fit(model)
     model.layers[0].trainable = True
     with pytest.raises(InputError, match=r"Adam that was built without it\. Compile the model"):
-        fit(model)
+        run(model)
     model.compile("adam", "mse", run_eagerly=True)
-    assert fit(model) == [0, 1, 6, 7]
+    assert run(model) == [0, 1, 6, 7]
 
 
 @pytest.mark.parametrize("built", [False, True])
@@ -149,15 +128,9 @@ def test_steps_are_those_of_the_optimizer_that_steps_the_table(unit: str) -> Non
     model.compile(loss="mse", run_eagerly=True)
     at = {"step": 3, "share": 0.75}[unit]
     stages = {"stages": [{unit: 0, "rows": [6]}, {unit: at, "rows": [6, 7]}]}
-    rows: list[list[int]] = []
-    watch = keras.callbacks.LambdaCallback(
-        on_train_batch_begin=lambda batch, logs: rows.append(layer.trainable_rows.tolist())
-    )
-    model.fit(
-        IDS, np.ones((4, 2, 1)), epochs=2, batch_size=2, verbose=0,
-        callbacks=[RowUnfreezing(stages), watch],
-    )  # fmt: skip
-    assert rows == [[6]] * 3 + [[6, 7]]
+    callbacks = [RowUnfreezing(stages), watch := Watch()]
+    model.fit(IDS, TARGETS, epochs=2, batch_size=2, verbose=0, callbacks=callbacks)
+    assert watch.rows == [[6]] * 3 + [[6, 7]]
 
 
 def test_a_loop_of_ones_own_drives_the_callback_of_a_model_that_was_not_compiled() -> None:
@@ -176,7 +149,8 @@ def test_a_loop_of_ones_own_drives_the_callback_of_a_model_that_was_not_compiled
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         callback.on_epoch_end(epoch)
     callback.on_train_end()
-    np.testing.assert_array_equal(before - layer.get_weights()[0] > 0.5, [[False] * 2] * 6 + [[True] * 2] * 2)  # fmt: skip  # noqa: E501
+    moved = (before - layer.get_weights()[0] > 0.5).all(axis=1)
+    assert np.flatnonzero(moved).tolist() == [6, 7]
     stepped = RowUnfreezing({"stages": [{"step": 0, "rows": [6]}, {"step": 1, "rows": [7]}]})
     stepped.set_model(model)
     with pytest.raises(InputError, match="make the optimizer an attribute"):

@@ -3,16 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
-keras = pytest.importorskip("keras")
-pytest.importorskip("tensorflow")
-
-from partial_embedding import InputError  # noqa: E402  # after the skip
-from partial_embedding.callbacks.keras import RowCheckpoint, RowUnfreezing  # noqa: E402  # after skip
-from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise  # noqa: E402
-from partial_embedding.tensorflow.row_files import rows_saved_alone  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.callbacks.keras import RowCheckpoint, RowUnfreezing
+from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise
+from partial_embedding.tensorflow.row_files import rows_saved_alone
 
 V, D = 1000, 4
 SCHEDULE = {"stages": [{"epoch": 0, "rows": [1, 5]}, {"epoch": 2, "rows": [5, 9]}]}

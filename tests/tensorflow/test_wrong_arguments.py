@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
-keras = pytest.importorskip("keras")
-pytest.importorskip("tensorflow")
-
-from partial_embedding.errors import InputError  # noqa: E402
-from partial_embedding.tensorflow import (  # noqa: E402
+from partial_embedding.errors import InputError
+from partial_embedding.tensorflow import (
     PartialEmbedding,
     grow_table,
     plain_weights,
@@ -39,8 +37,13 @@ def test_what_is_no_model_is_refused(call: Callable[[Any], object]) -> None:
     call(model_of())
 
 
+def several() -> Any:
+    return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(keras.optimizers.SGD()))
+
+
 TAKES_A_FLAG: dict[str, tuple[str, Callable[[Any], object]]] = {
     "rowwise": ("lazy", lambda flag: rowwise("sgd", lazy=flag)),
+    "rowwise of several": ("lazy", lambda flag: rowwise(several(), lazy=flag)),
     "PartialEmbedding": ("freeze_padding", lambda f: PartialEmbedding(4, 2, freeze_padding=f)),
     "grow_table": ("trainable", lambda flag: grow_table(model_of(), "items", 1, trainable=flag)),
 }
