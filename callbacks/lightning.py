@@ -18,8 +18,8 @@ from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
 from partial_embedding.torch.averaging import keep_equal_rows
 from partial_embedding.torch.optimizer import average_gradients
-from partial_embedding.torch.row_state import check_checkpoint, remember_origins, rows_saved_alone
 from partial_embedding.torch.table import tables_in
+from partial_embedding.torch.table_files import check_checkpoint, remember_origins, rows_saved_alone
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
 

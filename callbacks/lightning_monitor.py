@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from partial_embedding.errors import InputError
 from partial_embedding.monitor.record import (
@@ -121,7 +122,7 @@ class RowMonitor(Callback):
             else math.ceil(batches / trainer.accumulate_grad_batches),
             self.sample,
             find_vocabulary(self.vocabulary, getattr(trainer, "datamodule", None), pl_module),
-            _converted(self._restored, Tensor, lambda tensor: tensor.cpu().numpy()),
+            tree_map_only(Tensor, lambda tensor: tensor.cpu().numpy(), self._restored),
         )
         self._restored = None
         self._tables = {}
@@ -236,7 +237,7 @@ class RowMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far, and where the sampled rows began."""
         # Tensors are loaded without trust in whoever wrote them, and arrays are not.
-        state: dict[str, Any] = _converted(self._run.to_state(), np.ndarray, torch.from_numpy)
+        state: dict[str, Any] = tree_map_only(np.ndarray, torch.from_numpy, self._run.to_state())
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -302,14 +303,3 @@ def _rates(optimizers: list[Optimizer], caught: _Table) -> dict[int, float]:
             )
         return rates
     return {}
-
-
-def _converted(state: Any, kind: type, convert: Any) -> Any:
-    """The same with tensors for arrays, or the other way round."""
-    if isinstance(state, kind):
-        return convert(state)
-    if isinstance(state, dict):
-        return {key: _converted(value, kind, convert) for key, value in state.items()}
-    if isinstance(state, tuple):
-        return tuple(_converted(value, kind, convert) for value in state)
-    return state

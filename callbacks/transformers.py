@@ -18,7 +18,7 @@ from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.schedule import AnySchedule, Position, schedules_by_table
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
-from partial_embedding.torch.row_state import check_checkpoint, remember_origins, rows_saved_alone
+from partial_embedding.torch.table_files import check_checkpoint, remember_origins, rows_saved_alone
 
 
 class RowUnfreezing(TrainerCallback, ExportableState):

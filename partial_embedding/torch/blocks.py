@@ -87,13 +87,7 @@ class Block:
 
 
 class Blocks:
-    """What makes the blocks of one step, and puts them back: the working half of `TableState`.
-
-    Args:
-        parameter: What the optimizer holds of the table.
-        layout: How the optimizer keeps its state.
-        lazy: Step only rows that the batch touched.
-    """
+    """What makes the blocks of one step, and puts them back: the working half of `TableState`."""
 
     def __init__(self, parameter: nn.Parameter, layout: StateLayout, lazy: bool) -> None:
         self.parameter = parameter
@@ -121,7 +115,9 @@ class Blocks:
         """Make the compact parameters of this step, with their gradients and state."""
         grad = None if self.parameter.grad is None else local(self.parameter.grad)
         if grad is None and not self.layout.flat and not self.layout.in_group:
-            return  # without a gradient the optimizer neither moves a parameter nor counts the step
+            # Without one an optimizer neither moves a parameter nor counts its step; but LBFGS
+            # flattens all of its parameters, and a count in the group goes on.
+            return
         # In a dense gradient nothing tells an untouched row from one whose gradient is zero.
         entries = None if grad is None else entries_of(grad)
         if entries is not None and (self.lazy or self._rests_where_untouched(entries[0].shape[0])):
@@ -167,7 +163,10 @@ class Blocks:
         if grad is not None and self.layout.sparse:
             compact = _split_sparse(rows.slots, entries, sizes)
         elif entries is not None:
-            compact = torch.split_with_sizes(self._compact(rows, *entries), sizes)
+            # By slot, of which the last is that of frozen rows.
+            slots = rows.slots.index_select(0, entries[0])
+            self._summed = sum_rows(slots, entries[1], len(rows) + 1, self._summed)
+            compact = self._summed[: len(rows)].split_with_sizes(sizes)
         elif grad is not None:
             dense = as_tensor(grad)
             cohorts = self.cohorts.values()
@@ -202,12 +201,6 @@ class Blocks:
     def _shared(self, own: Tensor, num_rows: int) -> Tensor:
         """Rows of this process, as a part of those of all that share the table."""
         return sharded_like(own, self.parameter, num_rows) if is_sharded(self.parameter) else own
-
-    def _compact(self, rows: RowSet, ids: Tensor, values: Tensor) -> Tensor:
-        """The gradient of the trainable rows by slot, shape (K, D)."""
-        slots = rows.slots.index_select(0, ids)
-        self._summed = sum_rows(slots, values, len(rows) + 1, self._summed)
-        return self._summed[: len(rows)]
 
     def _lazy_blocks(self, ids_given: Tensor, values_given: Tensor) -> Iterator[Block]:
         rows, sizes = self.rows, [cohort.ids.shape[0] for cohort in self.cohorts.values()]
@@ -253,7 +246,7 @@ class Blocks:
         """Put the values and the state of a block, stepped with the options of `group`, back."""
         state = {k: local(v) if is_sharded(v) else v for k, v in state.items()}
         if self._summed is not None and _keeps(state, self._summed):
-            self._summed = None
+            self._summed = None  # as a momentum that begins as the gradient itself
         write_rows(self.values, block.ids, block.run, local(block.parameter))
         if block.places is not None and state:
             whole = block.cohort.state

@@ -19,6 +19,8 @@ State = dict[str, Any]
 _DRY = "_is_dry_run"
 # What every torch optimizer has; anything else an optimizer made for itself.
 TORCHS_OWN = {"state", "param_groups", "defaults", "step"}
+# What is compared by its value.
+_PLAIN = (int, float, str, set)
 # What a group has one of for each parameter, and which are no options.
 LISTS = {"params", "param_names"}
 
@@ -29,23 +31,15 @@ def is_dry_run(optimizer: Optimizer) -> bool:
 
 
 class DryRun:
-    """A copy of an optimizer over one parameter.
-
-    Args:
-        optimizer: The optimizer, stepped or not.
-        group: The parameter group whose options count.
-        block: The parameter.
-        sparse: Give sparse gradients.
-        state: The state to begin from.
-    """
+    """A copy of an optimizer, stepped or not, over one parameter with the options of a group."""
 
     def __init__(
         self,
         optimizer: Optimizer,
         group: Group,
         block: nn.Parameter,
-        sparse: bool = False,
-        state: State | None = None,
+        sparse: bool,
+        state: State | None,
     ) -> None:
         self.block = block
         self.sparse = sparse
@@ -58,6 +52,7 @@ class DryRun:
         self.clone = object.__new__(type(optimizer))
         own = {k: v for k, v in vars(optimizer).items() if k not in TORCHS_OWN}
         vars(self.clone).update({key: _copied(value) for key, value in own.items()})
+        # What begins with an underscore is torch's or a scheduler's, such as a mark of a call.
         self._attributes = {k: _copied(v) for k, v in own.items() if not k.startswith("_")}
         self.clone.defaults = optimizer.defaults
         vars(self.clone)[_DRY] = True
@@ -65,6 +60,7 @@ class DryRun:
         self.clone.state = defaultdict(dict)
         if state:
             self.clone.state[block] = state
+        # Those of users are for real steps, and ours would look for tables.
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             vars(self.clone)[hooks] = OrderedDict()
 
@@ -114,11 +110,8 @@ def differ(a: Any, b: Any) -> bool:
         return len(a) != len(b) or any(differ(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() != b.keys() or any(differ(a[key], b[key]) for key in a)
-    if isinstance(a, bool | int | float | str | set) and isinstance(
-        b, bool | int | float | str | set
-    ):
-        return a != b
-    return a is not b
+    by_value = isinstance(a, _PLAIN) and isinstance(b, _PLAIN)
+    return a != b if by_value else a is not b
 
 
 def _copied(value: Any) -> Any:

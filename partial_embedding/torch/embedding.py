@@ -65,12 +65,7 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         *,
         trainable_rows: RowsLike = "all",
     ) -> None:
-        check_flags(sparse=sparse)
-        if sparse and scale_grad_by_freq:
-            raise InputError(
-                "scale_grad_by_freq needs a dense gradient. Received sparse=True. "
-                "Pass sparse=False."
-            )
+        check_sparse(sparse, scale_grad_by_freq)
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -201,12 +196,7 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         *,
         trainable_rows: RowsLike = "all",
     ) -> None:
-        check_flags(sparse=sparse)
-        if sparse and (scale_grad_by_freq or mode == "max"):
-            option = "scale_grad_by_freq" if scale_grad_by_freq else 'mode="max"'
-            raise InputError(
-                f"{option} needs a dense gradient. Received sparse=True. Pass sparse=False."
-            )
+        check_sparse(sparse, scale_grad_by_freq, mode)
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -307,6 +297,16 @@ class PartialEmbeddingBag(PartialTable, nn.EmbeddingBag):  # type: ignore[misc]
         )
         bags.weight.requires_grad_(not freeze)
         return bags
+
+
+def check_sparse(sparse: bool, by_frequency: bool, mode: str | None = None, of: str = "") -> None:
+    """Refuse a sparse gradient where torch gives a dense one."""
+    check_flags(sparse=sparse)
+    option = "scale_grad_by_freq=True" if by_frequency else 'mode="max"'
+    if sparse and (by_frequency or mode == "max"):
+        raise InputError(
+            f"{option} needs a dense gradient. Received sparse=True{of}. Pass sparse=False."
+        )
 
 
 def _matrix_shape(embeddings: Tensor, freeze: bool) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,25 +47,16 @@ _FUNCTIONS = {
 
 def serve_fused_losses() -> None:
     """Have the losses that this process has loaded compute gradients of trainable rows alone."""
-    for function, names in _loaded():
-        backward = function.backward
-        # What another version saves is not known: its whole gradient is masked and told of.
-        if hasattr(backward, "of_rows") or not _takes(function, names):
-            continue
-        by_row = _by_row(backward, names)
-        by_row.of_rows = True  # type: ignore[attr-defined]
-        function.backward = staticmethod(by_row)
-
-
-def _loaded() -> Iterator[tuple[Any, tuple[str, ...]]]:
     for (module, name), names in _FUNCTIONS.items():
-        if (function := getattr(sys.modules.get(module), name, None)) is not None:
-            yield function, names
-
-
-def _takes(function: Any, names: tuple[str, ...]) -> bool:
-    _, *given = inspect.signature(function.forward).parameters
-    return tuple(given[: len(names)]) == names
+        function: Any = getattr(sys.modules.get(module), name, None)
+        if function is None or hasattr(function.backward, "of_rows"):
+            continue
+        _, *given = inspect.signature(function.forward).parameters
+        # What another version saves is not known: its whole gradient is masked and told of.
+        if tuple(given[: len(names)]) == names:
+            by_row = _by_row(function.backward, names)
+            by_row.of_rows = True  # type: ignore[attr-defined]
+            function.backward = staticmethod(by_row)
 
 
 def _by_row(backward: Backward, names: tuple[str, ...]) -> Backward:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.engines import zero_error
-from partial_embedding.torch.row_gradient import RowGradient
+from partial_embedding.torch.engines import refuse_zero
+from partial_embedding.torch.row_gradient import RowGradient, sparse_entries
 from partial_embedding.torch.shards import (
     Shard,
     as_placed,
@@ -60,11 +60,6 @@ class RowHook:
                 return parameter
         return None
 
-    @property
-    def is_orphaned(self) -> bool:
-        """Whether the table is gone."""
-        return self._table() is None
-
     def is_of(self, table: PartialTable) -> bool:
         """Whether it is this table's."""
         return self._table() is table
@@ -84,9 +79,7 @@ class RowHook:
             return grad  # another model's, which was the table's for one call
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
         if parameter is not None:
-            error = zero_error(parameter, table)
-            if error is not None and table.has_frozen_rows:
-                raise error
+            refuse_zero(parameter, table)
         if is_sharded(grad):
             return _zero_in_shard(grad, parameter, table)
         held = None if parameter is None else parameter.grad
@@ -102,6 +95,7 @@ class RowHook:
             if table.is_left_to_ddp and parameter is not None and isinstance(held, RowGradient):
                 parameter.grad = held.to_sparse()  # its own, which it adds to
             return _sparse_without_frozen(grad, table)
+        # One that a second derivative needs is dense, whatever it came from.
         if not grad.requires_grad:
             table.take_dense(grad)
         return _zero_where_frozen(grad, table)
@@ -141,7 +135,7 @@ def refuse_orphan(parameter: Tensor) -> None:
     hooks = hooks_on(parameter)
     if not any(hook.rows.has_frozen for hook in hooks) or any(tables_of(parameter)):
         return
-    if any(hook.is_orphaned for hook in hooks):
+    if any(hook._table() is None for hook in hooks):
         raise InputError(
             "rows of a weight are frozen for as long as its table is there. Received a weight of "
             f"the shape {tuple(parameter.shape)} whose table is gone, as where a graph was made of "
@@ -171,8 +165,7 @@ def _sparse_without_frozen(grad: Tensor, table: PartialTable) -> Tensor:
         grad = grad.coalesce()  # only then do its values take part in a second derivative
         ids, values = grad.indices()[0], grad.values()
     else:
-        # Not coalesced: that would sort all ids, and change the order of the sums.
-        ids, values = grad._indices()[0], grad._values()
+        ids, values = sparse_entries(grad)
     kept, left = _without_frozen(ids, values, table)
     if kept is ids:
         return grad
@@ -215,7 +208,7 @@ def _hold_rows_of(parameter: Tensor) -> None:
         # Its rows cannot be read without losing what a second derivative needs.
         parameter.grad = grad.to_dense()
         return
-    parameter.grad = RowGradient(grad._indices()[0], grad._values(), len(grad), grad.is_coalesced())
+    parameter.grad = RowGradient(*sparse_entries(grad), len(grad), grad.is_coalesced())
 
 
 # A sparse gradient on its way to the weight
@@ -282,8 +275,7 @@ class _ByRows(torch.autograd.Function):
             # Rows cannot be read without losing a second derivative.
             dense = grad if grad.layout == torch.strided else grad.to_dense()
             return dense if table is None else _zero_where_frozen(dense, table), None
-        # Not coalesced: that would sort all ids, and change the order of the sums.
-        ids, values = grad._indices()[0], grad._values()
+        ids, values = sparse_entries(grad)
         if table is not None:
             ids, values = _without_frozen(ids, values, table)
         return RowGradient(ids, values, grad.shape[0], grad.is_coalesced()), None

@@ -261,8 +261,8 @@ def _check_closure(name: str, dry_run: DryRun) -> None:
 def _is_elementwise(dry_run_of: DryRunOf, group: Group, weight: Tensor) -> bool:
     if not _begins_alike(dry_run_of, group, weight):
         return False
-    scales = torch.tensor([[1.0], [10.0], [0.1], [3.0]], device=weight.device)
-    values = (_scratch(4, weight).view(4, -1) * scales).view_as(_scratch(4, weight))
+    scales = torch.tensor([1.0, 10.0, 0.1, 3.0], device=weight.device)
+    values = _scratch(4, weight) * scales.view(4, *[1] * (weight.dim() - 1))
 
     def moved(rows: Tensor) -> Tensor:
         dry_run = dry_run_of(group, rows)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from partial_embedding.errors import InputError, check_flags
 from partial_embedding.torch.dry_run import is_dry_run
 from partial_embedding.torch.hooks import is_any_hook
-from partial_embedding.torch.inspection import KEY, first_state, is_eager
+from partial_embedding.torch.inspection import KEY
 from partial_embedding.torch.row_average import average
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.row_optimizer import (
@@ -22,7 +22,7 @@ from partial_embedding.torch.row_optimizer import (
     held_tables,
     with_gradients,
 )
-from partial_embedding.torch.saving import take_from
+from partial_embedding.torch.saving import begin_afresh
 from partial_embedding.torch.shards import is_sharded, local, replicate_gradients, sharded_like
 from partial_embedding.torch.table import row_parameters_in
 from partial_embedding.torch.unheld import refuse_unheld
@@ -231,28 +231,17 @@ def _prepare(
         return None
     tables = [(parameter, table) for _, parameter, table in held_tables(optimizer)]
     exact = not is_left_alone(optimizer)
-    loaded = any(isinstance(one, dict) and KEY in one for one in optimizer.state.values())
+    loaded = [p for p, one in optimizer.state.items() if isinstance(one, dict) and KEY in one]
     by_rows = any(table.has_frozen_rows or table.earlier_sizes for _, table in tables)
     if exact and tables and (loaded or by_rows):
         Rowwise(optimizer, False, {}).stand_closest()
         return None
-    if loaded:
-        _begin_afresh(optimizer)
+    if loaded:  # state of rows, which says nothing of the plain tables that there are
+        begin_afresh(optimizer, set(map(id, loaded)))
     if not tables:
         return None
     parameters = [parameter for parameter, _ in tables]
     return with_gradients(args, kwargs, lambda: _settle_gradients(optimizer, parameters))
-
-
-def _begin_afresh(optimizer: Optimizer) -> None:
-    """Forget the state of rows, which says nothing of the plain tables that there are."""
-    loaded = set(optimizer.state)
-    take_from(optimizer)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            of_rows = parameter in loaded and parameter not in optimizer.state
-            if of_rows and is_eager(optimizer, group, parameter):
-                optimizer.state[parameter] = first_state(optimizer, group, parameter)
 
 
 def _settle_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -45,11 +45,6 @@ class Origin:
         values = torch.cat([self.values.to(weight.dtype), _rows(weight, joining).cpu()])
         self.ids, self.values = every, values[order]
 
-    @torch.no_grad()
-    def return_rows(self, weight: Tensor) -> None:
-        """Give all rows the values that they began with."""
-        weight.index_copy_(0, self.ids.to(weight.device), self.values.to(weight))
-
     def fingerprint_without(
         self, weight: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype
     ) -> int:
@@ -57,18 +52,15 @@ class Origin:
 
         The first `num_rows` rows count, as if they were cast to the dtype.
         """
-        places = torch.searchsorted(self.ids, ids)
-        left_out = _fingerprint(self.values[places], ids, num_rows, dtype)
-        return wrapped(self._fingerprint_of_all(weight, num_rows, dtype) - left_out)
-
-    def _fingerprint_of_all(self, weight: Tensor, num_rows: int, dtype: torch.dtype) -> int:
         # The table is read once. No row changes from here on but those that are remembered.
         if (dtype, num_rows) not in self._fingerprints:
             now = table_fingerprint(weight, num_rows, dtype)
             trained = _fingerprint(_rows(weight, self.ids), self.ids, num_rows, dtype)
             first = _fingerprint(self.values, self.ids, num_rows, dtype)
             self._fingerprints[dtype, num_rows] = now - trained + first
-        return self._fingerprints[dtype, num_rows]
+        places = torch.searchsorted(self.ids, ids)
+        left_out = _fingerprint(self.values[places], ids, num_rows, dtype)
+        return wrapped(self._fingerprints[dtype, num_rows] - left_out)
 
 
 @dataclass(frozen=True)
@@ -142,7 +134,8 @@ class SavedRows:
                 f"{name!r}, a checkpoint of {len(self.ids)} rows and a table whose other rows are "
                 "not those of then. Make the model from the same vectors, or with the same seed."
             )
-        origin.return_rows(weight)
+        # Rows that trained since go back to where they began.
+        weight.index_copy_(0, origin.ids.to(weight.device), origin.values.to(weight))
         weight.index_copy_(0, self.ids.to(weight.device), self.rows.to(weight))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows import Rows
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
-from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag
+from partial_embedding.torch.embedding import PartialEmbedding, PartialEmbeddingBag, check_sparse
 from partial_embedding.torch.head import PartialLinear
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.table import PartialTable, check_model
@@ -142,7 +141,8 @@ def find_table(model: nn.Module, name: str | nn.Module | None) -> Any:
     else:
         fitting = _input_embeddings(model, candidates)
     if len({id(module.weight) for module in fitting.values()}) != 1:
-        asked = "no name" if name is None else _told(name)
+        asked = "no name" if name is None else f"a {type(name).__name__}"
+        asked = repr(name) if isinstance(name, str) else asked
         embeddings = [n for n, m in candidates.items() if not isinstance(m, nn.Linear)]
         listed = ", ".join(map(repr, fitting or embeddings)) or "none"
         raise InputError(
@@ -168,18 +168,14 @@ def _input_embeddings(model: Any, candidates: dict[str, Any]) -> dict[str, Any]:
     return {name: module for name, module in embeddings.items() if module in within}
 
 
-def _told(name: str | nn.Module) -> str:
-    return repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
-
-
-def users_of(model: nn.Module, table: Any) -> Iterator[tuple[str, nn.Module]]:
+def users_of(model: nn.Module, table: Any) -> list[tuple[str, nn.Module]]:
     """The modules that have a table's weight, by name, the table itself first."""
     having = [
         (name, module)
         for name, module in model.named_modules()
         if any(parameter is table.weight for parameter in module._parameters.values())
     ]
-    return iter(sorted(having, key=lambda item: item[1] is not table))
+    return sorted(having, key=lambda item: item[1] is not table)
 
 
 # Checks, before anything is changed
@@ -221,12 +217,8 @@ def check_replaceable(model: nn.Module, table: Any, sparse: bool) -> None:
         if isinstance(module, PartialTable):
             continue
         _check_forward(name, module)
-        for option, value in (("scale_grad_by_freq", True), ("mode", "max")):
-            if sparse and getattr(module, option, None) == value:
-                raise InputError(
-                    f"{option}={value!r} needs a dense gradient. Received sparse=True for "
-                    f"{name!r}. Pass sparse=False."
-                )
+        by_frequency, mode = (getattr(module, n, None) for n in ("scale_grad_by_freq", "mode"))
+        check_sparse(sparse, bool(by_frequency), mode, f" for {name!r}")
 
 
 def _checked_rows(model: nn.Module, table: Any, trainable_rows: RowsLike) -> Ids:
@@ -306,24 +298,21 @@ def _make_plain(table: Any, plain: type[nn.Module]) -> None:
 
 
 def _partial_class(plain: type[nn.Module]) -> type[PartialTable]:
-    for base, partial in _PARTIAL.items():
-        if plain is base:
-            return partial
-        if issubclass(plain, base):
-            # First the subclass, which scales or casts what the partial table, now its parent,
-            # looks up.
-            made = type(
-                f"Partial{plain.__name__}",
-                (plain, partial),
-                {
-                    "__doc__": plain.__doc__,
-                    "__module__": plain.__module__,
-                    "__reduce_ex__": _reduce,
-                    "_plain_class": plain,
-                },
-            )
-            return cast(type[PartialTable], made)
-    raise TypeError(plain)
+    if (own := _PARTIAL.get(plain)) is not None:
+        return own
+    partial = next(partial for base, partial in _PARTIAL.items() if issubclass(plain, base))
+    # First the subclass, which scales or casts what the partial table, now its parent, looks up.
+    made = type(
+        f"Partial{plain.__name__}",
+        (plain, partial),
+        {
+            "__doc__": plain.__doc__,
+            "__module__": plain.__module__,
+            "__reduce_ex__": _reduce,
+            "_plain_class": plain,
+        },
+    )
+    return cast(type[PartialTable], made)
 
 
 def _plain_class(name: str, partial: type[PartialTable]) -> type[nn.Module]:

@@ -80,9 +80,7 @@ def average(tables: Iterable[tuple[nn.Parameter, PartialTable]], names: Mapping[
     unless none has one; and where none has a new one since the last call, nothing is done. As in
     DDP each process divides before the sum, for the sake of half precision.
 
-    Args:
-        tables: The parameters of an optimizer that belong to tables, in its order, with these.
-        names: Names of parameters for messages, by their ids, where they are known.
+    The parameters come in one order in all processes; `names` are for messages, by their ids.
 
     Raises:
         InputError: Processes train different rows; all raise the same.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from partial_embedding.errors import InputError, check_flags
 from partial_embedding.files import write_atomically
 from partial_embedding.torch.rowset import shown
-from partial_embedding.torch.sharded_rows import is_first, put_rows, rows_of, rows_that_differ
+from partial_embedding.torch.shards import is_first, put_rows, rows_of, rows_that_differ
 from partial_embedding.torch.table import check_model, row_parameters_in
 from partial_embedding.torch.tokens import put_into, tokenizer_of
 from partial_embedding.torch.vocabulary_tables import VocabularyTables

@@ -237,10 +237,13 @@ def entries_of(grad: Tensor) -> tuple[Tensor, Tensor] | None:
     """The rows of a gradient, which may repeat, and what to add to each; None for a dense one."""
     if isinstance(grad, RowGradient):
         return grad.entries()
-    if grad.layout == torch.sparse_coo:
-        # Not coalesced: that would sort all ids, and change the order of the sums.
-        return grad._indices()[0], grad._values()
-    return None
+    return sparse_entries(grad) if grad.layout == torch.sparse_coo else None
+
+
+def sparse_entries(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a sparse tensor, past autograd."""
+    # Not coalesced: that would sort all ids, and change the order of the sums.
+    return grad._indices()[0], grad._values()
 
 
 def as_tensor(grad: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from partial_embedding.torch.hooks import refuse_orphan, tables_of
 from partial_embedding.torch.inspection import (
     KEY,
     StateLayout,
-    first_state,
     inspect_optimizer,
     kind_of,
     options_of,
 )
 from partial_embedding.torch.saving import (
     Entries,
+    begin_afresh,
     check,
     into_state_dict,
     mark,
@@ -43,16 +43,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Rowwise:
-    """The hooks on one optimizer, and the state of its tables.
-
-    Args:
-        optimizer: The optimizer to prepare.
-        lazy: Step only rows that the batch touched.
-        names: Names of parameters for messages, by their ids.
-
-    Raises:
-        InputError: As for `rowwise`.
-    """
+    """The hooks on one optimizer, and the state of its tables; `names` are of parameters by id."""
 
     def __init__(self, optimizer: Optimizer, lazy: bool, names: Mapping[int, str]) -> None:
         self.optimizer = optimizer
@@ -88,8 +79,8 @@ class Rowwise:
         vars(self.optimizer)["_optimizer_step_pre_hooks"].move_to_end(before.id)
         vars(self.optimizer)["_optimizer_step_post_hooks"].move_to_end(after.id, last=False)
 
-    def _add_tables(self) -> None:
-        """Serve all tables that the optimizer holds, of which some may have come later."""
+    def _add_tables(self) -> list[tuple[TableState, Group]]:
+        """Serve all tables that the optimizer holds; gives the state of new ones, and groups."""
         new = [
             (group, parameter, table)
             for group, parameter, table in held_tables(self.optimizer)
@@ -100,12 +91,11 @@ class Rowwise:
                 table.attach()  # to what was put there past its own `register_parameter`
             waiting.discard(table)
         # All of them or none.
-        made = [self._state_of(parameter, table, group) for group, parameter, table in new]
-        for (group, parameter, table), state in zip(new, made, strict=True):
-            self.tables[id(parameter)] = state
-            table.steppers.add(state)
-            if hasattr(self, "_hooks"):
-                state.adopt_from(self.optimizer, group)
+        made = [(self._state_of(one, table, group), group) for group, one, table in new]
+        for state, _ in made:
+            self.tables[id(state.parameter)] = state
+            state.table.steppers.add(state)
+        return made
 
     def _state_of(self, parameter: nn.Parameter, table: PartialTable, group: Group) -> TableState:
         name = self._names.get(id(parameter)) or _name_in(group, parameter) or repr(table)
@@ -156,7 +146,9 @@ class Rowwise:
         # Once a step, and by what costs next to nothing: a model may have thousands of parameters.
         hooked = (p for group in groups for p in group if p._backward_hooks)
         if any(id(p) not in self.tables and any(tables_of(p)) for p in hooked):
-            self._add_tables()  # a group came, or a parameter became a table's
+            # A group came, or a parameter became a table's.
+            for state, group in self._add_tables():
+                state.adopt_from(self.optimizer, group)
         for state in self.tables.values():
             if not state.parameter.requires_grad or not any(tables_of(state.parameter)):
                 refuse_lost(self.optimizer, state.table, state.parameter, state.name)
@@ -241,6 +233,7 @@ class Rowwise:
                 f"other rows of {state.name!r} in a closure of {type(self.optimizer).__name__}. "
                 "Call set_trainable_rows before step()."
             )
+        # Looked for only where there can be any: a group may have thousands of parameters.
         there, own = dist.is_available() and dist.is_initialized(), is_sharded(state.parameter)
         of_two_kinds = there and any(is_sharded(one) != own for one in group["params"])
         shared: list[nn.Parameter] = []
@@ -356,12 +349,8 @@ class Rowwise:
                 state.table.steppers.discard(state)
         if any(state.layout.flat for state in self.tables.values()):
             clear_history(self.optimizer)
-        take_from(self.optimizer)
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                table = self.tables.get(id(param))
-                if table is not None and table.layout.eager:
-                    self.optimizer.state[param] = first_state(self.optimizer, group, param)
+        eager = {key for key, state in self.tables.items() if state.layout.eager}
+        begin_afresh(self.optimizer, eager)
 
 
 class _Lent(NamedTuple):

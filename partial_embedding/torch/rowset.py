@@ -42,8 +42,9 @@ class RowSet:
         self.rate_scales = {n: p for n, p in (rate_scales or {}).items() if n in self.cohorts}
         self.next_number = next_number
         self.device = torch.device(device)
-        # The row id of each slot, int64, shape (K,).
-        self.order = self._joined(list(self.cohorts.values()))
+        # The row id of each slot, int64, shape (K,); without a copy where there is one cohort.
+        none, ids = torch.empty(0, dtype=torch.int64, device=self.device), self.cohorts.values()
+        self.order = next(iter(ids)) if len(ids) == 1 else torch.cat([none, *ids])
         # Whether each row of the table trains, booleans, shape (V,). Made now: an exporter that
         # asked for it first would leave one that has no memory. What inference makes, no backward
         # pass may keep.
@@ -53,11 +54,6 @@ class RowSet:
 
     def __len__(self) -> int:
         return self.order.shape[0]
-
-    def _joined(self, ids: list[Tensor]) -> Tensor:
-        if len(ids) == 1:
-            return ids[0]
-        return torch.cat([torch.empty(0, dtype=torch.int64, device=self.device), *ids])
 
     @cached_property
     def ids(self) -> Tensor:

@@ -16,19 +16,21 @@ optimizer's `state_dict` is then a collective call, which every process makes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch import shards
 from partial_embedding.torch.blocks import Cohort
 from partial_embedding.torch.dry_run import Group, State
-from partial_embedding.torch.inspection import KEY, state_of_one_row
+from partial_embedding.torch.inspection import KEY, first_state, is_eager, state_of_one_row
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.saved_state import (
     by_row,
@@ -120,6 +122,18 @@ def take_from(optimizer: Optimizer) -> Entries:
     for group in optimizer.param_groups:
         group.pop(KEY, None)
     return entries
+
+
+def begin_afresh(optimizer: Optimizer, made: Container[int]) -> None:
+    """Forget the tables of an optimizer, which makes state anew for these parameters, by their ids.
+
+    That is the state that its constructor makes, if it makes any.
+    """
+    take_from(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in made and is_eager(optimizer, group, parameter):
+                optimizer.state[parameter] = first_state(optimizer, group, parameter)
 
 
 def check(
@@ -239,10 +253,5 @@ def _restore_history(optimizer: Optimizer, group: Group, saved: State) -> None:
     params: list[nn.Parameter] = group["params"]
     for index, history in saved.items():
         param = params[int(index)]
-        optimizer.state[param] = {k: _moved(v, param.device) for k, v in history.items()}
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, list):
-        return [_moved(part, device) for part in value]
-    return value.to(device) if isinstance(value, Tensor) else value
+        to_device = methodcaller("to", param.device)
+        optimizer.state[param] = tree_map_only(Tensor, to_device, history)

@@ -7,6 +7,7 @@ are `DTensor`s again, so that torch's own sums over all processes stay what they
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,12 +30,7 @@ DTensor = Any
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows of a weight that this process has.
-
-    Args:
-        start: The first of them.
-        stop: The one after the last of them.
-    """
+    """The rows of a weight that this process has, `range(start, stop)`."""
 
     start: int
     stop: int
@@ -115,12 +111,11 @@ def is_lent(parameter: Tensor, shard: Tensor, table: nn.Module) -> bool:
         return True
     if not vars(table).get("_is_fsdp_managed_module"):
         return False
-    return not (is_sharded(parameter) and _are_alike(parameter, shard))
-
-
-def _are_alike(one: DTensor, other: DTensor) -> bool:
-    """Whether two tensors are sharded in one way; not so a weight that is gathered in part."""
-    return bool(one.device_mesh == other.device_mesh and one.placements == other.placements)
+    one: DTensor = parameter
+    other: DTensor = shard
+    # Not in the same way is a weight that is gathered in part.
+    placed = other.device_mesh, other.placements
+    return not (is_sharded(one) and (one.device_mesh, one.placements) == placed)
 
 
 def sharded_like(own: Tensor, whole: DTensor, num_rows: int | None = None) -> Tensor:
@@ -187,6 +182,64 @@ def gathered(own: Any, weight: Tensor) -> list[Any]:
         dist.all_gather_object(found, everyone, group=group)
         everyone = [part for parts in found for part in parts]
     return everyone
+
+
+# Chosen rows, read from all processes and written in each
+
+
+def is_first(weight: Tensor) -> bool:
+    """Whether this process is the one that writes what `rows_of` gathers of a sharded weight."""
+    return not is_sharded(weight) or dist.get_rank() == 0
+
+
+@torch.no_grad()
+def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
+    """Rows on the CPU, shape (n, …); of a sharded weight all processes call this.
+
+    Of that one the first process gets them, and all others none.
+    """
+    if (shard := shard_of(weight)) is None:
+        return weight.detach()[ids].cpu().contiguous()
+    own, first, chunks = local(weight), is_first(weight), []
+    height = max(1, CHUNK_BYTES // max(1, math.prod(own.shape[1:]) * own.element_size()))
+    for chunk in ids.split(height):
+        here = shard.has(chunk)
+        parts = gathered((here.cpu(), own[shard.own(chunk)].cpu()), weight)
+        if first:
+            rows = parts[0][1].new_empty(len(chunk), *own.shape[1:])
+            for places, values in parts:
+                rows[places] = values
+            chunks.append(rows)
+    return torch.cat(chunks) if chunks else own[:0].cpu()
+
+
+@torch.no_grad()
+def put_rows(weight: Tensor, ids: Tensor, values: Tensor) -> None:
+    """Write rows; of a sharded weight each process writes those that it has."""
+    ids, own = ids.to(weight.device), local(weight)
+    if (shard := shard_of(weight)) is not None:
+        values, ids = values[shard.has(ids).to(values.device)], shard.own(ids)
+    own[ids] = values.to(own)
+
+
+@torch.no_grad()
+def rows_that_differ(weight: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    """The rows that hold something else, int64, on the CPU.
+
+    Of a sharded weight all processes call this, and all know.
+    """
+    own, mine, shard = local(weight), ids, shard_of(weight)
+    places = ids
+    if shard is not None:
+        here = shard.has(ids)
+        mine, values, places = ids[here], values[here], shard.own(ids)
+    held = own[places.to(own.device)].cpu()
+    unlike = [bool((a != b).any()) for a, b in zip(held, values.to(held), strict=True)]
+    found = mine[torch.tensor(unlike, dtype=torch.bool, device=mine.device)]
+    return found if shard is None else torch.cat(gathered(found, weight)).unique()
+
+
+# Waiting for one another
 
 
 def _meet(weight: DTensor) -> None:

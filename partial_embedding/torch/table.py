@@ -24,6 +24,7 @@ from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
+from partial_embedding.torch.table_files import TableFiles
 from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
 
 Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
@@ -68,22 +69,12 @@ class PartialTable(TrainableRows):
     # `DistributedDataParallel` reduces the table itself.
     _averaged = MappingProxyType({})
 
-    # Of these jit.script can make nothing.
+    # Of its properties jit.script can make nothing.
     __jit_unused_properties__ = (
-        "trainable_rows",
-        "row_set",
-        "_row_set",
-        "rate_scales",
-        "has_frozen_rows",
-        "padding_row",
-        "leaf_weight",
         "is_sharded",
         "is_left_to_ddp",
-        "new_rows",
-        "earlier_sizes",
-        "origin",
-        "saves_rows",
-        "steppers",
+        *(name for name, value in vars(TrainableRows).items() if isinstance(value, property)),
+        *(name for name, value in vars(TableFiles).items() if isinstance(value, property)),
     )
 
     # Tensors in these it would make attributes, which stay behind when the module moves.
@@ -213,7 +204,7 @@ class PartialTable(TrainableRows):
             self.__dict__["_shards"] = found
 
     def _unhook(self, name: str) -> None:
-        for hook in self._hooks_on(self._hooked[name]):
+        if (hook := self._hook_on(self._hooked[name])) is not None:
             hook.remove()
         # Past nn.Module's own way of setting attributes, here and below.
         self.__dict__["_hooked"] = {n: one for n, one in self._hooked.items() if n != name}
@@ -227,11 +218,10 @@ class PartialTable(TrainableRows):
         """The hook on a parameter, put there if there is none; integers take none."""
         if not (parameter.is_floating_point() or parameter.is_complex()):
             return None
-        hooks = self._hooks_on(parameter)
-        return hooks[0] if hooks else RowHook(self, parameter)
+        return self._hook_on(parameter) or RowHook(self, parameter)
 
-    def _hooks_on(self, parameter: nn.Parameter) -> list[RowHook]:
-        return [hook for hook in hooks_on(parameter) if hook.is_of(self)]
+    def _hook_on(self, parameter: nn.Parameter) -> RowHook | None:
+        return next((hook for hook in hooks_on(parameter) if hook.is_of(self)), None)
 
     def _weight_in_use(self) -> Tensor | None:
         """A masked stand-in for a weight that is not the module's own parameter, or None.
@@ -259,7 +249,7 @@ class PartialTable(TrainableRows):
                 return None
         if not self.has_frozen_rows:
             return None
-        if weight is None and not self._hooks_on(self.leaf_weight):
+        if weight is None and self._hook_on(self.leaf_weight) is None:
             self._hook_up("weight", self.leaf_weight)  # a copy, which parametrizations make alone
         in_use: Tensor = self.weight
         return torch.where(self.row_set.mask.unsqueeze(-1), in_use, in_use.detach())

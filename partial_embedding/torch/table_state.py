@@ -98,14 +98,20 @@ class TableState(Blocks):
         if old is None:
             return Cohort(ids, rate_scale=rate_scale)
         state = dict(old.state)
-        for key in self._per_row(state):
-            state[key] = state[key].to(ids.device)
+        state |= {key: state[key].to(ids.device) for key in self._per_row(state)}
         if len(old.ids) > len(ids):
             # Rows only ever leave a cohort, so each id is found among the old ones.
-            stayed = torch.searchsorted(old.ids.to(ids.device), ids)
-            for key in self._per_row(state):
-                state[key] = state[key].index_select(0, stayed)
+            state = self._of_rows(state, torch.searchsorted(old.ids.to(ids.device), ids))
         return replace(old, ids=ids, state=state)
+
+    def _of_rows(self, state: State, places: Tensor) -> State:
+        """The state of some rows, by their places among all of it."""
+        return {
+            key: value.index_select(0, places.to(value.device))
+            if key in self.layout.per_row
+            else value
+            for key, value in state.items()
+        }
 
     # Saving and restoring
 
@@ -134,11 +140,7 @@ class TableState(Blocks):
             return cohorts
         own = {}
         for number, cohort in cohorts.items():
-            here = shard.has(cohort.ids)
-            state = {
-                key: value[here] if key in self.layout.per_row else value
-                for key, value in cohort.state.items()
-            }
+            state = self._of_rows(cohort.state, shard.has(cohort.ids).nonzero().flatten())
             own[number] = replace(cohort, ids=shard.own(cohort.ids), state=state)
         return own
 
@@ -159,19 +161,15 @@ class TableState(Blocks):
             return
         state = optimizer.state.pop(self.parameter, {})
         state = {key: local(v) if is_sharded(v) else v for key, v in state.items()}
+        shared = state.keys() - self.layout.per_row
         heights = [len(value) for key, value in state.items() if key in self.layout.per_row]
         for cohort in self.cohorts.values():
             if len(cohort.ids) and cohort.ids[0] >= min(heights, default=len(self.values)):
                 continue  # by which the table grew since
-            cohort.state = {
-                key: value.index_select(0, cohort.ids.to(value.device))
-                if key in self.layout.per_row
-                else value.clone()
-                if isinstance(value, Tensor)
-                else value
-                for key, value in state.items()
-            }
-            if state:  # a copy, since some optimizers count in place
+            # Copies, since some optimizers count in place.
+            cohort.state = self._of_rows(state, cohort.ids)
+            cohort.state |= {key: copy.deepcopy(state[key]) for key in shared}
+            if state:
                 counted = self.layout.in_group & group.keys()
                 cohort.group_state = {key: copy.deepcopy(group[key]) for key in counted}
 

@@ -83,7 +83,8 @@ def add_tokens(
     if count:
         tables.check_can_change()
     known = min(len(tokenizer), tables.num_rows)
-    begun = _beginnings(tables, known, _pieces(tokenizer, names, known), init)
+    pieces = [pieces_of(tokenizer, name, known) for name in names]
+    begun = _beginnings(tables, known, pieces, init)
 
     sizes = [len(table.weight) for table in tables.tables]
     if count:
@@ -183,15 +184,6 @@ def _growth(tables: VocabularyTables, num_rows: int, multiple: int | None) -> in
 # What new rows begin from
 
 
-def _pieces(tokenizer: Any, tokens: Sequence[str], known: int) -> list[list[int]]:
-    """For each token the rows of its pieces that the tokenizer knows; there may be none."""
-    found = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
-    return [
-        [piece for piece in pieces if piece != tokenizer.unk_token_id and piece < known]
-        for pieces in found
-    ]
-
-
 def _beginnings(
     tables: VocabularyTables, known: int, pieces: list[list[int]], init: Init
 ) -> dict[tuple[Any, str], Tensor]:
@@ -207,6 +199,12 @@ def _beginnings(
         else:
             begun[table, attribute] = means_of_pieces(parameter.detach()[:known], pieces)
     return begun
+
+
+def pieces_of(tokenizer: Any, text: str, known: int) -> list[int]:
+    """The rows of a text's pieces that a tokenizer knows, below `known`."""
+    pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [piece for piece in pieces if piece != tokenizer.unk_token_id and piece < known]
 
 
 def means_of_pieces(rows: Tensor, pieces: list[list[int]]) -> Tensor:

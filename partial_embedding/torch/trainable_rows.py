@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
@@ -176,13 +175,7 @@ class TrainableRows(TableFiles):
         return self._shared.earlier_sizes
 
     def note_growth(self, earlier_size: int, new_rows: Ids) -> None:
-        """Know that rows were added.
-
-        Args:
-            earlier_size: How many rows there were before; as many as now, where rows that were
-                there already got a meaning.
-            new_rows: The rows that are new, sorted, int64.
-        """
+        """Know that rows, sorted, were added, or got a meaning that were there already."""
         if earlier_size != self.leaf_weight.shape[0]:
             self._shared.earlier_sizes += (earlier_size,)
         self._shared.new_rows = new_rows
@@ -217,12 +210,11 @@ class TrainableRows(TableFiles):
             ids = ids[ids != self.padding_row]
         for parameter in self._shards.values():
             check_sharding(parameter, self)
-        if self._row_set is None and len(ids) == self._most_trainable(self.leaf_weight.shape[0]):
-            return  # every row trains already, with no bookkeeping to keep
         if self._row_set is None:
-            # Those that stay are the first cohort. All rows, which leave, are not written down.
-            of_first = {0: torch.tensor(ids, device="cpu")}
-            self.row_set = RowSet(self.leaf_weight.shape[0], of_first, 1)
+            num_rows = self.leaf_weight.shape[0]
+            if len(ids) < self._most_trainable(num_rows):  # or every row trains already
+                # Those that stay are the first cohort. All rows, which leave, are not written down.
+                self.row_set = RowSet(num_rows, {0: torch.tensor(ids, device="cpu")}, 1)
             return
         before = self.row_set
         self.row_set = before.changed_to(torch.tensor(ids, device=before.device), rate_scale)
@@ -231,11 +223,6 @@ class TrainableRows(TableFiles):
         """Refuse a rate that the table's optimizer cannot keep."""
         if rate_scale is None:
             return
-        if not isinstance(rate_scale, RateScale):
-            raise InputError(
-                "a rate_scale is a partial_embedding.schedule.RateScale. "
-                f"Received: {rate_scale!r}. Write RateScale(lr_scale=0.5), for example."
-            )
         for table in {self, *tables_of(self.leaf_weight)}:
             for stepper in table.steppers:
                 stepper.check_rate_scale(rate_scale)

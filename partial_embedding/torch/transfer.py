@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.replace import check_replaceable, train_only, users_of
-from partial_embedding.torch.tokens import check_init, check_vectors, means_of_pieces, tokenizer_of
-from partial_embedding.torch.vocabulary_tables import VocabularyTables, configs_of
+from partial_embedding.torch.tokens import (
+    check_init,
+    check_vectors,
+    means_of_pieces,
+    pieces_of,
+    tokenizer_of,
+)
+from partial_embedding.torch.vocabulary_tables import VocabularyTables, configurations_in
 
 Init = str | Tensor
 
@@ -78,12 +83,12 @@ def transfer_vocabulary(
         check_replaceable(model, table, sparse)
     tables.check_can_change()
     check_init(init, ("pieces",))
-    if len({len(table.weight) for table in tables.tables}) > 1:
+    sizes = [len(table.weight) for table in tables.tables]
+    if len(set(sizes)) > 1:
         raise InputError(
             "a vocabulary is replaced in tables of one size. Received a "
-            f"{type(model).__name__} whose tables have "
-            f"{', '.join(str(len(table.weight)) for table in tables.tables)} rows. "
-            "Resize them to one first."
+            f"{type(model).__name__} whose tables have {', '.join(map(str, sizes))} rows. Resize "
+            "them to one first."
         )
     source = _sources(old_tokenizer, new_tokenizer, tables.num_rows)
     fresh = (source < 0).nonzero().flatten()
@@ -133,8 +138,7 @@ def _old_pieces(old: Any, new: Any, rows: list[int], num_rows: int) -> list[list
         # A piece of a word says so by a mark that is not part of it; bytes that are no character
         # alone tell nothing.
         text = "" if name is None else new.convert_tokens_to_string([name]).removeprefix("##")
-        found = [] if "\ufffd" in text else old(text, add_special_tokens=False)["input_ids"]
-        pieces.append([row for row in found if row != old.unk_token_id and row < num_rows])
+        pieces.append([] if "\ufffd" in text else pieces_of(old, text, num_rows))
     return pieces
 
 
@@ -147,7 +151,7 @@ def _move_ids(model: Any, tables: VocabularyTables, source: Tensor, new: Any) ->
         for _, user in users_of(model, table):
             if getattr(user, "padding_idx", None) is not None:
                 user.padding_idx = moved.get(user.padding_idx)  # type: ignore[assignment]
-    for config in _configurations(model):
+    for config in configurations_in(model):
         for name, value in list(vars(config).items()):
             if not name.endswith(("_token_id", "_token_ids")):
                 continue
@@ -156,13 +160,3 @@ def _move_ids(model: Any, tables: VocabularyTables, source: Tensor, new: Any) ->
                 setattr(config, name, [moved[row] for row in value if row in moved])
             elif isinstance(value, int):
                 setattr(config, name, moved.get(value) if own is None else own)
-
-
-def _configurations(model: nn.Module) -> Iterator[Any]:
-    seen: set[int] = set()
-    for module in model.modules():
-        for name in ("config", "generation_config"):
-            for config in configs_of(getattr(module, name, None)):
-                if id(config) not in seen:
-                    seen.add(id(config))
-                    yield config

@@ -16,6 +16,8 @@ from partial_embedding.errors import InputError
 from partial_embedding.torch.grow import mean_row, note_height, put_rows
 from partial_embedding.torch.replace import find_table
 
+# Under which modules have what speaks of tokens.
+_CONFIGURATIONS = ("config", "generation_config")
 # What models and configurations call the number of rows.
 _SIZES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "n_words")
 
@@ -197,11 +199,8 @@ class VocabularyTables:
         self._write_sizes({rows: rows + gain for rows in before})
 
     def _write_sizes(self, sizes: dict[int, int]) -> None:
-        owners: dict[int, Any] = {}
-        for module in self.model.modules():
-            owners[id(module)] = module
-            owners |= {id(config): config for config in configs_of(getattr(module, "config", None))}
-        for owner in owners.values():
+        # Each once: what one size becomes may be another.
+        for owner in (*self.model.modules(), *configurations_in(self.model)):
             for name in _SIZES:
                 now = vars(owner).get(name)
                 if type(now) is int and now in sizes:
@@ -220,10 +219,12 @@ def _parent_of(model: nn.Module, module: nn.Module) -> nn.Module:
     return model.get_submodule(path.rpartition(".")[0])
 
 
-def configs_of(config: Any) -> Iterator[Any]:
-    """A configuration of `transformers` and those within it; of anything else none."""
-    if not hasattr(config, "to_dict"):
-        return
-    yield config
-    for value in vars(config).values():
-        yield from configs_of(value)
+def configurations_in(model: nn.Module) -> Iterator[Any]:
+    """The configurations of `transformers` in a model, and those within them, each once."""
+    found = [getattr(m, name, None) for m in model.modules() for name in _CONFIGURATIONS]
+    seen: set[int] = set()
+    for config in found:  # it grows as it goes
+        if hasattr(config, "to_dict") and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+            found += vars(config).values()

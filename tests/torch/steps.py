@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from partial_embedding.torch import FrozenRowAudit, PartialEmbedding
 from partial_embedding.torch.row_files import load_rows, save_rows
-from partial_embedding.torch.row_state import rows_saved_alone
+from partial_embedding.torch.table_files import rows_saved_alone
 
 Loss = Callable[[], Tensor]
 

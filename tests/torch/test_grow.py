@@ -19,7 +19,7 @@ from partial_embedding.torch import (
     rowwise,
 )
 from partial_embedding.torch.grow import put_rows
-from partial_embedding.torch.row_state import rows_saved_alone
+from partial_embedding.torch.table_files import rows_saved_alone
 
 V, D, NEW = 12, 4, 3
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

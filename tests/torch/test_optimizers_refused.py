@@ -117,7 +117,7 @@ def table_of(rows: object = (2, 7), dtype: torch.dtype = torch.float32) -> Parti
     return PartialEmbedding(NUM_ROWS, WIDTH, trainable_rows=rows, dtype=dtype)
 
 
-def step(table: PartialEmbedding, optimizer: Optimizer, seed: int) -> None:
+def step(table: nn.Embedding, optimizer: Optimizer, seed: int) -> None:
     ids = torch.randint(NUM_ROWS, (9,), generator=torch.Generator().manual_seed(seed))
     ids[:3] = torch.tensor([2, 7, 4])
     take_steps(optimizer, lambda: (table(ids) * torch.linspace(-1, 2, WIDTH)).pow(2).sum())
@@ -247,6 +247,44 @@ def test_an_optimizer_that_has_stepped_goes_on(kind: Any) -> None:
         step(plain, stock, seed)
         step(ours, prepared, seed)
         assert torch.equal(plain.weight, ours.weight), seed
+
+
+def test_cohorts_that_go_on_from_a_plain_optimizer_count_each_by_itself() -> None:
+    table = table_of("all")
+    optimizer = torch.optim.AdamW(table.parameters())
+    step(table, optimizer, 0)
+    table.set_trainable_rows([2, 4])
+    table.unfreeze_rows([7])
+    step(table, optimizer, 1)
+    cohorts = cohorts_of(optimizer.state_dict()["state"][0]["rowwise"]).values()
+    assert [int(cohort.state["step"]) for cohort in cohorts] == [2, 2]
+
+
+class SumsFromTheStart(Plain):
+    """Makes its state in the constructor, as Adagrad does in earlier releases of torch."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["sum"] = torch.zeros_like(param)
+
+    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        grad = super().direction(param, group)
+        return grad / self.state[param]["sum"].add_(grad * grad).sqrt().add(1e-6)
+
+
+def test_state_that_a_constructor_makes_is_made_anew_for_a_plain_table() -> None:
+    table, plain = table_of(), nn.Embedding(NUM_ROWS, WIDTH)
+    optimizer = rowwise(SumsFromTheStart(table.parameters()), table)
+    step(table, optimizer, 0)
+    other = SumsFromTheStart(plain.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    detach_rowwise(optimizer)
+    table.set_trainable_rows("all")
+    for module, stock in ((table, optimizer), (plain, other)):
+        step(module, stock, 1)
+        assert stock.state[module.weight]["sum"].shape == module.weight.shape
 
 
 def test_state_that_only_half_precision_needs_follows_its_rows() -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 from partial_embedding import InputError
 from partial_embedding.torch import PartialEmbedding, PartialLinear, rowwise
-from partial_embedding.torch.row_state import rows_saved_alone
 from partial_embedding.torch.table import tables_in
+from partial_embedding.torch.table_files import rows_saved_alone
 
 V, D = 40, 3
 

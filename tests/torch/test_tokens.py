@@ -198,6 +198,13 @@ def test_a_table_that_has_room_keeps_its_size() -> None:
     assert model.lm_head.trainable_rows.tolist() == NEW_ROWS
 
 
+def test_a_configuration_within_another_is_told_the_new_size() -> None:
+    model, words = language_model("GPT-2"), tokenizer()
+    model.config.text_config = copy.deepcopy(model.config)
+    add_tokens(model, words, NEW)
+    assert model.config.text_config.vocab_size == model.config.vocab_size == V + 2
+
+
 def test_more_tokens_can_be_added_later() -> None:
     model, words = with_new_tokens("GPT-2")
     first = model.lm_head.weight[NEW_ROWS].detach().clone()
