@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+import numpy as np
+
 
 class InputError(ValueError):
     """Input that breaks a rule; the message gives the rule, what was received and the remedy.
@@ -44,7 +46,7 @@ def check_flags(**flags: object) -> None:
         >>> check_flags(lazy=True, sparse=False)
     """
     for name, value in flags.items():
-        if not isinstance(value, bool):
+        if not isinstance(value, bool | np.bool):
             raise InputError(
                 f"{name} is True or False. Received: {value!r}. Leave it out for the default."
             )
