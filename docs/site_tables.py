@@ -130,7 +130,15 @@ def keras_doors() -> str:
     path = "tests/tensorflow/test_doors.py"
     doors = [ast.literal_eval(door) for door in _assigned(path, "DOORS").keys]
     kinds = [ast.unparse(made.body) for made in _assigned(path, "KINDS").values]
-    return _matrix(product(doors, [f"`{kind.replace('keras.optimizers.', '')}`" for kind in kinds]))
+    return _matrix(
+        product(
+            doors,
+            [
+                f"`{kind.replace('keras.optimizers.', '').replace('schedules.', '')}`"
+                for kind in kinds
+            ],
+        )
+    )
 
 
 def cost() -> str:

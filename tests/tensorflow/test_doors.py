@@ -33,15 +33,15 @@ IDS = np.random.default_rng(1).integers(0, NUM_ROWS, (STEPS, 4, 5))
 TARGETS = np.random.default_rng(2).normal(size=(STEPS, 4, 2)).astype(np.float32)
 
 
-def adamw(falls: bool = False) -> Any:
-    falling = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
-    return keras.optimizers.AdamW(falling if falls else 0.1, weight_decay=0.1)
-
-
 KINDS: dict[str, Callable[[], Any]] = {
-    "split": adamw,
-    "rowwise": lambda: rowwise(adamw()),
-    "lazy": lambda: rowwise(adamw(falls=True), lazy=True),
+    "split": lambda: keras.optimizers.AdamW(0.1, weight_decay=0.1),
+    "rowwise": lambda: rowwise(keras.optimizers.AdamW(0.1, weight_decay=0.1)),
+    "lazy": lambda: rowwise(
+        keras.optimizers.AdamW(
+            keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5), weight_decay=0.1
+        ),
+        lazy=True,
+    ),
 }
 # The steps that are made before the cut, and whether the rows of the next one are set already.
 CUTS = {"before": (STAGE - 1, False), "at": (STAGE, True), "after": (STAGE + 2, False)}
