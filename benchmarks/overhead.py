@@ -2,16 +2,18 @@
 
     python benchmarks/overhead.py [--report benchmarks/overhead.md]
 
-One run, whose optimizer `rowwise` prepared for a fixed set of rows, has the callbacks at default
+A run, whose optimizer `rowwise` prepared for a fixed set of rows, has the callbacks at default
 settings for every second block of ten steps and goes without them for the others: two runs beside
 each other would differ more by where their tables lie in memory than by what is measured, and so
 would longer blocks by what else the machine does. Of a hundred steps, a round, fifty are with the
-callbacks, and one of these measures, as of any fifty.
+callbacks, and one of these measures, as of any fifty. What tensors are made with them and without
+them lies elsewhere, which is the same throughout a run: so there are several.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 import tempfile
@@ -34,6 +36,7 @@ from partial_embedding.torch import PartialEmbedding
 
 WIDTH, TEXTS, LENGTH = 64, 64, 64
 BLOCK, ROUND = 10, 100  # steps
+RUNS = 8
 
 
 class Texts(Dataset[tuple[Tensor, Tensor]]):
@@ -41,18 +44,19 @@ class Texts(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, num_rows: int, trainable: int, steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(num_rows, (20, TEXTS, LENGTH), generator=generator)
+        # As many as steps of a block, so that each block has them all.
+        self.ids = torch.randint(num_rows, (BLOCK, TEXTS, LENGTH), generator=generator)
         self.ids[:, :, ::2] = torch.randint(
             trainable, self.ids[:, :, ::2].shape, generator=generator
         )
-        self.labels = torch.randint(2, (20, TEXTS), generator=generator)
+        self.labels = torch.randint(2, (BLOCK, TEXTS), generator=generator)
         self.steps = steps
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.ids[index % 20], self.labels[index % 20]
+        return self.ids[index % BLOCK], self.labels[index % BLOCK]
 
 
 class Classifier(LightningModule):
@@ -106,15 +110,20 @@ WAYS: dict[str, Callable[[list[Callback]], list[Callback]]] = {
 class Turns(Callback):
     """Takes the other callbacks away for every second block of steps, and times each round."""
 
-    def __init__(self, others: list[Callback]) -> None:
+    def __init__(self, others: list[Callback], with_others: bool) -> None:
         self.others = others
-        self.with_others = True
+        self.with_others = with_others  # in the block that runs
         self.start = 0.0  # in the processor's time
         self.spent = {True: 0.0, False: 0.0}  # seconds of this round, with the others and without
         self.rounds: list[tuple[float, float]] = []  # milliseconds a step, without and with
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
+        self._change(trainer)
+
+    def _change(self, trainer: Trainer) -> None:
+        others = self.others if self.with_others else []
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # Lightning sets it
         self.start = time.process_time()
 
     def on_train_batch_end(
@@ -125,25 +134,33 @@ class Turns(Callback):
             return
         self.spent[self.with_others] += time.process_time() - self.start
         self.with_others = not self.with_others
-        others = self.others if self.with_others else []
-        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # Lightning sets it
         if (index + 1) % ROUND == 0:
             without, with_others = (2e3 * self.spent[there] / ROUND for there in (False, True))
             self.rounds.append((without, with_others))
             self.spent = {True: 0.0, False: 0.0}
-        self.start = time.process_time()
+        self._change(trainer)
 
 
 def measure(
     num_rows: int, trainable: int, rounds: int, way: str = "both"
 ) -> tuple[list[float], list[float]]:
     """Milliseconds a step of each round, without the callbacks and with them."""
+    found = []
+    for run in range(RUNS):
+        found += _run(num_rows, trainable, math.ceil(rounds / RUNS), way, run % 2 == 0)
+    without, with_callbacks = zip(*found, strict=True)
+    return list(without), list(with_callbacks)
+
+
+def _run(
+    num_rows: int, trainable: int, rounds: int, way: str, first: bool
+) -> list[tuple[float, float]]:
     schedule = {"stages": [{"epoch": 0, "rows": {"range": [0, trainable]}}]}
     counts = np.maximum(1e6 / np.arange(1, num_rows + 1), 1).astype(np.int64)
     vocabulary = Vocabulary(map(str, range(num_rows)), counts)
     every = 500 if way.endswith("500 steps") else None
     ours = [RowUnfreezing(schedule), RowMonitor(vocabulary=vocabulary, every_n_steps=every)]
-    turns = Turns(WAYS[way](ours))
+    turns = Turns(WAYS[way](ours), with_others=first)
     steps = (rounds + 1) * ROUND
     data = DataLoader(Texts(num_rows, trainable, steps), batch_size=None)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
@@ -158,8 +175,7 @@ def measure(
             enable_model_summary=False,
         )
         trainer.fit(Classifier(num_rows), data)
-    without, with_callbacks = zip(*turns.rounds[1:], strict=True)  # the first one warms up
-    return list(without), list(with_callbacks)
+    return turns.rounds[1:]  # the first one warms up
 
 
 def shares(without: list[float], with_callbacks: list[float]) -> dict[str, float]:
@@ -181,8 +197,8 @@ def report(num_rows: int, trainable: int, rounds: int) -> str:
         f"Lightning runs over a table of V = {num_rows:,} rows, D = {WIDTH}, of which K = "
         f"{trainable:,} train; {TEXTS * LENGTH:,} ids a step, half of them trainable, AdamW, "
         f"TensorBoard, optimizer prepared by `rowwise`. In each of {rounds} rounds of {ROUND} "
-        f"steps every second block of {BLOCK} has the callbacks, at default settings, so that one "
-        "step of 50 with them measures.",
+        f"steps, of {RUNS} runs, every second block of {BLOCK} has the callbacks, at default "
+        "settings, so that one step of 50 with them measures.",
         "",
         "| callbacks | time with over without | middle half of the rounds | ms without | ms with |",
         "|---|---:|---:|---:|---:|",

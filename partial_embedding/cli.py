@@ -90,7 +90,9 @@ def _complain(error: Exception | str, code: int) -> int:
 
 
 def _refused_path(error: OSError) -> str:
-    reason = _WRONG_KIND.get(error.errno or 0) or error.strerror or str(error)
+    if error.errno is None:
+        return str(error)  # of a package that cannot reach a model or a file, in its own words
+    reason = _WRONG_KIND.get(error.errno) or error.strerror or str(error)
     place = "" if error.filename is None else f" for {shown(error.filename)}"
     return (
         f"files and folders can be read and written. Received: {reason}{place}. Check the path, "

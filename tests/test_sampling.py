@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from partial_embedding import InputError, Schedule, Vocabulary
+from partial_embedding.monitor import sampling
 from partial_embedding.monitor.record import (
     RowRecord,
     RunRecorder,
@@ -112,7 +113,11 @@ def test_bands_hold_each_row_once_and_padding_never() -> None:
     }
 
 
-def test_neighbours_are_those_of_a_full_comparison() -> None:
+@pytest.mark.parametrize("products", [1, 7 * D * 9, 2**18])
+def test_neighbours_are_those_of_a_full_comparison(
+    products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_PRODUCTS_ALONE", products)
     vectors = Table().values
     found = nearest(vectors[:7], vectors, 10, np.arange(7))
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -28,6 +28,9 @@ _QUERIES = 32  # rows of a cohort whose neighbours are followed
 _MOST_MOVED = 12
 _BANDS_WORTH = 4
 _FROZEN, _NOT_FOLLOWED = -1, _MOST_COHORTS
+# Of a larger matrix product NumPy's BLAS gives parts to threads of its own, which go on computing
+# for a tenth of a second while they wait for another one. This one takes a thousandth.
+_PRODUCTS_ALONE = 2**18
 
 
 @dataclass(eq=False)
@@ -274,7 +277,9 @@ def nearest(queries: Values, vectors: Values, most: int, own: Ids) -> Ids:
         array([[2]])
     """
     found = max(min(most, len(vectors) - 1), 0)
-    cosines = cosines_of(queries, vectors)
+    step = max(1, _PRODUCTS_ALONE // max(1, queries.size))
+    parts = np.split(vectors, range(step, len(vectors), step))
+    cosines = np.concatenate([cosines_of(queries, part) for part in parts], axis=1)
     inside = np.flatnonzero(own >= 0)
     cosines[inside, own[inside]] = -np.inf
     if found == 0:
