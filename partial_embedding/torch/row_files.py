@@ -371,7 +371,8 @@ def _missing_tokens(path: Path_, about: dict[str, str], tokenizer: Any) -> list[
 
 def _read(path: Path_) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, "pt") as file:
+        # Older releases of safetensors put what they read on the default device, the user's.
+        with torch.device("cpu"), safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(
