@@ -41,7 +41,7 @@ def run_tests(module: ModuleType, tests: Tests, folder: Path, rank: int, number:
             goes_on = True
         except SystemExit:
             pass  # as if the process were killed there
-        except BaseException as error:
+        except BaseException as error:  # pytest, in another process, says it of this test
             told = traceback.TracebackException.from_exception(error, capture_locals=True)
             said = "".join(told.format())
         (folder / f"{number}-{rank}-{index}").write_text(said)

@@ -79,19 +79,32 @@ def saved_and_loaded(state: Any, device: str) -> Any:
     return torch.load(file, map_location=device)
 
 
-@pytest.mark.parametrize(("case", "sparse"), crossed(CASES_ON_GPU, GRADIENTS))
-def test_rows_move_as_if_alone(case: Case, sparse: bool) -> None:
-    table = PartialEmbedding.from_pretrained(start(), trainable_rows=FIRST, sparse=sparse)
-    table.to(DEVICE)
-    optimizer = case.make(table.parameters())
+def train(
+    model: Callable[[Tensor], Tensor],
+    table: PartialEmbedding,
+    optimizer: torch.optim.Optimizer,
+    after: Callable[[int], object] = lambda step: None,
+) -> None:
+    """All steps, of which the late rows join in the midst."""
     for step in range(STEPS):
         if step == 3:
             table.unfreeze_rows(LATE)
         ids, up = batch(step)
         optimizer.zero_grad()
-        table(ids).backward(up)
+        model(ids).backward(up)
         optimizer.step()
+        after(step)
+
+
+@pytest.mark.parametrize(("case", "sparse"), crossed(CASES_ON_GPU, GRADIENTS))
+def test_rows_move_as_if_alone(case: Case, sparse: bool) -> None:
+    table = PartialEmbedding.from_pretrained(start(), trainable_rows=FIRST, sparse=sparse)
+    table.to(DEVICE)
+
+    def check(step: int) -> None:
         assert_same_bits(table.weight[FROZEN].cpu(), start()[FROZEN], f"frozen at {step}")
+
+    train(table, table, case.make(table.parameters()), check)
     small = small_tables(case)
     assert_same_bits(table.weight[FIRST], small[0], "the first rows")
     assert_same_bits(table.weight[LATE], small[3], "the late rows")
@@ -266,13 +279,7 @@ def test_a_compiled_model_trains_as_the_plain_one() -> None:
         model = nn.Sequential(table, nn.Linear(D, D)).to(DEVICE)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
         run = torch.compile(model) if compiled else model
-        for step in range(STEPS):
-            if step == 3:
-                table.unfreeze_rows(LATE)
-            ids, up = batch(step)
-            optimizer.zero_grad()
-            run(ids).backward(up)
-            optimizer.step()
+        train(run, table, optimizer)
         assert_same_bits(table.weight[FROZEN].cpu(), start()[FROZEN], "frozen rows")
         return table.weight.detach()
 
@@ -379,13 +386,7 @@ def test_one_process_under_nccl_trains_as_it_does_alone(
 ) -> None:
     def trained(model: nn.Module, table: PartialEmbedding) -> Tensor:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-        for step in range(STEPS):
-            if step == 3:
-                table.unfreeze_rows(LATE)
-            ids, up = batch(step)
-            optimizer.zero_grad()
-            model(ids).backward(up)
-            optimizer.step()
+        train(model, table, optimizer)
         weight = table.weight.detach()
         return weight.to_local() if hasattr(weight, "to_local") else weight
 
