@@ -20,18 +20,21 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from partial_embedding import Vocabulary
 from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
+from partial_embedding.monitor import sampling
 from partial_embedding.torch import PartialEmbedding
 
 WIDTH, TEXTS, LENGTH = 64, 64, 64
@@ -97,13 +100,32 @@ class Idler(Idle):
     """Another one, since Lightning wants callbacks of different classes."""
 
 
+@dataclass(frozen=True)
+class Way:
+    """Callbacks that come and go, in a run that has both of ours.
+
+    Args:
+        chosen: Which, of ours.
+        every: Steps from one measurement to the next; None for Lightning's 50.
+        logger: Where the numbers go.
+        products: How large a matrix product of the monitor may be at once.
+    """
+
+    chosen: Callable[[list[Callback]], list[Callback]] = lambda ours: ours
+    every: int | None = None
+    logger: type[Logger] = TensorBoardLogger
+    products: int = sampling._PRODUCTS_ALONE
+
+
 UNFREEZING = "`RowUnfreezing`"
-# Which callbacks come and go, of those that a run needs.
-WAYS: dict[str, Callable[[list[Callback]], list[Callback]]] = {
-    "both": lambda ours: ours,
-    "both, measuring every 500 steps": lambda ours: ours,
-    UNFREEZING: lambda ours: ours[:1],
-    "two that do nothing": lambda ours: [Idle(), Idler()],
+WAYS = {
+    "both": Way(),
+    "both, measuring every 500 steps": Way(every=500),
+    "both, logging to a CSV file": Way(logger=CSVLogger),
+    "both, neighbours by one matrix product": Way(products=2**62),
+    UNFREEZING: Way(lambda ours: ours[:1]),
+    "`RowMonitor`": Way(lambda ours: ours[1:]),
+    "two that do nothing": Way(lambda ours: [Idle(), Idler()]),
 }
 
 
@@ -155,27 +177,66 @@ def measure(
 def _run(
     num_rows: int, trainable: int, rounds: int, way: str, first: bool
 ) -> list[tuple[float, float]]:
-    schedule = {"stages": [{"epoch": 0, "rows": {"range": [0, trainable]}}]}
     counts = np.maximum(1e6 / np.arange(1, num_rows + 1), 1).astype(np.int64)
     vocabulary = Vocabulary(map(str, range(num_rows)), counts)
-    every = 500 if way.endswith("500 steps") else None
-    ours = [RowUnfreezing(schedule), RowMonitor(vocabulary=vocabulary, every_n_steps=every)]
-    turns = Turns(WAYS[way](ours), with_others=first)
-    steps = (rounds + 1) * ROUND
+    monitor = RowMonitor(vocabulary=vocabulary, every_n_steps=WAYS[way].every)
+    ours = [RowUnfreezing(schedule_of(trainable)), monitor]
+    turns = Turns(WAYS[way].chosen(ours), with_others=first)
+    with patch.object(sampling, "_PRODUCTS_ALONE", WAYS[way].products):
+        # The clock is read last, so that a measurement belongs to the block that it ends.
+        fit(num_rows, trainable, (rounds + 1) * ROUND, WAYS[way].logger, *ours, turns)
+    return turns.rounds[1:]  # the first one warms up
+
+
+def schedule_of(trainable: int) -> dict[str, Any]:
+    return {"stages": [{"epoch": 0, "rows": {"range": [0, trainable]}}]}
+
+
+def fit(
+    num_rows: int, trainable: int, steps: int, logger: type[Logger], *callbacks: Callback
+) -> None:
     data = DataLoader(Texts(num_rows, trainable, steps), batch_size=None)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",
             max_epochs=1,
-            logger=TensorBoardLogger(folder),
-            # The clock is read last, so that a measurement belongs to the block that it ends.
-            callbacks=[*ours, turns],
+            logger=logger(folder),
+            callbacks=list(callbacks),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         trainer.fit(Classifier(num_rows), data)
-    return turns.rounds[1:]  # the first one warms up
+
+
+class OwnHooks(Callback):
+    """Times what `RowUnfreezing` itself does at a step, apart from how Lightning calls it."""
+
+    def __init__(self, unfreezing: RowUnfreezing) -> None:
+        self.unfreezing = unfreezing
+        self.microseconds = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Make the calls of one step, often."""
+        if self.microseconds:
+            return
+        one, times = self.unfreezing, 2000
+        start = time.process_time()
+        for _ in range(times):
+            one.on_train_batch_start(trainer, pl_module, batch, index)
+            one.on_after_backward(trainer, pl_module)
+            one.on_train_batch_end(trainer, pl_module, outputs, batch, index)
+        self.microseconds = 1e6 * (time.process_time() - start) / times
+
+
+def own_hooks(num_rows: int, trainable: int) -> float:
+    """Microseconds of a step in the hooks of `RowUnfreezing`."""
+    unfreezing = RowUnfreezing(schedule_of(trainable))
+    timed = OwnHooks(unfreezing)
+    fit(num_rows, trainable, 20, CSVLogger, unfreezing, timed)
+    return timed.microseconds
 
 
 def shares(without: list[float], with_callbacks: list[float]) -> dict[str, float]:
@@ -211,6 +272,9 @@ def report(num_rows: int, trainable: int, rounds: int) -> str:
             f"| {way} | **{middle:.3f}** | {low:.3f} to {high:.3f} | {' | '.join(medians)} |"
         )
     lines += [
+        "",
+        f"Of a step, {own_hooks(num_rows, trainable):.1f} µs are spent in the hooks of "
+        "`RowUnfreezing` themselves; the rest is Lightning's way to call them, and chance.",
         "",
         f"torch {torch.__version__}, {torch.get_num_threads()} CPU thread(s), the time that it "
         f"computed, {platform.machine()}. "
