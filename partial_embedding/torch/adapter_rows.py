@@ -138,7 +138,7 @@ def serve_tokens(table: PartialTable, wrapper: Any) -> nn.Module:
     if isinstance(part, AdapterRows):
         for adapter, ids in wrapper.token_adapter.token_indices.items():
             learn = wrapper.token_adapter.trainable_tokens_delta[adapter].requires_grad
-            part.take(adapter, torch.tensor(ids, device="cpu"), learn)
+            part.take(adapter, torch.tensor(ids, dtype=torch.int64, device="cpu"), learn)
     return table
 
 
@@ -341,7 +341,8 @@ class AdapterRows(ModulesToSaveWrapper):
         self._keep(ids)
         # Each place in `loaded` of a row that is kept.
         order = {row: place for place, row in enumerate(self._ids.tolist())}
-        places = torch.tensor([order[row] for row in ids.tolist()], device="cpu")
+        found = [order[row] for row in ids.tolist()]
+        places = torch.tensor(found, dtype=torch.int64, device="cpu")
         rows = self._read() if self._loading == self._shown else self._hidden[self._loading]
         for name, values in loaded.items():
             rows[name][places] = values.to(rows[name])

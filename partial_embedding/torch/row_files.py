@@ -251,7 +251,7 @@ def import_peft(
                 f"{place}: each table has its ids, whole numbers. Received {own!r} for {name!r}. "
                 "Get it again."
             )
-        parts[f"{name}.weight"] = torch.tensor(own, device="cpu"), values
+        parts[f"{name}.weight"] = torch.tensor(own, dtype=torch.int64, device="cpu"), values
     if not parts:
         raise InputError(
             f"{place}: an adapter with trainable tokens is meant. Received a "

@@ -243,6 +243,16 @@ def test_malformed_adapters_are_refused(config: str | bytes, message: str, tmp_p
         import_peft(model, tmp_path)
 
 
+def test_an_adapter_without_rows_of_a_table_changes_nothing(tmp_path: Path) -> None:
+    config = '{"trainable_token_indices": {"0": []}}'
+    (tmp_path / "adapter_config.json").write_text(config, encoding="utf-8")
+    key = "base_model.model.0.token_adapter.trainable_tokens_delta"
+    save_file({key: torch.ones(0, 4)}, tmp_path / "adapter_model.safetensors")
+    model = nn.Sequential(nn.Embedding(10, 4))
+    with unchanged(model):
+        assert import_peft(model, tmp_path) == {"0.weight": []}
+
+
 @pytest.mark.parametrize("in_lora", [False, True], ids=["trainable_tokens", "lora"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_what_peft_saved_is_imported(tied: bool, in_lora: bool, tmp_path: Path) -> None:
