@@ -92,12 +92,15 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         """
         if not is_scripting():
             weight, max_norm, sparse = _looked_up(self, input)
+            # The hook leaves it out of a sparse gradient; where torch does, nothing compiles it.
+            padding_idx = None if sparse and not is_rewritten(input) else self.padding_idx
         else:
             weight, max_norm, sparse = self.weight, self.max_norm, self.sparse
+            padding_idx = self.padding_idx
         return F.embedding(
             input,
             weight,
-            self.padding_idx,
+            padding_idx,
             max_norm,
             self.norm_type,
             self.scale_grad_by_freq,
