@@ -92,8 +92,9 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         """
         if not is_scripting():
             weight, max_norm, sparse = _looked_up(self, input)
-            # The hook leaves it out of a sparse gradient; where torch does, nothing compiles it.
-            padding_idx = None if sparse and not is_rewritten(input) else self.padding_idx
+            # Nothing compiles how torch leaves it out of a sparse gradient; the hook does it, too.
+            hooked = sparse and torch.compiler.is_compiling() and not is_rewritten(input)
+            padding_idx = None if hooked else self.padding_idx
         else:
             weight, max_norm, sparse = self.weight, self.max_norm, self.sparse
             padding_idx = self.padding_idx
