@@ -24,7 +24,7 @@ from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
-from partial_embedding.torch.table_files import TableFiles
+from partial_embedding.torch.table_files import leave_rows_alone, load_rows_alone
 from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
 
 Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
@@ -53,7 +53,6 @@ class PartialTable(TrainableRows):
     if TYPE_CHECKING:  # jit.script reads annotations, and knows few
         weight: nn.Parameter
         sparse: bool
-        _shared: SharedRows
         _hooked: Mapping[str, nn.Parameter]
         _averaged: Mapping[str, Callable[[], Group | None]] | None
 
@@ -74,7 +73,6 @@ class PartialTable(TrainableRows):
         "is_sharded",
         "is_left_to_ddp",
         *(name for name, value in vars(TrainableRows).items() if isinstance(value, property)),
-        *(name for name, value in vars(TableFiles).items() if isinstance(value, property)),
     )
 
     # Tensors in these it would make attributes, which stay behind when the module moves.
@@ -268,7 +266,7 @@ class PartialTable(TrainableRows):
             self.attach()
 
     def remember_origin(self) -> None:
-        """Remember, from here on, what rows hold before they train; see `TableFiles`."""
+        """Remember, from here on, what rows hold before they train; see `rows_saved_alone`."""
         if self.is_sharded:
             raise InputError(
                 "rows are saved alone of a table that is whole in each process. Received a "
@@ -297,9 +295,18 @@ class PartialTable(TrainableRows):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        leave_rows_alone(self, destination, prefix)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
         with self._rewired():
-            super()._load_from_state_dict(*args, **options)
+            load_rows_alone(self, state_dict, prefix)
+            super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     @contextmanager
     def _rewired(self) -> Iterator[None]:

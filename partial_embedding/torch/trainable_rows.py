@@ -19,7 +19,7 @@ from partial_embedding.torch.engines import lost_weight, refuse_flat
 from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import check_sharding
-from partial_embedding.torch.table_files import TableFiles
+from partial_embedding.torch.shared_rows import SharedRows
 
 # Tables whose rows were set, and that no optimizer has stepped since; and those of which rows were
 # looked up, to be learned from, while their weights took no gradients. `unheld` judges them.
@@ -34,10 +34,11 @@ class Stepper(Protocol):
         """Refuse a rate that it cannot keep."""
 
 
-class TrainableRows(TableFiles):
+class TrainableRows(nn.Module):
     """A mix-in: the row set of a weight, which is replaced whenever other rows are to train."""
 
     if TYPE_CHECKING:  # jit.script reads annotations, and knows few
+        _shared: SharedRows
         _shards: Mapping[str, nn.Parameter]
 
     # The row parameters of which this process has some rows. While a pass runs FSDP2 puts whole
