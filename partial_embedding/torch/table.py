@@ -33,7 +33,6 @@ Group = Any  # `ProcessGroup` exists only where torch was built with torch.distr
 _WIRING = (
     "_averaged",
     "_hooked",
-    "_own_rows",
     "_passage",
     "_shards",
     "_steppers",
