@@ -80,7 +80,8 @@ class PartialTable(TrainableRows):
         if before is not weight:
             # No longer tied to whoever has the old weight.
             rows = self.__dict__["_shared"] = replace(rows, padding_row=None, origin=None)
-        rows.padding_row = self.padding_row
+        if (padding := getattr(self, "padding_idx", None)) is not None:
+            rows.padding_row = padding
         for other in list(tables_of(weight)):
             if other is not self:
                 self._share_rows_with(other)
@@ -109,10 +110,7 @@ class PartialTable(TrainableRows):
         if self.has_frozen_rows and not other.has_frozen_rows:
             other.row_set = self.row_set
         padding, self.__dict__["_shared"] = self.padding_row, other._shared
-        if padding is not None:
-            other._shared.padding_row = padding
-        if (rows := other._row_set) is not None:
-            other.row_set = rows.changed_to(rows.ids[rows.ids != other.padding_row])
+        other._set_padding_row(other.padding_row if padding is None else padding)
 
     def _check_tie(self, weight: nn.Parameter | None) -> None:
         own = self._parameters.get("weight")
@@ -205,6 +203,8 @@ class PartialTable(TrainableRows):
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts its shards past `register_parameter` where this is nn.Module's own method.
         super().__setattr__(name, value)
+        if name == "padding_idx" and "_shared" in vars(self):
+            self._set_padding_row(value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _WIRING}

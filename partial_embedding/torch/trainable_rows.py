@@ -225,8 +225,15 @@ class TrainableRows(nn.Module):
     def padding_row(self) -> int | None:
         """The row that never trains, if there is one."""
         # A head has none of its own, and may be tied to a table that has one.
-        own: int | None = getattr(self, "padding_idx", None)
-        return self._shared.padding_row if own is None else own
+        return self._shared.padding_row
+
+    def _set_padding_row(self, row: int | None) -> None:
+        self._shared.padding_row, rows = row, self._row_set
+        if row is None or rows is None:
+            return
+        others = rows.ids[rows.ids != row]
+        if len(others) < len(rows):
+            self.row_set = rows.changed_to(others)
 
     def _resolve(self, rows: RowsLike) -> Ids:
         refuse_flat(self.leaf_weight, self)
