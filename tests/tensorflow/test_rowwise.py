@@ -193,7 +193,7 @@ def test_a_function_that_was_traced_before_a_lazy_optimizer_was_built_is_refused
     else:
         gradients = tf.function(gradients)
     # A function within another is not traced again with it.
-    make = (lambda: tf.function(train, autograph=False)) if traced == "both" else lambda: train
+    make = (lambda: tf.function(train)) if traced == "both" else lambda: train
     ids = tf.constant([1, 0])
     for _ in range(2):
         with pytest.raises(InputError, match=r"Call optimizer\.build"):
