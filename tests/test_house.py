@@ -96,7 +96,7 @@ def test_an_import_loads_no_framework_but_its_own(module: str, tmp_path: Path) -
 # From the ground up: a room imports rooms below its own floor, and no others.
 FLOORS = (
     {"errors", "version"},
-    {"files", "mapped"},
+    {"files"},
     {"rows"},
     {"schedule"},
     {"monitor"},
@@ -106,7 +106,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-PURE = ("errors", "version", "files", "mapped", "rows", "schedule", "monitor")
+PURE = ("errors", "version", "files", "rows", "schedule", "monitor")
 FRAMEWORKS_OF = {"torch": {"torch"}, "tensorflow": {"tensorflow", "keras"}}
 
 
