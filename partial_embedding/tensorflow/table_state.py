@@ -272,6 +272,12 @@ def _outermost_graph() -> Any:
     return graph
 
 
+def free(variable: Any) -> None:
+    """Free the memory of a Keras variable, so that what was traced with it fails."""
+    for part in getattr(variable.value, "values", (variable.value,)):  # one for each replica
+        _empty(part.handle, part.dtype)
+
+
 def _empty(handle: Any, dtype: Any) -> None:
     # Garbage is found at any time: while a file is loaded, too, which builds a graph that
     # `tf.init_scope` does not leave.
