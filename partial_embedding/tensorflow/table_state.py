@@ -267,8 +267,8 @@ class TableState:
 def _outermost_graph() -> Any:
     """The graph of the function that is traced now, not those of its branches and loops."""
     graph = tf.compat.v1.get_default_graph()
-    while isinstance(outer := getattr(graph, "outer_graph", None), tf.__internal__.FuncGraph):
-        graph = outer
+    while isinstance(getattr(graph, "outer_graph", None), tf.__internal__.FuncGraph):
+        graph = graph.outer_graph
     return graph
 
 
