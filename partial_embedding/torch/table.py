@@ -27,7 +27,7 @@ from partial_embedding.torch.shared_rows import SharedRows
 from partial_embedding.torch.table_files import leave_rows_alone, load_rows_alone
 from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
 
-Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
+ProcessGroup = Any  # torch has it only where it was built with torch.distributed
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
 _WIRING = (
@@ -53,7 +53,7 @@ class PartialTable(TrainableRows):
         weight: nn.Parameter
         sparse: bool
         _hooked: Mapping[str, nn.Parameter]
-        _averaged: Mapping[str, Callable[[], Group | None]] | None
+        _averaged: Mapping[str, Callable[[], ProcessGroup | None]] | None
 
     # The parameters with an entry for each row.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
@@ -104,7 +104,9 @@ class PartialTable(TrainableRows):
 
     # Among processes
 
-    def average_over(self, names: Iterable[str], group_of: Callable[[], Group | None]) -> None:
+    def average_over(
+        self, names: Iterable[str], group_of: Callable[[], ProcessGroup | None]
+    ) -> None:
         """Have parameters averaged by row from now on, until `group_of` gives no processes more."""
         self.__dict__["_averaged"] = dict.fromkeys(names, group_of)
 
@@ -117,7 +119,7 @@ class PartialTable(TrainableRows):
         """Whether `DistributedDataParallel` reduces the table itself."""
         return self._averaged is None
 
-    def averaging_group(self, parameter: nn.Parameter) -> Group | None:
+    def averaging_group(self, parameter: nn.Parameter) -> ProcessGroup | None:
         """The processes over which a parameter is averaged by row, or None where it is not."""
         for name, group_of in (self._averaged or {}).items():
             if self.row_parameter(name) is parameter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import numpy as np
@@ -21,17 +21,13 @@ from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import check_sharding
 from partial_embedding.torch.shared_rows import SharedRows
 
+if TYPE_CHECKING:
+    from partial_embedding.torch.table_state import TableState
+
 # Tables whose rows were set, and that no optimizer has stepped since; and those of which rows were
 # looked up, to be learned from, while their weights took no gradients. `unheld` judges them.
 waiting: WeakSet[TrainableRows] = WeakSet()
 used_frozen: WeakSet[TrainableRows] = WeakSet()
-
-
-class Stepper(Protocol):
-    """What steps a table's rows."""
-
-    def check_rate_scale(self, rate_scale: RateScale) -> None:
-        """Refuse a rate that it cannot keep."""
 
 
 class TrainableRows(nn.Module):
@@ -236,10 +232,10 @@ class TrainableRows(nn.Module):
                 stepper.check_rate_scale(rate_scale)
 
     @property
-    def steppers(self) -> WeakSet[Stepper]:
-        """What steps the rows, and is asked before they get a rate of their own."""
+    def steppers(self) -> WeakSet[TableState]:
+        """What optimizers remember of the table; asked before its rows get rates of their own."""
         # Weak, since a table does not keep its optimizers alive.
-        found: WeakSet[Stepper] = self.__dict__.setdefault("_steppers", WeakSet())
+        found: WeakSet[TableState] = self.__dict__.setdefault("_steppers", WeakSet())
         return found
 
     # The parameter that they are rows of
