@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from partial_embedding.schedule import (
     StageState,
 )
 from partial_embedding.schedule.messages import place_text
+from partial_embedding.schedule.schedule import first_other
 
 _BAR = 24
 
@@ -142,26 +142,13 @@ def boundaries(
         if most is not None:
             end = min(total, (epoch + most) * steps_per_epoch)
         later = range(step + stride, end, stride)
-        step += stride * (1 + _first_other(schedule, now, here, later, steps_per_epoch))
+        step += stride * (1 + first_other(schedule, here, later, steps_per_epoch))
         if wait is not None and most is not None:
             better = (1 + wait.min_delta) * (1 if wait.mode == "max" else -1)
             evaluations += tuple(
                 Evaluation(e, (e + 1) * steps_per_epoch, {wait.monitor: e * better})
                 for e in range(epoch, step // steps_per_epoch)
             )
-
-
-def _first_other(
-    schedule: Schedule, now: StageState, here: Position, later: range, steps_per_epoch: int
-) -> int:
-    """Which of some steps is the first in another state; their number if none is."""
-
-    def is_over(step: int) -> bool:
-        epoch = step // steps_per_epoch
-        return schedule.state_at(replace(here, epoch=epoch, step=step)) != now
-
-    # A state that is over does not come back, so that the end of it is found by halving.
-    return bisect_left(later, True, key=is_over)
 
 
 def rate_texts(rate_scale: RateScale) -> list[str]:

@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.embedding import PartialEmbedding
-from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_average import check_alike, explaining
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.shards import is_sharded, local, shard_of, sharded_like
+from partial_embedding.torch.table import tables_of
 
 # What a process tells another before a lookup, where ids that are no rows are as many as this.
 _NO_ROWS = -1

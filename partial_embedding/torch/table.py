@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.hooks import (
@@ -18,16 +17,12 @@ from partial_embedding.torch.hooks import (
     close_passage,
     goes_by_rows,
     hooks_on,
-    tables_of,
 )
-from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
 from partial_embedding.torch.table_files import leave_rows_alone, load_rows_alone
 from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
-
-ProcessGroup = Any  # torch has it only where it was built with torch.distributed
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
 _WIRING = (
@@ -53,84 +48,22 @@ class PartialTable(TrainableRows):
         weight: nn.Parameter
         sparse: bool
         _hooked: Mapping[str, nn.Parameter]
-        _averaged: Mapping[str, Callable[[], ProcessGroup | None]] | None
-
-    # The parameters with an entry for each row.
-    row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
-
-    # Whether backward left a gradient here since `average` last made it that of all processes.
-    awaits_average = False
 
     _hooked = MappingProxyType({})
 
-    # What gives the processes over which each of these parameters is averaged by row; None where
-    # `DistributedDataParallel` reduces the table itself.
-    _averaged = MappingProxyType({})
-
     # Of its properties jit.script can make nothing.
     __jit_unused_properties__ = (
-        "is_sharded",
-        "is_left_to_ddp",
         *(name for name, value in vars(TrainableRows).items() if isinstance(value, property)),
     )
 
     # Tensors in these it would make attributes, which stay behind when the module moves.
     __jit_ignored_attributes__ = ("_hooked", "_passage")
 
-    # The parameters with an entry for each row
-
-    def hookable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters with an entry for each row, now; and what an engine lends for a pass."""
-        for name in self.row_parameters:
-            if (parameter := self.row_parameter(name)) is not None:
-                yield parameter
-            if self._shards and (lent := self._parameters.get(name)) is not None:
-                yield lent
-
-    def row_parameter(self, name: str) -> nn.Parameter | None:
-        """The parameter that one of `row_parameters` names, if there is one."""
-        if name == "weight":
-            return self.leaf_weight
-        return self._shards.get(name, self._parameters.get(name))
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether this process has some rows of the weight only."""
-        return "weight" in self._shards
-
     def gives_sparse_gradient(self) -> bool:
         """Whether the weight gets a gradient of the trainable rows alone."""
         return self.sparse and not self.is_sharded  # engines that shard reduce dense gradients
 
-    # Among processes
-
-    def average_over(
-        self, names: Iterable[str], group_of: Callable[[], ProcessGroup | None]
-    ) -> None:
-        """Have parameters averaged by row from now on, until `group_of` gives no processes more."""
-        self.__dict__["_averaged"] = dict.fromkeys(names, group_of)
-
-    def leave_to_ddp(self) -> None:
-        """Know that `DistributedDataParallel` reduces the table itself."""
-        self.__dict__["_averaged"] = None
-
-    @property
-    def is_left_to_ddp(self) -> bool:
-        """Whether `DistributedDataParallel` reduces the table itself."""
-        return self._averaged is None
-
-    def averaging_group(self, parameter: nn.Parameter) -> ProcessGroup | None:
-        """The processes over which a parameter is averaged by row, or None where it is not."""
-        for name, group_of in (self._averaged or {}).items():
-            if self.row_parameter(name) is parameter:
-                group = group_of()
-                return None if group is None or dist.get_world_size(group) == 1 else group
-        return None
-
     # The hooks, and all that can make a hook disappear
-
-    def take_dense(self, grad: Tensor) -> None:
-        """Know that backward made a dense gradient of the weight; for tables that are to say so."""
 
     def attach(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
@@ -169,6 +102,9 @@ class PartialTable(TrainableRows):
         for name in ("_shared", "_before_training", "is_copy", *_WIRING):
             self.__dict__.pop(name, None)
         waiting.discard(self)
+
+    def _tied(self) -> set[TrainableRows]:
+        return {self, *tables_of(self.leaf_weight)}
 
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:
@@ -264,19 +200,6 @@ class PartialTable(TrainableRows):
         if name in self.row_parameters:
             self.attach()
 
-    def remember_origin(self) -> None:
-        """Remember, from here on, what rows hold before they train; see `rows_saved_alone`."""
-        if self.is_sharded:
-            raise InputError(
-                "rows are saved alone of a table that is whole in each process. Received a "
-                f"{type(self).__name__} whose weight is sharded. Save it whole, with "
-                "checkpoint='table'."
-            )
-        if self._shared.origin is None:
-            origin = self._shared.origin = Origin(self.leaf_weight)
-            every = self._row_set is None
-            origin.include(self.leaf_weight, self._all_ids() if every else self.row_set.ids)
-
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts its shards past `register_parameter` where this is nn.Module's own method.
         super().__setattr__(name, value)
@@ -331,6 +254,13 @@ class PartialTable(TrainableRows):
         every = self._most_trainable(self.leaf_weight.shape[0])  # counted without bookkeeping
         count = every if self._row_set is None else len(self.row_set)
         return f"{super().extra_repr()}, trainable_rows={count}"
+
+
+def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
+    """The living tables whose rows a parameter holds."""
+    for hook in hooks_on(parameter):
+        if isinstance(table := hook.table, PartialTable):
+            yield table
 
 
 def tables_in(model: nn.Module) -> Iterator[tuple[str, PartialTable]]:

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.origin import Origin, SavedRows
-
-if TYPE_CHECKING:
-    from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.trainable_rows import TrainableRows
 
 
-def leave_rows_alone(table: PartialTable, state_dict: dict[str, Any], prefix: str) -> None:
+def leave_rows_alone(table: TrainableRows, state_dict: dict[str, Any], prefix: str) -> None:
     """Let a `state_dict` hold no more of a table than the rows that ever trained, if so asked."""
     weight, shared = table._parameters.get("weight"), table._shared
     if shared.saves_rows and shared.origin is not None and weight is not None:
         SavedRows.of(weight, shared.origin).put_into(state_dict, f"{prefix}weight")
 
 
-def load_rows_alone(table: PartialTable, state_dict: dict[str, Any], prefix: str) -> None:
+def load_rows_alone(table: TrainableRows, state_dict: dict[str, Any], prefix: str) -> None:
     """Load what torch could not, and let it find the parameter itself in the place of that."""
     name, weight = f"{prefix}weight", table._parameters.get("weight")
     shared = table._shared
@@ -64,7 +62,7 @@ def check_checkpoint(checkpoint: object) -> str:
 
 
 def remember_origins(
-    tables: Mapping[str, PartialTable], say: Callable[[str], Any], *, resumed: bool
+    tables: Mapping[str, TrainableRows], say: Callable[[str], Any], *, resumed: bool
 ) -> None:
     """Remember of tables, from here on, what their rows hold before they train.
 
@@ -82,7 +80,7 @@ def remember_origins(
 
 
 @contextmanager
-def rows_saved_alone(tables: Iterable[PartialTable]) -> Iterator[None]:
+def rows_saved_alone(tables: Iterable[TrainableRows]) -> Iterator[None]:
     """Within it, a `state_dict` holds of each table the rows that ever trained, and no others.
 
     Loaded into the table as it was when its origin was remembered, in this process or another, they

@@ -73,6 +73,9 @@ def test_a_configuration_brings_its_own_texts(
         place, _, rest = stage.partition(": ")
         assert f"{place}  " in planned
         assert f"  {rest.split(' ')[0]} rows (" in planned
+    of_run = ["--vocab=runs/version_0/vocabulary.tsv", "--epochs=6"]
+    assert main(["schedule", "schedule.yaml", *of_run]) == 0
+    assert planned.endswith(capsys.readouterr().out)
 
 
 def test_a_vocabulary_is_counted_from_texts(

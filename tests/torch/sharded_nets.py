@@ -180,15 +180,6 @@ def memory(model: Net, made: Optimizer) -> dict[str, Any]:
     return {"weights": weights(model), **kept}
 
 
-def check_same_memory(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name, state in a.items():
-        for key, value in state.items():
-            wanted = b[name][key]
-            equal = torch.equal(value, wanted) if torch.is_tensor(value) else value == wanted
-            assert equal, (name, key)
-
-
 def begun(optimizer: str, only_tables: bool) -> tuple[Net, Optimizer]:
     model = net_of(False, ROWS["late"][0])
     if only_tables:
