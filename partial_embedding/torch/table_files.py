@@ -19,10 +19,10 @@ from partial_embedding.torch.trainable_rows import TrainableRows
 
 
 def leave_rows_alone(table: TrainableRows, state_dict: dict[str, Any], prefix: str) -> None:
-    """Let a `state_dict` hold no more of a table than the rows that ever trained, if so asked."""
-    weight, shared = table._parameters.get("weight"), table._shared
-    if shared.saves_rows and shared.origin is not None and weight is not None:
-        SavedRows.of(weight, shared.origin).put_into(state_dict, f"{prefix}weight")
+    """Let a `state_dict` hold no more of a table than the rows that ever trained, if known."""
+    weight, origin = state_dict.get(f"{prefix}weight"), table._shared.origin
+    if weight is not None and origin is not None:
+        SavedRows.of(weight.detach(), origin).put_into(state_dict, f"{prefix}weight")
 
 
 def load_rows_alone(table: TrainableRows, state_dict: dict[str, Any], prefix: str) -> None:
