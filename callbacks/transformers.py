@@ -139,9 +139,8 @@ class RowUnfreezing(TrainerCallback, ExportableState):
             return
         if not self._runner.has_begun:
             # The optimizer has its state already, which belongs to the rows that every callback
-            # of this kind has set by now. Accelerate wraps the optimizer that steps.
-            optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-            self._tables.prepare(self._runner.schedules, [optimizer], self.lazy)
+            # of this kind has set by now.
+            self._tables.prepare(self._runner.schedules, [kwargs["optimizer"]], self.lazy)
             self._runner.check_rate_scales()
         self._runner.advance(int(state.epoch or 0), state.global_step)
 
