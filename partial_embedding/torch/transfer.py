@@ -147,10 +147,10 @@ def _old_pieces(old: Any, new: Any, rows: list[int], num_rows: int) -> list[list
 
 def _move_ids(model: Any, tables: VocabularyTables, source: Tensor, new: Any) -> None:
     moved = {old: row for row, old in enumerate(source.tolist()) if old >= 0}
-    for table in tables.tables:
-        for _, user in users_of(model, table):
-            if getattr(user, "padding_idx", None) is not None:
-                user.padding_idx = moved.get(user.padding_idx)  # type: ignore[assignment]
+    # Each once: a head that is tied and has a bias is a table, too.
+    for user in {user for table in tables.tables for _, user in users_of(model, table)}:
+        if getattr(user, "padding_idx", None) is not None:
+            user.padding_idx = moved.get(user.padding_idx)  # type: ignore[assignment]
     for config in configurations_in(model):
         for name, value in list(vars(config).items()):
             if not name.endswith(("_token_id", "_token_ids")):

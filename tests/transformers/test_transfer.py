@@ -67,6 +67,7 @@ def test_shared_rows_are_copied_and_the_others_begin_from_their_pieces(
     config = model.config
     assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (len(OTHERS), 0, 2)
     assert model.generation_config.eos_token_id == 0
+    assert model.get_input_embeddings().padding_idx in {2, None}
 
 
 @TIED
