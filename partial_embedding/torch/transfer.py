@@ -57,8 +57,8 @@ def transfer_vocabulary(
 
     Raises:
         InputError: The vectors do not fit, the tokenizers have nothing in common, or the model has
-            no tables that can change their size or be partly trainable. The model is then as it
-            was.
+            no tables that can change their size or be partly trainable, or counts positions from a
+            row of padding that the new tokenizer has elsewhere. The model is then as it was.
 
     Example:
         >>> import transformers
@@ -97,6 +97,7 @@ def transfer_vocabulary(
             "two tokenizers share some tokens, of which the rows are copied. Received two that "
             "share none. Make a new model of the new tokenizer."
         )
+    _check_positions(model, source)
     if isinstance(init, Tensor):
         check_vectors(init, len(fresh), tables.input.weight)
     pieces = _old_pieces(old_tokenizer, new_tokenizer, fresh.tolist(), tables.num_rows)
@@ -130,6 +131,20 @@ def _sources(old: Any, new: Any, num_rows: int) -> Tensor:
         if was is not None and now is not None and was < num_rows:
             source[now] = was
     return source
+
+
+def _check_positions(model: Any, source: Tensor) -> None:
+    """Refuse to move the padding of a model that counts positions from its row."""
+    for name, module in model.named_modules():
+        row = getattr(module, "padding_idx", None)
+        if row is None or "position" not in name.rpartition(".")[2]:
+            continue
+        if row >= len(source) or source[row] != row:
+            raise InputError(
+                "positions are counted from the row of the padding, in models such as RoBERTa. "
+                f"Received a {type(model).__name__} with {name!r}, and a tokenizer that has no "
+                f"padding in row {row}. Make one that has it there."
+            )
 
 
 def _old_pieces(old: Any, new: Any, rows: list[int], num_rows: int) -> list[list[int]]:
