@@ -128,7 +128,7 @@ class RowMonitor(Callback):
         self._tables = {}
         for name, table in tables_in(pl_module):
             padding = getattr(table, "padding_idx", None)
-            num_rows, new = table.weight.shape[0], table.new_rows
+            num_rows, new = table.leaf_weight.shape[0], table.new_rows
             sample = self._run.add_table(name, partial(_rows_of, table), num_rows, padding, new)
             self._tables[name] = _Table(table, sample)
 
