@@ -39,7 +39,9 @@ RECORDS = {
     "nothing": RowRecord(),
     "no_row": RowRecord({"words": RowTrack(10, 1.0)}),
     "no_plan": RowRecord({"words": track()}),
-    "steps": RowRecord({"words": track(unit="step")}, scores=[Score(2.0, 4, {"val_loss": 0.5})]),
+    "epochs": RowRecord(
+        {"words": track()}, scores=[Score(2.0, 4, {"val_loss": 0.5})], epoch_steps=5
+    ),
     "two_tables": RowRecord({"a": track(), "b": track()}),
     "unfrozen_again": RowRecord({"words": track(trainable=[(0.0, 4), (1.0, 0), (2.0, 4)])}),
     "many_changes": RowRecord({"words": track(trainable=[(i / 9, i % 3) for i in range(2000)])}),
@@ -224,9 +226,9 @@ def test_several_runs_share_one_table_and_one_picture() -> None:
 
 
 def test_runs_in_different_units_are_not_compared() -> None:
-    steps = RowRecord({"words": track(unit="step")})
-    with pytest.raises(InputError, match="all counts epochs, other counts steps"):
-        comparison({"all": RUNS["all"], "other": steps}, "two runs")
+    epochs = RowRecord({"words": track()}, epoch_steps=5)
+    with pytest.raises(InputError, match="all counts steps, other counts epochs"):
+        comparison({"all": RUNS["all"], "other": epochs}, "two runs")
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,11 @@ class RowRecord:
     epoch_steps: int | None = None
 
     @property
+    def unit(self) -> str:
+        """The unit of places in training, `"epoch"` or `"step"`."""
+        return "step" if self.epoch_steps is None else "epoch"
+
+    @property
     def trainable(self) -> int:
         """How many rows train where training stands, in all tables together."""
         return sum(track.count for track in self.tables.values())
@@ -149,7 +154,7 @@ class RunRecorder:
     @property
     def unit(self) -> str:
         """The unit of places in training, `"epoch"` or `"step"`."""
-        return "step" if self._record.epoch_steps is None else "epoch"
+        return self._record.unit
 
     @property
     def tracks(self) -> dict[str, RowTrack]:
@@ -168,7 +173,7 @@ class RunRecorder:
 
         The arguments are those of `TableSample`, and the rows by which the table grew last.
         """
-        sample = TableSample(rows, num_rows, self.unit, self.size, self.vocabulary, padding)
+        sample = TableSample(rows, num_rows, self.size, self.vocabulary, padding)
         if (saved := self._restored["tables"].get(name)) is not None:
             sample.restore(saved)
         self._samples[name], self._record.tables[name] = sample, sample.track
