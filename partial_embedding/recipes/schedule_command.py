@@ -45,8 +45,9 @@ def schedule_command(args: Sequence[str]) -> None:
             "a schedule is planned for a table. Received neither --vocab nor --rows. Pass a "
             "vocabulary, one token a line, --texts to count one from, or the number of rows."
         )
-    of_config = parts.get("trainer", {}).get("max_epochs")
-    last = of_config if isinstance(of_config, int) else _last_epoch(schedule) + 1
+    last = parts.get("trainer", {}).get("max_epochs")
+    if not isinstance(last, int) or last < 1:  # -1 is Lightning's word for no end
+        last = _last_epoch(schedule) + 1
     epochs, steps = given.epochs or last, given.steps_per_epoch or steps_of_config
     if steps is None and schedule.moves_within_epochs:
         raise InputError(

@@ -188,10 +188,19 @@ def test_no_seed_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("small_run")
-def test_a_comparison_without_a_schedule_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
-    Path("config.yaml").write_text("data: {path: texts.csv}\n")
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("data: {path: texts.csv}", "config.yaml: a schedule is compared with training without"),
+        ("{rows: {schedule: schedule.yaml}, trainer: 3}", "trainer is a mapping of its settings"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused(
+    config: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("config.yaml").write_text(config)
     assert main(["compare", "config.yaml"]) == 2
-    assert "config.yaml: a schedule is compared with training without" in error_line(capfd)
+    assert said in error_line(capfd)
 
 
 def test_small_numbers_may_be_written_with_an_exponent(small_run: list[str]) -> None:
