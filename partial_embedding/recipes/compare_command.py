@@ -31,7 +31,7 @@ def compare_command(args: Sequence[str]) -> None:
             f"{given.config}: a schedule is compared with training without. Received none. Write "
             "one under rows.schedule."
         )
-    root = Path(given.out or config.get("trainer", {}).get("default_root_dir", "runs"))
+    root = Path(given.root or config.get("trainer", {}).get("default_root_dir", "runs"))
     found: dict[str, list[float]] = {}
     folders = []
     for way, rows in _WAYS.items():
@@ -115,5 +115,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=positive, default=3, help="runs of each way, by default 3")
     parser.add_argument("--metric", default="val_accuracy", help="by default val_accuracy")
     parser.add_argument("--mode", choices=("max", "min"), default="max", help="by default max")
-    parser.add_argument("--out", help="the folder of the runs, by default default_root_dir")
+    parser.add_argument("--trainer.default_root_dir", dest="root", help="the folder of the runs")
     return parser
