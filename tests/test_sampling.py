@@ -85,22 +85,6 @@ def test_many_cohorts_train_and_few_are_followed() -> None:
     assert norms == dict.fromkeys(range(16), 1.0)
 
 
-def test_a_restored_sample_goes_on_as_one_that_never_stopped() -> None:
-    vocabulary = Vocabulary(map(str, range(V)), counts=range(V))
-    table = Table()
-    whole = TableSample(table, V, vocabulary=vocabulary)
-    whole.note_rows(trainable(*range(20)), 0.0)
-    table.values[:20] += 0.5
-    whole.measure(1.0)
-    resumed = TableSample(table, V, vocabulary=vocabulary)
-    resumed.restore(whole.to_state())
-    for sample in (whole, resumed):
-        sample.note_rows(trainable(*range(30)), 1.0)
-    table.values[10:40] -= 0.25
-    assert whole.measure(2.0) == resumed.measure(2.0)
-    assert whole.finish() == resumed.finish()
-
-
 def test_bands_hold_each_row_once_and_padding_never() -> None:
     counts = np.array([0, 0, 1, 9, 10, 99, 100, 10**5, 10**7])
     bands = frequency_bands(counts, np.arange(1, 9))
@@ -258,18 +242,24 @@ def test_a_record_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
 
 
 def test_a_restored_recorder_goes_on_as_one_that_never_stopped() -> None:
-    table = Table()
-    whole = RunRecorder(3, 3)
+    table, vocabulary = Table(), Vocabulary(map(str, range(V)), counts=range(V))
+    whole = RunRecorder(3, 3, vocabulary=vocabulary)
     samples = [whole.add_table("words", table, V)]
-    samples[0].note_rows(trainable(1, 2), 0.0)
+    samples[0].note_rows(trainable(*range(20)), 0.0)
+    table.values[:20] += 0.5
     samples[0].measure(1.0)
     whole.add_score({"loss": 2.0})
-    table.values += 1
-    resumed = RunRecorder(3, 3, restored=whole.to_state())
+    # What was sampled before is sampled on, however many rows of others will be.
+    resumed = RunRecorder(3, 3, size=10, vocabulary=vocabulary, restored=whole.to_state())
     samples.append(resumed.add_table("words", table, V))
+    for sample in samples:
+        sample.note_rows(trainable(*range(30)), 1.0)
+    table.values[10:40] -= 0.25
+    measured = []
     for run, sample in zip((whole, resumed), samples, strict=True):
-        sample.measure(2.0)
+        measured.append(sample.measure(2.0))
         run.add_score({"loss": 1.0})
+    assert measured[0] == measured[1]
     assert resumed.finished() == whole.finished()
     assert len(resumed.finished().scores) == 2
 
