@@ -15,7 +15,6 @@ from partial_embedding.monitor.figures import Line, figure, standalone, trainabl
 from partial_embedding.monitor.page import comparison, main_metric, page
 from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import BandTrack, CohortTrack, MovedRow, RowTrack
-from partial_embedding.schedule import Position, RateScale
 from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.preview import Planned
 
@@ -31,7 +30,7 @@ def track(**changes: Any) -> RowTrack:
 
 
 def planned(step: int, trainable: int, place: str = "a stage") -> Planned:
-    return Planned(Position(0, step), place, trainable, trainable, 0, None, RateScale())
+    return Planned(0, step, 0, place, trainable, trainable, 0, None, "")
 
 
 COHORT = CohortTrack(0.0, 4, [(1.0, 0.1, 0.2, 0.3)])

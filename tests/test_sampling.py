@@ -189,21 +189,20 @@ def recorded(
 
 
 def steps_of(record: RowRecord) -> list[tuple[int, int]]:
-    return [(step.position.step, step.trainable) for step in record.plans["words"]]
+    return [(step.step, step.trainable) for step in record.plans["words"]]
 
 
 def test_growth_is_planned_as_it_will_be() -> None:
     record = recorded(GROWN)
     assert steps_of(record) == [(0, 4), (10, 6), (20, 8), (30, 10), (40, 12)]
-    assert [step.rate_scale.lr_scale for step in record.plans["words"]] == [1, 0.5, 0.5, 0.5, 0.5]
+    assert [step.rate for step in record.plans["words"]] == ["", *["lr × 0.5"] * 4]
     assert record.schedules["words"].splitlines()[1] == "- {epoch: 0, rows: {range: [0, 4, null]}}"
 
 
-def test_a_plan_keeps_nothing_of_what_it_supposed_to_be_measured() -> None:
+def test_a_plateau_is_planned_where_it_comes_at_the_latest() -> None:
     waits = {"plateau": {"monitor": "loss", "max_wait": 5}, "rows": "all"}
     record = recorded({"stages": [{"epoch": 0, "rows": [1]}, waits]}, 9)
     assert steps_of(record) == [(0, 1), (50, 9)]
-    assert all(not step.position.evaluations for step in record.plans["words"])
 
 
 def test_a_run_of_unknown_length_is_planned_in_the_steps_it_made() -> None:

@@ -17,7 +17,7 @@ from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import Drift, MovedRow, RowTrack
 from partial_embedding.rows.token_text import printable
 from partial_embedding.schedule.messages import percent
-from partial_embedding.schedule.preview import Planned, rate_texts
+from partial_embedding.schedule.preview import Planned
 
 # A number of a metric gets better downwards if its name says so.
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse")
@@ -127,7 +127,7 @@ def _of_table(name: str, track: RowTrack, record: RowRecord) -> list[Section]:
 def _schedule(name: str, track: RowTrack, record: RowRecord) -> Section:
     title, unit = "The schedule, as planned and as it happened", record.unit
     planned, config = record.plans.get(name, []), record.schedules.get(name, "")
-    plan = [(step.position.step / (record.epoch_steps or 1), step.trainable) for step in planned]
+    plan = [(step.step / (record.epoch_steps or 1), step.trainable) for step in planned]
     if not any(count for _, count in [*track.trainable, *plan]):
         return Section(title, "No row of this table was to train, and none did.", config=config)
     end = max(track.end, float(record.length or 0) if unit == "epoch" else 0.0)
@@ -156,7 +156,7 @@ def _planned_row(step: Planned, num_rows: int) -> list[str]:
         f"{step.joining:,}" if step.joining else _NONE,
         f"{step.leaving:,}" if step.leaving else _NONE,
         _NONE if step.covered is None else f"{100 * step.covered:.1f} %",
-        ", ".join(rate_texts(step.rate_scale)) or _NONE,
+        step.rate or _NONE,
     ]
 
 

@@ -61,7 +61,7 @@ def schedule_command(args: Sequence[str]) -> None:
         print(f"and {len(lines) - _MOST_LINES:,} changes more")
     if given.picture is not None:
         unit = "step" if schedule.moves_within_epochs else "epoch"
-        points = [(float(getattr(change.position, unit)), change.trainable) for change in planned]
+        points = [(float(getattr(change, unit)), change.trainable) for change in planned]
         end = float(epochs * (steps or 1) if unit == "step" else epochs)
         drawn = [Line("as planned", lasting(points, end), stepped=True)]
         figure = trainable_figure(drawn, num_rows, end, unit, str(given.file))
