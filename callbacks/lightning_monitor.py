@@ -176,9 +176,8 @@ class RowMonitor(Callback):
             weight = one.table.leaf_weight
             if weight.grad is not None:
                 ids, squares = _row_squares(local(weight.grad))
-                if (shard := shard_of(weight)) is not None:
-                    parts = gathered((ids + shard.start, squares), weight)
-                    ids, squares = (np.concatenate(part) for part in zip(*parts, strict=True))
+                parts = gathered((ids + shard_of(weight).start, squares), weight)
+                ids, squares = (np.concatenate(part) for part in zip(*parts, strict=True))
                 one.gradients = one.sample.gradient_norms(ids, squares)
 
     # Measuring
@@ -250,10 +249,7 @@ def _rows_of(table: PartialTable, ids: Ids) -> NDArray[np.float32]:
     weight = table.leaf_weight
     chosen = torch.from_numpy(ids).to(weight.device)
     shard = shard_of(weight)
-    own = chosen if shard is None else shard.own(chosen)
-    read: NDArray[np.float32] = local(weight).index_select(0, own).float().cpu().numpy()
-    if shard is None:
-        return read
+    read = local(weight).index_select(0, shard.own(chosen)).float().cpu().numpy()
     rows = np.zeros((len(ids), *weight.shape[1:]), np.float32)
     for there, values in gathered((shard.has(chosen).cpu().numpy(), read), weight):
         rows[there] = values

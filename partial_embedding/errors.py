@@ -20,6 +20,9 @@ class InputError(ValueError):
         partial_embedding.errors.InputError: a share lies in (0, 1]. Received: 7. Was a count meant?
     """
 
+    # A `tf.function` lets it through then, and makes no other error of it.
+    ag_pass_through = True
+
 
 class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as StopIteration does
     """A row that was frozen changed a bit; the message names the table, the rows and the step.

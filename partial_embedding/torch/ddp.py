@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.hooks import after_backward, tables_of
+from partial_embedding.torch.hooks import after_backward
 from partial_embedding.torch.row_average import average, begin_alike, check_max_norm
 from partial_embedding.torch.shards import is_sharded
-from partial_embedding.torch.table import Group, PartialTable, tables_in
+from partial_embedding.torch.table import PartialTable, tables_in, tables_of
+from partial_embedding.torch.trainable_rows import Group
 
 # By what wraps them, of which a copy finds its own tables.
 _wrapped: weakref.WeakKeyDictionary[nn.Module, _Tables] = weakref.WeakKeyDictionary()

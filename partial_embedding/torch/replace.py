@@ -109,7 +109,7 @@ def restore_embedding(model: nn.Module) -> list[str]:
     tables = {n: m for n, m in model.named_modules() if isinstance(m, PartialTable)}
     plain = {name: _plain_class(name, type(table)) for name, table in tables.items()}
     if _PEFT in sys.modules:
-        from partial_embedding.torch.adapter_rows import leave_adapters
+        from partial_embedding.torch.peft_rows import leave_adapters
 
         leave_adapters(model)
     for name, table in tables.items():
@@ -372,11 +372,11 @@ def _meet_peft(parent: nn.Module, name: str, part: nn.Module | None) -> nn.Modul
     if isinstance(part, tuner) or (isinstance(parent, tuner) and name == "model"):
         _stand_beside_adapters(part, adapted=isinstance(part, tuner))
     elif isinstance(part, tokens) and isinstance(table := parent._modules.get(name), PartialTable):
-        from partial_embedding.torch.adapter_rows import serve_tokens
+        from partial_embedding.torch.peft_rows import serve_tokens
 
         return serve_tokens(table, part)
     elif isinstance(part, PartialTable) and name in ("base_layer", "original_module"):
-        from partial_embedding.torch.adapter_rows import know_wrapper
+        from partial_embedding.torch.peft_rows import know_wrapper
 
         know_wrapper(part, parent)
     return None
@@ -384,7 +384,7 @@ def _meet_peft(parent: nn.Module, name: str, part: nn.Module | None) -> nn.Modul
 
 def _stand_beside_adapters(model: Any, adapted: bool = False) -> None:
     # Not at the top: peft is an optional package, and loads many others.
-    from partial_embedding.torch.adapter_rows import let_rows_learn, stand_beside_adapters
+    from partial_embedding.torch.peft_rows import let_rows_learn, stand_beside_adapters
 
     stand_beside_adapters(model)
     if adapted:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
 from partial_embedding.torch.shards import local
-from partial_embedding.torch.table import Group, PartialTable
+from partial_embedding.torch.table import PartialTable, tables_of
+from partial_embedding.torch.trainable_rows import Group
 
 _NONE, _SPARSE, _DENSE = 0, 1, 2
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from oracle import rows_that_differ, same_bits
+from oracle import rows_that_differ
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -41,17 +41,6 @@ BY_NAME = {"words": SCHEDULE, "items": OTHER}
 
 Parts = Mapping[str, list[nn.Parameter]]
 MakeOptimizers = Callable[[Parts], list[torch.optim.Optimizer]]
-
-
-def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """The places at which two nested states differ in a bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return [] if same_bits(a, b) else [place]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{place}/{key}")]
-    return [] if type(a) is type(b) and a == b else [f"{place}: {a!r}, {b!r}"]
 
 
 def starting_table(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,6 +11,7 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 
 import pytorch_lightning as pl
 import torch
+from oracle import same_bits
 from pytorch_lightning.callbacks import (
     EarlyStopping,
     ModelCheckpoint,
@@ -27,7 +28,6 @@ from small_runs import (
     fit,
     loader,
     replayable,
-    same_bits,
     trainer,
 )
 

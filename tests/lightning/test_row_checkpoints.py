@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from oracle import same_bits
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
-from small_runs import SCHEDULE, STAGES, Core, V, data, loader, same_bits, trainer
+from small_runs import SCHEDULE, STAGES, Core, V, data, loader, trainer
 
 from partial_embedding import InputError
 from partial_embedding.callbacks.lightning import RowUnfreezing

@@ -12,6 +12,7 @@ pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightnin
 
 import pytorch_lightning as pl
 import torch
+from oracle import rows_that_differ, same_bits
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from small_runs import (
@@ -34,8 +35,6 @@ from small_runs import (
     fit,
     loader,
     reference_run,
-    rows_that_differ,
-    same_bits,
     starting_table,
     trainer,
 )

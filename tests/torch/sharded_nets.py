@@ -164,7 +164,6 @@ def memory(model: Net, made: Optimizer) -> dict[str, Any]:
     kept = {}
     for state in handle.tables.values():
         shard = shard_of(state.parameter)
-        assert shard is not None
         for number, cohort in state.cohorts.items():
             kept[f"{state.name} {number}"] = {
                 "rows": cohort.ids + shard.start,
@@ -179,15 +178,6 @@ def memory(model: Net, made: Optimizer) -> dict[str, Any]:
             if isinstance(value, Tensor) and value.dim():
                 state[key] = torch.cat([part[cohort][key] for part in parts])
     return {"weights": weights(model), **kept}
-
-
-def check_same_memory(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name, state in a.items():
-        for key, value in state.items():
-            wanted = b[name][key]
-            equal = torch.equal(value, wanted) if torch.is_tensor(value) else value == wanted
-            assert equal, (name, key)
 
 
 def begun(optimizer: str, only_tables: bool) -> tuple[Net, Optimizer]:

@@ -260,33 +260,6 @@ def test_cohorts_that_go_on_from_a_plain_optimizer_count_each_by_itself() -> Non
     assert [int(cohort.state["step"]) for cohort in cohorts] == [2, 2]
 
 
-class SumsFromTheStart(Plain):
-    """Makes its state in the constructor, as Adagrad does in earlier releases of torch."""
-
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, lr)
-        for group in self.param_groups:
-            for param in group["params"]:
-                self.state[param]["sum"] = torch.zeros_like(param)
-
-    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
-        grad = super().direction(param, group)
-        return grad / self.state[param]["sum"].add_(grad * grad).sqrt().add(1e-6)
-
-
-def test_state_that_a_constructor_makes_is_made_anew_for_a_plain_table() -> None:
-    table, plain = table_of(), nn.Embedding(NUM_ROWS, WIDTH)
-    optimizer = rowwise(SumsFromTheStart(table.parameters()), table)
-    step(table, optimizer, 0)
-    other = SumsFromTheStart(plain.parameters())
-    other.load_state_dict(optimizer.state_dict())
-    detach_rowwise(optimizer)
-    table.set_trainable_rows("all")
-    for module, stock in ((table, optimizer), (plain, other)):
-        step(module, stock, 1)
-        assert stock.state[module.weight]["sum"].shape == module.weight.shape
-
-
 def test_state_that_only_half_precision_needs_follows_its_rows() -> None:
     table = table_of((2, 4, 7), torch.bfloat16)
     optimizer = rowwise(optimi.AdamW(table.parameters(), lr=0.1, kahan_sum=True), table)

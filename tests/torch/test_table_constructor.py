@@ -132,9 +132,3 @@ def test_repr_is_that_of_a_plain_embedding_and_the_number_of_rows() -> None:
     assert repr(table) == expected.removesuffix(")") + ", trainable_rows=2)"
     assert repr(table_of("all")).endswith(", trainable_rows=7)")
     assert repr(table_of("all", padding_idx=0)).endswith(", trainable_rows=6)")
-
-
-def test_repr_makes_no_bookkeeping() -> None:
-    table = table_of("all")
-    repr(table)
-    assert table._row_set is None

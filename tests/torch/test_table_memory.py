@@ -95,6 +95,7 @@ def test_making_a_table_lists_no_more_rows_than_train(monkeypatch: pytest.Monkey
 
 def test_a_plain_table_has_no_bookkeeping() -> None:
     table = PartialEmbedding(LARGE, 1)
+    assert f"trainable_rows={LARGE}" in repr(table)
     gradient(table, torch.arange(9))
     assert not table.has_frozen_rows
     assert table._row_set is None
