@@ -247,8 +247,9 @@ def _drift(drifts: Mapping[str, Drift], track: RowTrack, unit: str, what: str) -
 
 def _audit(record: RowRecord) -> Section:
     if not record.audit:
-        text = "This run was not audited. RowUnfreezing(…, audit=True) compares frozen rows' bits."
-        return Section("The audit", text)
+        # A run that was interrupted may be audited, and have none to show.
+        text = "RowUnfreezing(…, audit=True) compares frozen rows' bits at the end of each stage."
+        return Section("The audit", f"No stage was audited to its end. {text}")
     changed = _changed(record)
     verdict = (
         f"{changed:,} frozen rows changed a bit." if changed else "No frozen row changed a bit."
