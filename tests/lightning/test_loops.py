@@ -5,9 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import pytorch_lightning as pl
 import torch
 from oracle import rows_that_differ, same_bits

@@ -7,9 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import pytorch_lightning as pl
 import torch
 from oracle import rows_that_differ, same_bits
