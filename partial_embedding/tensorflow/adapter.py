@@ -133,8 +133,10 @@ class KerasTables:
         """Keep what the frozen rows hold now."""
         return FrozenRowAudit(self.tables[name], name)
 
-    def parameters_elsewhere(self, names: Iterable[str]) -> int:
-        """How many parameters train outside of these tables."""
+    def parameters_elsewhere(self, names: Iterable[str]) -> int | None:
+        """How many parameters train outside of these tables, in a model that has them all."""
+        if not self.model.built:
+            return None
         own = {id(v) for name in names for v in self.tables[name].trainable_variables}
         others = (v for v in self.model.trainable_variables if id(v) not in own)
         return sum(int(np.prod(v.shape)) for v in others)
