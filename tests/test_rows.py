@@ -323,15 +323,6 @@ def test_an_array_that_was_computed_empty_is_no_row() -> None:
     assert Rows.parse(np.array([], np.int64)) == Rows.none()
 
 
-@pytest.mark.parametrize("total", [7, 10, 49, 100, 300, 1000])
-def test_rows_that_cover_a_share_are_the_fewest_that_do(total: int) -> None:
-    # With one token of each kind, k/total of the tokens are covered by exactly k rows.
-    vocabulary = Vocabulary(map(str, range(total)), counts=[1] * total)
-    for number in range(1, total + 1):
-        ids = Rows.parse({"covering": number / total}).resolve(total, vocabulary)
-        assert ids.tolist() == list(range(number))
-
-
 def test_neighbours_are_measured_by_angle_and_padding_is_near_to_nothing() -> None:
     # Row 1 is far along the same line, row 2 is close by at another angle, row 3 opposite.
     vectors = np.array([[1, 0], [50, 1], [1, 1], [-1, 0], [0, 0], [0, 2]], np.float16)
