@@ -10,6 +10,7 @@ from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.replace import check_replaceable, train_only, users_of
+from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.tokens import (
     check_init,
     check_vectors,
@@ -114,6 +115,8 @@ def transfer_vocabulary(
         weight[fresh.to(weight.device)] = init.to(weight)
     _move_ids(model, tables, source, new_tokenizer)
     for table in tables.tables:
+        if isinstance(table, PartialTable):
+            table.forget_rows()
         train_only(model, table, fresh.numpy().astype(np.int64), sparse)
     rising: list[int] = fresh.tolist()
     return rising

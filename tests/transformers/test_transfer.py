@@ -8,6 +8,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402  # after the packages that may be missing
 from oracle import assert_alike, assert_same_bits, rows_that_differ, unchanged  # noqa: E402
 from steps import take_steps  # noqa: E402
@@ -23,7 +24,12 @@ from tiny_language_models import (  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from partial_embedding import InputError  # noqa: E402
-from partial_embedding.torch import add_tokens, transfer_vocabulary  # noqa: E402
+from partial_embedding.torch import (  # noqa: E402
+    add_tokens,
+    replace_embedding,
+    transfer_vocabulary,
+)
+from partial_embedding.torch.optimizer import prepared  # noqa: E402
 
 OTHERS = ("<s>", "<unk>", "<pad>", "quokka", "mat", "##s", "cat", "quokkas", "sun", "the")
 # Rows of the other tokenizer, and where they were.
@@ -95,6 +101,22 @@ def test_vectors_can_be_given() -> None:
     transfer_vocabulary(model, tokenizer(), other_tokenizer(), vectors)
     assert_same_bits(model.get_input_embeddings().weight[FRESH], vectors, "the vectors")
     assert rows_that_differ(model.lm_head.weight[FRESH], vectors) == [0, 1, 2]
+
+
+def test_rows_that_learned_before_are_other_tokens_and_begin_anew() -> None:
+    model, words = language_model("Llama"), other_tokenizer()
+    table = model.get_input_embeddings()
+    replace_embedding(model, table, trainable_rows=FRESH)
+    table.note_growth(V - 1, np.array(FRESH))
+    optimizer = torch.optim.AdamW(model.parameters())
+    take_steps(optimizer, lambda: model(**inputs(tokenizer(), "the cat")).loss, 2)
+    transfer_vocabulary(model, tokenizer(), words)
+    assert table.new_rows is None
+    take_steps(optimizer, lambda: model(**inputs(words, "the quokkas")).loss, 1)
+    handle = prepared(optimizer)
+    assert handle is not None
+    (cohort,) = handle.tables[id(table.weight)].cohorts.values()
+    assert (cohort.ids.tolist(), cohort.state["step"].item()) == (FRESH, 1)
 
 
 @pytest.mark.parametrize("family", ["Llama", "RoBERTa"])
