@@ -114,6 +114,11 @@ def transfer_vocabulary(
         weight = tables.input.weight.data
         weight[fresh.to(weight.device)] = init.to(weight)
     _move_ids(model, tables, source, new_tokenizer)
+    if getattr(model, "peft_config", None):
+        # Not at the top: peft is an optional package, and loads many others.
+        from partial_embedding.torch.peft_rows import leave_adapters
+
+        leave_adapters(model)  # whose rows are other tokens'; `train_only` stands beside them anew
     for table in tables.tables:
         if isinstance(table, PartialTable):
             table.forget_rows()

@@ -19,6 +19,7 @@ from tiny_language_models import (  # noqa: E402
     V,
     inputs,
     language_model,
+    lora,
     tokenizer,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
@@ -117,6 +118,22 @@ def test_rows_that_learned_before_are_other_tokens_and_begin_anew() -> None:
     assert handle is not None
     (cohort,) = handle.tables[id(table.weight)].cohorts.values()
     assert (cohort.ids.tolist(), cohort.state["step"].item()) == (FRESH, 1)
+
+
+def test_an_adapter_from_before_has_no_rows_of_the_tokens_of_then() -> None:
+    peft = pytest.importorskip("peft")
+    model, words = language_model("Llama"), tokenizer()
+    add_tokens(model, words, ["numbat"])
+    adapted = peft.get_peft_model(model, lora())
+    transfer_vocabulary(adapted, words, other_tokenizer())
+    weight = model.get_input_embeddings().weight
+    before = weight.detach().clone()
+    optimizer = torch.optim.AdamW(adapted.parameters())
+    take_steps(optimizer, lambda: adapted(**inputs(other_tokenizer(), "the quokkas")).loss, 1)
+    assert rows_that_differ(before, weight) == FRESH
+    with adapted.disable_adapter():
+        assert rows_that_differ(before, weight) == []
+    assert rows_that_differ(before, weight) == FRESH
 
 
 @pytest.mark.parametrize("family", ["Llama", "RoBERTa"])
