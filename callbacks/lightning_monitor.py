@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from partial_embedding.callbacks.lightning_base import Callback
 from partial_embedding.errors import InputError
 from partial_embedding.monitor.record import (
     RECORD,
@@ -128,7 +129,7 @@ class RowMonitor(Callback):
         self._tables = {}
         for name, table in tables_in(pl_module):
             padding = getattr(table, "padding_idx", None)
-            num_rows, new = table.weight.shape[0], table.new_rows
+            num_rows, new = table.leaf_weight.shape[0], table.new_rows
             sample = self._run.add_table(name, partial(_rows_of, table), num_rows, padding, new)
             self._tables[name] = _Table(table, sample)
 

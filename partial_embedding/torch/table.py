@@ -223,7 +223,8 @@ class PartialTable(TrainableRows):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        leave_rows_alone(self, destination, prefix)
+        if self._shared.saves_rows:
+            leave_rows_alone(self, destination, prefix)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any

@@ -7,7 +7,7 @@ or whole, and from before the table grew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from partial_embedding.torch.trainable_rows import TrainableRows
 
 
 def leave_rows_alone(table: TrainableRows, state_dict: dict[str, Any], prefix: str) -> None:
-    """Let a `state_dict` hold no more of a table than the rows that ever trained, if so asked."""
-    weight, shared = table._parameters.get("weight"), table._shared
-    if shared.saves_rows and shared.origin is not None and weight is not None:
-        SavedRows.of(weight, shared.origin).put_into(state_dict, f"{prefix}weight")
+    """Let a `state_dict` hold no more of a table than the rows that ever trained, if known."""
+    weight, origin = state_dict.get(f"{prefix}weight"), table._shared.origin
+    if weight is not None and origin is not None:
+        SavedRows.of(weight, origin).put_into(state_dict, f"{prefix}weight")
 
 
 def load_rows_alone(table: TrainableRows, state_dict: dict[str, Any], prefix: str) -> None:
@@ -107,12 +107,9 @@ def rows_saved_alone(tables: Iterable[TrainableRows]) -> Iterator[None]:
         >>> torch.equal(again.weight, table.weight)
         True
     """
-    weights = [table._shared for table in tables]
-    before = [weight.saves_rows for weight in weights]
-    for weight in weights:
-        weight.saves_rows = True
-    try:
+    with ExitStack() as undo:
+        for table in tables:
+            shared = table._shared
+            undo.callback(setattr, shared, "saves_rows", shared.saves_rows)
+            shared.saves_rows = True
         yield
-    finally:
-        for weight, saved_alone in zip(weights, before, strict=True):
-            weight.saves_rows = saved_alone

@@ -23,7 +23,7 @@ from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import check_sharding
 from partial_embedding.torch.shared_rows import SharedRows
 
-Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
+ProcessGroup = Any  # torch has it only where it was built with torch.distributed
 
 # Tables whose rows were set, and that no optimizer has stepped since; and those of which rows were
 # looked up, to be learned from, while their weights took no gradients. `unheld` judges them.
@@ -47,7 +47,7 @@ class TrainableRows(nn.Module):
     if TYPE_CHECKING:  # jit.script reads annotations, and knows few
         _shared: SharedRows
         _shards: Mapping[str, nn.Parameter]
-        _averaged: Mapping[str, Callable[[], Group | None]] | None
+        _averaged: Mapping[str, Callable[[], ProcessGroup | None]] | None
 
     # The parameters with an entry for each row.
     row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
@@ -325,7 +325,9 @@ class TrainableRows(nn.Module):
 
     # Among processes
 
-    def average_over(self, names: Iterable[str], group_of: Callable[[], Group | None]) -> None:
+    def average_over(
+        self, names: Iterable[str], group_of: Callable[[], ProcessGroup | None]
+    ) -> None:
         """Have parameters averaged by row from now on, until `group_of` gives no processes more."""
         self.__dict__["_averaged"] = dict.fromkeys(names, group_of)
 
@@ -338,7 +340,7 @@ class TrainableRows(nn.Module):
         """Whether `DistributedDataParallel` reduces the table itself."""
         return self._averaged is None
 
-    def averaging_group(self, parameter: nn.Parameter) -> Group | None:
+    def averaging_group(self, parameter: nn.Parameter) -> ProcessGroup | None:
         """The processes over which a parameter is averaged by row, or None where it is not."""
         for name, group_of in (self._averaged or {}).items():
             if self.row_parameter(name) is parameter:

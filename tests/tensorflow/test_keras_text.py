@@ -238,6 +238,12 @@ def test_a_configuration_that_is_wrong_is_refused_in_one_line(
     assert re.search(message, line), line
 
 
+@pytest.mark.parametrize("name", ["quickstart", "text_classification"])
+def test_a_configuration_of_the_repository_is_read(name: str) -> None:
+    config = read_config(ROOT / "configs" / f"{name}.yaml")
+    assert keras_text.read_parts(config)["rows"].schedule == config["rows"]["schedule"]
+
+
 def test_a_configuration_of_the_lightning_recipe_runs_with_options_and_says_what_is_left_out(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-transformers = pytest.importorskip("transformers")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_alike, assert_same_bits, rows_that_differ, unchanged  # noqa: E402
-from steps import take_steps  # noqa: E402
-from tiny_language_models import (  # noqa: E402
+import torch
+import transformers
+from oracle import assert_alike, assert_same_bits, rows_that_differ, unchanged
+from steps import take_steps
+from tiny_language_models import (
     TIED,
     VOCABULARY,
     D,
@@ -20,10 +18,10 @@ from tiny_language_models import (  # noqa: E402
     language_model,
     tokenizer,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.torch import add_tokens, transfer_vocabulary  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.torch import add_tokens, transfer_vocabulary
 
 OTHERS = ("<s>", "<unk>", "<pad>", "quokka", "mat", "##s", "cat", "quokkas", "sun", "the")
 # Rows of the other tokenizer, and where they were.
@@ -67,6 +65,7 @@ def test_shared_rows_are_copied_and_the_others_begin_from_their_pieces(
     config = model.config
     assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (len(OTHERS), 0, 2)
     assert model.generation_config.eos_token_id == 0
+    assert model.get_input_embeddings().padding_idx in {2, None}
 
 
 @TIED
@@ -96,8 +95,9 @@ def test_vectors_can_be_given() -> None:
     assert rows_that_differ(model.lm_head.weight[FRESH], vectors) == [0, 1, 2]
 
 
-def test_the_same_tokenizer_changes_nothing() -> None:
-    model = language_model("Llama")
+@pytest.mark.parametrize("family", ["Llama", "RoBERTa"])
+def test_the_same_tokenizer_changes_nothing(family: str) -> None:
+    model = language_model(family)
     before = copy.deepcopy(model.state_dict())
     assert transfer_vocabulary(model, tokenizer(), tokenizer()) == []
     assert_alike(model, before)
@@ -121,6 +121,7 @@ def of_other_words() -> Any:
         ("Llama", other_tokenizer, torch.zeros(2, D), r"\(3, 8\)\. Received: \(2, 8\)"),
         ("Llama 3.2 Vision", other_tokenizer, "pieces", r"tables of one size. .* 24, 16 rows"),
         ("Llama", of_other_words, "pieces", r"share none. Make a new model"),
+        ("RoBERTa", other_tokenizer, "pieces", r"'roberta.*position.*no padding in row 0\."),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(
