@@ -48,11 +48,12 @@ class Scorer(nn.Module):
 BOTH = ["items", "scores"]
 
 
-def train(model: Scorer, optimizer: torch.optim.Optimizer, ids: Any = None, steps: int = 2) -> Any:
-    ids = torch.arange(len(model.items.weight)) if ids is None else torch.tensor(ids)
-    for _ in range(steps):
+def train(model: Scorer, optimizer: torch.optim.Optimizer, num_items: int | None = None) -> Tensor:
+    """Two steps on a loss over all items, or over the first ones alone."""
+    items = num_items or len(model.items.weight)
+    for _ in range(2):
         optimizer.zero_grad()
-        loss = model(ids).pow(2).mean()
+        loss = model(torch.arange(items))[:, :items].pow(2).mean()
         loss.backward()
         optimizer.step()
     return loss  # whoever keeps it keeps the graph, as loops do
@@ -97,10 +98,9 @@ def test_old_rows_go_on_and_new_ones_begin_bit_for_bit(
     if prepared:
         for model, optimizer in zip((grown, whole), optimizers, strict=True):
             rowwise(optimizer, model)
-    ids = list(range(V))
     # A loss over the old items alone, which is the same for both.
     held = [
-        train_on_old(model, optimizer, ids)
+        train(model, optimizer, V)
         for model, optimizer in zip((grown, whole), optimizers, strict=True)
     ]
     assert torch.equal(held[0], held[1])
@@ -115,15 +115,6 @@ def test_old_rows_go_on_and_new_ones_begin_bit_for_bit(
     for model, optimizer in zip((grown, whole), optimizers, strict=True):
         train(model, optimizer)
     assert_alike(grown, whole)
-
-
-def train_on_old(model: Scorer, optimizer: torch.optim.Optimizer, ids: list[int]) -> Tensor:
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss = model(torch.tensor(ids))[:, :V].pow(2).mean()
-        loss.backward()
-        optimizer.step()
-    return loss
 
 
 def test_new_rows_may_stay_as_they_begin() -> None:
