@@ -91,6 +91,7 @@ ACCEPTED: dict[str, tuple[Any, list[int]]] = {
     "matching_without_case": ({"matching": "(?i)^W[78]"}, [7, 8]),
     "matching_nothing": ({"matching": "^x"}, []),
     "random_all": ({"random": 1.0}, list(range(V))),
+    "random_without_a_seed": ({"random": 3}, sorted(np.random.default_rng(0).permutation(V)[:3])),
     "nearest_all": ({"nearest": {"tokens": ["w4"], "amount": V}}, list(range(V))),
     "nearest_only_themselves": ({"nearest": {"tokens": ["w9", "w4"], "amount": 2}}, [4, 9]),
     "difference": ({"difference": ["all", [0, 1], {"range": [3, None]}]}, [2]),
@@ -320,3 +321,13 @@ def test_a_range_with_negative_ids_is_refused(ids: range) -> None:
 
 def test_an_array_that_was_computed_empty_is_no_row() -> None:
     assert Rows.parse(np.array([], np.int64)) == Rows.none()
+
+
+def test_neighbours_are_measured_by_angle_and_padding_is_near_to_nothing() -> None:
+    # Row 1 is far along the same line, row 2 is close by at another angle, row 3 opposite.
+    vectors = np.array([[1, 0], [50, 1], [1, 1], [-1, 0], [0, 0], [0, 2]], np.float16)
+    vocabulary = Vocabulary("abcdef", vectors=vectors)
+    order = [0, 1, 2, 5, 3, 4]
+    for number in range(1, 7):
+        nearest = Rows.parse({"nearest": {"tokens": "a", "amount": number}})
+        assert nearest.resolve(6, vocabulary).tolist() == sorted(order[:number])

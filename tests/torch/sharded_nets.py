@@ -160,7 +160,6 @@ def memory(model: Net, made: Optimizer) -> dict[str, Any]:
     kept = {}
     for state in handle.tables.values():
         shard = shard_of(state.parameter)
-        assert shard is not None
         for number, cohort in state.cohorts.items():
             kept[f"{state.name} {number}"] = {
                 "rows": cohort.ids + shard.start,

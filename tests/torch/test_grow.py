@@ -18,7 +18,7 @@ from partial_embedding.torch import (
     replace_embedding,
     rowwise,
 )
-from partial_embedding.torch.grow import put_rows
+from partial_embedding.torch.grow import replace_rows
 from partial_embedding.torch.table_files import rows_saved_alone
 
 V, D, NEW = 12, 4, 3
@@ -220,7 +220,7 @@ def test_a_parameter_grows_while_an_earlier_graph_lives() -> None:
     parameter = nn.Parameter(torch.ones(2, 3))
     loss = parameter.sum()
     loss.backward()
-    put_rows(parameter, torch.ones(4, 3))
+    replace_rows(parameter, torch.ones(4, 3))
     assert parameter.grad is None
     parameter.sum().backward()
     assert parameter.grad.shape == (4, 3)

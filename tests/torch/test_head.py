@@ -223,6 +223,20 @@ def test_the_padding_row_never_trains_whichever_was_tied(rows: Any, to_the_head:
     assert head.trainable_rows.tolist() == table.trainable_rows.tolist() == list(range(1, V))
 
 
+@pytest.mark.parametrize("rows", ["all", [0, 3, 5]])
+def test_a_padding_row_that_becomes_another_is_another_for_all_that_is_tied(rows: Any) -> None:
+    table = PartialEmbedding(V, D, padding_idx=0, trainable_rows=rows)
+    head = PartialLinear(D, V)
+    head.weight = table.weight
+    table.padding_idx = 5
+    assert 5 not in head.trainable_rows
+    head.set_trainable_rows("all")
+    assert head.trainable_rows.tolist() == [row for row in range(V) if row != 5]
+    table.padding_idx = None
+    table.set_trainable_rows("all")
+    assert head.trainable_rows.tolist() == list(range(V))
+
+
 def test_with_nothing_frozen_it_is_a_plain_head() -> None:
     plain, _ = pair()
     head = PartialLinear(D, V)

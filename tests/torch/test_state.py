@@ -1,5 +1,6 @@
 """State of optimizers: its size, and stopping and going on."""
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -166,6 +167,35 @@ def test_saved_state_loads_into_a_stock_optimizer(case: Case) -> None:
     for old, now in zip(before, (*companions, table.weight), strict=True):
         assert not same_bits(old, now)
         assert now.isfinite().all()
+
+
+def of_the_table(optimizer: torch.optim.Optimizer) -> None:
+    del optimizer.state[optimizer.param_groups[0]["params"][0]]
+
+
+def another(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+@pytest.mark.parametrize("empty", [lambda o: o.state.clear(), another, of_the_table])
+@pytest.mark.parametrize("case", FEW, ids=by_id)
+def test_state_that_somebody_empties_begins_afresh(
+    case: Case, empty: Callable[[torch.optim.Optimizer], None]
+) -> None:
+    tables = [partial_table(sparse=case.sparse_only) for _ in range(3)]
+    emptied, fresh, loaded = (case.make(table.parameters()) for table in tables)
+    for step, batch in enumerate(batches(8, quiet=-1)):
+        if step == 4:
+            empty(emptied)
+            fresh, loaded = (case.make(table.parameters()) for table in tables[1:])
+            loaded.load_state_dict(emptied.state_dict())
+        for table, optimizer in zip(tables, (emptied, fresh, loaded), strict=True):
+
+            def loss(table: nn.Embedding = table, ids: Tensor = batch.ids) -> Tensor:
+                return table(ids).nan_to_num().square().sum()  # type: ignore[no-any-return]
+
+            optimizer.step(closure_of(optimizer, loss))
+            assert_same_bits(table.weight, tables[0].weight, f"after step {step}")
 
 
 @pytest.mark.parametrize("case", [c for c in DEFAULTS + FEW if not c.one_history], ids=by_id)

@@ -272,6 +272,24 @@ def test_the_tokens_of_an_adapter_that_peft_made_are_served_by_the_table(
 
 
 @TIED
+def test_adapters_that_have_rows_each_are_not_mixed(tied: bool) -> None:
+    model, words, before = adapted(tied=tied)
+    train(model, words)
+    model.add_adapter("other", lora())
+    two, batch = ["default", "other"], inputs(words, NEW_TEXT)
+    with pytest.raises(ValueError, match="Cannot add weighted adapters"):
+        model.add_weighted_adapter(two, [0.5, 0.5], "sum")
+    model.eval()
+    for names, rows in ((["other"], "'default'"), (["__base__"], "'default'"), (two, "'default'")):
+        with pytest.raises(InputError, match=f"has the rows of {rows}"):
+            model(**batch, adapter_names=names)
+    expected = logits_of(model, words)
+    assert_same_bits(model(**batch, adapter_names=["default"]).logits, expected, "by its name")
+    with model.disable_adapter():
+        assert_same_bits(logits_of(model, words), logits_of(before, words), "the base model's")
+
+
+@TIED
 def test_merging_and_unloading_keep_and_give_back(tied: bool) -> None:
     model, words, before = adapted(tied=tied)
     train(model, words)

@@ -65,6 +65,7 @@ def test_shared_rows_are_copied_and_the_others_begin_from_their_pieces(
     config = model.config
     assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (len(OTHERS), 0, 2)
     assert model.generation_config.eos_token_id == 0
+    assert model.get_input_embeddings().padding_idx in {2, None}
 
 
 @TIED
@@ -94,8 +95,9 @@ def test_vectors_can_be_given() -> None:
     assert rows_that_differ(model.lm_head.weight[FRESH], vectors) == [0, 1, 2]
 
 
-def test_the_same_tokenizer_changes_nothing() -> None:
-    model = language_model("Llama")
+@pytest.mark.parametrize("family", ["Llama", "RoBERTa"])
+def test_the_same_tokenizer_changes_nothing(family: str) -> None:
+    model = language_model(family)
     before = copy.deepcopy(model.state_dict())
     assert transfer_vocabulary(model, tokenizer(), tokenizer()) == []
     assert_alike(model, before)
@@ -119,6 +121,7 @@ def of_other_words() -> Any:
         ("Llama", other_tokenizer, torch.zeros(2, D), r"\(3, 8\)\. Received: \(2, 8\)"),
         ("Llama 3.2 Vision", other_tokenizer, "pieces", r"tables of one size. .* 24, 16 rows"),
         ("Llama", of_other_words, "pieces", r"share none. Make a new model"),
+        ("RoBERTa", other_tokenizer, "pieces", r"'roberta.*position.*no padding in row 0\."),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(
