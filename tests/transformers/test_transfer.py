@@ -72,7 +72,7 @@ def test_shared_rows_are_copied_and_the_others_begin_from_their_pieces(
 
 
 @TIED
-def test_only_the_others_learn_until_the_shared_ones_are_woken(tied: bool, tmp_path: Path) -> None:
+def test_only_others_learn_until_the_shared_ones_are_unfrozen(tied: bool, tmp_path: Path) -> None:
     model, words = language_model("Llama", tied), other_tokenizer()
     transfer_vocabulary(model, tokenizer(), words)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
