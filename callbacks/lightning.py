@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 
+from partial_embedding.callbacks.lightning_base import Callback
 from partial_embedding.callbacks.lightning_monitor import RowMonitor
 from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows.vocabulary import Vocabulary, find_vocabulary

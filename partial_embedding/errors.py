@@ -27,10 +27,18 @@ class InputError(ValueError):
 class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as StopIteration does
     """A row that was frozen changed a bit; the message names the table, the rows and the step.
 
+    Args:
+        message: What is said.
+        rows: The ids of all rows that changed.
+
     Example:
-        >>> issubclass(FrozenRowsMoved, RuntimeError)
-        True
+        >>> FrozenRowsMoved("words: 1 frozen row changed by step 12: 3.", [3]).rows
+        (3,)
     """
+
+    def __init__(self, message: str, rows: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
 
 
 @contextmanager

@@ -45,8 +45,9 @@ def schedule_command(args: Sequence[str]) -> None:
             "a schedule is planned for a table. Received neither --vocab nor --rows. Pass a "
             "vocabulary, one token a line, --texts to count one from, or the number of rows."
         )
-    of_config = parts.get("trainer", {}).get("max_epochs")
-    last = of_config if isinstance(of_config, int) else _last_epoch(schedule) + 1
+    last = parts.get("trainer", {}).get("max_epochs")
+    if not isinstance(last, int) or last < 1:  # -1 is Lightning's word for no end
+        last = _last_epoch(schedule) + 1
     epochs, steps = given.epochs or last, given.steps_per_epoch or steps_of_config
     if steps is None and schedule.moves_within_epochs:
         raise InputError(
@@ -60,7 +61,7 @@ def schedule_command(args: Sequence[str]) -> None:
         print(f"and {len(lines) - _MOST_LINES:,} changes more")
     if given.picture is not None:
         unit = "step" if schedule.moves_within_epochs else "epoch"
-        points = [(float(getattr(change.position, unit)), change.trainable) for change in planned]
+        points = [(float(getattr(change, unit)), change.trainable) for change in planned]
         end = float(epochs * (steps or 1) if unit == "step" else epochs)
         drawn = [Line("as planned", lasting(points, end), stepped=True)]
         figure = trainable_figure(drawn, num_rows, end, unit, str(given.file))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import read_lines
+from partial_embedding.files import read_lines, refuse_no_file
 from partial_embedding.rows.cosines import cosines_of
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
@@ -349,6 +349,7 @@ def _known(what: str, vocabulary: Vocabulary | None) -> Any:
 def read_ids(path: str | Path) -> Any:
     """Read ids or a mask from a `.npy` file, or ids from a text of one a line."""
     path = Path(path)
+    refuse_no_file(path, "row ids are in a file")
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:  # np.load would also take archives

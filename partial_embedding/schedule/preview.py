@@ -25,15 +25,17 @@ _BAR = 24
 
 @dataclass(frozen=True)
 class Planned:
-    """One stage of a plan, or one increment of growing into the next: where, and which rows."""
+    """One stage of a plan, or one increment of growing into the next: where, and how many rows."""
 
-    position: Position
-    place: str  # the same in words
+    epoch: int
+    step: int
+    stage: int
+    place: str  # all of these in words
     trainable: int
     joining: int
     leaving: int
     covered: float | None  # the share of the training data's tokens, where that is known
-    rate_scale: RateScale  # of the joining rows
+    rate: str  # of the joining rows, where it is not the optimizer's own
 
 
 def plan(
@@ -65,13 +67,15 @@ def plan(
         joining = np.setdiff1d(ids, before, assume_unique=True).size
         planned.append(
             Planned(
-                position,
+                position.epoch,
+                position.step,
+                stage_state.stage,
                 place_text(schedule, position),
                 ids.size,
                 joining,
                 before.size - (ids.size - joining),
                 covered_share(ids, vocabulary),
-                schedule.rate_scale_at(stage_state),
+                _rate_text(schedule.rate_scale_at(stage_state)),
             )
         )
         before = ids
@@ -101,9 +105,9 @@ def plan_text(
             text += f", {100 * step.covered:.1f} % of training tokens"
         text += f", {step.joining:,} join" if step.joining else ""
         text += f", {step.leaving:,} leave" if step.leaving else ""
-        text += "".join(f", {said}" for said in rate_texts(step.rate_scale))
+        text += f", {step.rate}" if step.rate else ""
         lines.append(text)
-    reached = {schedule.state_at(step.position).stage for step in planned}
+    reached = {step.stage for step in planned}
     for i, stage in enumerate(schedule.stages):
         if i in reached:
             continue
@@ -151,7 +155,7 @@ def boundaries(
             )
 
 
-def rate_texts(rate_scale: RateScale) -> list[str]:
-    """How fast rows learn, where it is not at the optimizer's own rate."""
+def _rate_text(rate_scale: RateScale) -> str:
     rate, warmup = rate_scale.lr_scale, rate_scale.warmup_steps
-    return [f"lr × {rate:.3g}"] * (rate != 1) + [f"warm-up of {warmup:,} steps"] * bool(warmup)
+    parts = [f"lr × {rate:.3g}"] * (rate != 1) + [f"warm-up of {warmup:,} steps"] * bool(warmup)
+    return ", ".join(parts)

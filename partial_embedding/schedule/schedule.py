@@ -76,7 +76,7 @@ class Schedule:
         >>> schedule = Schedule([{"epoch": 0, "rows": [4, 5]}, {"epoch": 2, "rows": "all"}])
         >>> schedule.trainable_rows(Position(epoch=1))
         Rows({'ids': [4, 5]})
-        >>> schedule.trainable_rows(2), schedule.stage_at(7)
+        >>> schedule.trainable_rows(2), schedule.state_at(7).stage
         (Rows('all'), 1)
     """
 
@@ -214,10 +214,6 @@ class Schedule:
         if self.cycle:
             place -= _whole(place / self.cycle) * self.cycle
         return place
-
-    def stage_at(self, position: Position | int) -> int:
-        """The index of the stage at a position; arguments and errors are those of `state_at`."""
-        return self.state_at(position).stage
 
     # What happens there
 

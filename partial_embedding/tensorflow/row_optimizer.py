@@ -160,18 +160,18 @@ class Rowwise(keras.optimizers.Optimizer):
             self._trainable_variables if trainable_variables is None else trainable_variables
         )
         grads = [
-            g if g is None or (table := self._table_of(v)) is None else self._entered(g, table)
+            g if g is None else self._entered(g, self._table_of(v))
             for g, v in zip(grads, variables, strict=True)
         ]
         with self._stepping():
             super().apply(grads, trainable_variables)
 
-    def _entered(self, gradient: Any, table: _Table) -> Any:
-        """The gradient of a table, as it goes through the pipeline."""
-        if isinstance(gradient, tf.IndexedSlices):
+    def _entered(self, gradient: Any, table: _Table | None) -> Any:
+        """A gradient as it goes through the pipeline."""
+        if table is not None and isinstance(gradient, tf.IndexedSlices):
             # With one entry for each row, the norm of the entries is that of the gradient.
             return summed(gradient)
-        if self.lazy:
+        if table is not None and self.lazy:
             table.state.check_dense_gradient()
         return gradient
 

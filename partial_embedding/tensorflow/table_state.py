@@ -267,9 +267,15 @@ class TableState:
 def _outermost_graph() -> Any:
     """The graph of the function that is traced now, not those of its branches and loops."""
     graph = tf.compat.v1.get_default_graph()
-    while isinstance(outer := getattr(graph, "outer_graph", None), tf.__internal__.FuncGraph):
-        graph = outer
+    while isinstance(getattr(graph, "outer_graph", None), tf.__internal__.FuncGraph):
+        graph = graph.outer_graph
     return graph
+
+
+def free(variable: Any) -> None:
+    """Free the memory of a Keras variable, so that what was traced with it fails."""
+    for part in getattr(variable.value, "values", (variable.value,)):  # one for each replica
+        _empty(part.handle, part.dtype)
 
 
 def _empty(handle: Any, dtype: Any) -> None:

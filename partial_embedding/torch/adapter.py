@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
@@ -134,8 +135,8 @@ class TorchTables:
         """Keep what the frozen rows hold now."""
         return FrozenRowAudit(self.tables[name], name)
 
-    def parameters_elsewhere(self, names: Iterable[str]) -> int:
-        """How many parameters train outside of these tables."""
+    def parameters_elsewhere(self, names: Iterable[str]) -> int | None:
+        """How many parameters train outside of these tables, but for lazy ones without a shape."""
         own = {id(self.tables[name].leaf_weight) for name in names}
-        others = (p for p in self.model.parameters() if p.requires_grad and id(p) not in own)
-        return sum(p.numel() for p in others)
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        return None if any(map(is_lazy, others)) else sum(p.numel() for p in others)

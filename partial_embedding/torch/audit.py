@@ -89,10 +89,9 @@ class FrozenRowAudit:
             FrozenRowsMoved: At least one bit of a watched row is not what it was.
         """
         every = gathered(self.changed().cpu(), self.table.leaf_weight)
-        changed = torch.cat(every).sort().values
-        if not len(changed):
-            return
-        raise FrozenRowsMoved(moved_text(self.name, changed.tolist(), step, self._suspect()))
+        changed = torch.cat(every).sort().values.tolist()
+        if changed:
+            raise FrozenRowsMoved(moved_text(self.name, changed, step, self._suspect()), changed)
 
     def _suspect(self) -> str:
         if self.table.leaf_weight.dtype != self._dtype:

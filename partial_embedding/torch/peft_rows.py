@@ -169,9 +169,6 @@ class AdapterRows(ModulesToSaveWrapper):
     # `peft` gives what it unloads the weight of what was there.
     weight = None
 
-    # It saves rows, and no modules.
-    modules_to_save = nn.ModuleDict()
-
     # Where peft's configurations have no place for the ids of rows, and what helps.
     no_place = ""
     remedy = "Use save_rows too."
@@ -256,6 +253,22 @@ class AdapterRows(ModulesToSaveWrapper):
                 getattr(table, name).requires_grad_(True)
 
     # What peft asks of it
+
+    @property
+    def modules_to_save(self) -> set[str]:  # type: ignore[override]  # only asked what it has
+        """The adapters that have rows of their own, of which `peft` makes no weighted sums."""
+        return {*self._adapters, *(self.configs or {})} if len(self._ids) else set()
+
+    def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
+        """Refuse a batch of several adapters, before which `peft` calls this."""
+        names = set(getattr(hook, "keywords", {}).get("adapter_names", ()))
+        if len(self._ids) and names - {self._shown or "__base__"}:
+            raise InputError(
+                f"a batch takes the rows of one adapter. Received adapter_names {sorted(names)} "
+                f"while {self._name!r} has the rows of {self._shown or '__base__'!r}. Call the "
+                "model once for each: after set_adapter(name), or within disable_adapter()."
+            )
+        return super().register_forward_pre_hook(hook, **options)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Show the rows of the active adapter, or those of the base model."""

@@ -82,7 +82,7 @@ def mark(optimizer: Optimizer, tables: Tables) -> None:
             table = tables.get(id(parameter))
             if table is None or table.layout.flat or parameter in optimizer.state:
                 continue
-            keeps = bool(table.layout.keys)
+            keeps = table.is_marked = bool(table.layout.keys)
             optimizer.state[parameter] = (
                 {**table.shared_state, KEY: _Kept(table, optimizer, group)} if keeps else {}
             )

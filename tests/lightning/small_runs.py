@@ -152,18 +152,6 @@ def loss_of(head: nn.Module, looked_up: Iterable[Tensor], labels: Tensor) -> Ten
     return F.cross_entropy(head(sum(rows.mean(1) for rows in looked_up)), labels)
 
 
-class Witness(pl.Callback):
-    """Keeps all weights as they were after each batch."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Tensor]] = []
-        self.epochs: list[int] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.seen.append({k: v.detach().clone() for k, v in pl_module.state_dict().items()})
-        self.epochs.append(trainer.current_epoch)
-
-
 def whole_of(tensor: Tensor) -> Tensor:
     """A tensor, or all that the ranks hold of a sharded one."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -173,15 +161,17 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {n: whole_of(p).detach().clone() for n, p in module.named_parameters()}
 
 
-class ShardWitness(pl.Callback):
+class Witness(pl.Callback):
     """Keeps all weights as they were after each batch, whole; saves after a step where told to."""
 
     def __init__(self, save_at: int | None = None, path: Any = None) -> None:
         self.save_at, self.path = save_at, path
         self.seen: list[dict[str, Tensor]] = []
+        self.epochs: list[int] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.seen.append(weights_of(pl_module))
+        self.epochs.append(trainer.current_epoch)
         if trainer.global_step == self.save_at:
             trainer.save_checkpoint(self.path)
 

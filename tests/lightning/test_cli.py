@@ -16,6 +16,7 @@ from gensim.models import KeyedVectors
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from partial_embedding.cli import main
+from partial_embedding.monitor.record import read_record
 from partial_embedding.recipes.text_classifier import TextClassifier
 
 ROOT = Path(__file__).parents[2]
@@ -317,6 +318,8 @@ def test_frozen_rows_that_moved_fail_the_command(
     assert re.search(r"^error: embedding: \d+ frozen rows changed by step \d+", error, re.MULTILINE)
     assert "Traceback" not in error
     assert "vectors.vec" not in files_below(RUN)
+    (found,) = read_record(RUN).audit
+    assert (found.stage, found.frozen) == (0, found.changed)
 
 
 def test_bad_input_ends_a_real_process_with_code_2() -> None:

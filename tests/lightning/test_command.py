@@ -188,10 +188,19 @@ def test_no_seed_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("small_run")
-def test_a_comparison_without_a_schedule_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
-    Path("config.yaml").write_text("data: {path: texts.csv}\n")
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("data: {path: texts.csv}", "config.yaml: a schedule is compared with training without"),
+        ("{rows: {schedule: schedule.yaml}, trainer: 3}", "trainer is a mapping of its settings"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused(
+    config: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("config.yaml").write_text(config)
     assert main(["compare", "config.yaml"]) == 2
-    assert "config.yaml: a schedule is compared with training without" in error_line(capfd)
+    assert said in error_line(capfd)
 
 
 def test_small_numbers_may_be_written_with_an_exponent(small_run: list[str]) -> None:
@@ -294,16 +303,17 @@ def test_ways_of_training_are_compared_and_the_best_is_named(
     trainer = {"max_epochs": 2, "accelerator": "cpu"}
     config = {"data": data, "rows": rows, "trainer": trainer, "model": {"encoder": "mean"}}
     Path("config.yaml").write_text(yaml.safe_dump(config))
-    assert main(["compare", "config.yaml", "--seeds=2", "--model.lr=0.1"]) == 0
+    where = "--trainer.default_root_dir=ways"
+    assert main(["compare", "config.yaml", "--seeds=2", "--model.lr=0.1", where]) == 0
     lines = capfd.readouterr().out.splitlines()
     ways = ("frozen", "missing", "all", "staged")
     for way in ways:
         assert sum(line.startswith(f"{way}, seed ") for line in lines) == 2
-        assert {path.name for path in Path("runs", way).iterdir()} >= {"version_0", "version_1"}
+        assert {path.name for path in Path("ways", way).iterdir()} >= {"version_0", "version_1"}
     assert lines[8] == "val_accuracy, mean and range over 2 seeds"
     best = next(line for line in lines if line.startswith("best: "))
     assert best.removeprefix("best: ").split(";")[0] in ways
-    assert lines[-1].startswith("partial-embedding report runs/frozen/version_0 ")
+    assert lines[-1].startswith("partial-embedding report ways/frozen/version_0 ")
 
 
 def test_a_comparison_by_what_was_not_measured_is_refused(

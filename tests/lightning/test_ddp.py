@@ -1,9 +1,6 @@
 """Two processes: ranks hold the same bits after every batch, and frozen rows keep theirs."""
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import torch
 from ddp_runs import CASES, ranks
 from launch import all_same, in_processes, shared_folder

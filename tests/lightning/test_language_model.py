@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pytorch_lightning")
 pytest.importorskip("jsonargparse")
 transformers = pytest.importorskip("transformers")
 

@@ -4,9 +4,6 @@ import json
 import os
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import torch
 from once import once, run_script
 from oracle import differences

@@ -89,13 +89,14 @@ def test_a_vocabulary_is_counted_from_texts(
     assert "29 rows (96.7 %), 100.0 % of training tokens" in lines[-1]
 
 
+@pytest.mark.parametrize(("given", "planned"), [(7, 7), (-1, 5)])  # -1 has no end
 def test_the_epochs_of_a_configuration_are_its_own(
-    files: None, capsys: pytest.CaptureFixture[str]
+    given: int, planned: int, files: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = {"rows": {"schedule": "schedule.yaml"}, "trainer": {"max_epochs": 7}}
+    config = {"rows": {"schedule": "schedule.yaml"}, "trainer": {"max_epochs": given}}
     Path("config.yaml").write_text(yaml.safe_dump(config))
     assert main(["schedule", "config.yaml", "--vocab=vocabulary.tsv"]) == 0
-    assert capsys.readouterr().out.startswith("10 rows, 7 epochs\n")
+    assert capsys.readouterr().out.startswith(f"10 rows, {planned} epochs\n")
 
 
 def test_rates_are_shown(files: None, capsys: pytest.CaptureFixture[str]) -> None:

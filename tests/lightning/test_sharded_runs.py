@@ -1,9 +1,6 @@
 """A model is sharded over two processes, in Lightning and Fabric: its tables learn as in one."""
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import torch
 from launch import all_same, in_processes, same
 from oracle import rows_that_differ

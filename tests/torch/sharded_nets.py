@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from device_nets import OPTIMIZERS, Net, whole
-from launch import of_all
+from launch import of_all, processes
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import (
@@ -71,10 +71,6 @@ def train(
         optimizer.step()
         seen.append(weights(model))
     return seen, gradients
-
-
-def processes() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
 # What shards a model

@@ -60,6 +60,25 @@ class DecaysBeforeTheClosure(Plain):
                 param.mul_(0.9)
 
 
+class KeepsRatesOfGroups(Plain):
+    """As AdaBound does: a list with an item for each group that there was in the beginning."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.first_rates = [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group, first in zip(self.param_groups, self.first_rates, strict=False):
+            for param in group["params"]:
+                param.sub_(group["lr"] ** 2 / first * self.direction(param, group))
+
+
+class KeepsMomentsInItsGroup(Plain):
+    def count(self, group: dict[str, Any]) -> None:
+        group.setdefault("moments", [torch.zeros_like(param) for param in group["params"]])
+
+
 class Wraps(Plain):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         params = list(params)
@@ -129,6 +148,8 @@ def step(table: nn.Embedding, optimizer: Optimizer, seed: int) -> None:
         (CountsInAnAttribute, "outside its state and groups"),
         (CountsInATensor, "outside its state and groups"),
         (DecaysBeforeTheClosure, "before its closure"),
+        (KeepsMomentsInItsGroup, "'moments', is no number"),
+        (pytorch_optimizer.AdaBound, "of each parameter group outside the group"),
         (Wraps, "wraps another optimizer"),
         (WasNotInitialised, "runs no hooks"),
     ],
@@ -137,6 +158,55 @@ def test_what_cannot_be_kept_exact_is_refused(kind: type[Optimizer], reason: str
     table = table_of()
     with pytest.raises(InputError, match=f"Received {kind.__name__}: .*{reason}"):
         rowwise(kind(table.parameters()), table)
+
+
+def test_rows_have_no_rate_of_their_own_where_a_group_of_theirs_would_not_be_stepped() -> None:
+    table = table_of("none")
+    optimizer = rowwise(KeepsRatesOfGroups(table.parameters()), table)
+    with pytest.raises(InputError, match="KeepsRatesOfGroups, which keeps something of each"):
+        table.unfreeze_rows([4], lr_scale=0.5)
+    table.unfreeze_rows([4])  # the remedy
+    before = table.weight.detach().clone()
+    step(table, optimizer, 0)
+    assert rows_that_differ(before, table.weight) == [4]
+
+
+class TakesNothing(Plain):
+    def step(self) -> None:  # type: ignore[override]
+        super().step()
+
+
+class TakesAScale(Plain):
+    def step(self, scale: float = 1.0) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["lr"] = 0.1 * scale
+        super().step()
+
+
+class DropsItsClosure(Plain):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+
+
+@pytest.mark.parametrize("rows", [(2, 7), "all"])
+@pytest.mark.parametrize(
+    ("kind", "given"), [(TakesNothing, []), (TakesAScale, [0.5]), (DropsItsClosure, [lambda: 0.0])]
+)
+def test_a_step_that_calls_no_closure_is_served(kind: Any, given: list[Any], rows: Any) -> None:
+    table = table_of(rows)
+    plain = nn.Embedding.from_pretrained(table.weight.detach().clone(), freeze=False)
+    before, trained = table.weight.detach().clone(), table.trainable_rows
+    for one in (table, plain):
+        optimizer = kind(one.parameters())
+        for seed in range(3):
+            ids = trained[
+                torch.randperm(len(trained), generator=torch.Generator().manual_seed(seed))
+            ]
+            optimizer.zero_grad()
+            one(ids).pow(2).sum().backward()
+            optimizer.step(*given)
+    assert torch.equal(table.weight[trained], plain.weight[trained])
+    assert rows_that_differ(before, table.weight) == trained.tolist()
 
 
 @pytest.mark.parametrize("call", [rowwise, detach_rowwise, masked_gradient_only, average_gradients])

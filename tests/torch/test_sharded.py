@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from device_nets import OPTIMIZERS, D, Net, whole
-from launch import all_same, in_processes, of_all, shared_folder
+from launch import all_same, in_processes, of_all, processes, shared_folder
 from oracle import differences, rows_that_differ
 from sharded_nets import (
     ROWS,
@@ -29,7 +29,6 @@ from sharded_nets import (
     memory,
     net_of,
     of_batches,
-    processes,
     recorded,
     state_of,
     train,

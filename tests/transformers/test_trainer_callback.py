@@ -6,19 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from oracle import assert_alike, rows_that_differ
+from safetensors.torch import load_file
+from tiny_language_models import training_arguments
+from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_alike, rows_that_differ  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from tiny_language_models import training_arguments  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.callbacks.transformers import RowUnfreezing  # noqa: E402
-from partial_embedding.torch import FrozenRowsMoved, replace_embedding  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.callbacks.transformers import RowUnfreezing
+from partial_embedding.torch import FrozenRowsMoved, replace_embedding
 
 SCHEDULE = {"stages": [{"epoch": 0, "rows": [3, 4]}, {"epoch": 2, "rows": {"range": [0, 10]}}]}
 

@@ -4,15 +4,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-
-transformers = pytest.importorskip("transformers")
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_alike, assert_same_bits, rows_that_differ, unchanged  # noqa: E402
-from steps import take_steps  # noqa: E402
-from tiny_language_models import (  # noqa: E402
+import torch
+import transformers
+from oracle import assert_alike, assert_same_bits, rows_that_differ, unchanged
+from steps import take_steps
+from tiny_language_models import (
     TIED,
     VOCABULARY,
     D,
@@ -22,15 +20,11 @@ from tiny_language_models import (  # noqa: E402
     lora,
     tokenizer,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.torch import (  # noqa: E402
-    add_tokens,
-    replace_embedding,
-    transfer_vocabulary,
-)
-from partial_embedding.torch.optimizer import prepared  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.torch import add_tokens, replace_embedding, transfer_vocabulary
+from partial_embedding.torch.optimizer import prepared
 
 OTHERS = ("<s>", "<unk>", "<pad>", "quokka", "mat", "##s", "cat", "quokkas", "sun", "the")
 # Rows of the other tokenizer, and where they were.
