@@ -69,7 +69,7 @@ class RowUnfreezing(keras.callbacks.Callback):
         >>> unfreezing = RowUnfreezing({"stages": [{"epoch": 0, "rows": [1]}]}, audit=True)
         >>> ids, targets = np.array([[0, 1]]), np.zeros((1, 2, 2))
         >>> _ = model.fit(ids, targets, callbacks=[unfreezing], verbose=0)  # doctest: +ELLIPSIS
-        embedding...: 1 of 4 rows train (2 of 8 parameters), 0 parameters elsewhere
+        embedding...: 1 of 4 rows train (2 of 8 parameters)
         embedding...: stage 0 from epoch 0: 1 rows train, 25.0 % of the table
         audit: embedding...: frozen rows by stage: 3; changed a bit: 0
     """

@@ -84,7 +84,7 @@ DIFFERENT = {
     "counts": Vocabulary("ab", [3, 5], [1]),
     "no_counts": Vocabulary("ab", None, [1]),
     "missing": Vocabulary("ab", [3, 4], [0]),
-    "vectors": Vocabulary("ab", [3, 4], [1], np.ones((2, 1))),
+    "vectors": Vocabulary("ab", [3, 4], [1], [[1.0], [1.0]]),  # type: ignore[arg-type]
 }
 
 
@@ -206,6 +206,7 @@ def test_rows_that_a_table_has_more_never_occur_and_are_near_to_nothing(wrap: An
 NO_SOURCES: dict[str, tuple[Any, int | None, tuple[str, ...]]] = {
     "number": (7, None, ("int",)),
     "path": ("vocab.txt", None, ("str",)),
+    "set": ({"a", "b"}, None, ("a set", "the list")),
     "token_twice": (["a", "b", "a"], None, ("'a' twice",)),
     "row_twice": ({"a": 1, "b": 0, "c": 1}, None, ("'c' has 1", "as 'a'")),
     "row_below_0": ({"a": 0, "b": -2}, None, ("'b' has -2",)),

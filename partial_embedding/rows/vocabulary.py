@@ -48,6 +48,11 @@ class Vocabulary:
         missing: Iterable[int] | None = None,
         vectors: NDArray[np.floating] | None = None,
     ) -> None:
+        if isinstance(tokens, set | frozenset):
+            raise InputError(
+                "tokens stand in the order of their rows. Received a set, which has none. Pass "
+                "the list that ids are looked up in."
+            )
         set_ = object.__setattr__
         set_(self, "tokens", tuple(tokens))
         if others := [token for token in self.tokens if not isinstance(token, str)]:

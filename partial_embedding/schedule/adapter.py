@@ -55,5 +55,5 @@ class Adapter(Protocol):
     def watch(self, name: str) -> Audit:
         """Keep what the frozen rows hold now."""
 
-    def parameters_elsewhere(self, names: Iterable[str]) -> int:
-        """How many parameters train outside of these tables."""
+    def parameters_elsewhere(self, names: Iterable[str]) -> int | None:
+        """How many parameters train outside of these tables, where that is known already."""

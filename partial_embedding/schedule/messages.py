@@ -28,7 +28,7 @@ class AuditResult:
     changed: int
 
 
-def table_line(table: str, trainable: int, num_rows: int, width: int, elsewhere: int) -> str:
+def table_line(table: str, trainable: int, num_rows: int, width: int, elsewhere: int | None) -> str:
     """The true number of trainable parameters, which a model summary cannot know.
 
     Example:
@@ -37,7 +37,8 @@ def table_line(table: str, trainable: int, num_rows: int, width: int, elsewhere:
     """
     return (
         f"{table}: {trainable:,} of {num_rows:,} rows train ({trainable * width:,} of "
-        f"{num_rows * width:,} parameters), {elsewhere:,} parameters elsewhere"
+        f"{num_rows * width:,} parameters)"
+        + ("" if elsewhere is None else f", {elsewhere:,} parameters elsewhere")
     )
 
 

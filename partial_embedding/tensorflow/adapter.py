@@ -12,7 +12,7 @@ from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.tensorflow.audit import FrozenRowAudit
-from partial_embedding.tensorflow.models import tables_for
+from partial_embedding.tensorflow.models import forget_traced, tables_for
 from partial_embedding.tensorflow.optimizer import optimizer_of
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 
@@ -57,9 +57,7 @@ class KerasTables:
             if any(ids.size < table.input_dim for ids in stages):
                 ever = np.unique(np.concatenate(stages))
                 table.reserve_rows(ever if ever.size else "none")
-                # What was traced before knows the variables of before.
-                self.model.train_function = self.model.test_function = None
-                self.model.predict_function = None
+                forget_traced(self.model)
         self._stages = {}
 
     # What the runner asks for
@@ -135,8 +133,10 @@ class KerasTables:
         """Keep what the frozen rows hold now."""
         return FrozenRowAudit(self.tables[name], name)
 
-    def parameters_elsewhere(self, names: Iterable[str]) -> int:
-        """How many parameters train outside of these tables."""
+    def parameters_elsewhere(self, names: Iterable[str]) -> int | None:
+        """How many parameters train outside of these tables, in a model that has them all."""
+        if not self.model.built:
+            return None
         own = {id(v) for name in names for v in self.tables[name].trainable_variables}
         others = (v for v in self.model.trainable_variables if id(v) not in own)
         return sum(int(np.prod(v.shape)) for v in others)

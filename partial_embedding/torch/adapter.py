@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
@@ -82,7 +83,7 @@ class TorchTables:
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """The rows V and the columns D of each table."""
-        shapes = {name: table.weight.shape for name, table in self.tables.items()}
+        shapes = {name: table.leaf_weight.shape for name, table in self.tables.items()}
         return {name: (num_rows, width) for name, (num_rows, width) in shapes.items()}
 
     @property
@@ -99,7 +100,7 @@ class TorchTables:
 
     def check_rows(self, name: str, ids: Ids) -> None:
         """Refuse rows that cannot train, since their weight takes no gradient."""
-        if len(ids) and not self.tables[name].weight.requires_grad:
+        if len(ids) and not self.tables[name].leaf_weight.requires_grad:
             raise InputError(
                 f"rows train where the weight requires gradients. Received {len(ids):,} rows to "
                 "train in a weight with requires_grad=False, as from_pretrained(freeze=True), "
@@ -134,8 +135,8 @@ class TorchTables:
         """Keep what the frozen rows hold now."""
         return FrozenRowAudit(self.tables[name], name)
 
-    def parameters_elsewhere(self, names: Iterable[str]) -> int:
-        """How many parameters train outside of these tables."""
+    def parameters_elsewhere(self, names: Iterable[str]) -> int | None:
+        """How many parameters train outside of these tables, but for lazy ones without a shape."""
         own = {id(self.tables[name].leaf_weight) for name in names}
-        others = (p for p in self.model.parameters() if p.requires_grad and id(p) not in own)
-        return sum(p.numel() for p in others)
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        return None if any(map(is_lazy, others)) else sum(p.numel() for p in others)

@@ -15,7 +15,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.torch.blocks import Block
 from partial_embedding.torch.dry_run import LISTS, Group, State
 from partial_embedding.torch.engines import refuse_flat
-from partial_embedding.torch.hooks import refuse_orphan, tables_of
+from partial_embedding.torch.hooks import refuse_orphan
 from partial_embedding.torch.inspection import (
     KEY,
     StateLayout,
@@ -34,7 +34,7 @@ from partial_embedding.torch.saving import (
     without_tables,
 )
 from partial_embedding.torch.shards import check_sharding, is_sharded, local
-from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.table import PartialTable, tables_of
 from partial_embedding.torch.table_state import TableState, clear_history
 from partial_embedding.torch.trainable_rows import waiting
 from partial_embedding.torch.unheld import refuse_lost, refuse_what_cannot_train

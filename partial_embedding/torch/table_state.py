@@ -82,8 +82,7 @@ class TableState(Blocks):
         rows = self.table.row_set
         if rows is self._rows:
             return False
-        shard = shard_of(self.parameter)
-        own = rows if shard is None else rows.within(shard)
+        own = rows.within(shard_of(self.parameter))
         before, self.cohorts = self.cohorts, {}
         for number, ids in own.cohorts.items():
             rate_scale = rows.rate_scales.get(number, RateScale())
@@ -137,9 +136,9 @@ class TableState(Blocks):
 
     def _own_part(self, cohorts: dict[int, Cohort]) -> dict[int, Cohort]:
         """What this process has of cohorts."""
-        if (shard := shard_of(self.parameter)) is None:
+        if not is_sharded(self.parameter):
             return cohorts
-        own = {}
+        shard, own = shard_of(self.parameter), {}
         for number, cohort in cohorts.items():
             state = self._of_rows(cohort.state, shard.has(cohort.ids).nonzero().flatten())
             own[number] = replace(cohort, ids=shard.own(cohort.ids), state=state)

@@ -1,15 +1,16 @@
 """Every training loop of Lightning: frozen rows keep their bits, the others train as if alone."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import pytorch_lightning as pl
 import torch
+from oracle import rows_that_differ, same_bits
 from pytorch_lightning.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
@@ -38,8 +39,6 @@ from small_runs import (
     fit,
     loader,
     reference_run,
-    rows_that_differ,
-    same_bits,
     starting_table,
     trainer,
 )
@@ -476,3 +475,45 @@ def test_a_trainer_of_the_other_package_takes_the_callback() -> None:
     assert not isinstance(made, pl.Trainer)
     made.fit(net, loader(data()))
     check_run(net, witness, expected)
+
+
+OTHER_CLI = """
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LightningCLI
+from partial_embedding.torch import PartialEmbedding
+
+class Mean(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.embedding = PartialEmbedding(9, 2)
+    def training_step(self, batch, index):
+        return self.embedding(batch).mean()
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.arange(8))
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+cli = LightningCLI(Mean, save_config_callback=None, args=["fit", "--config", "run.yaml"])
+assert cli.model.embedding.trainable_rows.tolist() == [3]
+assert sum(callback.__module__.startswith("partial") for callback in cli.trainer.callbacks) == 2
+"""
+OTHER_CONFIG = """
+trainer:
+  max_epochs: 1
+  barebones: true
+  callbacks:
+    - class_path: partial_embedding.callbacks.lightning.RowUnfreezing
+      init_args: {schedule: {stages: [{epoch: 0, rows: [3]}]}, audit: true}
+    - class_path: partial_embedding.callbacks.lightning.RowMonitor
+"""
+
+
+def test_the_cli_of_the_other_package_takes_the_callbacks_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    (tmp_path / "run.py").write_text(OTHER_CLI)
+    (tmp_path / "run.yaml").write_text(OTHER_CONFIG)
+    command = [sys.executable, "run.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "stage 0 from epoch 0: 1 rows train" in done.stdout

@@ -7,11 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import pytorch_lightning as pl
 import torch
+from oracle import rows_that_differ, same_bits
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from small_runs import (
@@ -34,8 +32,6 @@ from small_runs import (
     fit,
     loader,
     reference_run,
-    rows_that_differ,
-    same_bits,
     starting_table,
     trainer,
 )
@@ -123,6 +119,22 @@ def test_without_audit_no_audit_is_reported(capsys: pytest.CaptureFixture[str]) 
     assert lines[0].startswith("items: 3 of 12 rows train (12 of 48 parameters), 63 parameters")
     assert len(lines) == 1 + len(STAGES)
     assert not any("audit" in line for line in lines)
+
+
+class Lazy(Net):
+    """Has a layer that gets its size in the first step."""
+
+    def build(self, **options: Any) -> Any:
+        super().build(**options)
+        self.head = nn.LazyLinear(3)
+        return self
+
+
+def test_a_lazy_layer_counts_for_nothing_before_it_has_a_size(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fit(Lazy().build())
+    assert capsys.readouterr().out.splitlines()[0].endswith("rows train (12 of 48 parameters)")
 
 
 # What it refuses, before any step

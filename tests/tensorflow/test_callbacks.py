@@ -224,6 +224,20 @@ def test_a_pace_needs_an_optimizer_that_keeps_it() -> None:
         unbuilt.fit(IDS, np.ones((4, 2, 2)), verbose=0, callbacks=[RowUnfreezing(schedule)])
 
 
+def test_parameters_elsewhere_are_told_where_they_are_known(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for layers in ([keras.Input((2,), dtype="int64")], []):
+        table = PartialEmbedding(8, 2, name="words")
+        model = keras.Sequential([*layers, table, keras.layers.Dense(1)])
+        model.compile("adam", "mse", run_eagerly=True)
+        model.fit(IDS, TARGETS, callbacks=[RowUnfreezing(SCHEDULE, vocabulary=VOCABULARY)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "rows train (" in line]
+    # Keras builds a model without an input in its first step.
+    told = "words: 2 of 8 rows train (4 of 16 parameters)"
+    assert lines == [f"{told}, 3 parameters elsewhere", told]
+
+
 def test_growing_rows_are_reserved_told_and_audited(capsys: pytest.CaptureFixture[str]) -> None:
     stages = [{"epoch": 0, "rows": [6, 7]}, {"epoch": 3, "rows": "all", "grow": {"order": "ids"}}]
     fit(small_model(), RowUnfreezing({"stages": stages}, audit=True))

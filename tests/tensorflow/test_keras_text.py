@@ -191,8 +191,7 @@ def test_the_order_and_the_dropout_of_an_epoch_follow_from_its_number(config: Pa
 
 def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) -> None:
     data = texts_of(config)
-    schedule = Schedule.parse(read_config(config)["rows"]["schedule"])
-    model = keras_text.text_classifier(data, schedule, ClassifierSettings(channels=4))
+    model = keras_text.text_classifier(data, ClassifierSettings(channels=4))
     short = np.array([[3, 4, 5, 6, 7]])
     padded = np.pad(short, ((0, 0), (0, 9)))
     np.testing.assert_allclose(
@@ -237,6 +236,12 @@ def test_a_configuration_that_is_wrong_is_refused_in_one_line(
     Path("config.yaml").write_text(text)
     line = refusal(["fit", "--config=config.yaml"])
     assert re.search(message, line), line
+
+
+@pytest.mark.parametrize("name", ["quickstart", "text_classification"])
+def test_a_configuration_of_the_repository_is_read(name: str) -> None:
+    config = read_config(ROOT / "configs" / f"{name}.yaml")
+    assert keras_text.read_parts(config)["rows"].schedule == config["rows"]["schedule"]
 
 
 def test_a_configuration_of_the_lightning_recipe_runs_with_options_and_says_what_is_left_out(

@@ -148,13 +148,6 @@ def test_casts_that_make_a_new_parameter_keep_the_rows() -> None:
     assert_is_partial(table)
 
 
-def test_shared_memory_holds_the_weight() -> None:
-    table = table_of().share_memory()
-    assert table.weight.is_shared()
-    copied = pickle.loads(pickle.dumps(table))
-    assert_is_partial(copied)
-
-
 @pytest.mark.parametrize("rows", [ROWS, "all"], ids=["some_rows", "all_rows"])
 @pytest.mark.parametrize("how", ["argument", "context", "moved"])
 def test_meta_device_keeps_the_rows_until_there_is_a_weight(how: str, rows: Any) -> None:

@@ -6,16 +6,13 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from steps import take_steps  # noqa: E402
-from tiny_language_models import (  # noqa: E402
+import torch
+from oracle import assert_same_bits, rows_that_differ, same_bits
+from safetensors import safe_open
+from steps import take_steps
+from tiny_language_models import (
     NEW,
     NEW_ROWS,
     NEW_TEXT,
@@ -30,14 +27,14 @@ from tiny_language_models import (  # noqa: E402
     with_room,
 )
 
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.torch import (  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.torch import (
     PartialEmbedding,
     add_tokens,
     replace_embedding,
     restore_embedding,
 )
-from partial_embedding.torch.row_files import export_peft, load_rows, save_rows  # noqa: E402
+from partial_embedding.torch.row_files import export_peft, load_rows, save_rows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*:FutureWarning",

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
@@ -33,6 +33,24 @@ _IDS = "trainable_tokens_rows"
 
 # One row for each id, by the parameter's name in the table.
 Rows = dict[str, Tensor]
+
+
+def meet(parent: nn.Module, name: str, part: nn.Module | None) -> nn.Module | None:
+    """What takes a part's place that `peft` puts into a module; called for each part of any."""
+    if isinstance(part, BaseTuner):
+        stand_beside_adapters(part)
+        # It has just put adapters on, and frozen all else.
+        for module in part.modules():
+            if isinstance(module, AdapterRows):
+                module.let_learn()
+    elif isinstance(parent, BaseTuner) and name == "model":
+        stand_beside_adapters(part)
+    elif isinstance(part, TrainableTokensWrapper):
+        table = parent._modules.get(name)
+        return serve_tokens(table, part) if isinstance(table, PartialTable) else None
+    elif isinstance(part, PartialTable) and name in ("base_layer", "original_module"):
+        know_wrapper(part, parent)
+    return None
 
 
 def stand_beside_adapters(model: Any) -> None:
@@ -103,13 +121,7 @@ def leave_adapters(model: nn.Module) -> None:
             del hooks[key]
         if isinstance(module, PartialTable):
             module._modules.pop(ADAPTER, None)
-
-
-def let_rows_learn(model: nn.Module) -> None:
-    """Let rows learn on where `peft` has just put adapters on, and frozen all else."""
-    for module in model.modules():
-        if isinstance(module, AdapterRows):
-            module.let_learn()
+            vars(module).pop("_before_training", None)
 
 
 def _copies(wrapper: nn.Module) -> bool:
