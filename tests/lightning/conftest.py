@@ -3,6 +3,7 @@
 import contextlib
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,22 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
     return list(ARGS)
+
+
+@pytest.fixture
+def complaint(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end with a code and, after all else, one line of error; that line."""
+
+    def complaint(*args: str, code: int = 2) -> str:
+        capfd.readouterr()
+        assert main([*args]) == code
+        said = capfd.readouterr().err
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in said
+        assert said.endswith(f"{line}\n")
+        return line
+
+    return complaint
 
 
 @pytest.fixture(scope="session")

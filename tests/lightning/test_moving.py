@@ -308,7 +308,9 @@ def test_a_run_of_another_length_is_a_change_where_shares_count(
     assert net.steps_begun == 0
 
 
-def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: Path) -> None:
+def test_a_checkpoint_with_rates_loads_without_the_callback_and_back(
+    tmp_path: Path,
+) -> None:
     class Keep(pl.Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.save_checkpoint(tmp_path / "made.ckpt")

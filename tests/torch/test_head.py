@@ -160,7 +160,7 @@ def test_rows_of_a_bias_that_join_late_begin_afresh_and_a_run_goes_on_from_its_s
         assert_same_bits(run(stop).weight, whole.weight, "the weight")
 
 
-def test_rows_of_a_pace_take_their_bias_along() -> None:
+def test_rows_with_a_rate_of_their_own_take_their_bias_along() -> None:
     moved = []
     for lr_scale in (1.0, 0.5):
         _, head = pair()
@@ -176,7 +176,7 @@ def test_rows_of_a_pace_take_their_bias_along() -> None:
         torch.testing.assert_close(half, whole / 2)
 
 
-def test_a_pace_is_refused_through_whichever_module_has_the_weight() -> None:
+def test_a_rate_is_refused_through_whichever_module_has_the_weight() -> None:
     tied = Tied()
     optimizer = rowwise(torch.optim.LBFGS(tied.parameters()), tied)
     for module in (tied.table, tied.head):
