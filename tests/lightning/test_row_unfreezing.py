@@ -369,4 +369,3 @@ def test_schedules_may_freeze_everything_and_padding_never_trains() -> None:
     witness = fit(net, schedule=schedule)
     rows = {0: (), 1: tuple(range(1, 12)), 2: (), 3: (1,)}
     assert_frozen_rows_kept_their_bits(witness, starting_table(), stages=rows)
-    assert isinstance(net.words, nn.Embedding)
