@@ -5,6 +5,7 @@ And YAML, read as plain data.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -52,6 +53,9 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     refuse_no_file(path, "what is written is a file")
     target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():  # writers of other packages say so in their own ways
+        code = errno.ENOTDIR if target.parent.exists() else errno.ENOENT
+        raise OSError(code, os.strerror(code), str(path))
     temporary = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
     try:
         yield temporary

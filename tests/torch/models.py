@@ -159,7 +159,8 @@ def prepared(
 ) -> tuple[Model, torch.optim.Optimizer, Oracle]:
     """A model, its optimizer and its oracle."""
     model = model_of(case, table)
-    optimizer = rowwise(case.make(model.parameters()), model)
+    optimizer = case.make(model.parameters())
+    assert rowwise(optimizer, model) is optimizer
     return model, optimizer, oracle_of(case, model, table.trainable_rows.tolist(), **options)
 
 

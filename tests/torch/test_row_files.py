@@ -144,6 +144,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "rows.safetensors").exists()
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    replace_embedding(model := nn.Embedding(9, 3), trainable_rows=[2])
+    path = tmp_path / "no" / "rows.safetensors"
+    with pytest.raises(FileNotFoundError) as failed:
+        save_rows(model, path)
+    assert failed.value.filename == str(path)
+
+
 def test_rows_of_another_file_are_overwritten_only_when_asked(tmp_path: Path) -> None:
     for name, rows in (("a", [2, 4]), ("b", [4, 6]), ("c", [1])):
         model = nn.Embedding(9, 3)
