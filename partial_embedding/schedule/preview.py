@@ -63,7 +63,8 @@ def plan(
         # Rows that grow are asked for by the stage that they grow into.
         with refused_at(f"stages[{stage_state.stage + bool(stage_state.increment)}]"):
             ids = schedule.rows_at(stage_state).resolve(num_rows, vocabulary, new=new)
-        ids = ids[ids != padding]
+        if padding is not None:
+            ids = ids[ids != padding]
         joining = np.setdiff1d(ids, before, assume_unique=True).size
         planned.append(
             Planned(

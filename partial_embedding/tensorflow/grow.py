@@ -76,12 +76,14 @@ def grow_table(
     begun = _begun(layer, rows, init)
     size, before = layer.input_dim, layer.rows_variable
     parts = (model, *model._flatten_layers())
-    # Before anything changes, since Keras cannot make every optimizer anew.
     known = {id(one): one for part in parts for one in vars(part).values() if _steps(one, before)}
-    made = {key: _anew(one) for key, one in known.items()}
-    layer.grow(begun, trainable)
-    for key, one in made.items():
-        _go_on(known[key], one, before, layer.rows_variable)
+    # Optimizers and variables are made for the replicas that the model is on.
+    with getattr(model, "distribute_strategy", tf.distribute.get_strategy()).scope():
+        # Before anything changes, since Keras cannot make every optimizer anew.
+        made = {key: _anew(one) for key, one in known.items()}
+        layer.grow(begun, trainable)
+        for key, one in made.items():
+            _go_on(known[key], one, before, layer.rows_variable)
     for part in parts:
         for attribute, value in list(vars(part).items()):
             if id(value) in made:

@@ -29,6 +29,9 @@ _living: weakref.WeakSet[RowHook] = weakref.WeakSet()
 class RowHook:
     """Keeps frozen rows out of the gradient of one parameter, and sparse gradients from view."""
 
+    # The module puts one on what other processes get; torch would warn of each that is left here.
+    __torch_unserializable__ = True
+
     def __init__(self, table: TrainableRows, parameter: nn.Parameter) -> None:
         # Weak, since the parameter may outlive the module, and must not keep it alive. The table is
         # asked for the parameter: torch swaps the insides of no tensor that has a weak reference.

@@ -121,6 +121,7 @@ def leave_adapters(model: nn.Module) -> None:
             del hooks[key]
         if isinstance(module, PartialTable):
             module._modules.pop(ADAPTER, None)
+            vars(module).pop("_before_training", None)
 
 
 def _copies(wrapper: nn.Module) -> bool:

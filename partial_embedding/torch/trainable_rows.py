@@ -199,6 +199,12 @@ class TrainableRows(nn.Module):
             self._shared.earlier_sizes += (earlier_size,)
         self._shared.new_rows = new_rows
 
+    def forget_rows(self) -> None:
+        """Know that rows have other meanings now: none trains, and nothing is known of them."""
+        self.set_trainable_ids(np.empty(0, np.int64))
+        shared = self._shared
+        shared.earlier_sizes, shared.new_rows, shared.origin = (), None, None
+
     def remember_origin(self) -> None:
         """Remember, from here on, what rows hold before they train; see `rows_saved_alone`."""
         if self.is_sharded:

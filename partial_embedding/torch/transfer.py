@@ -10,6 +10,7 @@ from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.replace import check_replaceable, train_only, users_of
+from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.tokens import (
     check_init,
     check_vectors,
@@ -113,7 +114,14 @@ def transfer_vocabulary(
         weight = tables.input.weight.data
         weight[fresh.to(weight.device)] = init.to(weight)
     _move_ids(model, tables, source, new_tokenizer)
+    if getattr(model, "peft_config", None):
+        # Not at the top: peft is an optional package, and loads many others.
+        from partial_embedding.torch.peft_rows import leave_adapters
+
+        leave_adapters(model)  # whose rows are other tokens'; `train_only` stands beside them anew
     for table in tables.tables:
+        if isinstance(table, PartialTable):
+            table.forget_rows()
         train_only(model, table, fresh.numpy().astype(np.int64), sparse)
     rising: list[int] = fresh.tolist()
     return rising

@@ -104,6 +104,32 @@ def test_what_is_left_in_can_run() -> None:
     assert [case.id for case in CASES if not can_run(case, {})] == []
 
 
+def masked_row_moves(case: Case, trains_before: bool) -> bool:
+    """Whether a plain optimizer moves a row while its gradient is zero."""
+    weight = torch.nn.Parameter(torch.ones(4, 2))
+    optimizer = case.make([weight])
+    before = weight.detach().clone()
+    for step in range(6):
+        gradient = torch.full_like(weight, 0.5)
+        if step == 3:
+            before = weight.detach().clone()
+        if step >= 3 or not trains_before:
+            gradient[0] = 0
+
+        def closure(gradient: torch.Tensor = gradient) -> torch.Tensor:
+            weight.grad = gradient.to_sparse(1) if case.sparse_only else gradient
+            return gradient.sum()
+
+        optimizer.step(closure)
+    return not same_bits(weight[0], before[0])
+
+
+def test_a_gradient_of_zero_moves_rows_as_often_as_the_readme_says() -> None:
+    cases = [case for case in CASES if not case.implementation]
+    assert sum(masked_row_moves(case, False) for case in cases) > len(cases) / 2
+    assert sum(masked_row_moves(case, True) for case in cases) > len(cases) * 2 / 3
+
+
 @pytest.mark.parametrize("case", crossed(CASES))
 def test_the_oracle_with_all_rows_equals_a_plain_table(case: Case) -> None:
     """The oracle is worth something only if it agrees with torch where torch has an answer."""

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -78,6 +79,13 @@ def test_copies_train_the_same_rows_and_their_own_afterwards(
     # One hook each: a second one would belong to the other table.
     assert len(copied.weight._backward_hooks) == 1
     assert len(table.weight._backward_hooks) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_goes_to_another_process_keeps_its_rows() -> None:
+    table = table_of(ROWS, sparse=True)
+    sent = ForkingPickler.dumps(table)  # as `multiprocessing` sends it; the weight is shared
+    assert_is_partial(pickle.loads(sent))
 
 
 def test_copies_do_not_carry_a_weight_that_was_there_for_one_call() -> None:

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,12 +17,14 @@ from tiny_language_models import (
     V,
     inputs,
     language_model,
+    lora,
     tokenizer,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from partial_embedding import InputError
-from partial_embedding.torch import add_tokens, transfer_vocabulary
+from partial_embedding.torch import add_tokens, replace_embedding, transfer_vocabulary
+from partial_embedding.torch.optimizer import prepared
 
 OTHERS = ("<s>", "<unk>", "<pad>", "quokka", "mat", "##s", "cat", "quokkas", "sun", "the")
 # Rows of the other tokenizer, and where they were.
@@ -93,6 +96,38 @@ def test_vectors_can_be_given() -> None:
     transfer_vocabulary(model, tokenizer(), other_tokenizer(), vectors)
     assert_same_bits(model.get_input_embeddings().weight[FRESH], vectors, "the vectors")
     assert rows_that_differ(model.lm_head.weight[FRESH], vectors) == [0, 1, 2]
+
+
+def test_rows_that_learned_before_are_other_tokens_and_begin_anew() -> None:
+    model, words = language_model("Llama"), other_tokenizer()
+    table = model.get_input_embeddings()
+    replace_embedding(model, table, trainable_rows=FRESH)
+    table.note_growth(V - 1, np.array(FRESH))
+    optimizer = torch.optim.AdamW(model.parameters())
+    take_steps(optimizer, lambda: model(**inputs(tokenizer(), "the cat")).loss, 2)
+    transfer_vocabulary(model, tokenizer(), words)
+    assert table.new_rows is None
+    take_steps(optimizer, lambda: model(**inputs(words, "the quokkas")).loss, 1)
+    handle = prepared(optimizer)
+    assert handle is not None
+    (cohort,) = handle.tables[id(table.weight)].cohorts.values()
+    assert (cohort.ids.tolist(), cohort.state["step"].item()) == (FRESH, 1)
+
+
+def test_an_adapter_from_before_has_no_rows_of_the_tokens_of_then() -> None:
+    peft = pytest.importorskip("peft")
+    model, words = language_model("Llama"), tokenizer()
+    add_tokens(model, words, ["numbat"])
+    adapted = peft.get_peft_model(model, lora())
+    transfer_vocabulary(adapted, words, other_tokenizer())
+    weight = model.get_input_embeddings().weight
+    before = weight.detach().clone()
+    optimizer = torch.optim.AdamW(adapted.parameters())
+    take_steps(optimizer, lambda: adapted(**inputs(other_tokenizer(), "the quokkas")).loss, 1)
+    assert rows_that_differ(before, weight) == FRESH
+    with adapted.disable_adapter():
+        assert rows_that_differ(before, weight) == []
+    assert rows_that_differ(before, weight) == FRESH
 
 
 @pytest.mark.parametrize("family", ["Llama", "RoBERTa"])
