@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from partial_embedding.errors import InputError
 from partial_embedding.monitor.record import (
     RECORD,
+    Moving,
     RunRecorder,
     check_amounts,
     write_record,
@@ -30,9 +31,6 @@ from partial_embedding.tensorflow.embedding import PartialEmbedding
 from partial_embedding.tensorflow.models import tables_for
 from partial_embedding.tensorflow.optimizer import optimizer_of, optimizers_in
 from partial_embedding.tensorflow.row_optimizer import Rowwise
-
-if TYPE_CHECKING:
-    from partial_embedding.callbacks.keras import RowUnfreezing
 
 
 @dataclass
@@ -92,7 +90,7 @@ class RowMonitor(keras.callbacks.Callback):
         every_n_steps: int = 50,
         sample: int = 256,
         vocabulary: Any = None,
-        unfreezing: RowUnfreezing | None = None,
+        unfreezing: Moving | None = None,
     ) -> None:
         super().__init__()
         check_amounts(every_n_steps=every_n_steps, sample=sample)

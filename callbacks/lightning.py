@@ -19,8 +19,8 @@ from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
 from partial_embedding.torch.averaging import keep_equal_rows
 from partial_embedding.torch.optimizer import average_gradients
-from partial_embedding.torch.table import tables_in
-from partial_embedding.torch.table_files import check_checkpoint, remember_origins, rows_saved_alone
+from partial_embedding.torch.table import PartialTable, tables_in
+from partial_embedding.torch.table_files import check_checkpoint, leave_rows_alone, remember_origins
 
 __all__ = ["RowMonitor", "RowUnfreezing"]
 
@@ -282,9 +282,12 @@ class RowUnfreezing(Callback):
         """Save the rows that ever trained in the place of whole tables, if so asked."""
         if self.checkpoint == "rows":
             names = self.schedules
-            followed = [one for name, one in tables_in(pl_module) if {name, None} & names.keys()]
-            with rows_saved_alone(followed):
-                checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+            followed = [t for name, t in tables_in(pl_module) if {name, None} & names.keys()]
+            weights = [table._shared for table in followed]
+            # In what is there, which other callbacks may have changed; tied tables are there too.
+            for name, module in pl_module.named_modules(remove_duplicate=False):
+                if isinstance(module, PartialTable) and module._shared in weights:
+                    leave_rows_alone(module, checkpoint["state_dict"], f"{name}.")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where the schedule stood until `fit` starts.

@@ -129,7 +129,7 @@ class RowMonitor(Callback):
         self._tables = {}
         for name, table in tables_in(pl_module):
             padding = getattr(table, "padding_idx", None)
-            num_rows, new = table.weight.shape[0], table.new_rows
+            num_rows, new = table.leaf_weight.shape[0], table.new_rows
             sample = self._run.add_table(name, partial(_rows_of, table), num_rows, padding, new)
             self._tables[name] = _Table(table, sample)
 
@@ -177,9 +177,8 @@ class RowMonitor(Callback):
             weight = one.table.leaf_weight
             if weight.grad is not None:
                 ids, squares = _row_squares(local(weight.grad))
-                if (shard := shard_of(weight)) is not None:
-                    parts = gathered((ids + shard.start, squares), weight)
-                    ids, squares = (np.concatenate(part) for part in zip(*parts, strict=True))
+                parts = gathered((ids + shard_of(weight).start, squares), weight)
+                ids, squares = (np.concatenate(part) for part in zip(*parts, strict=True))
                 one.gradients = one.sample.gradient_norms(ids, squares)
 
     # Measuring
@@ -251,10 +250,7 @@ def _rows_of(table: PartialTable, ids: Ids) -> NDArray[np.float32]:
     weight = table.leaf_weight
     chosen = torch.from_numpy(ids).to(weight.device)
     shard = shard_of(weight)
-    own = chosen if shard is None else shard.own(chosen)
-    read: NDArray[np.float32] = local(weight).index_select(0, own).float().cpu().numpy()
-    if shard is None:
-        return read
+    read = local(weight).index_select(0, shard.own(chosen)).float().cpu().numpy()
     rows = np.zeros((len(ids), *weight.shape[1:]), np.float32)
     for there, values in gathered((shard.has(chosen).cpu().numpy(), read), weight):
         rows[there] = values

@@ -18,6 +18,7 @@ from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.schedule import AnySchedule, Position, schedules_by_table
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
+from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.table_files import check_checkpoint, remember_origins, rows_saved_alone
 
 
@@ -71,6 +72,8 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         self.checkpoint = check_checkpoint(checkpoint)
         self._runner: Runner | None = None
         self._tables: TorchTables | None = None
+        # The tables of which checkpoints hold rows alone; and open while that is so.
+        self._followed: list[PartialTable] = []
         self._saved_alone = ExitStack()
 
     def on_train_begin(
@@ -82,12 +85,12 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         _check_engine(args, tables, self.checkpoint)
         _check_metrics(args, state, runner)
         self._go_on(runner, state)
+        self._saved_alone.close()  # what a run left that was interrupted
+        followed = {}
         if self.checkpoint == "rows":
             followed = {name: tables.tables[name] for name in runner.schedules}
             remember_origins(followed, print, resumed=bool(state.global_step))
-            self._saved_alone = ExitStack()
-            self._saved_alone.enter_context(rows_saved_alone(followed.values()))
-        self._runner, self._tables = runner, tables
+        self._runner, self._tables, self._followed = runner, tables, [*followed.values()]
 
     def resume(self, model: nn.Module, checkpoint: str | Path) -> None:
         """Set the rows of a checkpoint, to which the state of its optimizer belongs.
@@ -131,13 +134,13 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the rows of this epoch or step, and say so where a stage begins."""
+        self._saved_alone.close()
         if self._runner is None or self._tables is None:
             return
         if not self._runner.has_begun:
             # The optimizer has its state already, which belongs to the rows that every callback
-            # of this kind has set by now. Accelerate wraps the optimizer that steps.
-            optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-            self._tables.prepare(self._runner.schedules, [optimizer], self.lazy)
+            # of this kind has set by now.
+            self._tables.prepare(self._runner.schedules, [kwargs["optimizer"]], self.lazy)
             self._runner.check_rate_scales()
         self._runner.advance(int(state.epoch or 0), state.global_step)
 
@@ -149,6 +152,25 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         """Audit, if one is due."""
         if self._runner is not None:
             self._runner.after_step(state.global_step)
+            self._save_rows_alone()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let a checkpoint of this epoch hold rows alone, if so asked."""
+        self._save_rows_alone()
+
+    def _save_rows_alone(self) -> None:
+        # The Trainer saves between an end and what begins next. Not for longer: after an error it
+        # calls no callback, and the model is to be saved whole.
+        self._saved_alone.close()
+        self._saved_alone.enter_context(rows_saved_alone(self._followed))
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the model be whole again."""
+        self._saved_alone.close()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -156,7 +178,9 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         """Look at the metrics that a stage waits for."""
         # What is measured before the first step is no validation.
         if self._runner is not None and self._runner.has_begun and self._runner.metrics:
+            self._saved_alone.close()  # it may refuse to go on
             self._runner.observe(_epoch_done(state), state.global_step, kwargs["metrics"])
+            self._save_rows_alone()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,7 +189,7 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         if self._runner is not None:
             self._saved_alone.close()
             self._runner.finish(state.global_step)
-            self._runner = None
+            self._runner, self._followed = None, []
 
     def state(self) -> dict[str, Any]:
         """What the Trainer keeps of this callback in each checkpoint."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from partial_embedding import Schedule, Vocabulary
-from partial_embedding.schedule.preview import plan
+from partial_embedding.schedule.preview import boundaries
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS, MISSING, BANDS = 6000, 600, 50
@@ -33,13 +33,12 @@ def draw(schedule: Schedule) -> str:
     """
     words = vocabulary()
     new = np.arange(WORDS - 20, WORDS)  # for a schedule of rows by which a table grew
-    planned = plan(schedule, WORDS, words, EPOCHS, STEPS, new=new)
-    begins = [max(step.position.epoch or 0, (step.position.step or 0) / STEPS) for step in planned]
+    places, states = zip(*boundaries(schedule, EPOCHS, STEPS), strict=True)
+    begins = [place.step / STEPS for place in places]
     ends = [*begins[1:], float(EPOCHS)]
     trains = []
-    for step, begin, end in zip(planned, begins, ends, strict=True):
-        choice = schedule.rows_at(schedule.state_at(step.position))
-        rows = choice.resolve(WORDS, words, new=new)
+    for state, begin, end in zip(states, begins, ends, strict=True):
+        rows = schedule.rows_at(state).resolve(WORDS, words, new=new)
         mask = np.zeros(WORDS, np.float32)
         mask[rows] = 1
         shares = [*mask[:-MISSING].reshape(BANDS, -1).mean(1), mask[-MISSING:].mean()]

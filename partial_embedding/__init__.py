@@ -5,7 +5,7 @@ This package imports no framework. The layers are in `partial_embedding.torch` a
 """
 
 from partial_embedding.errors import FrozenRowsMoved, InputError
-from partial_embedding.mapped import open_vectors
+from partial_embedding.files import open_vectors
 from partial_embedding.rows import Rows, RowsLike
 from partial_embedding.rows.growth import Growth
 from partial_embedding.rows.vocabulary import Vocabulary

@@ -20,14 +20,25 @@ class InputError(ValueError):
         partial_embedding.errors.InputError: a share lies in (0, 1]. Received: 7. Was a count meant?
     """
 
+    # A `tf.function` lets it through then, and makes no other error of it.
+    ag_pass_through = True
+
 
 class FrozenRowsMoved(RuntimeError):  # noqa: N818  # names what happened, as StopIteration does
     """A row that was frozen changed a bit; the message names the table, the rows and the step.
 
+    Args:
+        message: What is said.
+        rows: The ids of all rows that changed.
+
     Example:
-        >>> issubclass(FrozenRowsMoved, RuntimeError)
-        True
+        >>> FrozenRowsMoved("words: 1 frozen row changed by step 12: 3.", [3]).rows
+        (3,)
     """
+
+    def __init__(self, message: str, rows: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def test_rows_only_join_from_exactly_the_former_ones_to_exactly_all(
     st.integers(1, 60),
     st.integers(0, 10**7).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
 )
-def test_numbers_awake_rise_between_their_ends(
+def test_numbers_of_trainable_rows_rise_between_their_ends(
     shape: str, parts: int, ends: tuple[int, int]
 ) -> None:
     before, after = ends
@@ -70,7 +70,7 @@ NUMBERS: dict[str, tuple[int, int, list[int]]] = {
 
 
 @pytest.mark.parametrize("shape", NUMBERS)
-def test_shapes_wake_as_many_rows_as_they_say(shape: str) -> None:
+def test_shapes_unfreeze_as_many_rows_as_they_say(shape: str) -> None:
     before, after, expected = NUMBERS[shape]
     assert [Growth(shape).trainable(part, 4, before, after) for part in range(5)] == expected
 
@@ -91,7 +91,7 @@ ARRANGED: dict[str, tuple[Any, list[int]]] = {
 
 
 @pytest.mark.parametrize(("order", "expected"), ARRANGED.values(), ids=ARRANGED)
-def test_rows_wake_in_their_order(order: Any, expected: list[int]) -> None:
+def test_rows_join_in_their_order(order: Any, expected: list[int]) -> None:
     vocabulary = Vocabulary("abcdef", counts=[2, 5, 0, 7, 5, 9])
     growth = Growth(order=order)
     assert growth.arranged(np.arange(5), 6, vocabulary).tolist() == expected

@@ -15,7 +15,6 @@ from partial_embedding.monitor.figures import Line, figure, standalone, trainabl
 from partial_embedding.monitor.page import comparison, main_metric, page
 from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import BandTrack, CohortTrack, MovedRow, RowTrack
-from partial_embedding.schedule import Position, RateScale
 from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.preview import Planned
 
@@ -31,7 +30,7 @@ def track(**changes: Any) -> RowTrack:
 
 
 def planned(step: int, trainable: int, place: str = "a stage") -> Planned:
-    return Planned(Position(0, step), place, trainable, trainable, 0, None, RateScale())
+    return Planned(0, step, 0, place, trainable, trainable, 0, None, "")
 
 
 COHORT = CohortTrack(0.0, 4, [(1.0, 0.1, 0.2, 0.3)])
@@ -39,7 +38,9 @@ RECORDS = {
     "nothing": RowRecord(),
     "no_row": RowRecord({"words": RowTrack(10, 1.0)}),
     "no_plan": RowRecord({"words": track()}),
-    "steps": RowRecord({"words": track(unit="step")}, scores=[Score(2.0, 4, {"val_loss": 0.5})]),
+    "epochs": RowRecord(
+        {"words": track()}, scores=[Score(2.0, 4, {"val_loss": 0.5})], epoch_steps=5
+    ),
     "two_tables": RowRecord({"a": track(), "b": track()}),
     "unfrozen_again": RowRecord({"words": track(trainable=[(0.0, 4), (1.0, 0), (2.0, 4)])}),
     "many_changes": RowRecord({"words": track(trainable=[(i / 9, i % 3) for i in range(2000)])}),
@@ -224,9 +225,9 @@ def test_several_runs_share_one_table_and_one_picture() -> None:
 
 
 def test_runs_in_different_units_are_not_compared() -> None:
-    steps = RowRecord({"words": track(unit="step")})
-    with pytest.raises(InputError, match="all counts epochs, other counts steps"):
-        comparison({"all": RUNS["all"], "other": steps}, "two runs")
+    epochs = RowRecord({"words": track()}, epoch_steps=5)
+    with pytest.raises(InputError, match="all counts steps, other counts epochs"):
+        comparison({"all": RUNS["all"], "other": epochs}, "two runs")
 
 
 @pytest.mark.parametrize(

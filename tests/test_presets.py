@@ -56,7 +56,7 @@ def test_chain_thaw_trains_each_row_in_one_band_and_then_all(bands: int) -> None
         assert trainable == frequent(round(V * (band + 1) / bands)) - frequent(
             round(V * band / bands)
         )
-    assert [schedule.stage_at(epoch) for epoch in range(2 * bands + 4)] == [
+    assert [schedule.state_at(epoch).stage for epoch in range(2 * bands + 4)] == [
         min(epoch // 2, bands + 1) for epoch in range(2 * bands + 4)
     ]
     assert all(stage.rate_scale.is_plain for stage in schedule.stages)
@@ -65,7 +65,7 @@ def test_chain_thaw_trains_each_row_in_one_band_and_then_all(bands: int) -> None
 def test_missing_first_trains_the_missing_rows_and_then_all() -> None:
     schedule = Schedule.parse({"preset": {"missing_first": {"epochs": 2}}})
     assert rows_by_stage(schedule) == [MISSING, set(range(V))]
-    assert [schedule.stage_at(Position(epoch)) for epoch in range(4)] == [0, 0, 1, 1]
+    assert [schedule.state_at(Position(epoch)).stage for epoch in range(4)] == [0, 0, 1, 1]
 
 
 PRESETS: dict[str, Any] = {

@@ -44,10 +44,10 @@ def test_a_plan_names_every_change_of_rows_and_no_other(value: Any) -> None:
         if rows != before or step == 0:
             trainable[step] = len(rows)
         before = rows
-    listed = {one.position.step: one.trainable for one in planned}
+    listed = {one.step: one.trainable for one in planned}
     assert trainable.items() <= listed.items()
     # A band of rows that are all missing ones changes nothing, and is a stage all the same.
-    assert len(listed) == len(planned) == len({schedule.state_at(p.position) for p in planned})
+    assert len(listed) == len(planned) == len({one.place for one in planned})
     total = 0
     for one in planned:
         total += one.joining - one.leaving

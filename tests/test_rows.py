@@ -18,7 +18,7 @@ V = 12
 COUNTS = (3, 9, 0, 9, 1, 4, 4, 4, 0, 2, 7, 5)
 MISSING = (2, 8, 11)
 TOKENS = tuple(f"w{i}" for i in range(V))
-VECTORS = np.random.default_rng(0).normal(size=(V, 3)).astype(np.float32)
+VECTORS = np.random.default_rng(0).normal(size=(V, 3)).astype(np.float16)
 VECTORS[4] = 0  # padding
 VOCABULARY = Vocabulary(TOKENS, COUNTS, MISSING, VECTORS)
 
@@ -91,6 +91,7 @@ ACCEPTED: dict[str, tuple[Any, list[int]]] = {
     "matching_without_case": ({"matching": "(?i)^W[78]"}, [7, 8]),
     "matching_nothing": ({"matching": "^x"}, []),
     "random_all": ({"random": 1.0}, list(range(V))),
+    "random_without_a_seed": ({"random": 3}, sorted(np.random.default_rng(0).permutation(V)[:3])),
     "nearest_all": ({"nearest": {"tokens": ["w4"], "amount": V}}, list(range(V))),
     "nearest_only_themselves": ({"nearest": {"tokens": ["w9", "w4"], "amount": 2}}, [4, 9]),
     "difference": ({"difference": ["all", [0, 1], {"range": [3, None]}]}, [2]),
@@ -179,6 +180,19 @@ def test_a_million_ids_are_parsed_in_any_order_and_resolved() -> None:
     assert len(odd.resolve(number)) == number // 4
     with pytest.raises(InputError, match="Received 5 twice"):
         Rows.parse([*range(number), 5])
+
+
+def test_a_random_share_has_a_seed_that_may_be_left_out() -> None:
+    assert Rows.parse({"random": 0.3}) == Rows.parse({"random": {"amount": 0.3, "seed": 0}})
+
+
+@pytest.mark.parametrize("total", [7, 10, 49, 100, 300, 1000])
+def test_rows_that_cover_a_share_are_the_fewest_that_do(total: int) -> None:
+    # With one token of each kind, k/total of the tokens are covered by exactly k rows.
+    vocabulary = Vocabulary(map(str, range(total)), counts=[1] * total)
+    for number in range(1, total + 1):
+        ids = Rows.parse({"covering": number / total}).resolve(total, vocabulary)
+        assert ids.tolist() == list(range(number))
 
 
 # The algebra, against Python's own sets.
@@ -273,6 +287,8 @@ TREES = st.recursive(LEAVES, _combinations, max_leaves=6)
 @settings(max_examples=120, deadline=None)
 @given(TREES)
 @example((slice(0, -V), frozenset()))  # from the first row up to the first row
+# Where it counts that cosines are compared, and that padding, among the given, is near to nothing.
+@example(_nearest((frozenset({3, 4, 10}), 9)))
 def test_choices_behave_as_sets_and_round_trip(tree: tuple[Any, frozenset[int]]) -> None:
     rows, expected = Rows.parse(tree[0]), tree[1]
     ids = rows.resolve(V, VOCABULARY)
@@ -305,3 +321,13 @@ def test_a_range_with_negative_ids_is_refused(ids: range) -> None:
 
 def test_an_array_that_was_computed_empty_is_no_row() -> None:
     assert Rows.parse(np.array([], np.int64)) == Rows.none()
+
+
+def test_neighbours_are_measured_by_angle_and_padding_is_near_to_nothing() -> None:
+    # Row 1 is far along the same line, row 2 is close by at another angle, row 3 opposite.
+    vectors = np.array([[1, 0], [50, 1], [1, 1], [-1, 0], [0, 0], [0, 2]], np.float16)
+    vocabulary = Vocabulary("abcdef", vectors=vectors)
+    order = [0, 1, 2, 5, 3, 4]
+    for number in range(1, 7):
+        nearest = Rows.parse({"nearest": {"tokens": "a", "amount": number}})
+        assert nearest.resolve(6, vocabulary).tolist() == sorted(order[:number])

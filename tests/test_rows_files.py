@@ -1,5 +1,6 @@
 """Rows that a file names."""
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,8 @@ MALFORMED_FILES: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
     "tokens_that_are_no_text": ("token_file", "a.txt", _text(b"caf\xe9\n"), "0xe9"),
     "absent_ids": ("ids_file", "absent.txt", lambda _: None, "No such file"),
     "absent_tokens": ("token_file", "absent.txt", lambda _: None, "No such file"),
-    "folder_of_ids": ("ids_file", "a.npy", Path.mkdir, "Is a directory"),
+    "folder_of_ids": ("ids_file", "a.npy", Path.mkdir, "Received a folder"),
+    "ids_without_end": ("ids_file", "a.txt", os.mkfifo, "Received a device"),
     "no_name_of_a_file": ("token_file", "a\0b", lambda _: None, "null"),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from partial_embedding import InputError, Position, RateScale, Rows, Schedule
+from partial_embedding import FrozenRowsMoved, InputError, Position, RateScale, Rows, Schedule
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.schedule.runner import Runner
 
@@ -38,6 +38,7 @@ class SetTables:
         self.new: dict[str, Any] = {}
         self.joined: list[tuple[str, list[int], RateScale, bool]] = []
         self.checked: list[tuple[str, int, int]] = []
+        self.moved: list[int] = []
         self.processes = 1
         self.other: Callable[[RankView], RankView] = lambda view: view
 
@@ -81,6 +82,8 @@ class SetAudit:
     def check(self, step: int | None = None) -> None:
         assert step is not None
         self.tables.checked.append((self.name, step, self.num_frozen))
+        if self.tables.moved:
+            raise FrozenRowsMoved("some moved", self.tables.moved)
 
 
 def runner_of(
@@ -293,6 +296,23 @@ def test_audits_come_at_multiples_of_their_number_in_the_whole_run(
         runner.advance(step // 6, step)
         runner.after_step(step + steps_at_once)
     assert [step for _, step, _ in tables.checked] == due
+
+
+ENDS: dict[str, Callable[[Runner], object]] = {
+    "increment": lambda runner: runner.advance(0, 2),
+    "interval": lambda runner: runner.after_step(4),
+    "end_of_the_run": lambda runner: runner.finish(1),
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_what_moved_is_among_the_results_when_it_ends_the_run(end: Any) -> None:
+    runner, tables = runner_of(GROWING, audit=4)
+    runner.advance(0, 0)
+    tables.moved = [8, 9]
+    with pytest.raises(FrozenRowsMoved):
+        end(runner)
+    assert [(one.stage, one.frozen, one.changed) for one in runner.audit_results] == [(0, 8, 2)]
 
 
 # What is kept and restored

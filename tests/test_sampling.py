@@ -85,22 +85,6 @@ def test_many_cohorts_train_and_few_are_followed() -> None:
     assert norms == dict.fromkeys(range(16), 1.0)
 
 
-def test_a_restored_sample_goes_on_as_one_that_never_stopped() -> None:
-    vocabulary = Vocabulary(map(str, range(V)), counts=range(V))
-    table = Table()
-    whole = TableSample(table, V, vocabulary=vocabulary)
-    whole.note_rows(trainable(*range(20)), 0.0)
-    table.values[:20] += 0.5
-    whole.measure(1.0)
-    resumed = TableSample(table, V, vocabulary=vocabulary)
-    resumed.restore(whole.to_state())
-    for sample in (whole, resumed):
-        sample.note_rows(trainable(*range(30)), 1.0)
-    table.values[10:40] -= 0.25
-    assert whole.measure(2.0) == resumed.measure(2.0)
-    assert whole.finish() == resumed.finish()
-
-
 def test_bands_hold_each_row_once_and_padding_never() -> None:
     counts = np.array([0, 0, 1, 9, 10, 99, 100, 10**5, 10**7])
     bands = frequency_bands(counts, np.arange(1, 9))
@@ -205,21 +189,20 @@ def recorded(
 
 
 def steps_of(record: RowRecord) -> list[tuple[int, int]]:
-    return [(step.position.step, step.trainable) for step in record.plans["words"]]
+    return [(step.step, step.trainable) for step in record.plans["words"]]
 
 
 def test_growth_is_planned_as_it_will_be() -> None:
     record = recorded(GROWN)
     assert steps_of(record) == [(0, 4), (10, 6), (20, 8), (30, 10), (40, 12)]
-    assert [step.rate_scale.lr_scale for step in record.plans["words"]] == [1, 0.5, 0.5, 0.5, 0.5]
+    assert [step.rate for step in record.plans["words"]] == ["", *["lr × 0.5"] * 4]
     assert record.schedules["words"].splitlines()[1] == "- {epoch: 0, rows: {range: [0, 4, null]}}"
 
 
-def test_a_plan_keeps_nothing_of_what_it_supposed_to_be_measured() -> None:
+def test_a_plateau_is_planned_where_it_comes_at_the_latest() -> None:
     waits = {"plateau": {"monitor": "loss", "max_wait": 5}, "rows": "all"}
     record = recorded({"stages": [{"epoch": 0, "rows": [1]}, waits]}, 9)
     assert steps_of(record) == [(0, 1), (50, 9)]
-    assert all(not step.position.evaluations for step in record.plans["words"])
 
 
 def test_a_run_of_unknown_length_is_planned_in_the_steps_it_made() -> None:
@@ -258,18 +241,24 @@ def test_a_record_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
 
 
 def test_a_restored_recorder_goes_on_as_one_that_never_stopped() -> None:
-    table = Table()
-    whole = RunRecorder(3, 3)
+    table, vocabulary = Table(), Vocabulary(map(str, range(V)), counts=range(V))
+    whole = RunRecorder(3, 3, vocabulary=vocabulary)
     samples = [whole.add_table("words", table, V)]
-    samples[0].note_rows(trainable(1, 2), 0.0)
+    samples[0].note_rows(trainable(*range(20)), 0.0)
+    table.values[:20] += 0.5
     samples[0].measure(1.0)
     whole.add_score({"loss": 2.0})
-    table.values += 1
-    resumed = RunRecorder(3, 3, restored=whole.to_state())
+    # What was sampled before is sampled on, however many rows of others will be.
+    resumed = RunRecorder(3, 3, size=10, vocabulary=vocabulary, restored=whole.to_state())
     samples.append(resumed.add_table("words", table, V))
+    for sample in samples:
+        sample.note_rows(trainable(*range(30)), 1.0)
+    table.values[10:40] -= 0.25
+    measured = []
     for run, sample in zip((whole, resumed), samples, strict=True):
-        sample.measure(2.0)
+        measured.append(sample.measure(2.0))
         run.add_score({"loss": 1.0})
+    assert measured[0] == measured[1]
     assert resumed.finished() == whole.finished()
     assert len(resumed.finished().scores) == 2
 

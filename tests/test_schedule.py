@@ -116,7 +116,7 @@ def test_a_share_of_steps_is_reached_with_the_step_that_completes_it(total: int)
         schedule = Schedule([STAGE_LIST[0], {"share": step / total, "rows": "all"}])
         for times in (1, 3):  # the same share of a run that is three times as long
             places = [Position(0, at, times * total) for at in (times * step - 1, times * step)]
-            assert [schedule.stage_at(place) for place in places] == [0, 1]
+            assert [schedule.state_at(place).stage for place in places] == [0, 1]
 
 
 @pytest.mark.parametrize("total", [None, 0])
@@ -138,9 +138,9 @@ def test_many_validations_are_counted_once_each() -> None:
     # Counting all of them again for each would take minutes.
     seen = tuple(Evaluation(epoch, epoch + 1, {"loss": -epoch}) for epoch in range(20_000))
     stages = [STAGE_LIST[0], {"plateau": "loss", "rows": "all"}]
-    assert Schedule(stages).stage_at(Position(20_000, 20_000, None, seen)) == 0
+    assert Schedule(stages).state_at(Position(20_000, 20_000, None, seen)).stage == 0
     stopped = (*seen, Evaluation(20_000, 20_001, {"loss": 0.0}))
-    assert Schedule(stages).stage_at(Position(20_001, 20_001, None, stopped)) == 1
+    assert Schedule(stages).state_at(Position(20_001, 20_001, None, stopped)).stage == 1
 
 
 # What is not the same in two schedules

@@ -141,7 +141,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("make", "received"), MALFORMED.values(), ids=MALFORMED)
-def test_what_is_no_start_or_pace_is_refused_with_what_was_received(
+def test_what_is_no_start_or_rate_is_refused_with_what_was_received(
     make: Any, received: str, refused: Any
 ) -> None:
     refused(make, parts=[received])
@@ -161,7 +161,7 @@ def test_warmup_rises_in_equal_parts_to_the_full_rate(lr: float, warmup: int) ->
     assert factors == sorted(factors)
 
 
-def test_only_the_pace_that_changes_nothing_is_plain() -> None:
+def test_only_the_rate_that_changes_nothing_is_plain() -> None:
     assert RateScale().is_plain
     assert RateScale(lr_scale=1, warmup_steps=0).is_plain
     assert RateScale(lr_scale=1).to_config() == {}

@@ -1,3 +1,4 @@
+import inspect
 import os
 import subprocess
 import sys
@@ -202,7 +203,7 @@ def test_docstrings_are_the_same_in_every_process_and_without_warnings(
         "print(ascii((d.texts, d.labels.tolist())))"
     )
     found = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        [sys.executable, "-OO", "-W", "error", "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "1"},  # another one than this process's
         capture_output=True,
         text=True,
@@ -212,12 +213,10 @@ def test_docstrings_are_the_same_in_every_process_and_without_warnings(
     assert found.stderr == ""
 
 
-def test_docstrings_that_are_stripped_are_an_error() -> None:
-    code = "from partial_embedding.recipes.text import stdlib_docstrings as f; f()"
-    process = subprocess.run(
-        [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False
-    )
-    assert "Received: Python's option -OO" in process.stderr
+def test_a_python_without_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "getfile", lambda _: "gone.py")
+    with pytest.raises(InputError, match=r"a Python without that of codecs\. Name a file"):
+        stdlib_docstrings()
 
 
 MANY = labelled(*((f"text {i}", "ab"[i % 2]) for i in range(2000)))

@@ -84,7 +84,7 @@ DIFFERENT = {
     "counts": Vocabulary("ab", [3, 5], [1]),
     "no_counts": Vocabulary("ab", None, [1]),
     "missing": Vocabulary("ab", [3, 4], [0]),
-    "vectors": Vocabulary("ab", [3, 4], [1], np.ones((2, 1))),
+    "vectors": Vocabulary("ab", [3, 4], [1], [[1.0], [1.0]]),  # type: ignore[arg-type]
 }
 
 

@@ -17,7 +17,7 @@ from partial_embedding.monitor.record import RowRecord, Score
 from partial_embedding.monitor.track import Drift, MovedRow, RowTrack
 from partial_embedding.rows.token_text import printable
 from partial_embedding.schedule.messages import percent
-from partial_embedding.schedule.preview import Planned, rate_texts
+from partial_embedding.schedule.preview import Planned
 
 # A number of a metric gets better downwards if its name says so.
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse")
@@ -63,8 +63,7 @@ def page(record: RowRecord, title: str, settings: str = "") -> str:
         sections += [Section(f"Table {name}", level=1)] if several else []
         sections += _of_table(name, track, record)
     if record.tables:
-        unit = next(iter(record.tables.values())).unit
-        facts.append((f"{record.end:g}", f"{unit}s of training"))
+        facts.append((f"{record.end:g}", f"{record.unit}s of training"))
     if (metric := main_metric(record.scores)) is not None:
         facts.append((f"{_best(metric, record.scores).metrics[metric]:.4g}", f"best {metric}"))
     if record.audit:
@@ -74,7 +73,7 @@ def page(record: RowRecord, title: str, settings: str = "") -> str:
 
 def comparison(records: Mapping[str, RowRecord], title: str) -> str:
     """Make one page of several runs by name, as HTML: what each reached, and with which rows."""
-    units = {track.unit: name for name, run in records.items() for track in run.tables.values()}
+    units = {run.unit: name for name, run in records.items() if run.tables}
     if len(units) > 1:
         shown = ", ".join(f"{name} counts {unit}s" for unit, name in units.items())
         raise InputError(
@@ -116,19 +115,19 @@ def _of_table(name: str, track: RowTrack, record: RowRecord) -> list[Section]:
         )
         sections.append(Section("The tokens that moved most", text, moved=track.moved))
     if (metric := main_metric(record.scores)) is not None:
-        sections.append(_scores(metric, track, record))
+        sections.append(_scores(metric, record))
     if any(cohort.drift for cohort in track.cohorts.values()):
-        sections.append(_cohorts(track))
+        sections.append(_cohorts(track, record.unit))
     # Bands of a table that stood still would be drawn as one line at 0.
     if any(high for band in track.bands.values() for *_, high in band.drift):
-        sections.append(_bands(track))
+        sections.append(_bands(track, record.unit))
     return sections
 
 
 def _schedule(name: str, track: RowTrack, record: RowRecord) -> Section:
-    title, unit = "The schedule, as planned and as it happened", track.unit
+    title, unit = "The schedule, as planned and as it happened", record.unit
     planned, config = record.plans.get(name, []), record.schedules.get(name, "")
-    plan = [(step.position.step / (record.epoch_steps or 1), step.trainable) for step in planned]
+    plan = [(step.step / (record.epoch_steps or 1), step.trainable) for step in planned]
     if not any(count for _, count in [*track.trainable, *plan]):
         return Section(title, "No row of this table was to train, and none did.", config=config)
     end = max(track.end, float(record.length or 0) if unit == "epoch" else 0.0)
@@ -157,11 +156,11 @@ def _planned_row(step: Planned, num_rows: int) -> list[str]:
         f"{step.joining:,}" if step.joining else _NONE,
         f"{step.leaving:,}" if step.leaving else _NONE,
         _NONE if step.covered is None else f"{100 * step.covered:.1f} %",
-        ", ".join(rate_texts(step.rate_scale)) or _NONE,
+        step.rate or _NONE,
     ]
 
 
-def _scores(metric: str, track: RowTrack, record: RowRecord) -> Section:
+def _scores(metric: str, record: RowRecord) -> Section:
     scored = [score for score in record.scores if metric in score.metrics]
     points = [(score.place, score.metrics[metric]) for score in scored]
     # The rows that trained before a validation are what it measured.
@@ -172,7 +171,7 @@ def _scores(metric: str, track: RowTrack, record: RowRecord) -> Section:
         title=metric,
         alt=f"{metric} over training, from {points[0][1]:.4g} to {points[-1][1]:.4g}, over the "
         "share of trainable rows.",
-        unit=track.unit,
+        unit=record.unit,
         end=record.end,
         bottom=None,
         shade=lasting(list(zip(starts, shares, strict=False)), starts[-1]),
@@ -193,10 +192,10 @@ def _scores(metric: str, track: RowTrack, record: RowRecord) -> Section:
     )
 
 
-def _cohorts(track: RowTrack) -> Section:
+def _cohorts(track: RowTrack, unit: str) -> Section:
     drifts, rows = {}, []
     for number, cohort in track.cohorts.items():
-        since = f"{track.unit} {cohort.unfrozen_at:g}"
+        since = f"{unit} {cohort.unfrozen_at:g}"
         drifts[f"{cohort.size:,} trainable from {since}"] = cohort.drift
         last = {key: series[-1][1] for key, series in cohort.numbers.items() if series}
         keys = ("update_ratio", "gradient_norm", "lr")
@@ -208,12 +207,12 @@ def _cohorts(track: RowTrack) -> Section:
     return Section(
         "How far rows moved since they were unfrozen",
         "Line: the median; band: the middle 80 % of rows, in lengths of a typical row.",
-        _drift(drifts, track, "Rows that were unfrozen together"),
+        _drift(drifts, track, unit, "Rows that were unfrozen together"),
         [Table("The last measurement of each cohort", columns, rows)],
     )
 
 
-def _bands(track: RowTrack) -> Section:
+def _bands(track: RowTrack, unit: str) -> Section:
     drifts, rows = {}, []
     for band in track.bands.values():
         label = f"{band.low:,} times or more" if band.high is None else "never"
@@ -224,12 +223,12 @@ def _bands(track: RowTrack) -> Section:
     return Section(
         "Drift by frequency",
         "How far rows are from where training began, trainable or not.",
-        _drift(drifts, track, "Rows by how often they occur"),
+        _drift(drifts, track, unit, "Rows by how often they occur"),
         [Table("In the training data", ["occur", "rows", *_QUANTILES], rows)],
     )
 
 
-def _drift(drifts: Mapping[str, Drift], track: RowTrack, what: str) -> str:
+def _drift(drifts: Mapping[str, Drift], track: RowTrack, unit: str, what: str) -> str:
     lines = []
     for i, (label, drift) in enumerate(drifts.items()):
         middle = [(place, middle) for place, _, middle, _ in drift]
@@ -240,7 +239,7 @@ def _drift(drifts: Mapping[str, Drift], track: RowTrack, what: str) -> str:
         lines,
         title="distance, in typical rows",
         alt=f"{what}, and how far they moved over training. At the end, in typical rows: {ends}.",
-        unit=track.unit,
+        unit=unit,
         end=track.end,
         marks=[place for place, _ in track.trainable[1:]],
     )
@@ -248,8 +247,9 @@ def _drift(drifts: Mapping[str, Drift], track: RowTrack, what: str) -> str:
 
 def _audit(record: RowRecord) -> Section:
     if not record.audit:
-        text = "This run was not audited. RowUnfreezing(…, audit=True) compares frozen rows' bits."
-        return Section("The audit", text)
+        # A run that was interrupted may be audited, and have none to show.
+        text = "RowUnfreezing(…, audit=True) compares frozen rows' bits at the end of each stage."
+        return Section("The audit", f"No stage was audited to its end. {text}")
     changed = _changed(record)
     verdict = (
         f"{changed:,} frozen rows changed a bit." if changed else "No frozen row changed a bit."

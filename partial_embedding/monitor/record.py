@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from partial_embedding.files import write_text
 from partial_embedding.monitor.sampling import TableSample, Values
 from partial_embedding.monitor.track import RowTrack, thinned
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
-from partial_embedding.schedule import Position, RateScale, Schedule
+from partial_embedding.schedule import Schedule
 from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.preview import Planned, plan
 
@@ -50,6 +50,11 @@ class RowRecord:
     epoch_steps: int | None = None
 
     @property
+    def unit(self) -> str:
+        """The unit of places in training, `"epoch"` or `"step"`."""
+        return "step" if self.epoch_steps is None else "epoch"
+
+    @property
     def trainable(self) -> int:
         """How many rows train where training stands, in all tables together."""
         return sum(track.count for track in self.tables.values())
@@ -74,19 +79,12 @@ class RowRecord:
         return RowRecord(
             {name: RowTrack.from_state(track) for name, track in state["tables"].items()},
             dict(state["schedules"]),
-            {name: list(map(_planned, steps)) for name, steps in state["plans"].items()},
+            {name: [Planned(**step) for step in plan] for name, plan in state["plans"].items()},
             [Score(**score) for score in state["scores"]],
             [AuditResult(**result) for result in state["audit"]],
             state["length"],
             state["epoch_steps"],
         )
-
-
-def _planned(state: Mapping[str, Any]) -> Planned:
-    position = Position.from_state(state["position"])
-    return Planned(
-        **{**state, "position": position, "rate_scale": RateScale(**state["rate_scale"])}
-    )
 
 
 def check_amounts(**amounts: int) -> None:
@@ -149,7 +147,7 @@ class RunRecorder:
     @property
     def unit(self) -> str:
         """The unit of places in training, `"epoch"` or `"step"`."""
-        return "step" if self._record.epoch_steps is None else "epoch"
+        return self._record.unit
 
     @property
     def tracks(self) -> dict[str, RowTrack]:
@@ -168,7 +166,7 @@ class RunRecorder:
 
         The arguments are those of `TableSample`, and the rows by which the table grew last.
         """
-        sample = TableSample(rows, num_rows, self.unit, self.size, self.vocabulary, padding)
+        sample = TableSample(rows, num_rows, self.size, self.vocabulary, padding)
         if (saved := self._restored["tables"].get(name)) is not None:
             sample.restore(saved)
         self._samples[name], self._record.tables[name] = sample, sample.track
@@ -210,11 +208,7 @@ class RunRecorder:
                 *self._special[name],
             )
             record.schedules[name] = _written(schedule)
-            # What a plateau is planned with is made up, and long.
-            record.plans[name] = [
-                replace(step, position=replace(step.position, evaluations=()))
-                for step in thinned(steps)
-            ]
+            record.plans[name] = thinned(steps)
         return record
 
 

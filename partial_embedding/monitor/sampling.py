@@ -88,7 +88,6 @@ class TableSample:
         self,
         rows: Callable[[Ids], Values],
         num_rows: int,
-        unit: str = "epoch",
         size: int = 256,
         vocabulary: Vocabulary | None = None,
         padding: int | None = None,
@@ -112,7 +111,6 @@ class TableSample:
         self.track = RowTrack(
             num_rows,
             float(np.median(lengths)) if lengths.size else 0.0,
-            unit,
             bands={name: band for name, (band, _) in bands.items()},
             sampled=self._pool.size,
         )

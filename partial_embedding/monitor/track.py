@@ -64,7 +64,6 @@ class RowTrack:
 
     num_rows: int
     typical_length: float  # the median when training began
-    unit: str = "epoch"  # of every place in training; or "step"
     # Where in training, and how many rows trained from there on.
     trainable: list[tuple[float, int]] = field(default_factory=list)
     # The same, and the share of the batch's tokens whose rows trained.

@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import read_yaml, shown
+from partial_embedding.files import shown
 from partial_embedding.monitor.record import read_record
-from partial_embedding.recipes.settings import CommandParser, positive
+from partial_embedding.recipes.settings import CommandParser, positive, read_config
 
 # The rows that train from the start; the last is the schedule of the configuration.
 _WAYS = {"frozen": "none", "missing": "missing", "all": "all", "staged": None}
@@ -25,13 +25,13 @@ def compare_command(args: Sequence[str]) -> None:
     it does not know are those of `fit`.
     """
     given, options = _parser().parse_known_args(args)
-    config = read_yaml(given.config, "configuration")
-    if not isinstance(config, dict) or "schedule" not in (config.get("rows") or {}):
+    config = read_config(given.config, ("rows", "trainer"))
+    if "schedule" not in config.get("rows", {}):
         raise InputError(
             f"{given.config}: a schedule is compared with training without. Received none. Write "
             "one under rows.schedule."
         )
-    root = Path(given.out or f"{(config.get('trainer') or {}).get('default_root_dir', 'runs')}")
+    root = Path(given.root or config.get("trainer", {}).get("default_root_dir", "runs"))
     found: dict[str, list[float]] = {}
     folders = []
     for way, rows in _WAYS.items():
@@ -39,7 +39,7 @@ def compare_command(args: Sequence[str]) -> None:
         if rows is not None:
             own.append(f"--rows.schedule={{stages: [{{epoch: 0, rows: {rows}}}]}}")
         for seed in range(given.seeds):
-            folder = _fit([*own, f"--trainer.default_root_dir={root / way}"], seed)
+            folder = _fit(own, root / way, seed)
             folders.append(folder)
             found.setdefault(way, []).append(_best(folder, given.metric, given.mode))
             print(f"{way}, seed {seed}: {given.metric} {found[way][-1]:.4f}", flush=True)
@@ -76,11 +76,12 @@ def verdict(found: dict[str, list[float]], metric: str, mode: str) -> list[str]:
     return [*lines, f"best: {best}{end}"]
 
 
-def _fit(args: list[str], seed: int) -> Path:
-    """Train, with what it says in a file of the run, and give the run's folder."""
-    log = Path(args[-1].partition("=")[2]) / "fit.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+def _fit(args: list[str], root: Path, seed: int) -> Path:
+    """Train, with what it says in a file beside the run, and give the run's folder."""
+    args = [*args, f"--trainer.default_root_dir={root}"]
+    root.mkdir(parents=True, exist_ok=True)
+    log = (root / "fit.log").open("a", encoding="utf-8")
+    with log, contextlib.redirect_stdout(log):
         if find_spec("pytorch_lightning") is None:
             from partial_embedding.recipes.keras_commands import fit_command
 
@@ -114,5 +115,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=positive, default=3, help="runs of each way, by default 3")
     parser.add_argument("--metric", default="val_accuracy", help="by default val_accuracy")
     parser.add_argument("--mode", choices=("max", "min"), default="max", help="by default max")
-    parser.add_argument("--out", help="the folder of the runs, by default default_root_dir")
+    parser.add_argument("--trainer.default_root_dir", dest="root", help="the folder of the runs")
     return parser

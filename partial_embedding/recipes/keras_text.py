@@ -37,7 +37,6 @@ from partial_embedding.recipes.settings import (
     diverged,
     read_settings,
 )
-from partial_embedding.schedule import Schedule, schedules_by_table
 from partial_embedding.tensorflow import PartialEmbedding, rowwise
 
 # The name of the table, for schedules of several.
@@ -163,23 +162,14 @@ class MeanOfText(keras.layers.Layer):
         return ops.sum(words * is_word, axis=1) / ops.maximum(ops.sum(is_word, axis=1), 1.0)
 
 
-def text_classifier(
-    data: PreparedTexts,
-    schedule: Schedule,
-    settings: ClassifierSettings,
-    lazy: bool = False,
-) -> Any:
+def text_classifier(data: PreparedTexts, settings: ClassifierSettings, lazy: bool = False) -> Any:
     """A small text classifier over a partly trainable table of word vectors, compiled.
 
     It goes from ids, shape (B, L), filled up with 0, to one score per class, (B, C), as
     `text_classifier.TextClassifier` does, which is the same model in torch.
     """
-    table = PartialEmbedding.from_matrix(
-        data.table,
-        trainable_rows=schedule.stages[0].rows.resolve(len(data.vocabulary), data.vocabulary),
-        freeze_padding=True,
-        name=TABLE,
-    )
+    # All rows train until a schedule reserves those that it will train.
+    table = PartialEmbedding.from_matrix(data.table, freeze_padding=True, name=TABLE)
     ids = keras.Input((None,), dtype="int64", name="ids")
     dropout = keras.layers.Dropout
     words = dropout(settings.dropout)(table(ids))
@@ -262,15 +252,14 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
         print(f"in Keras, these parts of the configuration are left out: {', '.join(left_out)}")
     keras.utils.set_random_seed(texts.seed)
     data = prepare_texts(texts, print)
-    schedule = _of_the_table(rows.schedule)
-    model = text_classifier(data, schedule, settings["model"], rows.lazy)
+    unfreezing = RowUnfreezing(rows.schedule, vocabulary=data.vocabulary, audit=rows.audit)
+    model = text_classifier(data, settings["model"], rows.lazy)
     training, validation = (
         TextBatches(texts.encode(side.texts, data.vocabulary), side.labels, texts.batch_size, seed)
         for side, seed in ((data.training, texts.seed), (data.validation, None))
     )
     root = Path(trainer.default_root_dir)
     folder = root / f"version_{claim_version(root)}"
-    unfreezing = RowUnfreezing(schedule, vocabulary=data.vocabulary, audit=rows.audit)
     model.fit(
         training,
         validation_data=validation,
@@ -293,14 +282,3 @@ def train(config: Mapping[str, Mapping[str, Any]]) -> Path:
     write_text(folder / "meaning.json", json.dumps(meaning))
     print(f"saved: {shown(folder / 'model.keras')}")
     return folder
-
-
-def _of_the_table(schedules: Any) -> Schedule:
-    by_table = schedules_by_table(schedules)
-    if unknown := [name for name in by_table if name not in (None, TABLE)]:
-        raise InputError(
-            f"schedules are named after the model's tables, [{TABLE!r}]. Received: "
-            f"{unknown[0]!r}. Call it {TABLE!r}, or write one schedule for all."
-        )
-    (schedule,) = by_table.values()
-    return schedule

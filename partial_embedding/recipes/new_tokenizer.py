@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections import Counter
-from importlib import import_module
 from typing import Any
 
 from partial_embedding.recipes.causal_model import CausalModel, TextLines, pretrained
 from partial_embedding.recipes.small_language_model import small_language_model, small_tokenizer
 from partial_embedding.recipes.text import stdlib_docstrings
+from partial_embedding.recipes.text.docstrings import source_of
 from partial_embedding.torch import transfer_vocabulary
 
 _MODULES = """
@@ -140,7 +139,7 @@ def stdlib_code() -> list[str]:
     """
     texts: dict[str, None] = {}
     for name in _MODULES.split():
-        for paragraph in re.split(r"\n\s*\n", inspect.getsource(import_module(name))):
+        for paragraph in re.split(r"\n\s*\n", source_of(name)):
             text = " ".join(paragraph.split())
             if _SHORTEST <= len(text) <= _LONGEST and '"""' not in text and text[0] != "#":
                 texts[text] = None

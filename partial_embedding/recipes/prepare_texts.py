@@ -89,7 +89,7 @@ class TextSettings:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(base) / "partial_embedding"
 
-    def read_labelled(self, path: str, least_classes: int, say: Say | None) -> LabelledTexts:
+    def read_labelled(self, path: str, least_classes: int, say: Say) -> LabelledTexts:
         """Read texts with labels from the columns of these settings."""
         return read_labelled(path, self.text_column, self.label_column, least_classes, say)
 
@@ -125,7 +125,7 @@ class PreparedTexts:
     validation: LabelledTexts = field(repr=False)
 
 
-def _read_sides(settings: TextSettings, say: Say | None) -> tuple[LabelledTexts, LabelledTexts]:
+def _read_sides(settings: TextSettings, say: Say) -> tuple[LabelledTexts, LabelledTexts]:
     if settings.path is None:
         examples = stdlib_docstrings()
     else:
@@ -175,7 +175,7 @@ def _with_names(texts: LabelledTexts, names: Sequence[str], path: str) -> Labell
     return LabelledTexts(texts.texts, index[texts.labels], tuple(names))
 
 
-def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTexts:
+def prepare_texts(settings: TextSettings, say: Say = lambda line: None) -> PreparedTexts:
     """Read, split and count texts, and find their vectors; `say` takes each line about them.
 
     Example:
@@ -184,8 +184,7 @@ def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTex
         (('<pad>', '<unk>'), True)
     """
     training, validation = _read_sides(settings, say)
-    if say is not None:
-        say(classes_text(training, validation))
+    say(classes_text(training, validation))
     documents = [tokenize(text, settings.lowercase) for text in training.texts]
     vocabulary = count_tokens(documents, settings.min_count)
     cache, seed = settings.cache_folder, settings.seed
@@ -194,9 +193,8 @@ def prepare_texts(settings: TextSettings, say: Say | None = None) -> PreparedTex
     else:
         dimension = settings.dimension or _TRAINED_DIMENSION
         found = train_vectors(documents, dimension, seed=seed, cache=cache)
-    if say is not None:
-        for note in found.notes:
-            say(f"{settings.vectors}: {note}")
+    for note in found.notes:
+        say(f"{settings.vectors}: {note}")
     table, vocabulary = build_table(vocabulary, found, seed, scale=settings.missing_scale)
     return PreparedTexts(vocabulary, table, training, validation)
 

@@ -13,14 +13,14 @@ import numpy as np
 from partial_embedding.errors import InputError, refused_at
 from partial_embedding.files import read_yaml, write_text
 from partial_embedding.monitor.figures import Line, lasting, standalone, trainable_figure
-from partial_embedding.recipes.prepare_texts import PADDING_ID, TextSettings, prepare_texts
+from partial_embedding.recipes.prepare_texts import TextSettings, prepare_texts
 from partial_embedding.recipes.settings import CommandParser, positive, read_config, read_settings
-from partial_embedding.recipes.text import count_tokens, read_texts, tokenize
+from partial_embedding.recipes.text import PADDING, count_tokens, read_texts, tokenize
 from partial_embedding.recipes.vectors import build_table, read_vectors
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.rows.vocabulary_file import read_vocabulary
 from partial_embedding.schedule import Schedule, Start, schedules_by_table
-from partial_embedding.schedule.preview import boundaries, plan, plan_text
+from partial_embedding.schedule.preview import Planned, boundaries, plan, plan_text
 
 # Some seconds' worth.
 _MOST_CHANGES = 10_000
@@ -38,23 +38,47 @@ def schedule_command(args: Sequence[str]) -> None:
         )
     schedule = _chosen(given.file, config, given.table)
     parts = read_config(given.file) if "rows" in config else {}
-    vocabulary, found = _table(given, config, parts)
+    vocabulary, steps_of_config = _table(given, config, parts)
     num_rows = given.rows or (len(vocabulary) if vocabulary is not None else 0)
     if not num_rows:
         raise InputError(
             "a schedule is planned for a table. Received neither --vocab nor --rows. Pass a "
             "vocabulary, one token a line, --texts to count one from, or the number of rows."
         )
-    if isinstance(of_config := parts.get("trainer", {}).get("max_epochs"), int):
-        found["epochs"] = of_config
-    epochs = given.epochs or found.get("epochs") or _last_epoch(schedule) + 1
-    steps = given.steps_per_epoch or found.get("steps_per_epoch")
+    last = parts.get("trainer", {}).get("max_epochs")
+    if not isinstance(last, int) or last < 1:  # -1 is Lightning's word for no end
+        last = _last_epoch(schedule) + 1
+    epochs, steps = given.epochs or last, given.steps_per_epoch or steps_of_config
     if steps is None and schedule.moves_within_epochs:
         raise InputError(
             "this schedule moves within epochs. Received no --steps-per-epoch. Pass the optimizer "
             "steps of an epoch."
         )
-    if any(islice(boundaries(schedule, epochs, steps or 1), _MOST_CHANGES, None)):
+    planned = _planned(given, schedule, num_rows, vocabulary, epochs, steps or 1)
+    lines = plan_text(schedule, planned, num_rows, epochs)
+    print(*lines[:_MOST_LINES], sep="\n")
+    if len(lines) > _MOST_LINES:
+        print(f"and {len(lines) - _MOST_LINES:,} changes more")
+    if given.picture is not None:
+        unit = "step" if schedule.moves_within_epochs else "epoch"
+        points = [(float(getattr(change, unit)), change.trainable) for change in planned]
+        end = float(epochs * (steps or 1) if unit == "step" else epochs)
+        drawn = [Line("as planned", lasting(points, end), stepped=True)]
+        figure = trainable_figure(drawn, num_rows, end, unit, str(given.file))
+        write_text(given.picture, standalone(figure))
+        print(f"picture: {given.picture}")
+
+
+def _planned(
+    given: argparse.Namespace,
+    schedule: Schedule,
+    num_rows: int,
+    vocabulary: Vocabulary | None,
+    epochs: int,
+    steps: int,
+) -> list[Planned]:
+    """The plan; what it lacks is refused with the option that gives it."""
+    if any(islice(boundaries(schedule, epochs, steps), _MOST_CHANGES, None)):
         raise InputError(
             f"a plan shows up to {_MOST_CHANGES:,} changes of rows. Received a schedule that makes "
             f"more in {epochs:,} epochs. Pass fewer --epochs."
@@ -65,9 +89,9 @@ def schedule_command(args: Sequence[str]) -> None:
             f"{given.new:,}. Pass fewer, or more --rows."
         )
     new = None if given.new is None else np.arange(num_rows - given.new, num_rows)
-    padding = given.padding if given.padding is not None else found.get("padding")
+    padding = None if vocabulary is None else vocabulary.index.get(PADDING)
     try:
-        planned = plan(schedule, num_rows, vocabulary, epochs, steps or 1, padding, new)
+        return plan(schedule, num_rows, vocabulary, epochs, steps, padding, new)
     except InputError as error:
         advice = ""
         if new is None and "grow_table" in str(error):  # nothing has grown yet here
@@ -75,18 +99,6 @@ def schedule_command(args: Sequence[str]) -> None:
         elif vocabulary is None and "no vocabulary" in str(error):
             advice = " To plan it, pass --vocab or --texts."
         raise InputError(f"{given.file}: {error}{advice}") from None
-    lines = plan_text(schedule, planned, num_rows, epochs)
-    print(*lines[:_MOST_LINES], sep="\n")
-    if len(lines) > _MOST_LINES:
-        print(f"and {len(lines) - _MOST_LINES:,} changes more")
-    if given.picture is not None:
-        unit = "step" if schedule.moves_within_epochs else "epoch"
-        points = [(float(getattr(change.position, unit)), change.trainable) for change in planned]
-        end = float(epochs * (steps or 1) if unit == "step" else epochs)
-        drawn = [Line("as planned", lasting(points, end), stepped=True)]
-        figure = trainable_figure(drawn, num_rows, end, unit, str(given.file))
-        write_text(given.picture, standalone(figure))
-        print(f"picture: {given.picture}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +116,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", help="the table, where the file has a schedule for several")
     parser.add_argument("--epochs", type=positive, help="the epochs of the run")
     parser.add_argument("--steps-per-epoch", type=positive, help="optimizer steps in an epoch")
-    parser.add_argument("--padding", type=int, help="a row that never trains")
     parser.add_argument("--picture", type=_picture, help="draw to this .svg file")
     return parser
 
@@ -137,24 +148,23 @@ def _chosen(path: Path, config: Mapping[str, Any], table: str | None) -> Schedul
 
 def _table(
     given: argparse.Namespace, config: Mapping[str, Any], parts: Mapping[str, dict[str, Any]]
-) -> tuple[Vocabulary | None, dict[str, int]]:
-    """The vocabulary of the table, and what else is known of the run."""
+) -> tuple[Vocabulary | None, int | None]:
+    """The vocabulary of the table, and the steps of an epoch, as far as they are known."""
     if given.vocab is not None:
-        return read_vocabulary(given.vocab), {}
+        return read_vocabulary(given.vocab), None
     if given.texts is not None:
         vocabulary = count_tokens(map(tokenize, read_texts(given.texts, say=print)))
         if given.vectors is not None:
             _, vocabulary = build_table(vocabulary, read_vectors(given.vectors))
-        return vocabulary, {"padding": PADDING_ID}
+        return vocabulary, None
     data = config.get("data") or {}
     if given.rows is not None or not parts or not isinstance(data, Mapping):
-        return None, {}
+        return None, None
     if not str(data.get("class_path", "TextData")).endswith("TextData"):
-        return None, {}  # of a class that only its framework can make
+        return None, None  # of a class that only its framework can make
     settings = read_settings(TextSettings, "data", parts.get("data", {}))
     texts = prepare_texts(settings, print)
-    steps = -(-len(texts.training) // settings.batch_size)
-    return texts.vocabulary, {"padding": PADDING_ID, "steps_per_epoch": steps}
+    return texts.vocabulary, -(-len(texts.training) // settings.batch_size)
 
 
 def _last_epoch(schedule: Schedule) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from partial_embedding.errors import InputError, did_you_mean
-from partial_embedding.rows.kinds import by_frequency, is_whole, rows_of, shown
+from partial_embedding.rows.kinds import Table, by_frequency, is_whole, rows_of, shown
 from partial_embedding.rows.rows import Config, Rows
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
@@ -196,16 +196,13 @@ class GrownRows(Rows):
                 "Count from 0, which is before the first."
             )
 
-    def resolve(
-        self, num_rows: int, vocabulary: Vocabulary | None = None, *, new: Ids | None = None
-    ) -> Ids:
-        """Evaluate the choice for one table, as `Rows.resolve` does."""
-        before = self.before.resolve(num_rows, vocabulary, new=new)
-        after = self.after.resolve(num_rows, vocabulary, new=new)
+    def _select(self, table: Table) -> Ids:
+        """Evaluate the choice for a table that `resolve` has looked at."""
+        before, after = self.before._select(table), self.after._select(table)
         joining = np.setdiff1d(after, before, assume_unique=True)
         total = before.size + joining.size
         trainable = self.growth.trainable(self.increment, self.increments, before.size, total)
-        order = self.growth.arranged(joining, num_rows, vocabulary)
+        order = self.growth.arranged(joining, table.num_rows, table.vocabulary)
         return np.sort(np.concatenate([before, order[: trainable - before.size]]))
 
     def to_config(self) -> Config:

@@ -11,17 +11,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import read_lines
+from partial_embedding.files import read_lines, refuse_no_file
 from partial_embedding.rows.cosines import cosines_of
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
+
+
+class Table(NamedTuple):
+    """What is known of a table where a choice is evaluated for it."""
+
+    num_rows: int
+    vocabulary: Vocabulary | None
+    new: Ids | None  # the rows by which it grew last
 
 
 class Choice(NamedTuple):
     """One kind of choice: `check` normalizes its argument, `select` gives sorted ids of a table."""
 
     check: Callable[[Any], Any]
-    # From what `check` gave, the number of rows V and the vocabulary.
-    select: Callable[[Any, int, Vocabulary | None], Ids]
+    select: Callable[[Any, Table], Ids]  # from what `check` gave
 
 
 # Checks
@@ -163,24 +170,26 @@ def _check_nearest(argument: Any) -> tuple[tuple[str, ...], int | float]:
 # Selections
 
 
-def _select_ids(ids: Ids, num_rows: int, _: Vocabulary | None) -> Ids:
-    if ids[-1] >= num_rows:
+def _select_ids(ids: Ids, table: Table) -> Ids:
+    if ids[-1] >= table.num_rows:
         raise InputError(
-            f"rows must lie in [0, {num_rows}). Received: {ids[-1]}. Was the vocabulary resized?"
+            f"rows must lie in [0, {table.num_rows}). Received: {ids[-1]}. "
+            "Was the vocabulary resized?"
         )
     return ids.copy()  # a choice that was unpickled would let itself be written to
 
 
-def _select_mask(mask: Any, num_rows: int, _: Vocabulary | None) -> Ids:
-    if mask.shape != (num_rows,):
+def _select_mask(mask: Any, table: Table) -> Ids:
+    if mask.shape != (table.num_rows,):
         raise InputError(
-            f"a mask has one entry for each of the {num_rows} rows. Received: {mask.size}. "
+            f"a mask has one entry for each of the {table.num_rows} rows. Received: {mask.size}. "
             "Was the vocabulary resized?"
         )
     return np.flatnonzero(mask)
 
 
-def _select_range(parts: tuple[int | None, ...], num_rows: int, _: Vocabulary | None) -> Ids:
+def _select_range(parts: tuple[int | None, ...], table: Table) -> Ids:
+    num_rows = table.num_rows
     for part in parts[:2]:
         if part is not None and abs(part) > num_rows:
             raise InputError(
@@ -197,29 +206,33 @@ def _select_range(parts: tuple[int | None, ...], num_rows: int, _: Vocabulary | 
     return ids if (parts[2] or 1) > 0 else ids[::-1]
 
 
-def _select_missing(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    ids: Ids = _known("missing", vocabulary)
+def _select_missing(_: None, table: Table) -> Ids:
+    ids: Ids = _known("missing", table.vocabulary)
     return ids.copy()
 
 
-def _select_new(_: None, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    raise InputError(
-        "new rows are those by which a table grew. Received a table that did not. Call grow_table "
-        "first, or name the rows otherwise, as {range: [-20, null]} names the last twenty."
-    )
+def _select_new(_: None, table: Table) -> Ids:
+    if table.new is None:
+        raise InputError(
+            "new rows are those by which a table grew. Received a table that did not. Call "
+            "grow_table first, or name the rows otherwise, as {range: [-20, null]} names the last "
+            "twenty."
+        )
+    return _select_ids(table.new, table) if table.new.size else table.new.copy()
 
 
-def _select_most_frequent(amount: int | float, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    return np.sort(by_frequency(vocabulary)[: _number_of_rows(amount, num_rows)])
+def _select_most_frequent(amount: int | float, table: Table) -> Ids:
+    return np.sort(by_frequency(table.vocabulary)[: _number_of_rows(amount, table.num_rows)])
 
 
-def _select_least_frequent(amount: int | float, num_rows: int, v: Vocabulary | None) -> Ids:
-    return np.sort(by_frequency(v)[num_rows - _number_of_rows(amount, num_rows) :])
+def _select_least_frequent(amount: int | float, table: Table) -> Ids:
+    number = _number_of_rows(amount, table.num_rows)
+    return np.sort(by_frequency(table.vocabulary)[table.num_rows - number :])
 
 
-def _select_covering(share: float, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    order = by_frequency(vocabulary)
-    covered = np.cumsum(_known("counts", vocabulary)[order])
+def _select_covering(share: float, table: Table) -> Ids:
+    order = by_frequency(table.vocabulary)
+    covered = np.cumsum(_known("counts", table.vocabulary)[order])
     if not covered.size or not covered[-1]:
         raise InputError(
             "rows cover a share of the tokens that occur. Received counts that are all 0. "
@@ -230,33 +243,31 @@ def _select_covering(share: float, num_rows: int, vocabulary: Vocabulary | None)
     return np.sort(order[: np.searchsorted(covered / covered[-1], share) + 1])
 
 
-def _select_min_count(count: int, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    return np.flatnonzero(_known("counts", vocabulary) >= count)
+def _select_min_count(count: int, table: Table) -> Ids:
+    return np.flatnonzero(_known("counts", table.vocabulary) >= count)
 
 
-def _select_random(argument: tuple[int | float, int], num_rows: int, _: Vocabulary | None) -> Ids:
+def _select_random(argument: tuple[int | float, int], table: Table) -> Ids:
     amount, seed = argument
     # A larger amount of the same seed has all rows of a smaller one.
-    order = np.random.default_rng(seed).permutation(num_rows)
-    return np.sort(order[: _number_of_rows(amount, num_rows)])
+    order = np.random.default_rng(seed).permutation(table.num_rows)
+    return np.sort(order[: _number_of_rows(amount, table.num_rows)])
 
 
-def _select_tokens(tokens: tuple[str, ...], _: int, vocabulary: Vocabulary | None) -> Ids:
-    return np.sort(rows_of(tokens, vocabulary))
+def _select_tokens(tokens: tuple[str, ...], table: Table) -> Ids:
+    return np.sort(rows_of(tokens, table.vocabulary))
 
 
-def _select_matching(pattern: str, _: int, vocabulary: Vocabulary | None) -> Ids:
+def _select_matching(pattern: str, table: Table) -> Ids:
     matches = re.compile(pattern).search
-    tokens = _known("tokens", vocabulary)
+    tokens = _known("tokens", table.vocabulary)
     return np.array([row for row, token in enumerate(tokens) if matches(token)], np.int64)
 
 
-def _select_nearest(
-    argument: tuple[tuple[str, ...], int | float], num_rows: int, vocabulary: Vocabulary | None
-) -> Ids:
+def _select_nearest(argument: tuple[tuple[str, ...], int | float], table: Table) -> Ids:
     tokens, amount = argument
-    vectors = _known("vectors", vocabulary).astype(np.float32, copy=False)
-    own = rows_of(tokens, vocabulary)
+    vectors = _known("vectors", table.vocabulary).astype(np.float32, copy=False)
+    own = rows_of(tokens, table.vocabulary)
     lengths = np.linalg.norm(vectors, axis=1)
     # A vector of zeros has no direction: among the given it would be nearer than an opposite one.
     given = own[lengths[own] > 0]
@@ -265,13 +276,13 @@ def _select_nearest(
     closeness[lengths == 0] = -np.inf  # padding is near to nothing
     closeness[own] = np.inf
     order = np.argsort(-closeness, kind="stable")
-    return np.sort(order[: _number_of_rows(amount, num_rows)])
+    return np.sort(order[: _number_of_rows(amount, table.num_rows)])
 
 
 # The leaves; `rows` adds the choices that are made of others.
 CHOICES: Mapping[str, Choice] = {
-    "all": Choice(_no_argument, lambda _, num_rows, __: np.arange(num_rows, dtype=np.int64)),
-    "none": Choice(_no_argument, lambda _, __, ___: np.zeros(0, np.int64)),
+    "all": Choice(_no_argument, lambda _, table: np.arange(table.num_rows, dtype=np.int64)),
+    "none": Choice(_no_argument, lambda _, __: np.zeros(0, np.int64)),
     "ids": Choice(_check_ids, _select_ids),
     "mask": Choice(_check_mask, _select_mask),
     "range": Choice(_check_range, _select_range),
@@ -338,6 +349,7 @@ def _known(what: str, vocabulary: Vocabulary | None) -> Any:
 def read_ids(path: str | Path) -> Any:
     """Read ids or a mask from a `.npy` file, or ids from a text of one a line."""
     path = Path(path)
+    refuse_no_file(path, "row ids are in a file")
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:  # np.load would also take archives

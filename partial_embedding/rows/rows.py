@@ -11,7 +11,7 @@ from typing import Any, Literal, SupportsIndex, Union
 import numpy as np
 
 from partial_embedding.errors import InputError, did_you_mean, refused_at
-from partial_embedding.rows.kinds import CHOICES, Choice, flat_array, read_ids, read_tokens
+from partial_embedding.rows.kinds import CHOICES, Choice, Table, flat_array, read_ids, read_tokens
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 
 Config = str | dict[str, Any]
@@ -179,18 +179,11 @@ class Rows:
                 f"a vocabulary has one token per row. Received {len(vocabulary)} tokens for "
                 f"{num_rows} rows. Build the table from this vocabulary."
             )
-        choice = self if new is None else self._knowing_new(new)
-        return _CHOICES[choice.kind].select(choice.argument, num_rows, vocabulary)
+        return self._select(Table(num_rows, vocabulary, new))
 
-    def _knowing_new(self, new: Ids) -> Rows:
-        """The same choice, with the ids of new rows in the place of their name."""
-        if self.kind == "new":
-            return Rows("ids", new) if new.size else Rows("none")
-        if isinstance(self.argument, Rows):
-            return Rows(self.kind, self.argument._knowing_new(new))
-        if self.kind in ("union", "intersection", "difference"):
-            return Rows(self.kind, tuple(choice._knowing_new(new) for choice in self.argument))
-        return self
+    def _select(self, table: Table) -> Ids:
+        """Evaluate the choice for a table that `resolve` has looked at."""
+        return _CHOICES[self.kind].select(self.argument, table)
 
     def to_config(self) -> Config:
         """Write the choice as plain YAML values; the inverse of `parse`.
@@ -276,24 +269,24 @@ def _check_choices(argument: Any) -> tuple[Rows, ...]:
     return tuple(Rows.parse(choice) for choice in argument)
 
 
-def _select_union(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
-    mask = np.zeros(num_rows, np.bool_)
+def _select_union(choices: tuple[Rows, ...], table: Table) -> Ids:
+    mask = np.zeros(table.num_rows, np.bool_)
     for choice in choices:
-        mask[choice.resolve(num_rows, v)] = True
+        mask[choice._select(table)] = True
     return np.flatnonzero(mask)
 
 
 def _folded(combine: Callable[..., Ids]) -> Callable[..., Ids]:
-    def select(choices: tuple[Rows, ...], num_rows: int, v: Vocabulary | None) -> Ids:
-        sets = (choice.resolve(num_rows, v) for choice in choices)
+    def select(choices: tuple[Rows, ...], table: Table) -> Ids:
+        sets = (choice._select(table) for choice in choices)
         return reduce(partial(combine, assume_unique=True), sets)
 
     return select
 
 
-def _select_not(choice: Rows, num_rows: int, vocabulary: Vocabulary | None) -> Ids:
-    mask = np.ones(num_rows, np.bool_)
-    mask[choice.resolve(num_rows, vocabulary)] = False
+def _select_not(choice: Rows, table: Table) -> Ids:
+    mask = np.ones(table.num_rows, np.bool_)
+    mask[choice._select(table)] = False
     return np.flatnonzero(mask)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,21 +18,24 @@ from partial_embedding.schedule import (
     StageState,
 )
 from partial_embedding.schedule.messages import place_text
+from partial_embedding.schedule.schedule import first_other
 
 _BAR = 24
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One stage of a plan, or one increment of growing into the next: where, and which rows."""
+    """One stage of a plan, or one increment of growing into the next: where, and how many rows."""
 
-    position: Position
-    place: str  # the same in words
+    epoch: int
+    step: int
+    stage: int
+    place: str  # all of these in words
     trainable: int
     joining: int
     leaving: int
     covered: float | None  # the share of the training data's tokens, where that is known
-    rate_scale: RateScale  # of the joining rows
+    rate: str  # of the joining rows, where it is not the optimizer's own
 
 
 def plan(
@@ -61,17 +63,20 @@ def plan(
         # Rows that grow are asked for by the stage that they grow into.
         with refused_at(f"stages[{stage_state.stage + bool(stage_state.increment)}]"):
             ids = schedule.rows_at(stage_state).resolve(num_rows, vocabulary, new=new)
-        ids = ids[ids != padding]
+        if padding is not None:
+            ids = ids[ids != padding]
         joining = np.setdiff1d(ids, before, assume_unique=True).size
         planned.append(
             Planned(
-                position,
+                position.epoch,
+                position.step,
+                stage_state.stage,
                 place_text(schedule, position),
                 ids.size,
                 joining,
                 before.size - (ids.size - joining),
                 covered_share(ids, vocabulary),
-                schedule.rate_scale_at(stage_state),
+                _rate_text(schedule.rate_scale_at(stage_state)),
             )
         )
         before = ids
@@ -101,9 +106,9 @@ def plan_text(
             text += f", {100 * step.covered:.1f} % of training tokens"
         text += f", {step.joining:,} join" if step.joining else ""
         text += f", {step.leaving:,} leave" if step.leaving else ""
-        text += "".join(f", {said}" for said in rate_texts(step.rate_scale))
+        text += f", {step.rate}" if step.rate else ""
         lines.append(text)
-    reached = {schedule.state_at(step.position).stage for step in planned}
+    reached = {step.stage for step in planned}
     for i, stage in enumerate(schedule.stages):
         if i in reached:
             continue
@@ -142,7 +147,7 @@ def boundaries(
         if most is not None:
             end = min(total, (epoch + most) * steps_per_epoch)
         later = range(step + stride, end, stride)
-        step += stride * (1 + _first_other(schedule, now, here, later, steps_per_epoch))
+        step += stride * (1 + first_other(schedule, here, later, steps_per_epoch))
         if wait is not None and most is not None:
             better = (1 + wait.min_delta) * (1 if wait.mode == "max" else -1)
             evaluations += tuple(
@@ -151,20 +156,7 @@ def boundaries(
             )
 
 
-def _first_other(
-    schedule: Schedule, now: StageState, here: Position, later: range, steps_per_epoch: int
-) -> int:
-    """Which of some steps is the first in another state; their number if none is."""
-
-    def is_over(step: int) -> bool:
-        epoch = step // steps_per_epoch
-        return schedule.state_at(replace(here, epoch=epoch, step=step)) != now
-
-    # A state that is over does not come back, so that the end of it is found by halving.
-    return bisect_left(later, True, key=is_over)
-
-
-def rate_texts(rate_scale: RateScale) -> list[str]:
-    """How fast rows learn, where it is not at the optimizer's own rate."""
+def _rate_text(rate_scale: RateScale) -> str:
     rate, warmup = rate_scale.lr_scale, rate_scale.warmup_steps
-    return [f"lr × {rate:.3g}"] * (rate != 1) + [f"warm-up of {warmup:,} steps"] * bool(warmup)
+    parts = [f"lr × {rate:.3g}"] * (rate != 1) + [f"warm-up of {warmup:,} steps"] * bool(warmup)
+    return ", ".join(parts)

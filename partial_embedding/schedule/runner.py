@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from partial_embedding.errors import InputError, did_you_mean, refused_at
+from partial_embedding.errors import FrozenRowsMoved, InputError, did_you_mean, refused_at
 from partial_embedding.rows.rows import Rows
 from partial_embedding.rows.vocabulary import Ids, Vocabulary
 from partial_embedding.schedule.adapter import Adapter, Audit
@@ -211,7 +211,7 @@ class Runner:
         if not goes_on:
             self._close(name, step)
         elif name in self._audits:
-            self._audits[name].check(step)
+            self._check(name, step)
         ids = self._ids_at(name, stage_state)
         self.adapter.set_rows(name, ids, schedule.rate_scale_at(stage_state))
         self._stage_states[name] = stage_state
@@ -291,8 +291,8 @@ class Runner:
         """Compare the bits of frozen rows, if that is due."""
         if self.is_audit_due(step):
             self._audited_step = step
-            for audit in self._audits.values():
-                audit.check(step)
+            for name in self._audits:
+                self._check(name, step)
 
     def finish(self, step: int) -> None:
         """Close the last stage; tell which stages were not reached, and what the audit found."""
@@ -305,10 +305,22 @@ class Runner:
             self.say(audit_line(self.audit_results))
 
     def _close(self, name: str, step: int) -> None:
-        if (audit := self._audits.pop(name, None)) is not None:
-            audit.check(step)
-            stage, frozen = self._stage_states[name].stage, self._frozen.pop(name)
-            self.audit_results.append(AuditResult(name, stage, frozen, changed=0))
+        if name in self._audits:
+            self._check(name, step)
+            del self._audits[name]
+            self._note(name, changed=0)
+
+    def _check(self, name: str, step: int) -> None:
+        try:
+            self._audits[name].check(step)
+        except FrozenRowsMoved as moved:
+            # For the record of the run, which is written also of one that this ends.
+            self._note(name, len(moved.rows))
+            raise
+
+    def _note(self, name: str, changed: int) -> None:
+        stage, frozen = self._stage_states[name].stage, self._frozen.pop(name)
+        self.audit_results.append(AuditResult(name, stage, frozen, changed))
 
     # Keeping
 

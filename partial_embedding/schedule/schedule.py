@@ -76,7 +76,7 @@ class Schedule:
         >>> schedule = Schedule([{"epoch": 0, "rows": [4, 5]}, {"epoch": 2, "rows": "all"}])
         >>> schedule.trainable_rows(Position(epoch=1))
         Rows({'ids': [4, 5]})
-        >>> schedule.trainable_rows(2), schedule.stage_at(7)
+        >>> schedule.trainable_rows(2), schedule.state_at(7).stage
         (Rows('all'), 1)
     """
 
@@ -203,26 +203,17 @@ class Schedule:
             >>> schedule.next_change(Position(step=3), end=1000)
             40
         """
-        now = self.state_at(position)
-
-        def is_over(step: int) -> bool:
-            return self.state_at(replace(position, step=step)) != now
-
-        if not self.moves_within_epochs or not is_over(end):
+        if not self.moves_within_epochs:
             return NEVER
-        # A stage state that is over does not come back, so the step is found by halving.
-        later = range(position.step + 1, end)
-        return later.start + bisect_left(later, True, key=is_over)
+        later = range(position.step + 1, end + 1)
+        place = first_other(self, position, later)
+        return later[place] if place < len(later) else NEVER
 
     def _place(self, unit: str, position: Position) -> float:
         place = place_in(unit, position)
         if self.cycle:
             place -= _whole(place / self.cycle) * self.cycle
         return place
-
-    def stage_at(self, position: Position | int) -> int:
-        """The index of the stage at a position; arguments and errors are those of `state_at`."""
-        return self.state_at(position).stage
 
     # What happens there
 
@@ -314,6 +305,23 @@ class Schedule:
 
 # What `Schedule.parse` reads.
 AnySchedule = Schedule | Mapping[str, Any] | str | PathLike[str]
+
+
+def first_other(
+    schedule: Schedule, here: Position, later: range, steps_per_epoch: int | None = None
+) -> int:
+    """Which of some later steps is the first in another state than here; their number if none is.
+
+    All of them are in the epoch of here, unless epochs are so many steps long.
+    """
+    now = schedule.state_at(here)
+
+    def is_over(step: int) -> bool:
+        epoch = step // steps_per_epoch if steps_per_epoch else here.epoch
+        return schedule.state_at(replace(here, epoch=epoch, step=step)) != now
+
+    # A state that is over does not come back, so that the end of it is found by halving.
+    return bisect_left(later, True, key=is_over)
 
 
 def schedules_by_table(value: Any) -> dict[str | None, Schedule]:

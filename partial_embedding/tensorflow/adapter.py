@@ -12,7 +12,7 @@ from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.schedule.rank_consistency import RankView
 from partial_embedding.tensorflow.audit import FrozenRowAudit
-from partial_embedding.tensorflow.models import tables_for
+from partial_embedding.tensorflow.models import forget_traced, tables_for
 from partial_embedding.tensorflow.optimizer import optimizer_of
 from partial_embedding.tensorflow.row_optimizer import Rowwise
 
@@ -57,9 +57,7 @@ class KerasTables:
             if any(ids.size < table.input_dim for ids in stages):
                 ever = np.unique(np.concatenate(stages))
                 table.reserve_rows(ever if ever.size else "none")
-                # What was traced before knows the variables of before.
-                self.model.train_function = self.model.test_function = None
-                self.model.predict_function = None
+                forget_traced(self.model)
         self._stages = {}
 
     # What the runner asks for

@@ -67,10 +67,9 @@ class FrozenRowAudit:
         Raises:
             FrozenRowsMoved: At least one bit of a watched row is not what it was.
         """
-        changed = self.changed()
-        if not changed.size:
-            return
-        suspect = (
-            "a write into the table from outside (set_weights, load_weights, code of your own)"
-        )
-        raise FrozenRowsMoved(moved_text(self.name, changed.tolist(), step, suspect))
+        changed = self.changed().tolist()
+        if changed:
+            suspect = (
+                "a write into the table from outside (set_weights, load_weights, code of your own)"
+            )
+            raise FrozenRowsMoved(moved_text(self.name, changed, step, suspect), changed)

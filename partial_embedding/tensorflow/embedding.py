@@ -303,8 +303,8 @@ class PartialEmbedding(OneTable):
     def reserve_rows(self, rows: RowsLike) -> None:
         """Let these rows train at any time and no others; what trains now and is not of them stops.
 
-        The variable of the reserved rows is another one afterwards, so this comes before an
-        optimizer is built for it and before a function is traced with it.
+        The variables are others afterwards, so this comes before an optimizer is built for them and
+        before a function is traced with them, which fails from then on.
 
         Args:
             rows: Rows in any form that `Rows.parse` reads.
@@ -352,10 +352,8 @@ class PartialEmbedding(OneTable):
         self._reserved = np.append(self._reserved, self.new_rows)
         self._tracker.unlock()
         state = self.table_state
-        parts = [self._embeddings] if state is None else [state.table, state.rows, state.unfrozen]
-        for variable in parts:
-            self._untrack_variable(variable)
-        self.built = False
+        self._drop(self._embeddings, *([] if state is None else [state.rows, state.unfrozen]))
+        self.table_state, self.built = None, False
         self._build_of([np.concatenate([matrix, rows.astype(matrix.dtype)])])
 
     @property
@@ -383,14 +381,6 @@ class PartialEmbedding(OneTable):
         # A model without a fixed input is built while its first step is traced, and XLA cannot
         # lift the second variable, which begins with rows of the first, out of that.
         with tf.init_scope():
-            self._embeddings = self.add_weight(
-                shape=(self.input_dim, self.output_dim),
-                initializer=self.embeddings_initializer,
-                name="frozen_embeddings",
-                trainable=False,
-                # Under an outer layer's autocast, reading it would convert all of it.
-                autocast=False,
-            )
             self._split(self._reserved, self._first_rows)
         self.built = True
 

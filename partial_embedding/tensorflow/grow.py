@@ -13,7 +13,7 @@ import tensorflow as tf
 from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows.kinds import check_added
 from partial_embedding.tensorflow.embedding import PartialEmbedding
-from partial_embedding.tensorflow.models import tables_in
+from partial_embedding.tensorflow.models import forget_traced, tables_in
 from partial_embedding.tensorflow.optimizer import steppers
 
 
@@ -32,7 +32,8 @@ def grow_table(
     Variables of TensorFlow do not change their shape, so those of the layer, and the optimizers
     that are attributes of the model and step it, are others afterwards. `fit`, `evaluate` and
     `predict` know it; in a loop of your own take `model.optimizer` again, and make your
-    `tf.function`s anew.
+    `tf.function`s anew. What was traced before fails from then on, other models of the layer too,
+    which are compiled again.
 
     Args:
         model: A built `keras.Model`, compiled or not.
@@ -75,19 +76,19 @@ def grow_table(
     begun = _begun(layer, rows, init)
     size, before = layer.input_dim, layer.rows_variable
     parts = (model, *model._flatten_layers())
-    # Before anything changes, since Keras cannot make every optimizer anew.
     known = {id(one): one for part in parts for one in vars(part).values() if _steps(one, before)}
-    made = {key: _anew(one) for key, one in known.items()}
-    layer.grow(begun, trainable)
-    for key, one in made.items():
-        _go_on(known[key], one, before, layer.rows_variable)
+    # Optimizers and variables are made for the replicas that the model is on.
+    with getattr(model, "distribute_strategy", tf.distribute.get_strategy()).scope():
+        # Before anything changes, since Keras cannot make every optimizer anew.
+        made = {key: _anew(one) for key, one in known.items()}
+        layer.grow(begun, trainable)
+        for key, one in made.items():
+            _go_on(known[key], one, before, layer.rows_variable)
     for part in parts:
         for attribute, value in list(vars(part).items()):
             if id(value) in made:
                 setattr(part, attribute, made[id(value)])
-        for traced in ("train_function", "test_function", "predict_function"):
-            if hasattr(part, traced):
-                setattr(part, traced, None)
+    forget_traced(model)
     return list(range(size, size + rows))
 
 

@@ -56,6 +56,14 @@ def _layers_of(model: Any) -> Iterable[Any]:
     return model._flatten_layers()  # type: ignore[no-any-return]
 
 
+def forget_traced(model: Any) -> None:
+    """Have a model and those in it trace anew what Keras runs, as variables are others."""
+    for part in (model, *_layers_of(model)):
+        for traced in ("train_function", "test_function", "predict_function"):
+            if hasattr(part, traced):
+                setattr(part, traced, None)
+
+
 def plain_weights(model: Any) -> list[Any]:
     """What `model.get_weights()` would give with `keras.layers.Embedding` for each partial table.
 

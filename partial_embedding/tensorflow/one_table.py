@@ -12,7 +12,7 @@ import tensorflow as tf
 from partial_embedding.errors import InputError
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.tensorflow.row_files import KEYS, load_rows, save_rows
-from partial_embedding.tensorflow.table_state import TableState
+from partial_embedding.tensorflow.table_state import TableState, free
 from partial_embedding.tensorflow.table_variable import TableVariable, WeightList
 
 
@@ -135,21 +135,36 @@ class OneTable(keras.layers.Embedding):
         """Give rows variables of their own; the table may be split already, by other rows."""
         if (state := self.table_state) is not None:
             state.write_back(state.trainable_rows)
-            self._untrack_variable(state.rows)
-            self._untrack_variable(state.unfrozen)
-        elif self._embeddings.trainable:
-            # Keras sorts variables into those that train and the others when it takes them.
-            self._untrack_variable(self._embeddings)
-            self._embeddings.trainable = False
-            # As of one that is built split: under a mixed policy, reading it would convert all of
-            # it, and to another dtype than that of the reserved rows.
-            self._embeddings._autocast = False
-            self._track_variable(self._embeddings)
+            self._drop(state.rows, state.unfrozen)
+        else:
+            whole = [self._embeddings] if self.built else []
+            self._embeddings = self.add_weight(
+                shape=(self.input_dim, self.output_dim),
+                # Of a table that is there already, the memory becomes this one's.
+                initializer=partial(_first_value, whole[0].value)
+                if whole
+                else self.embeddings_initializer,
+                name="frozen_embeddings",
+                trainable=False,
+                # Under an outer layer's autocast, reading it would convert all of it.
+                autocast=False,
+            )
+            self._drop(*whole)
         self.table_state = None
         if reserved.size:
             self.table_state = TableState(self, self._embeddings, reserved, unfrozen)
             # As attributes, where `tf.train.Checkpoint` finds them.
             self._rows, self._unfrozen = self.table_state.rows, self.table_state.unfrozen
+
+    def _drop(self, *variables: Any) -> None:
+        """Let go of variables in whose place others are.
+
+        What was traced with them fails from then on: it would read and train rows, frozen ones
+        too, that are the layer's no longer.
+        """
+        for variable in variables:
+            self._untrack_variable(variable)
+            free(variable)
 
     def _merge(self) -> None:
         """Keep the table in one variable again."""

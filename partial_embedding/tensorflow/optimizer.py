@@ -30,7 +30,8 @@ def rowwise(optimizer: Any, lazy: bool = False) -> Any:
             `MultiOptimizer` those that step tables.
         lazy: Step only the rows that the batch touched, as TensorFlow Addons' LazyAdam did, so that
             the cost does not depend on how many rows train. Moments and weight decay of a row stand
-            still while no batch touches it.
+            still while no batch touches it. Of a table that is read whole too, as by a tied head,
+            or in a loop of TensorFlow, these are the rows whose gradient is not zero.
 
     Returns:
         A Keras optimizer, for `compile` or a loop of your own.

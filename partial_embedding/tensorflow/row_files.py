@@ -7,7 +7,7 @@ where it is loaded into a table that is otherwise the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,15 +41,11 @@ def rows_saved_alone(layers: Iterable[Any]) -> Iterator[None]:
         ...         sorted(file["layers/embedding/vars"])
         ['ids', 'others', 'rows']
     """
-    layers = list(layers)
-    before = [layer.saves_rows for layer in layers]
-    for layer in layers:
-        layer.saves_rows = True
-    try:
+    with ExitStack() as undo:
+        for layer in layers:
+            undo.callback(setattr, layer, "saves_rows", layer.saves_rows)
+            layer.saves_rows = True
         yield
-    finally:
-        for layer, saved_alone in zip(layers, before, strict=True):
-            layer.saves_rows = saved_alone
 
 
 def save_rows(layer: Any, store: Any) -> None:

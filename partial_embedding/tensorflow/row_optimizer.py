@@ -159,13 +159,21 @@ class Rowwise(keras.optimizers.Optimizer):
         variables = (
             self._trainable_variables if trainable_variables is None else trainable_variables
         )
-        # With one entry for each row, the norm of the entries is that of the gradient.
         grads = [
-            summed(g) if isinstance(g, tf.IndexedSlices) and self._table_of(v) else g
+            g if g is None else self._entered(g, self._table_of(v))
             for g, v in zip(grads, variables, strict=True)
         ]
         with self._stepping():
             super().apply(grads, trainable_variables)
+
+    def _entered(self, gradient: Any, table: _Table | None) -> Any:
+        """A gradient as it goes through the pipeline."""
+        if table is not None and isinstance(gradient, tf.IndexedSlices):
+            # With one entry for each row, the norm of the entries is that of the gradient.
+            return summed(gradient)
+        if table is not None and self.lazy:
+            table.state.check_dense_gradient()
+        return gradient
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager.record import could_possibly_record
 
 from partial_embedding.errors import InputError
 from partial_embedding.rows import Config
@@ -53,6 +54,8 @@ class TableState:
         self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         # What `take_looked_up` gives.
         self._looked_up: Any = None
+        # The graph of the last look-up that is differentiated, where no optimizer was known yet.
+        self._graph_of_none: Callable[[], Any] = lambda: None
         self._is_freed = False
         with tf.init_scope():
             # int64, as TensorFlow keeps int32 tensors off the GPU.
@@ -105,11 +108,14 @@ class TableState:
         slots = self._slots_of(flat)
         sparse = self.optimizer is not None and self.optimizer.lazy
         rows = choose_rows(self.rows.value, slots, frozen, sparse)
-        if self.optimizer is None and tf.executing_eagerly():
-            # A lazy optimizer may be built in the very step that this look-up is for, and a dense
-            # gradient does not tell a row that was touched by one of zero. A function is traced
-            # once more after that.
-            rows = noted(rows, partial(self._note_looked_up, slots))
+        if could_possibly_record():
+            self._graph_of_none = lambda: None
+            # A lazy optimizer may be built after this look-up, and a dense gradient does not tell a
+            # row that was touched by one of zero. A function that steps is traced once more then.
+            if self.optimizer is None and tf.executing_eagerly():
+                rows = noted(rows, partial(self._note_looked_up, slots))
+            elif self.optimizer is None:
+                self._graph_of_none = weakref.ref(_outermost_graph())
         return tf.reshape(rows, tf.concat([tf.shape(ids), self.table.shape[1:]], 0))
 
     def _note_looked_up(self, slots: Any) -> None:
@@ -121,6 +127,16 @@ class TableState:
         """Which reserved rows eager gradients since the last step were of, shape (R,); or None."""
         looked_up, self._looked_up = self._looked_up, None
         return looked_up
+
+    def check_dense_gradient(self) -> None:
+        """Refuse a dense gradient whose look-ups the lazy optimizer that steps it cannot know."""
+        if self._graph_of_none() not in (None, _outermost_graph()):
+            raise InputError(
+                "lazy=True steps the rows that were looked up, and a dense gradient does not name "
+                f"them. Received one for {self.layer.name!r}, of a tf.function that was traced "
+                "before the optimizer was built. Call optimizer.build(model.trainable_variables) "
+                "first, and make the function anew."
+            )
 
     def _free_with_the_layer(self) -> None:
         """Free the memory of the variables when nothing refers to them any more.
@@ -246,6 +262,20 @@ class TableState:
     def kept(self) -> Any:
         """What the table holds of the reserved rows, shape (R, D)."""
         return tf.gather(self.table.value, self._reserved)
+
+
+def _outermost_graph() -> Any:
+    """The graph of the function that is traced now, not those of its branches and loops."""
+    graph = tf.compat.v1.get_default_graph()
+    while isinstance(getattr(graph, "outer_graph", None), tf.__internal__.FuncGraph):
+        graph = graph.outer_graph
+    return graph
+
+
+def free(variable: Any) -> None:
+    """Free the memory of a Keras variable, so that what was traced with it fails."""
+    for part in getattr(variable.value, "values", (variable.value,)):  # one for each replica
+        _empty(part.handle, part.dtype)
 
 
 def _empty(handle: Any, dtype: Any) -> None:

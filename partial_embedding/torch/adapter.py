@@ -83,7 +83,7 @@ class TorchTables:
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """The rows V and the columns D of each table."""
-        shapes = {name: table.weight.shape for name, table in self.tables.items()}
+        shapes = {name: table.leaf_weight.shape for name, table in self.tables.items()}
         return {name: (num_rows, width) for name, (num_rows, width) in shapes.items()}
 
     @property
@@ -100,7 +100,7 @@ class TorchTables:
 
     def check_rows(self, name: str, ids: Ids) -> None:
         """Refuse rows that cannot train, since their weight takes no gradient."""
-        if len(ids) and not self.tables[name].weight.requires_grad:
+        if len(ids) and not self.tables[name].leaf_weight.requires_grad:
             raise InputError(
                 f"rows train where the weight requires gradients. Received {len(ids):,} rows to "
                 "train in a weight with requires_grad=False, as from_pretrained(freeze=True), "

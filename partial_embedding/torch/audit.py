@@ -53,13 +53,12 @@ class FrozenRowAudit:
         self._shard = shard_of(self.table.leaf_weight)
         frozen = (~self._rows.mask).nonzero().flatten()
         self.num_frozen = len(frozen)
-        self.frozen: Tensor = frozen if self._shard is None else frozen[self._shard.has(frozen)]
+        self.frozen: Tensor = frozen[self._shard.has(frozen)]
         self._dtype = self.table.leaf_weight.dtype
         self._prints = self._fingerprints(self.frozen)
 
     def _fingerprints(self, ids: Tensor) -> Tensor:
-        start = 0 if self._shard is None else self._shard.start
-        return fingerprints(local(self.table.leaf_weight), ids - start)
+        return fingerprints(local(self.table.leaf_weight), ids - self._shard.start)
 
     def changed(self) -> Tensor:
         """The watched rows that are not what they were, int64, shape (n,).
@@ -89,13 +88,10 @@ class FrozenRowAudit:
         Raises:
             FrozenRowsMoved: At least one bit of a watched row is not what it was.
         """
-        changed = self.changed()
-        if self._shard is not None:
-            every = gathered(changed.cpu(), self.table.leaf_weight)
-            changed = torch.cat(every).sort().values
-        if not len(changed):
-            return
-        raise FrozenRowsMoved(moved_text(self.name, changed.tolist(), step, self._suspect()))
+        every = gathered(self.changed().cpu(), self.table.leaf_weight)
+        changed = torch.cat(every).sort().values.tolist()
+        if changed:
+            raise FrozenRowsMoved(moved_text(self.name, changed, step, self._suspect()), changed)
 
     def _suspect(self) -> str:
         if self.table.leaf_weight.dtype != self._dtype:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from partial_embedding.torch.hooks import tables_of
+from partial_embedding.torch.table import tables_of
 
 
 def keep_equal_rows(update: Callable[..., Any]) -> Callable[..., Any]:

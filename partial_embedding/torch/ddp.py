@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.hooks import after_backward, tables_of
+from partial_embedding.torch.hooks import after_backward
 from partial_embedding.torch.row_average import average, begin_alike, check_max_norm
 from partial_embedding.torch.shards import is_sharded
-from partial_embedding.torch.table import Group, PartialTable, tables_in
+from partial_embedding.torch.table import PartialTable, tables_in, tables_of
+from partial_embedding.torch.trainable_rows import ProcessGroup
 
 # By what wraps them, of which a copy finds its own tables.
 _wrapped: weakref.WeakKeyDictionary[nn.Module, _Tables] = weakref.WeakKeyDictionary()
@@ -42,7 +43,7 @@ class _Tables:
             and not is_sharded(table.leaf_weight)
         }
 
-        def group() -> Group | None:
+        def group() -> ProcessGroup | None:
             return None if (one := alive()) is None else one.process_group
 
         for table in self.tables.values():
@@ -92,7 +93,7 @@ def _take_tables_out(ddp: nn.Module, part: str, model: nn.Module | None) -> None
     ddp.register_forward_hook(_follow)
 
 
-def _what_stays(tables: Mapping[str, PartialTable], group: Group) -> set[int]:
+def _what_stays(tables: Mapping[str, PartialTable], group: ProcessGroup) -> set[int]:
     """The weight that is left to `DistributedDataParallel`, by its id."""
     trained = {n: table for n, table in tables.items() if table.leaf_weight.requires_grad}
     # Of embeddings alone it takes sparse gradients.

@@ -92,12 +92,16 @@ class PartialEmbedding(PartialTable, nn.Embedding):  # type: ignore[misc]  # one
         """
         if not is_scripting():
             weight, max_norm, sparse = _looked_up(self, input)
+            # Nothing compiles how torch leaves it out of a sparse gradient; the hook does it, too.
+            hooked = sparse and torch.compiler.is_compiling() and not is_rewritten(input)
+            padding_idx = None if hooked else self.padding_idx
         else:
             weight, max_norm, sparse = self.weight, self.max_norm, self.sparse
+            padding_idx = self.padding_idx
         return F.embedding(
             input,
             weight,
-            self.padding_idx,
+            padding_idx,
             max_norm,
             self.norm_type,
             self.scale_grad_by_freq,

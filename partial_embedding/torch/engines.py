@@ -5,15 +5,10 @@ They are known by what they leave on modules and parameters, since none of them 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
-
-if TYPE_CHECKING:
-    from partial_embedding.torch.table import PartialTable
 
 _LEAVE_OUT = (
     "Take fully_shard; or leave the table out: FullyShardedDataParallel(model, "
@@ -52,18 +47,20 @@ def lost_weight(table: nn.Module) -> InputError:
     )
 
 
-def refuse_zero(parameter: nn.Parameter, table: PartialTable) -> None:
-    """Refuse frozen rows where DeepSpeed's ZeRO steps a flat copy, in which all rows decay."""
-    is_third = hasattr(parameter, "ds_id")
-    if not (is_third or hasattr(parameter, "_hp_mapping")) or not table.has_frozen_rows:
-        return
-    if is_third:
-        raise InputError(
+def is_zero(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed's ZeRO steps a flat copy of a parameter, in which all rows decay."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def frozen_under_zero(parameter: nn.Parameter, table: nn.Module) -> InputError:
+    """What to say of frozen rows there."""
+    if hasattr(parameter, "ds_id"):
+        return InputError(
             "ZeRO-3 parts all parameters of a model among processes, and leaves none out. Received "
             f"a {type(table).__name__} with frozen rows in it. Use ZeRO-1 or ZeRO-2 with the "
             "tables in an optimizer of their own, or fully_shard."
         )
-    raise InputError(
+    return InputError(
         "DeepSpeed's ZeRO steps flat copies of parameters, without hooks. Received a "
         f"{type(table).__name__} with frozen rows among them. Take its weight out of "
         "model_parameters and step it by an optimizer of its own: whole = keep_whole(model); "

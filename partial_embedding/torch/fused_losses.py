@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient
 from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.table import PartialTable, tables_of
 from partial_embedding.torch.trainable_rows import used_frozen
 
 Backward = Callable[..., tuple[Tensor | None, ...]]

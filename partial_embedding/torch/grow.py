@@ -78,7 +78,7 @@ def grow_table(
     new = np.arange(size, size + rows, dtype=np.int64)
     trained = [table.row_set for table in tables]
     for parameter, values in made:
-        put_rows(parameter, values)
+        replace_rows(parameter, values)
     for table, row_set in zip(tables, trained, strict=True):
         note_height(model, table)
         table.note_growth(size, new)
@@ -88,7 +88,7 @@ def grow_table(
     return new.tolist()
 
 
-def put_rows(parameter: nn.Parameter, rows: Tensor) -> None:
+def replace_rows(parameter: nn.Parameter, rows: Tensor) -> None:
     """Give a parameter other values, of which there may be more or fewer rows.
 
     It stays the same object, so that optimizers and ties go on holding it. Its gradient, which is

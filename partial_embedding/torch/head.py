@@ -13,9 +13,9 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 from partial_embedding.errors import check_flags
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.torch.fused_losses import serve_fused_losses
-from partial_embedding.torch.hooks import by_rows, is_rewritten, tables_of
+from partial_embedding.torch.hooks import by_rows, is_rewritten
 from partial_embedding.torch.shards import is_sharded
-from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.table import PartialTable, tables_of
 
 
 class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weight, two views

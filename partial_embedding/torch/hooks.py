@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.engines import refuse_zero
+from partial_embedding.torch.engines import frozen_under_zero, is_zero
 from partial_embedding.torch.row_gradient import RowGradient, sparse_entries
 from partial_embedding.torch.shards import (
     Shard,
@@ -21,9 +21,7 @@ from partial_embedding.torch.shards import (
     shard_of,
     sharded_like,
 )
-
-if TYPE_CHECKING:
-    from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.trainable_rows import TrainableRows
 
 _living: weakref.WeakSet[RowHook] = weakref.WeakSet()
 
@@ -31,7 +29,10 @@ _living: weakref.WeakSet[RowHook] = weakref.WeakSet()
 class RowHook:
     """Keeps frozen rows out of the gradient of one parameter, and sparse gradients from view."""
 
-    def __init__(self, table: PartialTable, parameter: nn.Parameter) -> None:
+    # The module puts one on what other processes get; torch would warn of each that is left here.
+    __torch_unserializable__ = True
+
+    def __init__(self, table: TrainableRows, parameter: nn.Parameter) -> None:
         # Weak, since the parameter may outlive the module, and must not keep it alive. The table is
         # asked for the parameter: torch swaps the insides of no tensor that has a weak reference.
         self._table = weakref.ref(table)
@@ -49,18 +50,18 @@ class RowHook:
         _living.add(self)
 
     @property
-    def table(self) -> PartialTable | None:
+    def table(self) -> TrainableRows | None:
         """The table, as long as it lives and this is its parameter."""
         table = self._table()
         return table if table is not None and self._parameter_of(table) is not None else None
 
-    def _parameter_of(self, table: PartialTable) -> nn.Parameter | None:
+    def _parameter_of(self, table: TrainableRows) -> nn.Parameter | None:
         for parameter in table.hookable_parameters():
             if id(parameter) == self._parameter_id:
                 return parameter
         return None
 
-    def is_of(self, table: PartialTable) -> bool:
+    def is_of(self, table: TrainableRows) -> bool:
         """Whether it is this table's."""
         return self._table() is table
 
@@ -78,8 +79,8 @@ class RowHook:
         if parameter is None and not table.is_sharded:
             return grad  # another model's, which was the table's for one call
         table.__dict__["awaits_average"] = True  # past nn.Module, which looks for parameters
-        if parameter is not None:
-            refuse_zero(parameter, table)
+        if parameter is not None and is_zero(parameter) and table.has_frozen_rows:
+            raise frozen_under_zero(parameter, table)
         if is_sharded(grad):
             return _zero_in_shard(grad, parameter, table)
         held = None if parameter is None else parameter.grad
@@ -123,19 +124,12 @@ def hooks_on(parameter: Tensor) -> list[RowHook]:
     return [hook for hook in hooks.values() if isinstance(hook, RowHook)] if hooks else []
 
 
-def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
-    """The living tables whose rows a parameter holds."""
-    for hook in hooks_on(parameter):
-        if (table := hook.table) is not None:
-            yield table
-
-
 def refuse_orphan(parameter: Tensor) -> None:
     """Refuse a weight with frozen rows whose table is gone, so that nothing keeps them."""
     hooks = hooks_on(parameter)
-    if not any(hook.rows.has_frozen for hook in hooks) or any(tables_of(parameter)):
-        return
-    if any(hook._table() is None for hook in hooks):
+    has_frozen = any(hook.rows.has_frozen for hook in hooks)
+    has_table = any(hook.table is not None for hook in hooks)
+    if has_frozen and not has_table and any(hook._table() is None for hook in hooks):
         raise InputError(
             "rows of a weight are frozen for as long as its table is there. Received a weight of "
             f"the shape {tuple(parameter.shape)} whose table is gone, as where a graph was made of "
@@ -144,7 +138,7 @@ def refuse_orphan(parameter: Tensor) -> None:
         )
 
 
-def _without_frozen(ids: Tensor, values: Tensor, table: PartialTable) -> tuple[Tensor, Tensor]:
+def _without_frozen(ids: Tensor, values: Tensor, table: TrainableRows) -> tuple[Tensor, Tensor]:
     if table._row_set is not None:
         rows = table.row_set.to(ids.device)
         if len(rows) == rows.num_rows:
@@ -160,7 +154,7 @@ def _without_frozen(ids: Tensor, values: Tensor, table: PartialTable) -> tuple[T
     return ids.index_select(0, kept), values.index_select(0, kept)
 
 
-def _sparse_without_frozen(grad: Tensor, table: PartialTable) -> Tensor:
+def _sparse_without_frozen(grad: Tensor, table: TrainableRows) -> Tensor:
     if grad.requires_grad:
         grad = grad.coalesce()  # only then do its values take part in a second derivative
         ids, values = grad.indices()[0], grad.values()
@@ -172,7 +166,7 @@ def _sparse_without_frozen(grad: Tensor, table: PartialTable) -> Tensor:
     return torch.sparse_coo_tensor(kept.unsqueeze(0), left, grad.shape, check_invariants=False)
 
 
-def _zero_where_frozen(grad: Tensor, table: PartialTable, shard: Shard | None = None) -> Tensor:
+def _zero_where_frozen(grad: Tensor, table: TrainableRows, shard: Shard | None = None) -> Tensor:
     # Selected, not multiplied: inf * 0 is NaN.
     if table.has_frozen_rows:
         mask = table.row_set.to(grad.device).mask
@@ -186,7 +180,7 @@ def _zero_where_frozen(grad: Tensor, table: PartialTable, shard: Shard | None = 
     return grad.index_fill(0, ids if shard is None else shard.own(ids), 0)
 
 
-def _zero_in_shard(grad: Tensor, parameter: nn.Parameter | None, table: PartialTable) -> Tensor:
+def _zero_in_shard(grad: Tensor, parameter: nn.Parameter | None, table: TrainableRows) -> Tensor:
     if parameter is None or not (table.has_frozen_rows or table.padding_row is not None):
         return grad
     if isinstance(local(grad), RowGradient):
@@ -214,7 +208,7 @@ def _hold_rows_of(parameter: Tensor) -> None:
 # A sparse gradient on its way to the weight
 
 
-def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
+def by_rows(weight: Tensor, table: TrainableRows) -> Tensor:
     """The weight to look rows up in, whose sparse gradient arrives as a `RowGradient`.
 
     A hook on the weight may not put a dense gradient in the place of a sparse one, so that
@@ -233,7 +227,7 @@ def by_rows(weight: Tensor, table: PartialTable) -> Tensor:
     return through
 
 
-def goes_by_rows(weight: Tensor, table: PartialTable) -> bool:
+def goes_by_rows(weight: Tensor, table: TrainableRows) -> bool:
     """Whether `by_rows` gives another way to a weight."""
     if torch.compiler.is_compiling() or is_rewritten(weight):
         return False
@@ -241,7 +235,7 @@ def goes_by_rows(weight: Tensor, table: PartialTable) -> bool:
     return learns and not table.is_left_to_ddp
 
 
-def close_passage(table: PartialTable) -> None:
+def close_passage(table: TrainableRows) -> None:
     """Forget the way to a weight that a table may no longer have."""
     vars(table).pop("_passage", None)
 
@@ -263,7 +257,7 @@ class _ByRows(torch.autograd.Function):
     """The weight as it is; on the way back, rows in the place of a sparse tensor."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, table: weakref.ref[PartialTable]) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, table: weakref.ref[TrainableRows]) -> Tensor:
         ctx.table = table
         return weight.detach()  # no view, which could not be used again once the weight has moved
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -55,6 +56,8 @@ class StateLayout:
         rests: With a gradient of zero a row, and what is remembered of it, keep their bits.
         flat: There is one history for all parameters together.
         sparse: Only sparse gradients are accepted.
+        closes: A closure that `step` is given is called; where it is not, it changes nothing.
+        alone: What is in a group of its own, after the user's, is stepped as it is in theirs.
     """
 
     keys: frozenset[str] = frozenset()
@@ -67,6 +70,8 @@ class StateLayout:
     rests: bool = False
     flat: bool = False
     sparse: bool = False
+    closes: bool = True
+    alone: bool = True
 
 
 def inspect_optimizer(optimizer: Optimizer, group: Group, weight: Tensor) -> StateLayout:
@@ -161,11 +166,18 @@ def _inspected(name: str, optimizer: Optimizer, group: Group, weight: Tensor) ->
             raise _refusal(name, "it remembers something outside its state and groups")
         states.append(dry_run.state)
     per_row = _keys_by_row(name, *states)
-    _check_closure(name, dry_run_of(group, _scratch(2, weight)))
+    closes = _calls_closure(name, dry_run_of(group, _scratch(2, weight)))
     counted = dry_run.changed_options()
+    for key in counted:
+        if not isinstance(_number_of(dry_run.group[key]), int | float | None):
+            raise _refusal(name, f"what it keeps in a parameter group, {key!r}, is no number")
     # A count in the group is the same for every row; anything else there came from all of them.
     counts_alone = all(_is_count(dry_run.group[key]) for key in counted)
     group = _without_warm_up(group)
+    others = len(optimizer.param_groups)
+    alone = _steps_groups_after(others, *(dry_run_of(group, _scratch(2, weight)) for _ in "ab"))
+    if counted and not alone:
+        raise _refusal(name, "it keeps something of each parameter group outside the group")
     elementwise = counts_alone and _is_elementwise(dry_run_of, group, weight)
     return StateLayout(
         keys=frozenset(states[0].keys() | states[1].keys()),
@@ -177,6 +189,8 @@ def _inspected(name: str, optimizer: Optimizer, group: Group, weight: Tensor) ->
         elementwise=elementwise,
         rests=elementwise and not sparse and _rests(dry_run_of, group, weight, per_row),
         sparse=sparse,
+        closes=closes,
+        alone=alone,
     )
 
 
@@ -235,27 +249,53 @@ def _keys_by_row(name: str, small: State, large: State) -> frozenset[str]:
     return frozenset(per_row)
 
 
+def _number_of(value: object) -> object:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
 def _is_count(value: object) -> bool:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    return isinstance(value, int | float) and float(value).is_integer()
+    number = _number_of(value)
+    return isinstance(number, int | float) and float(number).is_integer()
 
 
-def _check_closure(name: str, dry_run: DryRun) -> None:
-    """Refuse an optimizer that looks at parameters before its closure, where the table still is."""
+def _calls_closure(name: str, dry_run: DryRun) -> bool:
+    """Whether an optimizer calls its closure; refuses one that looks at parameters before that."""
     table = nn.Parameter(dry_run.block.detach().clone())
     table.grad = dry_run.as_gradient(torch.ones_like(table))
     before = table.detach().clone()
     dry_run.group["params"][:] = [table]
+    called = []
 
     def closure() -> Tensor:
+        called.append(True)
         dry_run.group["params"][:] = [dry_run.block]
         dry_run.block.grad = dry_run.as_gradient(dry_run.gradient())
         return dry_run.block.new_zeros(())
 
-    dry_run.run(closure)
-    if not torch.equal(table, before) or dry_run.clone.state.get(table):
+    try:
+        dry_run.run(closure)
+    except (
+        Exception
+    ):  # whatever a step raises that takes no closure, but something else, or nothing
+        if called:
+            raise
+    if called and (not torch.equal(table, before) or dry_run.clone.state.get(table)):
         raise _refusal(name, "it touches parameters before its closure runs")
+    return bool(called)
+
+
+def _steps_groups_after(others: int, dry_run: DryRun, own: DryRun) -> bool:
+    """Whether a group that comes after those of the user is stepped as well as they are."""
+    own.clone.param_groups[:0] = [
+        {**copy.deepcopy(own.options), "params": []} for _ in range(others)
+    ]
+    try:
+        for _ in range(_STEPS):
+            dry_run.step()
+            own.step()
+    except Exception:  # whatever it raises that looks for what it keeps of a group
+        return False
+    return torch.allclose(dry_run.block, own.block, rtol=1e-5, atol=1e-7)
 
 
 def _is_elementwise(dry_run_of: DryRunOf, group: Group, weight: Tensor) -> bool:

@@ -25,10 +25,6 @@ _PARTIAL: dict[type[nn.Module], type[PartialTable]] = {
 }
 
 
-# What has loaded this may have adapted a model.
-_PEFT = "peft.tuners.tuners_utils"
-
-
 def replace_embedding(
     model: nn.Module,
     name: str | nn.Module | None = None,
@@ -108,8 +104,8 @@ def restore_embedding(model: nn.Module) -> list[str]:
     check_model(model)
     tables = {n: m for n, m in model.named_modules() if isinstance(m, PartialTable)}
     plain = {name: _plain_class(name, type(table)) for name, table in tables.items()}
-    if _PEFT in sys.modules:
-        from partial_embedding.torch.adapter_rows import leave_adapters
+    if "peft" in sys.modules:
+        from partial_embedding.torch.peft_rows import leave_adapters
 
         leave_adapters(model)
     for name, table in tables.items():
@@ -271,7 +267,9 @@ def train_only(model: nn.Module, table: Any, ids: Ids, sparse: bool) -> dict[str
             _make_partial(module, sparse)
     table.set_trainable_ids(ids)
     if getattr(model, "peft_config", None):
-        _stand_beside_adapters(model)
+        from partial_embedding.torch.peft_rows import stand_beside_adapters
+
+        stand_beside_adapters(model)
     if len(ids):
         table.weight.requires_grad_(True)
         for module in users.values():
@@ -359,36 +357,13 @@ def _stay_partial(parent: nn.Module, name: str, new: Any) -> None:
 
 
 def _meet_peft(parent: nn.Module, name: str, part: nn.Module | None) -> nn.Module | None:
-    """Let `peft` know the tables of a model before it adapts it, and let their rows learn after."""
-    if _PEFT not in sys.modules:
+    """Let what `peft` puts into a model know the tables there."""
+    if not hasattr(sys.modules.get("peft"), "PeftModel"):
         return None
-    tuner, tokens = (
-        getattr(sys.modules[f"peft.{module}"], kind, ())
-        for module, kind in (
-            ("tuners.tuners_utils", "BaseTuner"),
-            ("utils.other", "TrainableTokensWrapper"),
-        )
-    )
-    if isinstance(part, tuner) or (isinstance(parent, tuner) and name == "model"):
-        _stand_beside_adapters(part, adapted=isinstance(part, tuner))
-    elif isinstance(part, tokens) and isinstance(table := parent._modules.get(name), PartialTable):
-        from partial_embedding.torch.adapter_rows import serve_tokens
-
-        return serve_tokens(table, part)
-    elif isinstance(part, PartialTable) and name in ("base_layer", "original_module"):
-        from partial_embedding.torch.adapter_rows import know_wrapper
-
-        know_wrapper(part, parent)
-    return None
-
-
-def _stand_beside_adapters(model: Any, adapted: bool = False) -> None:
     # Not at the top: peft is an optional package, and loads many others.
-    from partial_embedding.torch.adapter_rows import let_rows_learn, stand_beside_adapters
+    from partial_embedding.torch.peft_rows import meet
 
-    stand_beside_adapters(model)
-    if adapted:
-        let_rows_learn(model)
+    return meet(parent, name, part)
 
 
 register_module_module_registration_hook(_stay_partial)

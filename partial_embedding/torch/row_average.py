@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_gradient import RowGradient, as_tensor, entries_of
 from partial_embedding.torch.rowcopy import distinct, read_rows, sum_rows, write_rows
 from partial_embedding.torch.shards import local
-from partial_embedding.torch.table import Group, PartialTable
+from partial_embedding.torch.table import PartialTable, tables_of
+from partial_embedding.torch.trainable_rows import ProcessGroup
 
 _NONE, _SPARSE, _DENSE = 0, 1, 2
 
@@ -35,14 +35,14 @@ def check_max_norm(tables: Mapping[str, PartialTable]) -> None:
 
 
 @torch.no_grad()
-def begin_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
+def begin_alike(parameters: Mapping[str, nn.Parameter], group: ProcessGroup) -> None:
     """Give all processes the values of the first one; each of them calls this."""
     check_alike(parameters, group)
     for parameter in parameters.values():
         dist.broadcast(parameter.detach(), dist.get_global_rank(group, 0), group=group)
 
 
-def check_alike(parameters: Mapping[str, nn.Parameter], group: Group) -> None:
+def check_alike(parameters: Mapping[str, nn.Parameter], group: ProcessGroup) -> None:
     """Refuse processes that made tables of other sizes; each of them calls this."""
     shapes = {name: (*one.shape, str(one.dtype)) for name, one in parameters.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
@@ -157,7 +157,7 @@ class _Gradient:
         self.weight.grad = RowGradient(ids, mean, self.rows.num_rows)
 
 
-def _tell_each_other(gradients: Sequence[_Gradient], group: Group) -> list[_Gradient]:
+def _tell_each_other(gradients: Sequence[_Gradient], group: ProcessGroup) -> list[_Gradient]:
     """Those that some process has a new gradient of."""
     device = gradients[0].weight.device
     own = torch.tensor([gradient.header for gradient in gradients], device=device)
@@ -191,7 +191,7 @@ def _alike(gradients: Iterable[_Gradient], kind: int) -> Iterable[list[_Gradient
     return found.values()
 
 
-def _average_dense(gradients: Sequence[_Gradient], group: Group) -> None:
+def _average_dense(gradients: Sequence[_Gradient], group: ProcessGroup) -> None:
     own = _joined([gradient.by_slot() for gradient in gradients])
     mean = _reduced(own.div_(dist.get_world_size(group)), group)
     parts = mean.split([len(gradient.rows) for gradient in gradients])
@@ -199,7 +199,7 @@ def _average_dense(gradients: Sequence[_Gradient], group: Group) -> None:
         gradient.become_dense(part)
 
 
-def _average_sparse(gradients: Sequence[_Gradient], group: Group) -> None:
+def _average_sparse(gradients: Sequence[_Gradient], group: ProcessGroup) -> None:
     # As if they were one table, in which the slots of each begin where those before it end.
     ends = list(itertools.accumulate(len(gradient.rows) for gradient in gradients))
     starts = [0, *ends[:-1]]
@@ -219,7 +219,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def _sums_of_stepped(
-    stepped: Tensor, values: Tensor, counts: list[int], height: int, group: Group
+    stepped: Tensor, values: Tensor, counts: list[int], height: int, group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """The slots that any process stepped, rising, and the sums of their values."""
     everyone = _gathered(stepped.int(), counts, group)
@@ -238,7 +238,7 @@ def _sums_of_stepped(
     return union, total
 
 
-def _gathered(own: Tensor, counts: list[int], group: Group) -> list[Tensor]:
+def _gathered(own: Tensor, counts: list[int], group: ProcessGroup) -> list[Tensor]:
     """The rows that each process gives, of which there are so many."""
     padded = own.new_zeros(max(counts), *own.shape[1:])
     padded[: len(own)] = own
@@ -248,7 +248,7 @@ def _gathered(own: Tensor, counts: list[int], group: Group) -> list[Tensor]:
     return [theirs[:count] for theirs, count in zip(everyone, counts, strict=True)]
 
 
-def _reduced(values: Tensor, group: Group) -> Tensor:
+def _reduced(values: Tensor, group: ProcessGroup) -> Tensor:
     """The sums over all processes, in the same memory."""
     if len(values):
         dist.all_reduce(values, group=group)

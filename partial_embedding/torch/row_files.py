@@ -5,34 +5,33 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from partial_embedding.errors import InputError, check_flags
+from partial_embedding.errors import InputError
 from partial_embedding.files import write_atomically
-from partial_embedding.torch.rowset import shown
-from partial_embedding.torch.shards import is_first, put_rows, rows_of, rows_that_differ
-from partial_embedding.torch.table import check_model, row_parameters_in
+from partial_embedding.torch.rows_by_name import (
+    PEFT_PREFIX,
+    Parts,
+    Path_,
+    check_parts,
+    parameters_of,
+    plain_name,
+    read_tensors,
+    trained_rows,
+    write_parts,
+)
+from partial_embedding.torch.shards import is_first, rows_of
 from partial_embedding.torch.tokens import put_into, tokenizer_of
 from partial_embedding.torch.vocabulary_tables import VocabularyTables
 
 _FORMAT = "partial_embedding rows 1"
-_PEFT_PREFIX = "base_model.model."
 _PEFT_NAME = "trainable_tokens_delta"
-
-# Under which a parameter remembers the rows that files have brought.
-_LOADED = "_rows_of_files"
-
-Path_ = str | os.PathLike[str]
-# Ids and values of rows, by the parameter's name in the model itself.
-Parts = dict[str, tuple[Tensor, Tensor]]
 
 
 def save_rows(model: nn.Module, path: Path_, tokenizer: Any = None) -> None:
@@ -65,7 +64,7 @@ def save_rows(model: nn.Module, path: Path_, tokenizer: Any = None) -> None:
         >>> torch.equal(model[0].weight[7], plain[0].weight[7])
         True
     """
-    rows, parameters = _trained(model), _parameters(model)
+    rows, parameters = trained_rows(model), parameters_of(model)
     tensors: dict[str, Tensor] = {}
     for key, ids in rows.items():
         tensors[key] = rows_of(parameters[key], ids)
@@ -115,7 +114,7 @@ def load_rows(
         >>> torch.equal(model[0].weight[7], trained[0].weight[7])
         True
     """
-    tensors, about = _read(path)
+    tensors, about = read_tensors(path)
     if about.get("format") != _FORMAT:
         raise InputError(
             f"{path}: rows come from a file that save_rows wrote. Received another. Name one."
@@ -133,12 +132,12 @@ def load_rows(
     if tokenizer is not None:
         tokenizer = tokenizer_of(tokenizer)
         missing = _missing_tokens(path, about, tokenizer)
-    count = _check_parts(model, path, parts, sizes, may_grow=bool(missing))
-    _check_overlap(model, path, parts, overwrite)
+    may_grow = bool(missing)
+    count = check_parts(model, path, parts, sizes, may_grow=may_grow, overwrite=overwrite)
     if count:
         VocabularyTables(model).grow(count)
     put_into(tokenizer, missing)
-    return _write(model, parts)
+    return write_parts(model, parts)
 
 
 def export_peft(model: Any, folder: Path_) -> None:
@@ -166,7 +165,7 @@ def export_peft(model: Any, folder: Path_) -> None:
         ...     sorted(os.listdir(folder))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    rows = _trained(model)
+    rows = trained_rows(model)
     if biases := [key for key in rows if not key.endswith(".weight")]:
         raise InputError(
             f"PEFT's trainable tokens have no bias. Received {biases[0]!r}, whose rows train. Use "
@@ -188,9 +187,9 @@ def export_peft(model: Any, folder: Path_) -> None:
         "task_type": None,
         "trainable_token_indices": {name: rows[f"{name}.weight"].tolist() for name in names},
     }
-    parameters = _parameters(model)
+    parameters = parameters_of(model)
     tensors = {
-        f"{_PEFT_PREFIX}{name}.token_adapter.{_PEFT_NAME}": rows_of(
+        f"{PEFT_PREFIX}{name}.token_adapter.{_PEFT_NAME}": rows_of(
             parameters[f"{name}.weight"], rows[f"{name}.weight"]
         )
         for name in names
@@ -236,13 +235,13 @@ def import_peft(
     place = Path(folder)
     config = _config_in(place)
     indices = config.get("token_indices") or config.get("trainable_token_indices")
-    tensors, _ = _read(place / "adapter_model.safetensors")
+    tensors, _ = read_tensors(place / "adapter_model.safetensors")
     parts: Parts = {}
     for key, values in tensors.items():
         if not key.endswith(f".{_PEFT_NAME}") or not indices:
             continue
         name = key.removesuffix(f".{_PEFT_NAME}").removesuffix(".token_adapter")
-        name = _plain(f"{name}.weight").removesuffix(".weight")
+        name = plain_name(f"{name}.weight").removesuffix(".weight")
         own = indices
         if isinstance(indices, dict):
             own = next((i for end, i in indices.items() if f".{name}".endswith(f".{end}")), None)
@@ -257,9 +256,8 @@ def import_peft(
             f"{place}: an adapter with trainable tokens is meant. Received a "
             f"{config.get('peft_type')} adapter without. For others use peft."
         )
-    _check_parts(model, place, parts, {}, may_grow=False)
-    _check_overlap(model, place, parts, overwrite)
-    return _write(model, parts)
+    check_parts(model, place, parts, {}, may_grow=False, overwrite=overwrite)
+    return write_parts(model, parts)
 
 
 def _config_in(place: Path) -> dict[str, Any]:
@@ -274,40 +272,7 @@ def _config_in(place: Path) -> dict[str, Any]:
     return config
 
 
-# What trains, and what tokens it stands for
-
-
-def _plain(name: str) -> str:
-    """A parameter's name in the model itself, whatever is wrapped around it or the model."""
-    return name.replace("_orig_mod.", "").removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    check_model(model)
-    named = model.named_parameters(remove_duplicate=False)
-    return {_plain(name): parameter for name, parameter in named}
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable rows of each parameter, by its name in the model itself."""
-    names = {id(own): name for name, own in reversed(_parameters(model).items())}
-    rows = {
-        names[id(parameter)]: table.row_set.ids
-        for _, table, parameter in row_parameters_in(model)
-        if table.has_frozen_rows
-    }
-    if copied := [name for name in rows if ".modules_to_save." in name]:
-        raise InputError(
-            "saved rows are those of a model's own tables. Received one in which peft has a copy "
-            f"for each adapter, {copied[0]!r}. Call save_pretrained, which saves copies whole; or "
-            "merge_and_unload first."
-        )
-    if not any(map(len, rows.values())):
-        raise InputError(
-            "saved rows are those of a partly trainable table. Received a "
-            f"{type(model).__name__} in which all rows train, or none. Save its state_dict."
-        )
-    return rows
+# What tokens rows stand for
 
 
 def _tokens_of(tokenizer: Any, rows: Tensor) -> dict[str, str]:
@@ -366,21 +331,6 @@ def _missing_tokens(path: Path_, about: dict[str, str], tokenizer: Any) -> list[
     return missing
 
 
-# Reading and writing
-
-
-def _read(path: Path_) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        # Older releases of safetensors put what they read on the default device, the user's.
-        with torch.device("cpu"), safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(
-            f"{path}: a safetensors file is meant. Received: {error}. "
-            "Check the path, or get it again."
-        ) from None
-
-
 def _json_of(
     path: Path_, about: Mapping[str, str], name: str, read: Callable[[str, Any], tuple[Any, Any]]
 ) -> dict[Any, Any]:
@@ -398,81 +348,3 @@ def _size(key: str, num_rows: object) -> tuple[str, int]:
     if type(num_rows) is not int:
         raise TypeError
     return key, num_rows
-
-
-def _check_parts(
-    model: nn.Module, path: Path_, parts: Parts, sizes: dict[str, Any], may_grow: bool
-) -> int:
-    """Refuse rows that do not fit the model, and say by how many rows its tables have to grow."""
-    known = _parameters(model)
-    lacking = set()
-    for key, (ids, values) in parts.items():
-        if key not in known:
-            raise InputError(
-                f"{path}: rows belong to one model. Received a {type(model).__name__} without "
-                f"{key!r}. Pass the one that they were saved of."
-            )
-        here = known[key]
-        if here.shape[1:] != values.shape[1:]:
-            raise InputError(
-                f"{path}: {key!r} has rows of shape {tuple(values.shape[1:])}. Received a model "
-                f"where they are {tuple(here.shape[1:])}. Pass the one that they were saved of."
-            )
-        is_one_each = ids.shape == values.shape[:1] and len(ids.unique()) == len(ids)
-        if ids.dtype != torch.int64 or not is_one_each:
-            raise InputError(
-                f"{path}: each row of {key!r} has one id, an int64. Received {len(values)} rows "
-                f"and {ids.dtype} ids of shape {tuple(ids.shape)}: {shown(ids.flatten())}. "
-                "Save them again."
-            )
-        size = sizes.get(key, len(here))
-        lacking.add(size - len(here))
-        too_small = size != len(here) and not (may_grow and len(here) < size)
-        if too_small or (len(ids) and not 0 <= ids.min() <= ids.max() < size):
-            raise InputError(
-                f"{path}: {key!r} had {sizes.get(key, 'more')} rows, of which {shown(ids)} are "
-                f"here. Received a model with {len(here)}. Pass the tokenizer too, so that its "
-                "tables grow, or the model of that vocabulary."
-            )
-    for key, (ids, values) in parts.items():
-        for other, (its_ids, its_values) in parts.items():
-            if known[other] is known[key] and not (
-                torch.equal(ids, its_ids) and torch.equal(values, its_values)
-            ):
-                raise InputError(
-                    f"{path}: tables that are tied have the same rows. Received others for "
-                    f"{key!r} than for {other!r}. Pass a model in which they are not tied."
-                )
-    if len(lacking) > 1:
-        raise InputError(
-            f"{path}: all tables grow by as many rows. Received a model whose tables lack "
-            f"{', '.join(map(str, sorted(lacking)))}. Pass the model that they were trained with."
-        )
-    return int(max(lacking, default=0))
-
-
-def _check_overlap(model: nn.Module, path: Path_, parts: Parts, overwrite: bool) -> None:
-    check_flags(overwrite=overwrite)
-    known = _parameters(model)
-    for key, (ids, values) in parts.items():
-        parameter = known[key]
-        brought = vars(parameter).get(_LOADED)
-        if brought is None or overwrite:
-            continue
-        again = torch.isin(ids, brought)
-        both = rows_that_differ(parameter, ids[again], values[again])
-        if len(both):
-            raise InputError(
-                f"{path}: rows of two files are not the same ones. Received {shown(both)} of "
-                f"{key!r}, which another file has brought. Pass overwrite=True to replace them."
-            )
-
-
-def _write(model: nn.Module, parts: Parts) -> dict[str, list[int]]:
-    known = _parameters(model)
-    for key, (ids, values) in parts.items():
-        parameter = known[key]
-        put_rows(parameter, ids, values)
-        brought = vars(parameter).get(_LOADED, ids)
-        vars(parameter)[_LOADED] = torch.cat([brought, ids]).unique()
-    return {key: ids.tolist() for key, (ids, _) in parts.items()}

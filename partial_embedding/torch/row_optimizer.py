@@ -15,7 +15,7 @@ from partial_embedding.errors import InputError
 from partial_embedding.torch.blocks import Block
 from partial_embedding.torch.dry_run import LISTS, Group, State
 from partial_embedding.torch.engines import refuse_flat
-from partial_embedding.torch.hooks import refuse_orphan, tables_of
+from partial_embedding.torch.hooks import refuse_orphan
 from partial_embedding.torch.inspection import (
     KEY,
     StateLayout,
@@ -34,7 +34,7 @@ from partial_embedding.torch.saving import (
     without_tables,
 )
 from partial_embedding.torch.shards import check_sharding, is_sharded, local
-from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.table import PartialTable, tables_of
 from partial_embedding.torch.table_state import TableState, clear_history
 from partial_embedding.torch.trainable_rows import waiting
 from partial_embedding.torch.unheld import refuse_lost, refuse_what_cannot_train
@@ -133,11 +133,15 @@ class Rowwise:
             return None  # a step of the parent class, made by the stand-in in the midst of its own
         self._forget_blocks()
         places = self._find_tables()
+        self._follow_state()
         self._follow_history()  # here, since LBFGS looks its history up before the closure
         # The maths runs on a stand-in with groups of its own. The user's optimizer thus holds its
         # tables at any time: while the closure runs, for other hooks, and after an exception.
         self._stand_in = stand_in = self._make_stand_in(places)
         args = (stand_in, *args[1:])
+        if not all(state.layout.closes for state in self.tables.values()):
+            self._gather(stand_in, places)
+            return args, kwargs
         return with_gradients(args, kwargs, lambda: self._gather(stand_in, places), self._scatter)
 
     def _find_tables(self) -> list[list[int]]:
@@ -308,6 +312,15 @@ class Rowwise:
         lent_out, self._blocks = self._blocks, []
         return [self.optimizer.state.pop(lent.block.parameter, {}) for lent in lent_out]
 
+    def _follow_state(self) -> None:
+        """Go on from what there is where somebody has emptied the optimizer's state, or set it."""
+        kept = self.optimizer.state
+        for state in self.tables.values():
+            if state.is_marked and KEY not in kept.get(state.parameter, ()):
+                groups = self.optimizer.param_groups
+                own = next(g for g in groups if any(p is state.parameter for p in g["params"]))
+                state.adopt_from(self.optimizer, own)
+
     def _follow_history(self) -> None:
         """Clear LBFGS's one flat history for all parameters when its length no longer fits."""
         changed = [state.sync() for state in self.tables.values() if state.layout.flat]
@@ -318,6 +331,7 @@ class Rowwise:
 
     def _before_saving(self, optimizer: Optimizer) -> None:
         self._forget_blocks()
+        self._follow_state()
         # Rows may have changed since the last step, and what is saved belongs to those of now.
         self._follow_history()
         for state in self.tables.values():
@@ -380,7 +394,7 @@ def with_gradients(
     That is now, or after each call of a closure, `before` which something may be called, too.
     """
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
+    if not callable(closure):  # some steps take other things
         then()
         return args, kwargs
 
@@ -431,4 +445,6 @@ def _why_unscaled(optimizer: Optimizer, layout: StateLayout, group: Group) -> st
         return f"{name}, which has one rate for all parameters"
     if "lr" in layout.in_group or not isinstance(group.get("lr"), int | float | Tensor):
         return f"{name}, whose parameter groups have no lr of the user's"
+    if not layout.alone:
+        return f"{name}, which keeps something of each parameter group outside the group"
     return None

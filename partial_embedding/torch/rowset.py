@@ -42,6 +42,7 @@ class RowSet:
         self.rate_scales = {n: p for n, p in (rate_scales or {}).items() if n in self.cohorts}
         self.next_number = next_number
         self.device = torch.device(device)
+        self._within: dict[Shard, RowSet] = {}
         # The row id of each slot, int64, shape (K,); without a copy where there is one cohort.
         none, ids = torch.empty(0, dtype=torch.int64, device=self.device), self.cohorts.values()
         self.order = next(iter(ids)) if len(ids) == 1 else torch.cat([none, *ids])
@@ -128,9 +129,15 @@ class RowSet:
 
     def within(self, shard: Shard) -> RowSet:
         """The rows that one process has, numbered from its first; no cohort is left out."""
+        if shard == Shard(0, self.num_rows):
+            return self
+        if (known := self._within.get(shard)) is not None:
+            return known
         own = {number: shard.own(ids) for number, ids in self.cohorts.items()}
         rows = shard.stop - shard.start
-        return RowSet(rows, own, self.next_number, self.device, self.rate_scales, keep_empty=True)
+        found = RowSet(rows, own, self.next_number, self.device, self.rate_scales, keep_empty=True)
+        self._within[shard] = found
+        return found
 
     def to(self, device: torch.device) -> RowSet:
         """The same row set on another device."""

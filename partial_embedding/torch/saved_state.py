@@ -27,7 +27,7 @@ _TYPES = {kind: type_ for type_, kind in _NUMBERS.items()}
 
 
 def by_row(
-    cohorts: Mapping[int, Cohort], per_row: frozenset[str], one_row: State, start: int = 0
+    cohorts: Mapping[int, Cohort], per_row: frozenset[str], one_row: State, start: int
 ) -> State:
     """What an optimizer remembers of cohorts.
 

@@ -39,7 +39,7 @@ from partial_embedding.torch.saved_state import (
     rate_scales_in,
     rows_in,
 )
-from partial_embedding.torch.shards import gathered, shard_of
+from partial_embedding.torch.shards import gathered, is_sharded, shard_of
 from partial_embedding.torch.table_state import TableState
 
 Tables = Mapping[int, TableState]
@@ -82,7 +82,7 @@ def mark(optimizer: Optimizer, tables: Tables) -> None:
             table = tables.get(id(parameter))
             if table is None or table.layout.flat or parameter in optimizer.state:
                 continue
-            keeps = bool(table.layout.keys)
+            keeps = table.is_marked = bool(table.layout.keys)
             optimizer.state[parameter] = (
                 {**table.shared_state, KEY: _Kept(table, optimizer, group)} if keeps else {}
             )
@@ -182,7 +182,7 @@ class _Kept:
 
     def _dumped(self) -> State:
         table = self._owners[0]
-        if shard_of(table.parameter) is not None:
+        if is_sharded(table.parameter):
             return {}  # which would be a call that all processes make
         table.sync()
         return _dumped(*self._owners)
@@ -203,13 +203,9 @@ def _dumped(table: TableState, optimizer: Optimizer, group: Group) -> State:
     if any(layout.keys - cohort.state.keys() for cohort in table.cohorts.values()):
         # What loads into the tensors of this checkpoint finds those of rows that have stepped.
         one_row = state_of_one_row(optimizer, layout, group, table.values)
-    shard = shard_of(table.parameter)
-    if shard is None:
-        entry = by_row(table.cohorts, layout.per_row, one_row)
-    else:
-        own = by_row(table.cohorts, layout.per_row, one_row, shard.start)
-        together = partial(gathered, weight=table.parameter)
-        entry = joined(own, together, shards.CHUNK_BYTES)
+    entry = by_row(table.cohorts, layout.per_row, one_row, shard_of(table.parameter).start)
+    if is_sharded(table.parameter):
+        entry = joined(entry, partial(gathered, weight=table.parameter), shards.CHUNK_BYTES)
     return {"num_rows": table.parameter.shape[0], **entry}
 
 

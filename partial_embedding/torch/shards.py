@@ -57,14 +57,14 @@ def local(tensor: Tensor) -> Tensor:
     return own
 
 
-def shard_of(weight: Tensor) -> Shard | None:
-    """The rows of a weight that this process has, or None where it has all.
+def shard_of(weight: Tensor) -> Shard:
+    """The rows of a weight that this process has, which are all of a plain one.
 
     Raises:
         InputError: It is not split by rows.
     """
     if not is_sharded(weight):
-        return None
+        return Shard(0, weight.shape[0])
     held: DTensor = weight
     split = [placement for placement in held.placements if not placement.is_replicate()]
     # FSDP2 has a name of its own for what it shards a second time.
@@ -168,12 +168,16 @@ def replicate_gradients(tables: Iterable[nn.Parameter], others: Iterable[Tensor]
 def gathered(own: Any, weight: Tensor) -> list[Any]:
     """What each process has, to be pickled, that has a shard of a weight; they all call this.
 
+    A plain weight is one process's alone.
+
     Raises:
         InputError: A process did not call it within `PATIENCE`.
     """
+    everyone = [own]
+    if not is_sharded(weight):
+        return everyone
     held: DTensor = weight
     _meet(held)
-    everyone = [own]
     for axis, placement in enumerate(held.placements):
         if placement.is_replicate():
             continue
@@ -198,28 +202,23 @@ def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
 
     Of that one the first process gets them, and all others none.
     """
-    if (shard := shard_of(weight)) is None:
-        return weight.detach()[ids].cpu().contiguous()
-    own, first, chunks = local(weight), is_first(weight), []
+    own, shard, first = local(weight), shard_of(weight), is_first(weight)
     height = max(1, CHUNK_BYTES // max(1, math.prod(own.shape[1:]) * own.element_size()))
-    for chunk in ids.split(height):
+    rows = own.new_empty(len(ids) if first else 0, *own.shape[1:], device="cpu")
+    for start in range(0, len(ids), height):
+        chunk = ids[start : start + height]
         here = shard.has(chunk)
         parts = gathered((here.cpu(), own[shard.own(chunk)].cpu()), weight)
-        if first:
-            rows = parts[0][1].new_empty(len(chunk), *own.shape[1:])
-            for places, values in parts:
-                rows[places] = values
-            chunks.append(rows)
-    return torch.cat(chunks) if chunks else own[:0].cpu()
+        for places, values in parts if first else ():
+            rows[start : start + height][places] = values
+    return rows
 
 
 @torch.no_grad()
 def put_rows(weight: Tensor, ids: Tensor, values: Tensor) -> None:
     """Write rows; of a sharded weight each process writes those that it has."""
-    ids, own = ids.to(weight.device), local(weight)
-    if (shard := shard_of(weight)) is not None:
-        values, ids = values[shard.has(ids).to(values.device)], shard.own(ids)
-    own[ids] = values.to(own)
+    own, shard, ids = local(weight), shard_of(weight), ids.to(weight.device)
+    own[shard.own(ids)] = values[shard.has(ids).to(values.device)].to(own)
 
 
 @torch.no_grad()
@@ -228,15 +227,13 @@ def rows_that_differ(weight: Tensor, ids: Tensor, values: Tensor) -> Tensor:
 
     Of a sharded weight all processes call this, and all know.
     """
-    own, mine, shard = local(weight), ids, shard_of(weight)
-    places = ids
-    if shard is not None:
-        here = shard.has(ids)
-        mine, values, places = ids[here], values[here], shard.own(ids)
-    held = own[places.to(own.device)].cpu()
+    own, shard = local(weight), shard_of(weight)
+    here = shard.has(ids)
+    mine, values, held = ids[here], values[here], own[shard.own(ids).to(own.device)].cpu()
     unlike = [bool((a != b).any()) for a, b in zip(held, values.to(held), strict=True)]
     found = mine[torch.tensor(unlike, dtype=torch.bool, device=mine.device)]
-    return found if shard is None else torch.cat(gathered(found, weight)).unique()
+    every: Tensor = torch.cat(gathered(found, weight)).unique()
+    return every
 
 
 # Waiting for one another

@@ -17,11 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.embedding import PartialEmbedding
-from partial_embedding.torch.hooks import tables_of
 from partial_embedding.torch.row_average import check_alike, explaining
 from partial_embedding.torch.row_gradient import RowGradient
-from partial_embedding.torch.rowset import RowSet
-from partial_embedding.torch.shards import Shard, is_sharded, local, shard_of, sharded_like
+from partial_embedding.torch.shards import is_sharded, local, shard_of, sharded_like
+from partial_embedding.torch.table import tables_of
 
 # What a process tells another before a lookup, where ids that are no rows are as many as this.
 _NO_ROWS = -1
@@ -102,15 +101,7 @@ class SplitEmbedding(PartialEmbedding):
         own = local(self.weight)
         nn.init.normal_(own)
         if (padding := self.padding_row) is not None:
-            own[_shard(self.weight).own(torch.tensor([padding], device=own.device))] = 0
-
-    def own_rows(self) -> RowSet:
-        """The trainable rows that this process has, numbered from its first."""
-        rows = self.row_set
-        known: tuple[RowSet, RowSet] | None = self.__dict__.get("_own_rows")
-        if known is None or known[0] is not rows:
-            known = self.__dict__["_own_rows"] = rows, rows.within(_shard(self.leaf_weight))
-        return known[1]
+            own[shard_of(self.weight).own(torch.tensor([padding], device=own.device))] = 0
 
 
 class _LookUp(torch.autograd.Function):
@@ -118,7 +109,7 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Any, ids: Tensor, table: SplitEmbedding) -> Tensor:
-        group, shard = weight.device_mesh.get_group(), _shard(weight)
+        group, shard = weight.device_mesh.get_group(), shard_of(weight)
         order, asked, here, asked_here = _ask(weight, ids, table, group)
         own = here - shard.start
         found = _exchange(local(weight).index_select(0, own), asked_here, asked, group)
@@ -126,7 +117,7 @@ class _LookUp(torch.autograd.Function):
         ctx.own, ctx.sent, ctx.counts = own, order, (asked, asked_here)
         # All of them do, as the processes have told each other.
         if table.has_frozen_rows or table.padding_row is not None:
-            trains = table.own_rows().is_trainable(own)
+            trains = table.row_set.within(shard).is_trainable(own)
             wanted = _exchange(trains.to(torch.uint8), asked_here, asked, group).bool()
             ctx.own, ctx.sent = own[trains], order[wanted]
             ctx.counts = _count(wanted, asked), _count(trains, asked_here)
@@ -188,12 +179,6 @@ def _exchange(own: Tensor, sent: Sequence[int], got: Sequence[int], group: Any) 
 def _count(marked: Tensor, sizes: Sequence[int]) -> list[int]:
     """How many are marked of each run of entries."""
     return [int(part.sum()) for part in marked.split(list(sizes))]
-
-
-def _shard(weight: Tensor) -> Shard:
-    shard = shard_of(weight)
-    assert shard is not None, "split_rows made it a DTensor"
-    return shard
 
 
 def _height(weight: Any) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.hooks import (
@@ -18,22 +17,17 @@ from partial_embedding.torch.hooks import (
     close_passage,
     goes_by_rows,
     hooks_on,
-    tables_of,
 )
-from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import shown
 from partial_embedding.torch.shards import check_sharding, is_lent, is_sharded
 from partial_embedding.torch.shared_rows import SharedRows
-from partial_embedding.torch.table_files import TableFiles
+from partial_embedding.torch.table_files import leave_rows_alone, load_rows_alone
 from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
-
-Group = Any  # `ProcessGroup` exists only where torch was built with torch.distributed
 
 # What exists only in a living module: it is made anew for a copy or an unpickled one.
 _WIRING = (
     "_averaged",
     "_hooked",
-    "_own_rows",
     "_passage",
     "_shards",
     "_steppers",
@@ -53,85 +47,23 @@ class PartialTable(TrainableRows):
     if TYPE_CHECKING:  # jit.script reads annotations, and knows few
         weight: nn.Parameter
         sparse: bool
-        _shared: SharedRows
         _hooked: Mapping[str, nn.Parameter]
-        _averaged: Mapping[str, Callable[[], Group | None]] | None
-
-    # The parameters with an entry for each row.
-    row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
-
-    # Whether backward left a gradient here since `average` last made it that of all processes.
-    awaits_average = False
 
     _hooked = MappingProxyType({})
 
-    # What gives the processes over which each of these parameters is averaged by row; None where
-    # `DistributedDataParallel` reduces the table itself.
-    _averaged = MappingProxyType({})
-
     # Of its properties jit.script can make nothing.
     __jit_unused_properties__ = (
-        "is_sharded",
-        "is_left_to_ddp",
         *(name for name, value in vars(TrainableRows).items() if isinstance(value, property)),
-        *(name for name, value in vars(TableFiles).items() if isinstance(value, property)),
     )
 
     # Tensors in these it would make attributes, which stay behind when the module moves.
     __jit_ignored_attributes__ = ("_hooked", "_passage")
 
-    # The parameters with an entry for each row
-
-    def hookable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters with an entry for each row, now; and what an engine lends for a pass."""
-        for name in self.row_parameters:
-            if (parameter := self.row_parameter(name)) is not None:
-                yield parameter
-            if self._shards and (lent := self._parameters.get(name)) is not None:
-                yield lent
-
-    def row_parameter(self, name: str) -> nn.Parameter | None:
-        """The parameter that one of `row_parameters` names, if there is one."""
-        if name == "weight":
-            return self.leaf_weight
-        return self._shards.get(name, self._parameters.get(name))
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether this process has some rows of the weight only."""
-        return "weight" in self._shards
-
     def gives_sparse_gradient(self) -> bool:
         """Whether the weight gets a gradient of the trainable rows alone."""
         return self.sparse and not self.is_sharded  # engines that shard reduce dense gradients
 
-    # Among processes
-
-    def average_over(self, names: Iterable[str], group_of: Callable[[], Group | None]) -> None:
-        """Have parameters averaged by row from now on, until `group_of` gives no processes more."""
-        self.__dict__["_averaged"] = dict.fromkeys(names, group_of)
-
-    def leave_to_ddp(self) -> None:
-        """Know that `DistributedDataParallel` reduces the table itself."""
-        self.__dict__["_averaged"] = None
-
-    @property
-    def is_left_to_ddp(self) -> bool:
-        """Whether `DistributedDataParallel` reduces the table itself."""
-        return self._averaged is None
-
-    def averaging_group(self, parameter: nn.Parameter) -> Group | None:
-        """The processes over which a parameter is averaged by row, or None where it is not."""
-        for name, group_of in (self._averaged or {}).items():
-            if self.row_parameter(name) is parameter:
-                group = group_of()
-                return None if group is None or dist.get_world_size(group) == 1 else group
-        return None
-
     # The hooks, and all that can make a hook disappear
-
-    def take_dense(self, grad: Tensor) -> None:
-        """Know that backward made a dense gradient of the weight; for tables that are to say so."""
 
     def attach(self) -> None:
         """Hook the gradient of what is now `weight`, and no longer that of what was."""
@@ -148,7 +80,8 @@ class PartialTable(TrainableRows):
         if before is not weight:
             # No longer tied to whoever has the old weight.
             rows = self.__dict__["_shared"] = replace(rows, padding_row=None, origin=None)
-        rows.padding_row = self.padding_row
+        if (padding := getattr(self, "padding_idx", None)) is not None:
+            rows.padding_row = padding
         for other in list(tables_of(weight)):
             if other is not self:
                 self._share_rows_with(other)
@@ -170,14 +103,14 @@ class PartialTable(TrainableRows):
             self.__dict__.pop(name, None)
         waiting.discard(self)
 
+    def _tied(self) -> set[TrainableRows]:
+        return {self, *tables_of(self.leaf_weight)}
+
     def _share_rows_with(self, other: PartialTable) -> None:
         if self.has_frozen_rows and not other.has_frozen_rows:
             other.row_set = self.row_set
         padding, self.__dict__["_shared"] = self.padding_row, other._shared
-        if padding is not None:
-            other._shared.padding_row = padding
-        if (rows := other._row_set) is not None:
-            other.row_set = rows.changed_to(rows.ids[rows.ids != other.padding_row])
+        other._set_padding_row(other.padding_row if padding is None else padding)
 
     def _check_tie(self, weight: nn.Parameter | None) -> None:
         own = self._parameters.get("weight")
@@ -267,22 +200,11 @@ class PartialTable(TrainableRows):
         if name in self.row_parameters:
             self.attach()
 
-    def remember_origin(self) -> None:
-        """Remember, from here on, what rows hold before they train; see `TableFiles`."""
-        if self.is_sharded:
-            raise InputError(
-                "rows are saved alone of a table that is whole in each process. Received a "
-                f"{type(self).__name__} whose weight is sharded. Save it whole, with "
-                "checkpoint='table'."
-            )
-        if self._shared.origin is None:
-            origin = self._shared.origin = Origin(self.leaf_weight)
-            every = self._row_set is None
-            origin.include(self.leaf_weight, self._all_ids() if every else self.row_set.ids)
-
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts its shards past `register_parameter` where this is nn.Module's own method.
         super().__setattr__(name, value)
+        if name == "padding_idx" and "_shared" in vars(self):
+            self._set_padding_row(value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _WIRING}
@@ -297,9 +219,19 @@ class PartialTable(TrainableRows):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._shared.saves_rows:
+            leave_rows_alone(self, destination, prefix)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
         with self._rewired():
-            super()._load_from_state_dict(*args, **options)
+            load_rows_alone(self, state_dict, prefix)
+            super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     @contextmanager
     def _rewired(self) -> Iterator[None]:
@@ -323,6 +255,13 @@ class PartialTable(TrainableRows):
         every = self._most_trainable(self.leaf_weight.shape[0])  # counted without bookkeeping
         count = every if self._row_set is None else len(self.row_set)
         return f"{super().extra_repr()}, trainable_rows={count}"
+
+
+def tables_of(parameter: Tensor) -> Iterator[PartialTable]:
+    """The living tables whose rows a parameter holds."""
+    for hook in hooks_on(parameter):
+        if isinstance(table := hook.table, PartialTable):
+            yield table
 
 
 def tables_in(model: nn.Module) -> Iterator[tuple[str, PartialTable]]:

@@ -1,68 +1,50 @@
-"""What a table's `state_dict` holds, and what of it is loaded where."""
+"""What a table's `state_dict` holds, and what of it is loaded where.
+
+It is the plain module's, or holds the rows that ever trained alone. What is loaded may be either;
+or whole, and from before the table grew.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.origin import Origin, SavedRows
-from partial_embedding.torch.shared_rows import SharedRows
-
-if TYPE_CHECKING:
-    from partial_embedding.torch.table import PartialTable
+from partial_embedding.torch.trainable_rows import TrainableRows
 
 
-class TableFiles(nn.Module):
-    """A mix-in: a `state_dict` is the plain module's, or holds the rows that ever trained alone.
+def leave_rows_alone(table: TrainableRows, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let a `state_dict` hold no more of a table than the rows that ever trained, if known."""
+    weight, origin = state_dict.get(f"{prefix}weight"), table._shared.origin
+    if weight is not None and origin is not None:
+        SavedRows.of(weight, origin).put_into(state_dict, f"{prefix}weight")
 
-    What is loaded may be either; or whole, and from before the table grew.
-    """
 
-    if TYPE_CHECKING:  # jit.script reads annotations, and knows few
-        row_parameters: ClassVar[tuple[str, ...]]
-        _shared: SharedRows
-
-    @property
-    def origin(self) -> Origin | None:
-        """What the table held before its rows trained, where that is remembered."""
-        return self._shared.origin
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight, origin = self._parameters.get("weight"), self._shared.origin
-        if self._shared.saves_rows and origin is not None and weight is not None:
-            SavedRows.of(weight, origin).put_into(destination, f"{prefix}weight")
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        name, weight = f"{prefix}weight", self._parameters.get("weight")
-        if weight is not None and (saved := SavedRows.taken_from(state_dict, name)) is not None:
-            origin = self._shared.origin or Origin(weight)
-            saved.restore(weight, origin, name, self._shared.earlier_sizes)
-            self._shared.origin = origin
-            state_dict[name] = weight  # which torch then copies to itself, and does nothing
-        elif name in state_dict:
-            self._shared.origin = None  # what it held before is of no use for another table
-        for attribute in self.row_parameters:
-            self._load_before_growth(state_dict, f"{prefix}{attribute}", attribute)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _load_before_growth(self, state_dict: dict[str, Any], key: str, attribute: str) -> None:
-        """Load what was saved before the table grew into the rows that it had then."""
-        parameter, saved = self._parameters.get(attribute), state_dict.get(key)
-        if parameter is None or not isinstance(saved, Tensor) or not saved.dim():
-            return
-        if len(saved) in self._shared.earlier_sizes and saved.shape[1:] == parameter.shape[1:]:
+def load_rows_alone(table: TrainableRows, state_dict: dict[str, Any], prefix: str) -> None:
+    """Load what torch could not, and let it find the parameter itself in the place of that."""
+    name, weight = f"{prefix}weight", table._parameters.get("weight")
+    shared = table._shared
+    if weight is not None and (saved := SavedRows.taken_from(state_dict, name)) is not None:
+        origin = shared.origin or Origin(weight)
+        saved.restore(weight, origin, name, shared.earlier_sizes)
+        shared.origin = origin
+        state_dict[name] = weight  # which torch then copies to itself, and does nothing
+    elif name in state_dict:
+        shared.origin = None  # what it held before is of no use for another table
+    for attribute in table.row_parameters:
+        key, parameter = f"{prefix}{attribute}", table._parameters.get(attribute)
+        whole = state_dict.get(key)
+        if parameter is None or not isinstance(whole, Tensor) or not whole.dim():
+            continue
+        # From before the table grew: into the rows that it had then.
+        if len(whole) in shared.earlier_sizes and whole.shape[1:] == parameter.shape[1:]:
             with torch.no_grad():
-                parameter[: len(saved)] = saved.to(parameter)
+                parameter[: len(whole)] = whole.to(parameter)
             state_dict[key] = parameter
 
 
@@ -80,7 +62,7 @@ def check_checkpoint(checkpoint: object) -> str:
 
 
 def remember_origins(
-    tables: Mapping[str, PartialTable], say: Callable[[str], Any], *, resumed: bool
+    tables: Mapping[str, TrainableRows], say: Callable[[str], Any], *, resumed: bool
 ) -> None:
     """Remember of tables, from here on, what their rows hold before they train.
 
@@ -91,14 +73,14 @@ def remember_origins(
             known what another process will find in its place.
     """
     for name, table in tables.items():
-        if resumed and table.origin is None:
+        if resumed and table._shared.origin is None:
             say(f"{name}: saved whole, as in the checkpoint that this run goes on from")
         else:
             table.remember_origin()
 
 
 @contextmanager
-def rows_saved_alone(tables: Iterable[PartialTable]) -> Iterator[None]:
+def rows_saved_alone(tables: Iterable[TrainableRows]) -> Iterator[None]:
     """Within it, a `state_dict` holds of each table the rows that ever trained, and no others.
 
     Loaded into the table as it was when its origin was remembered, in this process or another, they
@@ -125,12 +107,9 @@ def rows_saved_alone(tables: Iterable[PartialTable]) -> Iterator[None]:
         >>> torch.equal(again.weight, table.weight)
         True
     """
-    weights = [table._shared for table in tables]
-    before = [weight.saves_rows for weight in weights]
-    for weight in weights:
-        weight.saves_rows = True
-    try:
+    with ExitStack() as undo:
+        for table in tables:
+            shared = table._shared
+            undo.callback(setattr, shared, "saves_rows", shared.saves_rows)
+            shared.saves_rows = True
         yield
-    finally:
-        for weight, saved_alone in zip(weights, before, strict=True):
-            weight.saves_rows = saved_alone

@@ -52,6 +52,7 @@ class TableState(Blocks):
         self.name = name
         self.table = table
         self.unscaled = unscaled
+        self.is_marked = False  # whether the optimizer shows that there is state
         self.change_layout(layout, options)
         for rate_scale in table.row_set.rate_scales.values():
             self.check_rate_scale(rate_scale)
@@ -81,8 +82,7 @@ class TableState(Blocks):
         rows = self.table.row_set
         if rows is self._rows:
             return False
-        shard = shard_of(self.parameter)
-        own = rows if shard is None else rows.within(shard)
+        own = rows.within(shard_of(self.parameter))
         before, self.cohorts = self.cohorts, {}
         for number, ids in own.cohorts.items():
             rate_scale = rows.rate_scales.get(number, RateScale())
@@ -136,9 +136,9 @@ class TableState(Blocks):
 
     def _own_part(self, cohorts: dict[int, Cohort]) -> dict[int, Cohort]:
         """What this process has of cohorts."""
-        if (shard := shard_of(self.parameter)) is None:
+        if not is_sharded(self.parameter):
             return cohorts
-        own = {}
+        shard, own = shard_of(self.parameter), {}
         for number, cohort in cohorts.items():
             state = self._of_rows(cohort.state, shard.has(cohort.ids).nonzero().flatten())
             own[number] = replace(cohort, ids=shard.own(cohort.ids), state=state)
@@ -146,6 +146,7 @@ class TableState(Blocks):
 
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
         """Go on with the state of shape V×D that a plain optimizer has, and then has no more."""
+        self.is_marked = False
         self.sync()
         loaded = optimizer.state.get(self.parameter, {})
         if any(isinstance(loaded.get(key), Mapping) for key in self.layout.per_row):

@@ -1,25 +1,29 @@
-"""Which rows of a table train: what is set, what is read, and who is asked before."""
+"""Which rows of a table train, who is asked before, and which parameters they are rows of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
+from partial_embedding.errors import InputError
 from partial_embedding.rows import Rows
 from partial_embedding.rows.rows import RowsLike
 from partial_embedding.rows.vocabulary import Ids
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.engines import lost_weight, refuse_flat
-from partial_embedding.torch.hooks import tables_of
+from partial_embedding.torch.origin import Origin
 from partial_embedding.torch.rowset import RowSet
 from partial_embedding.torch.shards import check_sharding
-from partial_embedding.torch.table_files import TableFiles
+from partial_embedding.torch.shared_rows import SharedRows
+
+ProcessGroup = Any  # torch has it only where it was built with torch.distributed
 
 # Tables whose rows were set, and that no optimizer has stepped since; and those of which rows were
 # looked up, to be learned from, while their weights took no gradients. `unheld` judges them.
@@ -34,11 +38,26 @@ class Stepper(Protocol):
         """Refuse a rate that it cannot keep."""
 
 
-class TrainableRows(TableFiles):
-    """A mix-in: the row set of a weight, which is replaced whenever other rows are to train."""
+class TrainableRows(nn.Module):
+    """A mix-in: what a table is, but for the hooks that keep it so.
+
+    Its row set is replaced whenever other rows are to train.
+    """
 
     if TYPE_CHECKING:  # jit.script reads annotations, and knows few
+        _shared: SharedRows
         _shards: Mapping[str, nn.Parameter]
+        _averaged: Mapping[str, Callable[[], ProcessGroup | None]] | None
+
+    # The parameters with an entry for each row.
+    row_parameters: ClassVar[tuple[str, ...]] = ("weight",)
+
+    # Whether backward left a gradient here since `average` last made it that of all processes.
+    awaits_average = False
+
+    # What gives the processes over which each of these parameters is averaged by row; None where
+    # `DistributedDataParallel` reduces the table itself.
+    _averaged = MappingProxyType({})
 
     # The row parameters of which this process has some rows. While a pass runs FSDP2 puts whole
     # ones in their places, which are not what is stepped, saved or looked at.
@@ -136,7 +155,7 @@ class TrainableRows(TableFiles):
         waiting.add(self)
         if self._shared.origin is not None:
             self._shared.origin.include(self.leaf_weight, row_set.ids)
-        for table in {self, *tables_of(self.leaf_weight)}:
+        for table in self._tied():
             for told in vars(table).get("_before_training", ()):
                 told(row_set.ids)
 
@@ -180,6 +199,25 @@ class TrainableRows(TableFiles):
             self._shared.earlier_sizes += (earlier_size,)
         self._shared.new_rows = new_rows
 
+    def forget_rows(self) -> None:
+        """Know that rows have other meanings now: none trains, and nothing is known of them."""
+        self.set_trainable_ids(np.empty(0, np.int64))
+        shared = self._shared
+        shared.earlier_sizes, shared.new_rows, shared.origin = (), None, None
+
+    def remember_origin(self) -> None:
+        """Remember, from here on, what rows hold before they train; see `rows_saved_alone`."""
+        if self.is_sharded:
+            raise InputError(
+                "rows are saved alone of a table that is whole in each process. Received a "
+                f"{type(self).__name__} whose weight is sharded. Save it whole, with "
+                "checkpoint='table'."
+            )
+        if self._shared.origin is None:
+            origin = self._shared.origin = Origin(self.leaf_weight)
+            every = self._row_set is None
+            origin.include(self.leaf_weight, self._all_ids() if every else self.row_set.ids)
+
     def _most_trainable(self, num_rows: int) -> int:
         # While a graph is traced the size of an axis is a tensor, which takes no bool away.
         return num_rows - int(self.padding_row is not None)
@@ -193,8 +231,15 @@ class TrainableRows(TableFiles):
     def padding_row(self) -> int | None:
         """The row that never trains, if there is one."""
         # A head has none of its own, and may be tied to a table that has one.
-        own: int | None = getattr(self, "padding_idx", None)
-        return self._shared.padding_row if own is None else own
+        return self._shared.padding_row
+
+    def _set_padding_row(self, row: int | None) -> None:
+        self._shared.padding_row, rows = row, self._row_set
+        if row is None or rows is None:
+            return
+        others = rows.ids[rows.ids != row]
+        if len(others) < len(rows):
+            self.row_set = rows.changed_to(others)
 
     def _resolve(self, rows: RowsLike) -> Ids:
         refuse_flat(self.leaf_weight, self)
@@ -223,7 +268,7 @@ class TrainableRows(TableFiles):
         """Refuse a rate that the table's optimizer cannot keep."""
         if rate_scale is None:
             return
-        for table in {self, *tables_of(self.leaf_weight)}:
+        for table in self._tied():
             for stepper in table.steppers:
                 stepper.check_rate_scale(rate_scale)
 
@@ -234,7 +279,14 @@ class TrainableRows(TableFiles):
         found: WeakSet[Stepper] = self.__dict__.setdefault("_steppers", WeakSet())
         return found
 
-    # The parameter that they are rows of
+    def _tied(self) -> set[TrainableRows]:
+        """The living tables of the same weight, this one among them."""
+        raise NotImplementedError
+
+    def take_dense(self, grad: Tensor) -> None:
+        """Know that backward made a dense gradient of the weight; for tables that are to say so."""
+
+    # The parameters that they are rows of
 
     @property
     def leaf_weight(self) -> nn.Parameter:
@@ -257,3 +309,47 @@ class TrainableRows(TableFiles):
         if (computed := self._modules.get("parametrizations")) is not None:
             return computed._modules["weight"]._parameters.get("original")  # type: ignore[union-attr]
         return self._parameters.get("weight_orig")
+
+    def hookable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters with an entry for each row, now; and what an engine lends for a pass."""
+        for name in self.row_parameters:
+            if (parameter := self.row_parameter(name)) is not None:
+                yield parameter
+            if self._shards and (lent := self._parameters.get(name)) is not None:
+                yield lent
+
+    def row_parameter(self, name: str) -> nn.Parameter | None:
+        """The parameter that one of `row_parameters` names, if there is one."""
+        if name == "weight":
+            return self.leaf_weight
+        return self._shards.get(name, self._parameters.get(name))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process has some rows of the weight only."""
+        return "weight" in self._shards
+
+    # Among processes
+
+    def average_over(
+        self, names: Iterable[str], group_of: Callable[[], ProcessGroup | None]
+    ) -> None:
+        """Have parameters averaged by row from now on, until `group_of` gives no processes more."""
+        self.__dict__["_averaged"] = dict.fromkeys(names, group_of)
+
+    def leave_to_ddp(self) -> None:
+        """Know that `DistributedDataParallel` reduces the table itself."""
+        self.__dict__["_averaged"] = None
+
+    @property
+    def is_left_to_ddp(self) -> bool:
+        """Whether `DistributedDataParallel` reduces the table itself."""
+        return self._averaged is None
+
+    def averaging_group(self, parameter: nn.Parameter) -> ProcessGroup | None:
+        """The processes over which a parameter is averaged by row, or None where it is not."""
+        for name, group_of in (self._averaged or {}).items():
+            if self.row_parameter(name) is parameter:
+                group = group_of()
+                return None if group is None or dist.get_world_size(group) == 1 else group
+        return None

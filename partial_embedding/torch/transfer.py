@@ -10,6 +10,7 @@ from torch import Tensor
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.replace import check_replaceable, train_only, users_of
+from partial_embedding.torch.table import PartialTable
 from partial_embedding.torch.tokens import (
     check_init,
     check_vectors,
@@ -57,8 +58,8 @@ def transfer_vocabulary(
 
     Raises:
         InputError: The vectors do not fit, the tokenizers have nothing in common, or the model has
-            no tables that can change their size or be partly trainable. The model is then as it
-            was.
+            no tables that can change their size or be partly trainable, or counts positions from a
+            row of padding that the new tokenizer has elsewhere. The model is then as it was.
 
     Example:
         >>> import transformers
@@ -97,6 +98,7 @@ def transfer_vocabulary(
             "two tokenizers share some tokens, of which the rows are copied. Received two that "
             "share none. Make a new model of the new tokenizer."
         )
+    _check_positions(model, source)
     if isinstance(init, Tensor):
         check_vectors(init, len(fresh), tables.input.weight)
     pieces = _old_pieces(old_tokenizer, new_tokenizer, fresh.tolist(), tables.num_rows)
@@ -112,7 +114,14 @@ def transfer_vocabulary(
         weight = tables.input.weight.data
         weight[fresh.to(weight.device)] = init.to(weight)
     _move_ids(model, tables, source, new_tokenizer)
+    if getattr(model, "peft_config", None):
+        # Not at the top: peft is an optional package, and loads many others.
+        from partial_embedding.torch.peft_rows import leave_adapters
+
+        leave_adapters(model)  # whose rows are other tokens'; `train_only` stands beside them anew
     for table in tables.tables:
+        if isinstance(table, PartialTable):
+            table.forget_rows()
         train_only(model, table, fresh.numpy().astype(np.int64), sparse)
     rising: list[int] = fresh.tolist()
     return rising
@@ -132,6 +141,20 @@ def _sources(old: Any, new: Any, num_rows: int) -> Tensor:
     return source
 
 
+def _check_positions(model: Any, source: Tensor) -> None:
+    """Refuse to move the padding of a model that counts positions from its row."""
+    for name, module in model.named_modules():
+        row = getattr(module, "padding_idx", None)
+        if row is None or "position" not in name.rpartition(".")[2]:
+            continue
+        if row >= len(source) or source[row] != row:
+            raise InputError(
+                "positions are counted from the row of the padding, in models such as RoBERTa. "
+                f"Received a {type(model).__name__} with {name!r}, and a tokenizer that has no "
+                f"padding in row {row}. Make one that has it there."
+            )
+
+
 def _old_pieces(old: Any, new: Any, rows: list[int], num_rows: int) -> list[list[int]]:
     pieces = []
     for name in new.convert_ids_to_tokens(rows):
@@ -147,10 +170,10 @@ def _old_pieces(old: Any, new: Any, rows: list[int], num_rows: int) -> list[list
 
 def _move_ids(model: Any, tables: VocabularyTables, source: Tensor, new: Any) -> None:
     moved = {old: row for row, old in enumerate(source.tolist()) if old >= 0}
-    for table in tables.tables:
-        for _, user in users_of(model, table):
-            if getattr(user, "padding_idx", None) is not None:
-                user.padding_idx = moved.get(user.padding_idx)  # type: ignore[assignment]
+    # Each once: a head that is tied and has a bias is a table, too.
+    for user in {user for table in tables.tables for _, user in users_of(model, table)}:
+        if getattr(user, "padding_idx", None) is not None:
+            user.padding_idx = moved.get(user.padding_idx)  # type: ignore[assignment]
     for config in configurations_in(model):
         for name, value in list(vars(config).items()):
             if not name.endswith(("_token_id", "_token_ids")):

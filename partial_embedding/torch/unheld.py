@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from partial_embedding.errors import InputError
 from partial_embedding.torch.engines import is_flattened
-from partial_embedding.torch.hooks import tables_of
+from partial_embedding.torch.table import tables_of
 from partial_embedding.torch.trainable_rows import TrainableRows, used_frozen, waiting
 
 _warned: WeakSet[TrainableRows] = WeakSet()

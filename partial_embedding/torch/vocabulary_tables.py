@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
-from partial_embedding.torch.grow import mean_row, note_height, put_rows
+from partial_embedding.torch.grow import mean_row, note_height, replace_rows
 from partial_embedding.torch.replace import find_table
 
 # Under which modules have what speaks of tokens.
@@ -190,7 +190,7 @@ class VocabularyTables:
             ]
         gain = len(made[0]) - len(parameters[0])
         for parameter, rows in zip(parameters, made, strict=True):
-            put_rows(parameter, rows)
+            replace_rows(parameter, rows)
         for owner, name, values in beside:
             old = getattr(owner, name)
             old.data = values.view(*old.shape[:-1], -1)

@@ -212,15 +212,19 @@ class TrainsRows:
 
     def train(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows and no others."""
-        self.layer.set_trainable_rows(rows, **asdict(rate_scale or RateScale()))
+        self.layer.set_trainable_rows(rows, **_written(rate_scale))
 
     def unfreeze(self, rows: object, rate_scale: RateScale | None = None) -> None:
         """Train these rows too."""
-        self.layer.unfreeze_rows(rows, **asdict(rate_scale or RateScale()))
+        self.layer.unfreeze_rows(rows, **_written(rate_scale))
 
     def freeze(self, rows: object) -> None:
         """Train these rows no longer."""
         self.layer.freeze_rows(rows)
+
+
+def _written(rate_scale: RateScale | None) -> dict[str, Any]:
+    return {} if rate_scale is None else asdict(rate_scale)
 
 
 @dataclass(frozen=True)

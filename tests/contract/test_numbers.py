@@ -85,7 +85,7 @@ def test_the_callback_follows_the_schedule_of_a_file(
         ("Adam-lazy", "plateau"),
     ],
 )
-def test_the_callback_moves_rows_at_steps_shares_and_plateaus_and_at_their_pace(
+def test_the_callback_moves_rows_at_steps_shares_and_plateaus_and_at_their_rate(
     adapter: Any, tmp_path: Path, name: str, way: str
 ) -> None:
     optimizer, batches = OPTIMIZERS[name], batches_of(0)
@@ -106,7 +106,7 @@ def test_the_callback_moves_rows_at_steps_shares_and_plateaus_and_at_their_pace(
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "AdamW-weight_decay", "Adam-lazy"])
-def test_a_loop_gives_rows_that_join_a_pace(adapter: Any, name: str) -> None:
+def test_a_loop_gives_rows_that_join_a_rate(adapter: Any, name: str) -> None:
     training = adapter.Training(MATRIX, "none", OPTIMIZERS[name], "all")
     reference = Reference(MATRIX, OPTIMIZERS[name])
     moves = [

@@ -40,6 +40,7 @@ def test_audits_come_after_every_so_many_steps_of_the_run(
     with pytest.raises(FrozenRowsMoved) as moved:
         adapter.fit(MATRIX, schedule, SGD, BATCHES, 4, [2, 5, 7], audit=audit, write=(1, 3))
     assert str(moved.value).startswith(f"words: 1 frozen row changed by step {found}: 3. Most")
+    assert moved.value.rows == (3,)
 
 
 # Kept, and gone on with

@@ -3,6 +3,7 @@
 import contextlib
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ from partial_embedding.cli import main
 
 # The tensors are tiny: threads would only wait for each other, and the tests run in two processes.
 torch.set_num_threads(1)
+
+
+def pytest_collect_file() -> None:
+    """Leave the folder out where there is no Lightning, which is told, and fails in CI."""
+    pytest.importorskip("pytorch_lightning")
+
 
 SCHEDULE = {
     "stages": [
@@ -75,6 +82,22 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
     return list(ARGS)
+
+
+@pytest.fixture
+def complaint(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end with a code and, after all else, one line of error; that line."""
+
+    def complaint(*args: str, code: int = 2) -> str:
+        capfd.readouterr()
+        assert main([*args]) == code
+        said = capfd.readouterr().err
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in said
+        assert said.endswith(f"{line}\n")
+        return line
+
+    return complaint
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ from small_runs import (
     STAGES,
     Net,
     Scored,
-    ShardWitness,
     V,
+    Witness,
     data,
     known_rank,
     loader,
@@ -120,7 +120,7 @@ def run(name: str) -> dict[str, Any]:
     strategy: Any = (
         DDPStrategy if name.startswith("ddp") else partial(ModelParallelStrategy, **BY_DATA)
     )
-    callback, witness = RowUnfreezing(SCHEDULE, audit=1), ShardWitness()
+    callback, witness = RowUnfreezing(SCHEDULE, audit=1), Witness()
     made = on_two(callback, witness, strategy=strategy, **options)
     made.fit(net, own_batches())
     return {"weights": witness.seen, "reports": [r.changed for r in callback.audit_results]}
@@ -200,7 +200,7 @@ def saved_ranks(name: str) -> list[dict[str, Any]]:
         **(BY_TENSOR if kind is Parallel else BY_DATA),
     )
     for way, begins in (("whole", None), ("resumed", path)):
-        net, witness = kind().build(), ShardWitness(None if begins else SAVED_AT, path)
+        net, witness = kind().build(), Witness(None if begins else SAVED_AT, path)
         unfreezing, monitor = RowUnfreezing(BY_STEP, audit=1), RowMonitor(every_n_steps=2)
         callbacks = [unfreezing, monitor, witness, Replayed()]
         made = on_two(*callbacks, strategy=strategy, default_root_dir=path.parent)

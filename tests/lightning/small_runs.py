@@ -14,7 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from oracle import rows_that_differ, same_bits
+from oracle import rows_that_differ
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -41,17 +41,6 @@ BY_NAME = {"words": SCHEDULE, "items": OTHER}
 
 Parts = Mapping[str, list[nn.Parameter]]
 MakeOptimizers = Callable[[Parts], list[torch.optim.Optimizer]]
-
-
-def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """The places at which two nested states differ in a bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return [] if same_bits(a, b) else [place]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{place}/{key}")]
-    return [] if type(a) is type(b) and a == b else [f"{place}: {a!r}, {b!r}"]
 
 
 def starting_table(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -163,18 +152,6 @@ def loss_of(head: nn.Module, looked_up: Iterable[Tensor], labels: Tensor) -> Ten
     return F.cross_entropy(head(sum(rows.mean(1) for rows in looked_up)), labels)
 
 
-class Witness(pl.Callback):
-    """Keeps all weights as they were after each batch."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Tensor]] = []
-        self.epochs: list[int] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.seen.append({k: v.detach().clone() for k, v in pl_module.state_dict().items()})
-        self.epochs.append(trainer.current_epoch)
-
-
 def whole_of(tensor: Tensor) -> Tensor:
     """A tensor, or all that the ranks hold of a sharded one."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -184,15 +161,17 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {n: whole_of(p).detach().clone() for n, p in module.named_parameters()}
 
 
-class ShardWitness(pl.Callback):
+class Witness(pl.Callback):
     """Keeps all weights as they were after each batch, whole; saves after a step where told to."""
 
     def __init__(self, save_at: int | None = None, path: Any = None) -> None:
         self.save_at, self.path = save_at, path
         self.seen: list[dict[str, Tensor]] = []
+        self.epochs: list[int] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.seen.append(weights_of(pl_module))
+        self.epochs.append(trainer.current_epoch)
         if trainer.global_step == self.save_at:
             trainer.save_checkpoint(self.path)
 

@@ -16,6 +16,7 @@ from gensim.models import KeyedVectors
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from partial_embedding.cli import main
+from partial_embedding.monitor.record import read_record
 from partial_embedding.recipes.text_classifier import TextClassifier
 
 ROOT = Path(__file__).parents[2]
@@ -57,13 +58,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("args", [[], ["train"]], ids=["none", "unknown"])
-def test_a_command_that_is_none_is_refused_with_the_list(
-    args: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(args) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "fit, validate, test, predict, compare, schedule, report" in error
+def test_a_command_that_is_none_is_refused_with_the_list(args: list[str], complaint: Any) -> None:
+    assert "fit, validate, test, predict, compare, schedule, report" in complaint(*args)
 
 
 def test_a_checkpoint_is_enough_to_load_the_model(fitted_run: list[str]) -> None:
@@ -228,25 +224,14 @@ CASES: dict[str, Case] = {
 BEGUN = ("early_stopping", "best_monitor", "not_a_number")
 
 
-def assert_one_line(code: int, error: str, part: str) -> None:
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert code == 2, error
-    assert len(lines) == 1
-    assert "Traceback" not in error
-    assert error.endswith(lines[0] + "\n")
-    assert part in lines[0]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_gets_one_line_and_leaves_no_file(
-    case: str, small_run: list[str], capfd: pytest.CaptureFixture[str]
+    case: str, small_run: list[str], complaint: Any
 ) -> None:
     prepare, args, part = CASES[case]
     prepare()
     before = files_below(Path())
-    capfd.readouterr()
-    code = main(["fit", *small_run, "--trainer.max_epochs=1", *args])
-    assert_one_line(code, capfd.readouterr().err, part)
+    assert part in complaint("fit", *small_run, "--trainer.max_epochs=1", *args)
     assert (files_below(Path()) == before) == (case not in BEGUN)
 
 
@@ -270,14 +255,13 @@ def test_empty_mappings_of_known_keys_say_nothing(small_run: list[str]) -> None:
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(
-    args: list[str], part: str, fitted_run: list[str], capfd: pytest.CaptureFixture[str]
+    args: list[str], part: str, fitted_run: list[str], complaint: Any
 ) -> None:
     Path("other.csv").write_text(Path("texts.csv").read_text().replace("film", "book"))
     write_wide_vectors()
     before = {name: Path(name).read_bytes() for name in files_below(Path())}
-    capfd.readouterr()
-    code = main(["fit", *fitted_run, *args, "--ckpt_path=last", "--trainer.max_epochs=7"])
-    assert_one_line(code, capfd.readouterr().err, part)
+    more = ["--ckpt_path=last", "--trainer.max_epochs=7"]
+    assert part in complaint("fit", *fitted_run, *args, *more)
     assert {name: Path(name).read_bytes() for name in files_below(Path())} == before
 
 
@@ -287,15 +271,15 @@ def write_wide_vectors() -> None:
 
 
 def test_a_full_disk_gets_one_line_and_leaves_no_half_of_a_file(
-    small_run: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_run: list[str], complaint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_half(self: KeyedVectors, fname: str, **_: object) -> None:
         Path(fname).write_text("30 6\n<pad> 0")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(KeyedVectors, "save_word2vec_format", write_half)
-    code = main(["fit", *small_run, "--trainer.max_epochs=1"])
-    assert_one_line(code, capfd.readouterr().err, "No space left on device")
+    line = complaint("fit", *small_run, "--trainer.max_epochs=1")
+    assert "No space left on device" in line
     assert not [name for name in files_below(RUN) if "vectors" in name]
 
 
@@ -308,22 +292,22 @@ class MovesFrozenRows(Callback):
 
 
 def test_frozen_rows_that_moved_fail_the_command(
-    small_run: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_run: list[str], complaint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TextClassifier, "configure_callbacks", lambda _: [MovesFrozenRows()])
-    code = main(["fit", *small_run])
-    error = capfd.readouterr().err
-    assert code == 1
-    assert re.search(r"^error: embedding: \d+ frozen rows changed by step \d+", error, re.MULTILINE)
-    assert "Traceback" not in error
+    line = complaint("fit", *small_run, code=1)
+    assert re.match(r"error: embedding: \d+ frozen rows changed by step \d+", line)
     assert "vectors.vec" not in files_below(RUN)
+    (found,) = read_record(RUN).audit
+    assert (found.stage, found.frozen) == (0, found.changed)
 
 
 def test_bad_input_ends_a_real_process_with_code_2() -> None:
     command = [sys.executable, "-m", "partial_embedding.cli", "train"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert_one_line(done.returncode, done.stderr, "fit, validate, test")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: [^\n]*fit, validate, test[^\n]*\n", done.stderr)
 
 
 def test_checkpoints_keep_the_last_epoch_also_when_it_is_not_the_best(small_run: list[str]) -> None:

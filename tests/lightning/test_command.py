@@ -27,13 +27,6 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def error_line(capfd: pytest.CaptureFixture[str]) -> str:
-    err = capfd.readouterr().err
-    assert "Traceback" not in err
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    return line
-
-
 @pytest.fixture
 def only_the_run(fitted_run: list[str]) -> None:
     """A working directory in which all that training read is gone."""
@@ -100,10 +93,9 @@ def test_a_single_text_and_lines_of_standard_input_are_answered_in_the_terminal(
 
 
 @pytest.mark.usefixtures("only_the_run")
-def test_a_class_that_training_lacks_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_class_that_training_lacks_is_named(complaint: Any) -> None:
     Path("test.csv").write_text("text,label\na joy,pos\na bore,dull\n")
-    assert main(["test", "--ckpt_path=best", "--data.test_path=test.csv", *QUIET]) == 2
-    line = error_line(capfd)
+    line = complaint("test", "--ckpt_path=best", "--data.test_path=test.csv", *QUIET)
     assert "test.csv, where 1 of 2 are of 'dull', which training lacks" in line
 
 
@@ -157,41 +149,44 @@ def test_help_shows_the_texts_and_the_model_before_lightnings_trainer(
 
 @pytest.mark.usefixtures("only_the_run")
 def test_an_output_that_cannot_be_a_file_is_refused_before_the_model_is_asked(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    complaint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("new.txt").write_text("a warm film\n")
     Path("said").mkdir()
     monkeypatch.delattr(TextClassifier, "predict_step")
     asked = ["predict", "--ckpt_path=last", "--data.test_path=new.txt", *QUIET]
-    assert main([*asked, "--output=said"]) == 2
-    assert (
-        error_line(capfd)
-        == "error: said: predictions are written to a file. Received a folder. Name a file."
-    )
-    monkeypatch.undo()
+    line = complaint(*asked, "--output=said")
+    assert line == "error: said: predictions are written to a file. Received a folder. Name a file."
 
 
 @pytest.mark.usefixtures("only_the_run")
-def test_a_path_through_a_file_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_path_through_a_file_is_refused(complaint: Any) -> None:
     Path("new.txt").write_text("a warm film\n")
     asked = ["predict", "--ckpt_path=last", "--data.test_path=new.txt", *QUIET]
-    assert main([*asked, "--output=new.txt/said.csv"]) == 2
-    assert error_line(capfd) == (
+    assert complaint(*asked, "--output=new.txt/said.csv") == (
         "error: files and folders can be read and written. Received: a file where a folder is "
         "meant for new.txt. Check the path, its permissions and the room on the disk."
     )
 
 
-def test_no_seed_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "config.yaml", "--seeds=0"]) == 2
-    assert "a whole number from 1 up. Received: '0'" in error_line(capfd)
+def test_no_seed_is_refused(complaint: Any) -> None:
+    line = complaint("compare", "config.yaml", "--seeds=0")
+    assert "a whole number from 1 up. Received: '0'" in line
 
 
 @pytest.mark.usefixtures("small_run")
-def test_a_comparison_without_a_schedule_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
-    Path("config.yaml").write_text("data: {path: texts.csv}\n")
-    assert main(["compare", "config.yaml"]) == 2
-    assert "config.yaml: a schedule is compared with training without" in error_line(capfd)
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("data: {path: texts.csv}", "config.yaml: a schedule is compared with training without"),
+        ("{rows: {schedule: schedule.yaml}, trainer: 3}", "trainer is a mapping of its settings"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused(
+    config: str, said: str, complaint: Any
+) -> None:
+    Path("config.yaml").write_text(config)
+    assert said in complaint("compare", "config.yaml")
 
 
 def test_small_numbers_may_be_written_with_an_exponent(small_run: list[str]) -> None:
@@ -225,14 +220,16 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int
 
 
 def test_an_interrupt_says_how_to_go_on(
-    interrupted: list[tuple[int, int]], small_run: list[str], capfd: pytest.CaptureFixture[str]
+    interrupted: list[tuple[int, int]],
+    small_run: list[str],
+    complaint: Any,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     interrupted.append((0, 1))
-    assert main(["fit", *small_run]) == 130
-    assert error_line(capfd) == "error: interrupted before the first checkpoint"
+    line = complaint("fit", *small_run, code=130)
+    assert line == "error: interrupted before the first checkpoint"
     interrupted[:] = [(2, 1)]
-    assert main(["fit", *small_run]) == 130
-    line = error_line(capfd)
+    line = complaint("fit", *small_run, code=130)
     assert "--ckpt_path last goes on from runs/version_" in line
     interrupted.clear()
     assert main(["fit", *small_run, "--ckpt_path", "last"]) == 0
@@ -261,25 +258,22 @@ def test_a_disk_that_fills_while_a_checkpoint_is_refreshed_leaves_the_one_before
 
 
 def test_a_torn_checkpoint_is_refused_and_another_named(
-    fitted_run: list[str], capfd: pytest.CaptureFixture[str]
+    fitted_run: list[str], complaint: Any
 ) -> None:
     last = RUN / "checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[:5000])
-    assert main(["fit", *fitted_run, "--ckpt_path=last"]) == 2
-    line = error_line(capfd)
+    line = complaint("fit", *fitted_run, "--ckpt_path=last")
     assert "last.ckpt" in line
     assert f"Try {RUN / 'checkpoints/best.ckpt'}." in line
     assert main(["fit", *fitted_run, f"--ckpt_path={RUN / 'checkpoints/best.ckpt'}"]) == 0
 
 
 def test_weights_alone_are_tested_but_not_gone_on_from(
-    small_run: list[str], capfd: pytest.CaptureFixture[str]
+    small_run: list[str], complaint: Any
 ) -> None:
     weights = ["--last.save_weights_only=true", "--trainer.max_epochs=1"]
     assert main(["fit", *small_run, *weights]) == 0
-    capfd.readouterr()
-    assert main(["fit", *small_run, "--ckpt_path=last"]) == 2
-    assert "holds weights alone" in error_line(capfd)
+    assert "holds weights alone" in complaint("fit", *small_run, "--ckpt_path=last")
     assert main(["test", "--ckpt_path=last", "--data.test_path=texts.csv", *QUIET]) == 0
 
 
@@ -294,26 +288,26 @@ def test_ways_of_training_are_compared_and_the_best_is_named(
     trainer = {"max_epochs": 2, "accelerator": "cpu"}
     config = {"data": data, "rows": rows, "trainer": trainer, "model": {"encoder": "mean"}}
     Path("config.yaml").write_text(yaml.safe_dump(config))
-    assert main(["compare", "config.yaml", "--seeds=2", "--model.lr=0.1"]) == 0
+    where = "--trainer.default_root_dir=ways"
+    assert main(["compare", "config.yaml", "--seeds=2", "--model.lr=0.1", where]) == 0
     lines = capfd.readouterr().out.splitlines()
     ways = ("frozen", "missing", "all", "staged")
     for way in ways:
         assert sum(line.startswith(f"{way}, seed ") for line in lines) == 2
-        assert {path.name for path in Path("runs", way).iterdir()} >= {"version_0", "version_1"}
+        assert {path.name for path in Path("ways", way).iterdir()} >= {"version_0", "version_1"}
     assert lines[8] == "val_accuracy, mean and range over 2 seeds"
     best = next(line for line in lines if line.startswith("best: "))
     assert best.removeprefix("best: ").split(";")[0] in ways
-    assert lines[-1].startswith("partial-embedding report runs/frozen/version_0 ")
+    assert lines[-1].startswith("partial-embedding report ways/frozen/version_0 ")
 
 
 def test_a_comparison_by_what_was_not_measured_is_refused(
-    small_run: list[str], capfd: pytest.CaptureFixture[str]
+    small_run: list[str], complaint: Any
 ) -> None:
     data = {"path": "texts.csv", "vectors": "vectors.txt"}
     config = {"data": data, "rows": {"schedule": "schedule.yaml"}, "trainer": {"max_epochs": 1}}
     Path("config.yaml").write_text(yaml.safe_dump(config))
-    assert main(["compare", "config.yaml", "--metric=val_f1"]) == 2
-    line = error_line(capfd)
+    line = complaint("compare", "config.yaml", "--metric=val_f1")
     assert "val_accuracy, val_loss. Received: 'val_f1'" in line
 
 

@@ -120,7 +120,7 @@ def test_new_items_of_a_recommender_run_as_planned() -> None:
         trainable.append(len(table.trainable_rows))
         losses.append(loss.item())
     steps = plan(schedule, len(items), epochs=10, new=table.new_rows)
-    planned = {step.position.epoch: step.trainable for step in steps}
+    planned = {step.epoch: step.trainable for step in steps}
     assert trainable == [planned[max(e for e in planned if e <= epoch)] for epoch in range(10)]
     assert new == [items[row] for row in table.trainable_rows.tolist()]
     assert losses[-1] < 0.7 * losses[0]

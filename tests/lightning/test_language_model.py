@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pytorch_lightning")
 pytest.importorskip("jsonargparse")
 transformers = pytest.importorskip("transformers")
 
@@ -80,17 +79,17 @@ def test_the_config_runs_and_says_what_was_learned(whole: tuple[Path, list[str]]
     for when in ("before", "after"):
         apart = the(lines, f"{when}: logits of 32 texts without new tokens differ")
         assert float(apart.split("by ")[1].split(" ")[0]) < 1e-4
-        assert len(re.findall(r" \d\.\d\d", the(lines, f"{when}: near 'mailbox': "))) == 3
+        assert len(re.findall(r" \d\.\d\d", the(lines, f"{when}: near 'archive': "))) == 3
     assert "5 rows train" in the(lines, "model.model.embed_tokens: stage 0")
     assert the(lines, "audit: ").endswith("changed a bit: 0")
     assert Path(the(lines, "rows: ").removeprefix("rows: ")).resolve() == run / "rows.safetensors"
     assert Path(the(lines, "model: ").removeprefix("model: ")).resolve() == run / "model"
     # The rows alone make another copy of the small model the trained one.
-    data = TokenTexts(["python", "mailbox", "keyword", "iterator", "archive"])
+    data = TokenTexts(["archive", "iterator", "callable", "cookies", "logger"])
     data.setup("fit")
     model, tokenizer = few_steps(data.without_tokens(data.training))
     written = load_rows(model, run / "rows.safetensors", tokenizer)
-    assert tokenizer.convert_tokens_to_ids("mailbox") in written["model.embed_tokens.weight"]
+    assert tokenizer.convert_tokens_to_ids("archive") in written["model.embed_tokens.weight"]
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     table = saved["state_dict"]["model.model.embed_tokens.weight"]
     assert torch.equal(model.get_input_embeddings().weight, table)
@@ -106,12 +105,12 @@ def test_test_and_predict_need_the_checkpoint_alone(
     # What plain transformers loads says what the checkpoint says.
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "model").eval()
     words = transformers.AutoTokenizer.from_pretrained(run / "model")
-    prompt = "the mailbox is a"
+    prompt = "the archive is a"
     ids = torch.tensor([words(prompt)["input_ids"]])
     made = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     checkpoint = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
     checkpoint += [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
-    (tmp_path / "texts.txt").write_text("a mailbox\nthe python iterator\n", encoding="utf-8")
+    (tmp_path / "texts.txt").write_text("an archive\nthe callable iterator\n", encoding="utf-8")
     monkeypatch.setattr(language_model, "small_language_model", None)
     assert main(["predict", *checkpoint, "--text", prompt]) == 0
     continuation = words.decode(made, skip_special_tokens=True)
@@ -122,7 +121,7 @@ def test_test_and_predict_need_the_checkpoint_alone(
     assert main(["predict", *checkpoint, *texts]) == 0
     rows = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()
     assert rows[0] == "text,continuation"
-    assert [row.partition(",")[0] for row in rows[1:]] == ["a mailbox", "the python iterator"]
+    assert [row.partition(",")[0] for row in rows[1:]] == ["an archive", "the callable iterator"]
 
 
 @pytest.mark.usefixtures("quickly")
@@ -137,7 +136,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     for key, value in rows.items():
         assert torch.equal(value, again[key]), key
     capsys.readouterr()
-    assert fit(tmp_path, 3, "--ckpt_path=last", "--data.tokens=[keyword]") == 2
+    assert fit(tmp_path, 3, "--ckpt_path=last", "--data.tokens=[iterable]") == 2
     assert "a checkpoint belongs to the tokens" in capsys.readouterr().err
 
 
@@ -206,7 +205,7 @@ def test_module_and_data_belong_together() -> None:
         Trainer(logger=False, enable_checkpointing=False, accelerator="cpu").fit(
             NewTokens(), [torch.zeros(1)]
         )
-    data = TokenTexts(["python"])
+    data = TokenTexts(["archive"])
     data.given_texts = ["a prompt"]
     with pytest.raises(InputError, match=r"a language model. Received NoneType"):
         data.predict_dataloader()

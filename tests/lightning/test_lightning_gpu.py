@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import same_bits
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger
-from small_runs import EPOCHS, NEVER_TRAINED, SCHEDULE, Net, Witness, data, loader, same_bits
+from small_runs import EPOCHS, NEVER_TRAINED, SCHEDULE, Net, Witness, data, loader
 
 from partial_embedding.callbacks.lightning import RowMonitor, RowUnfreezing
 

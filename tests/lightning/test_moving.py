@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
@@ -21,13 +18,10 @@ from small_runs import (
     BATCHES,
     EPOCHS,
     Net,
-    Witness,
-    assert_same_run,
     data,
     fit,
     loader,
     replayable,
-    same_bits,
     trainer,
 )
 
@@ -128,28 +122,6 @@ def test_rows_grow_step_by_step_and_audits_watch_each_part(
     said = capsys.readouterr().out
     assert "words: stage 0 from step 4, increment 2 of 4 towards stage 1: 3 rows train" in said
     assert "audit: words: frozen rows by stage: 11, 7; changed a bit: 0" in said
-
-
-HALVES = {"stages": [{"share": 0, "rows": [1]}, {"share": 0.5, "rows": [1, 2, 3]}]}
-
-
-@pytest.mark.parametrize("schedule", [HALVES, BY_STEP], ids=["shares", "steps"])
-def test_a_run_resumed_within_an_epoch_trains_on_the_batches_that_were_left(
-    schedule: Any, tmp_path: Path
-) -> None:
-    def run(*more: pl.Callback, **options: Any) -> tuple[Any, Witness]:
-        net, witness = Net().build(), Witness()
-        checkpoint = options.pop("ckpt_path", None)
-        made = trainer(RowUnfreezing(schedule), witness, *more, **options)
-        made.fit(net, replayable(data(), seed=3), ckpt_path=checkpoint)
-        return net, witness
-
-    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    whole, seen = run(saving, enable_checkpointing=True)
-    for step in (2, 4, 7):
-        resumed, rest = run(ckpt_path=tmp_path / f"step={step}.ckpt")
-        assert_same_run(rest, seen.seen[step:])
-        assert same_bits(resumed.words.weight, whole.words.weight)
 
 
 # Metrics
@@ -336,7 +308,9 @@ def test_a_run_of_another_length_is_a_change_where_shares_count(
     assert net.steps_begun == 0
 
 
-def test_a_checkpoint_with_paces_loads_without_the_callback_and_back(tmp_path: Path) -> None:
+def test_a_checkpoint_with_rates_loads_without_the_callback_and_back(
+    tmp_path: Path,
+) -> None:
     class Keep(pl.Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.save_checkpoint(tmp_path / "made.ckpt")

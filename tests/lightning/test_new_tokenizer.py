@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pytorch_lightning")
 pytest.importorskip("jsonargparse")
 transformers = pytest.importorskip("transformers")
 

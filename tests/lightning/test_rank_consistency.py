@@ -4,9 +4,6 @@ import re
 from typing import Any
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 from launch import in_processes, of_all
 from pytorch_lightning.strategies import DDPStrategy
 from small_runs import Net, data, known_rank, loader, trainer

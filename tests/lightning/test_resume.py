@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from once import run_script
-from small_runs import differences
+from oracle import differences
 
 from partial_embedding.cli import main
 from partial_embedding.recipes.resume import ReplayableLoader

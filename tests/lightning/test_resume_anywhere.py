@@ -4,13 +4,10 @@ import json
 import os
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import torch
 from once import once, run_script
+from oracle import differences
 from scripts.kill_and_resume import KINDS, PLACES
-from small_runs import differences
 
 from partial_embedding.schedule import RateScale
 from partial_embedding.torch.saved_state import cohorts_of

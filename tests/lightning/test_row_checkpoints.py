@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from oracle import same_bits
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
-from small_runs import SCHEDULE, STAGES, Core, V, data, loader, same_bits, trainer
+from small_runs import SCHEDULE, STAGES, Core, V, data, loader, trainer
 
 from partial_embedding import InputError
 from partial_embedding.callbacks.lightning import RowUnfreezing
@@ -79,6 +80,23 @@ def test_a_checkpoint_holds_the_rows_that_trained_until_then(whole: Whole) -> No
         assert "head.weight" in state
     assert "words.weight" in net.state_dict()
     assert len(saved(folder / "weights.ckpt")["state_dict"]["words.weight"]) == V
+
+
+class Leaves(pl.Callback):
+    """Takes something out of each checkpoint, as whoever has it elsewhere does."""
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        del checkpoint["state_dict"]["head.weight"]
+
+
+def test_what_another_callback_changed_in_a_checkpoint_stays_so(tmp_path: Path) -> None:
+    own = RowUnfreezing(SCHEDULE, checkpoint="rows")
+    made = trainer(Leaves(), own, max_epochs=1)
+    made.fit(SmallNet(), loader(data()))
+    made.save_checkpoint(tmp_path / "one.ckpt")
+    state = saved(tmp_path / "one.ckpt")["state_dict"]
+    assert state["words.weight.ids"].tolist() == [1, 4, 6]
+    assert "head.weight" not in state
 
 
 def test_the_default_is_the_whole_table(tmp_path: Path) -> None:

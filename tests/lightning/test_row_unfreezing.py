@@ -7,11 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import pytorch_lightning as pl
 import torch
+from oracle import rows_that_differ, same_bits
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from small_runs import (
@@ -34,8 +32,6 @@ from small_runs import (
     fit,
     loader,
     reference_run,
-    rows_that_differ,
-    same_bits,
     starting_table,
     trainer,
 )

@@ -1,11 +1,9 @@
 """A model is sharded over two processes, in Lightning and Fabric: its tables learn as in one."""
 
 import pytest
-
-pytest.importorskip("pytorch_lightning", reason="these tests run in the Lightning environment")
-
 import torch
 from launch import all_same, in_processes, same
+from oracle import rows_that_differ
 from sharded_runs import CASES, RATE, ROWS, SAVED, SAVED_AT, batch_of, ranks, saved_ranks
 from small_runs import (
     BATCHES,
@@ -13,7 +11,6 @@ from small_runs import (
     STAGES,
     Scored,
     V,
-    rows_that_differ,
     starting_table,
     weights_of,
 )

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from partial_embedding import InputError
 from partial_embedding.callbacks.keras import RowMonitor, RowUnfreezing
-from partial_embedding.tensorflow import PartialEmbedding, rowwise
+from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise
 
 MATRIX = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
 IDS = np.random.default_rng(1).integers(0, 12, (16, 3))
@@ -75,6 +75,12 @@ def check_callbacks(strategy: Any, folder: str) -> None:
     # What one replica hears is not what all of them look up.
     assert track.token_share == []
     assert set(track.cohorts[0].numbers) == {"update_ratio", "lr", "neighbours_kept"}
+    check_replicas(model.variables)
+    # Outside of the strategy's scope.
+    (new,) = grow_table(model, "words", 1)
+    before = layer.get_weights()[0]
+    model.fit(np.full_like(IDS, new), targets, batch_size=8, verbose=0)
+    assert np.flatnonzero((layer.get_weights()[0] != before).any(axis=1)).tolist() == [new]
     check_replicas(model.variables)
 
 

@@ -191,8 +191,7 @@ def test_the_order_and_the_dropout_of_an_epoch_follow_from_its_number(config: Pa
 
 def test_a_score_does_not_depend_on_the_longest_text_of_the_batch(config: Path) -> None:
     data = texts_of(config)
-    schedule = Schedule.parse(read_config(config)["rows"]["schedule"])
-    model = keras_text.text_classifier(data, schedule, ClassifierSettings(channels=4))
+    model = keras_text.text_classifier(data, ClassifierSettings(channels=4))
     short = np.array([[3, 4, 5, 6, 7]])
     padded = np.pad(short, ((0, 0), (0, 9)))
     np.testing.assert_allclose(

@@ -11,7 +11,7 @@ from small_fits import IDS, NUM_ROWS, TARGETS, VOCABULARY, WIDTH, Watch, fit, sm
 
 from partial_embedding import InputError
 from partial_embedding.callbacks.keras import RowUnfreezing
-from partial_embedding.tensorflow import PartialEmbedding, rowwise
+from partial_embedding.tensorflow import PartialEmbedding, grow_table, rowwise
 
 STAGES = {"stages": [{"epoch": 0, "rows": [6, 7]}, {"epoch": 1, "rows": {"most_frequent": 2}}]}
 
@@ -61,6 +61,33 @@ def test_a_model_that_has_predicted_predicts_what_it_learns() -> None:
     after = model.predict(IDS, verbose=0)
     assert (before != after).any()
     np.testing.assert_array_equal(after, model(IDS))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [run, lambda model: grow_table(model, "words", 1)],
+    ids=["reserves", "grows"],
+)
+def test_other_models_of_a_table_that_changed_fail_until_they_are_traced_anew(change: Any) -> None:
+    model = small_model(rowwise("adam"), traced=True)
+    layer = model.layers[0]
+    other = keras.Sequential([keras.Input((2,), dtype="int64"), layer, keras.layers.Dense(1)])
+    other.compile("adam", "mse")
+    vectors = keras.Model(model.inputs, layer.output)
+    fit(other)
+    vectors.predict(IDS, verbose=0)
+    change(model)
+    (table,) = layer.get_weights()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="words"):
+        fit(other)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="words"):
+        vectors.predict(IDS, verbose=0)
+    assert layer.get_weights()[0].tobytes() == table.tobytes()
+    # The remedy.
+    other.compile("adam", "mse")
+    assert fit(other) == np.intersect1d(IDS, layer.trainable_rows).tolist()
+    vectors.compile()
+    np.testing.assert_array_equal(vectors.predict(IDS, verbose=0), layer(IDS))
 
 
 def test_a_table_whose_rows_all_train_throughout_stays_a_plain_one() -> None:

@@ -171,6 +171,45 @@ def test_a_lazy_optimizer_that_its_first_step_builds_makes_it_as_later_ones() ->
     assert [rows, table] == train(built=True)
 
 
+@pytest.mark.parametrize("traced", ["gradient", "loss", "both"])
+def test_a_function_that_was_traced_before_a_lazy_optimizer_was_built_is_refused(
+    traced: str,
+) -> None:
+    layer = PartialEmbedding.from_matrix(MATRIX, trainable_rows=RESERVED)
+    optimizer = rowwise(keras.optimizers.Adam(0.5, weight_decay=0.1), lazy=True)
+    weights = layer.trainable_variables
+    loss = lambda ids: tf.reduce_sum(0 * layer(ids))  # noqa: E731
+
+    def gradients(ids: Any) -> Any:
+        with tf.GradientTape() as tape:
+            value = loss(ids)
+        return tape.gradient(value, weights)
+
+    def train(ids: Any) -> None:
+        optimizer.apply_gradients(zip(gradients(ids), weights, strict=True))
+
+    if traced == "loss":
+        loss = tf.function(loss)
+    else:
+        gradients = tf.function(gradients)
+    # A function within another is not traced again with it.
+    make = (lambda: tf.function(train)) if traced == "both" else lambda: train
+    ids = tf.constant([1, 0])
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"Call optimizer\.build"):
+            make()(ids)
+        assert moved(layer, MATRIX) == []
+    optimizer.build(weights)
+    with pytest.raises(InputError, match="make the function anew"):
+        make()(ids)
+    if traced == "loss":
+        loss = tf.function(loss.python_function)
+    else:
+        gradients = tf.function(gradients.python_function)
+    make()(ids)
+    assert moved(layer, MATRIX) == [1]
+
+
 @pytest.mark.parametrize("jit", [None, True])
 def test_a_gradient_is_differentiated_again_in_a_graph(jit: bool | None) -> None:
     def penalty(lazy: bool) -> Any:
@@ -236,7 +275,9 @@ def test_variables_can_be_excluded_from_weight_decay(first: bool) -> None:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_it_works_in_a_loop_of_ones_own(lazy: bool) -> None:
+def test_it_works_in_a_loop_of_ones_own(lazy: bool, caplog: pytest.LogCaptureFixture) -> None:
+    # Of what it cannot turn into a graph, TensorFlow warns here.
+    tf.get_logger().addHandler(caplog.handler)
     # An optimizer that the first step builds, while it is traced.
     layer = PartialEmbedding.from_matrix(MATRIX, trainable_rows=MOVES[0][0], reserve_rows=RESERVED)
     optimizer = rowwise(keras.optimizers.Adam(0.05), lazy=lazy)
@@ -246,12 +287,14 @@ def test_it_works_in_a_loop_of_ones_own(lazy: bool) -> None:
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(layer(ids) * upstream)
         weights = layer.trainable_variables
-        optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        optimizer.apply(tape.gradient(loss, weights), weights)
 
     for number, batch in enumerate(batches()):
         if number in MOVES:
             layer.set_trainable_rows(MOVES[number][0])
         traced(*map(tf.constant, batch))
+    tf.get_logger().removeHandler(caplog.handler)
+    assert "AutoGraph" not in caplog.text
     expected = run(model_of(rowwise(keras.optimizers.Adam(0.05), lazy=lazy)))
     np.testing.assert_allclose(layer.get_weights()[0], expected[-1], rtol=1e-6, atol=1e-7)
 

@@ -23,7 +23,6 @@ ROWS = {
     4: [3, 9, 21, 30],
     5: [3, 4, 9, 21, 30],
 }
-ALWAYS_FROZEN = [row for row in range(V) if not any(row in rows for rows in ROWS.values())]
 # A batch of each process has a size of its own.
 SIZES = (12, 5, 7)
 

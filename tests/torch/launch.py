@@ -76,6 +76,11 @@ def of_all(value: T) -> list[T]:
     return found
 
 
+def processes() -> Any:
+    """The mesh of all processes, side by side."""
+    return dist.init_device_mesh("cpu", (dist.get_world_size(),))
+
+
 def shared_folder() -> Path:
     """A folder that all processes of a file share."""
     return Path(sys.argv[2])

@@ -64,6 +64,17 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
     raise AssertionError(f"{what}: rows {rows} differ, by {gap.item():.3g} at most")
 
 
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """The places at which two nested states differ in a bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return [] if same_bits(a, b) else [place]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in differences(a[key], b[key], f"{place}/{key}")]
+    return [] if type(a) is type(b) and a == b else [f"{place}: {a!r}, {b!r}"]
+
+
 def assert_alike(model: nn.Module, expected: nn.Module | Mapping[str, Tensor]) -> None:
     """Fail unless a model has the bits of another one, or of a state_dict."""
     wanted = expected.state_dict() if isinstance(expected, nn.Module) else expected

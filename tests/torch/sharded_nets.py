@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from device_nets import OPTIMIZERS, Net, whole
-from launch import of_all
+from launch import of_all, processes
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import (
@@ -71,10 +71,6 @@ def train(
         optimizer.step()
         seen.append(weights(model))
     return seen, gradients
-
-
-def processes() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
 # What shards a model
@@ -164,7 +160,6 @@ def memory(model: Net, made: Optimizer) -> dict[str, Any]:
     kept = {}
     for state in handle.tables.values():
         shard = shard_of(state.parameter)
-        assert shard is not None
         for number, cohort in state.cohorts.items():
             kept[f"{state.name} {number}"] = {
                 "rows": cohort.ids + shard.start,
@@ -179,15 +174,6 @@ def memory(model: Net, made: Optimizer) -> dict[str, Any]:
             if isinstance(value, Tensor) and value.dim():
                 state[key] = torch.cat([part[cohort][key] for part in parts])
     return {"weights": weights(model), **kept}
-
-
-def check_same_memory(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name, state in a.items():
-        for key, value in state.items():
-            wanted = b[name][key]
-            equal = torch.equal(value, wanted) if torch.is_tensor(value) else value == wanted
-            assert equal, (name, key)
 
 
 def begun(optimizer: str, only_tables: bool) -> tuple[Net, Optimizer]:

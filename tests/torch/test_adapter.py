@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import unchanged
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from partial_embedding import InputError, Schedule
 from partial_embedding.schedule.runner import Runner
@@ -27,6 +29,15 @@ def test_an_audited_run_can_begin_anew() -> None:
     again.advance(0, 0)
     again.finish(1)
     assert [(result.stage, result.changed) for result in again.audit_results] == [(0, 0)]
+
+
+def test_a_weight_that_changes_when_it_is_read_is_not_read() -> None:
+    model = nn.Sequential(spectral_norm(PartialEmbedding(10, 4, sparse=False)))
+    with unchanged(model), torch.no_grad():  # under which what is computed takes no gradient
+        runner_of(model, {"epoch": 0, "rows": [2, 3]}).place()
+    table = model[0]
+    assert isinstance(table, PartialEmbedding)
+    assert table.trainable_rows.tolist() == [2, 3]
 
 
 def test_the_first_rows_join_with_their_rate_whatever_trained_before() -> None:

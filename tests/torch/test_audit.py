@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import assert_same_bits, rows_that_differ
 from small_tables import FROZEN, ROWS, D, V, table_of
+from steps import take_steps
 from torch import Tensor, nn
 
 from partial_embedding.errors import FrozenRowsMoved, InputError
@@ -291,9 +292,7 @@ def loop(table: PartialEmbedding, optimizer: torch.optim.Optimizer, steps: int =
     """Train with an audit of every step; how many steps passed it."""
     audit = FrozenRowAudit(table, "words")
     for step in range(steps):
-        optimizer.zero_grad()
-        table(torch.arange(V)).square().sum().backward()
-        optimizer.step()
+        take_steps(optimizer, lambda: table(torch.arange(V)).square().sum())
         audit.check(step)
     return steps
 

@@ -1,8 +1,8 @@
-"""Several processes, plain loops: tables that DDP ignores learn the same in each, as under DDP."""
+"""What is averaged of tables that DDP leaves to us: what is sent, when, and what is refused."""
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from partial_embedding import InputError
 from partial_embedding.torch import PartialEmbedding, average_gradients, rowwise
 from partial_embedding.torch.row_gradient import RowGradient
-from partial_embedding.torch.table import PartialTable
 
 V, STEPS = 30, 6
 FIRST, LATER = [3, 4, 9, 20], [2, 3, 9, 20, 21]
@@ -29,24 +28,8 @@ def net(sparse: bool = True, head: str = "none", num_rows: int = V) -> Net:
     return Net(head, FIRST, num_rows, seed=dist.get_rank(), sparse=sparse)
 
 
-def adamw(model: nn.Module, lazy: bool = False) -> torch.optim.Optimizer:
-    made = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.2)
-    return rowwise(made, model, lazy=lazy)
-
-
-def wrapped(model: nn.Module, ours: bool = True, group: Any = None) -> nn.Module:
-    """A model in DDP, which reduces all of it if it does not know the tables."""
-    hooks = torch.nn.modules.module._global_module_registration_hooks
-    known = dict(hooks)
-    if not ours:
-        hooks.clear()
-        for module in model.modules():
-            if isinstance(module, PartialTable):
-                module.leave_to_ddp()
-    try:
-        return DistributedDataParallel(model, process_group=group)
-    finally:
-        hooks.update(known)
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return rowwise(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.2), model)
 
 
 def batch(step: int) -> Tensor:
@@ -58,78 +41,18 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def train(
-    model: Net,
-    ours: bool,
-    lazy: bool = False,
-    accumulate: int = 1,
-    max_norm: float | None = None,
-    rowwise_first: bool = False,
-    group: Any = None,
-) -> list[dict[str, Tensor]]:
+def train(model: Net, group: Any) -> list[dict[str, Tensor]]:
     """The weights after each step, of which the rows change in the middle."""
-    if rowwise_first:
-        optimizer, ddp = adamw(model, lazy), wrapped(model, ours, group)
-    else:
-        ddp, optimizer = wrapped(model, ours, group), adamw(model, lazy)
+    ddp, optimizer = DistributedDataParallel(model, process_group=group), adamw(model)
     seen = []
     for step in range(STEPS):
         if step == STEPS // 2:
             model.table.set_trainable_rows(LATER)
         optimizer.zero_grad()
-        for part in range(accumulate):
-            with nullcontext() if part + 1 == accumulate else ddp.no_sync():
-                ddp(batch(accumulate * step + part)).backward()
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        ddp(batch(step)).backward()
         optimizer.step()
         seen.append(weights(model))
     return seen
-
-
-# How a model is built and trained.
-BESIDE_DDP: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "dense": ({"sparse": False}, {}),
-    "sparse": ({}, {}),
-    "sparse_lazy": ({}, {"lazy": True}),
-    "rowwise_first": ({"sparse": False}, {"rowwise_first": True}),
-    "dense_accumulated": ({"sparse": False}, {"accumulate": 3}),
-    "dense_clipped": ({"sparse": False}, {"max_norm": 0.01}),
-    "sparse_accumulated": ({}, {"accumulate": 3}),
-    "sparse_clipped": ({}, {"max_norm": 0.01}),
-    "dense_tied": ({"sparse": False, "head": "tied_dense"}, {}),
-    "dense_tied_accumulated": ({"sparse": False, "head": "tied_dense"}, {"accumulate": 3}),
-    "sparse_tied_to_dense": ({"head": "tied_dense"}, {}),
-    "tied_head_of_rows": ({"head": "tied_rows"}, {}),
-    "untied_sparse_head": ({"head": "untied"}, {}),
-}
-# DDP sums the entries of a sparse gradient in another order.
-EXACT = ("dense", "dense_accumulated", "dense_tied", "dense_tied_accumulated", "rowwise_first")
-
-
-@pytest.mark.parametrize("case", BESIDE_DDP)
-@in_processes(2)
-def test_processes_hold_the_same_bits_and_train_rows_as_where_ddp_reduces_the_table(
-    case: str,
-) -> None:
-    build, options = BESIDE_DDP[case]
-    steps = train(net(**build), ours=True, **options)
-    zero, one = of_all(steps)
-    assert all_same(zero, one)
-    for step in range(1, STEPS):
-        rows = FIRST if step < STEPS // 2 else LATER
-        moved = (steps[step]["table.weight"] != steps[step - 1]["table.weight"]).any(1)
-        assert set(moved.nonzero().flatten().tolist()) <= set(rows)
-    begun, ended = steps[0]["table.weight"], steps[-1]["table.weight"]
-    assert (begun != ended).any(1)[LATER].all()
-    if case == "sparse_tied_to_dense":
-        return  # which DDP itself cannot reduce
-    by_ddp = train(net(**build), ours=False, **options)
-    for step, (ours, ddp) in enumerate(zip(steps, by_ddp, strict=True)):
-        if case in EXACT:
-            assert same(ours, ddp), step
-        for name, wanted in ddp.items():
-            torch.testing.assert_close(ours[name], wanted, rtol=1e-4, atol=1e-5)
 
 
 class Tables(nn.Module):
@@ -149,7 +72,7 @@ def one_table(
 ) -> tuple[PartialEmbedding, torch.optim.Optimizer]:
     model = Tables(PartialEmbedding(rows, D, trainable_rows=trainable, **options))
     table = model.tables[0]
-    table.alive = [wrapped(model)]  # a list, so that it is no module of its own
+    table.alive = [DistributedDataParallel(model)]  # a list, so that it is no module of its own
     return table, adamw(model)
 
 
@@ -233,7 +156,7 @@ def test_processes_outside_of_the_group_have_no_part() -> None:
     single, pair = dist.new_group([0]), dist.new_group([1, 2])
     model, rank = net(), dist.get_rank()
     own = of_all(weights(model)["table.weight"])
-    steps = train(model, True, group=pair if rank else single)
+    steps = train(model, pair if rank else single)
     for a, b, c in zip(*of_all(steps), strict=True):
         assert same(b, c)
         for name in ("table.weight", "hidden.weight"):
@@ -256,7 +179,7 @@ def test_tables_of_several_kinds_are_averaged_together() -> None:
     ]
     model = Tables(*(PartialEmbedding(V, D, **kind) for kind in kinds))
     model.tables[2].unfreeze_rows([25, 2])
-    wrapper, optimizer = wrapped(model), adamw(model)
+    wrapper, optimizer = DistributedDataParallel(model), adamw(model)
     with wrapper.no_sync():
         wrapper(batch(0) % 29).backward()
     zero, one = of_all([table.weight.grad.to_dense().clone() for table in model.tables])
@@ -277,14 +200,14 @@ def test_all_processes_begin_with_the_rows_of_the_first(first: str) -> None:
     assert not same(zero, one)
     if first == "rowwise":
         adamw(model)
-    assert same(weights(wrapped(model).module), zero)
+    assert same(weights(DistributedDataParallel(model).module), zero)
 
 
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @in_processes(2)
 def test_a_gradient_that_overflows_in_one_process_is_skipped_by_all(sparse: bool) -> None:
     model = net(sparse)
-    ddp, optimizer = wrapped(model), adamw(model)
+    ddp, optimizer = DistributedDataParallel(model), adamw(model)
     scaler, seen = torch.amp.GradScaler("cpu", init_scale=4.0), [weights(model)]
     for step in range(3):
         optimizer.zero_grad()
@@ -322,14 +245,9 @@ def test_bytes_follow_the_rows_and_not_the_table(sparse: bool, trainable: int, i
 
 @in_processes(2)
 def test_ddp_has_no_bucket_for_an_ignored_table() -> None:
-    ours, ddp = (
-        wrapped(net(sparse=False, num_rows=1_000), is_ours)._get_ddp_logging_data()[
-            "total_parameter_size_bytes"
-        ]
-        for is_ours in (True, False)
-    )
-    assert ours == 4 * (D * D + D)
-    assert ddp == ours + 4 * 1_000 * D
+    ddp = DistributedDataParallel(net(sparse=False, num_rows=1_000))
+    in_buckets = ddp._get_ddp_logging_data()["total_parameter_size_bytes"]
+    assert in_buckets == 4 * (D * D + D)  # of the hidden layer
 
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -345,7 +263,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_copies_of_a_wrapper_and_of_a_model_average_their_own_tables(how: str) -> None:
     model = net(sparse=False)
     model._ddp_params_and_buffers_to_ignore = ["hidden.bias"]
-    again = COPIES[how](wrapped(model))
+    again = COPIES[how](DistributedDataParallel(model))
     assert model._ddp_params_and_buffers_to_ignore == ["hidden.bias"]
     assert set(again.parameters_to_ignore) >= {"table.weight"}
     copied, seen = again.module, []
@@ -365,13 +283,13 @@ def test_copies_of_a_wrapper_and_of_a_model_average_their_own_tables(how: str) -
 @in_processes(2)
 def test_one_table_stays_with_ddp_where_nothing_else_trains() -> None:
     def ignored(model: nn.Module) -> list[str]:
-        return sorted(wrapped(model).parameters_to_ignore)
+        return sorted(DistributedDataParallel(model).parameters_to_ignore)
 
     def followed() -> nn.Sequential:
         return nn.Sequential(PartialEmbedding(V, D, trainable_rows=FIRST), nn.Linear(D, D))
 
     table = PartialEmbedding(V, D, trainable_rows=FIRST)
-    ddp, optimizer = wrapped(table), adamw(table)
+    ddp, optimizer = DistributedDataParallel(table), adamw(table)
     assert sorted(ddp.parameters_to_ignore) == []
     ddp(batch(0)).square().sum().backward()
     optimizer.step()
@@ -390,7 +308,7 @@ def test_one_table_stays_with_ddp_where_nothing_else_trains() -> None:
 @in_processes(2)
 def test_what_ddp_averaged_by_itself_is_not_averaged_again() -> None:
     model = net()
-    ddp, optimizer = wrapped(model), adamw(model)
+    ddp, optimizer = DistributedDataParallel(model), adamw(model)
     ddp(batch(0)).backward()
     mean = model.table.weight.grad.to_dense().clone()
     with counting() as calls:
@@ -407,7 +325,7 @@ def test_what_ddp_averaged_by_itself_is_not_averaged_again() -> None:
 @in_processes(2)
 def test_a_step_beside_ddp_makes_no_tensor_of_the_size_of_a_table() -> None:
     model = net(head="untied", num_rows=1_000)
-    ddp, optimizer = wrapped(model), adamw(model)
+    ddp, optimizer = DistributedDataParallel(model), adamw(model)
 
     made = MadeTensors()
     for step in range(2):  # DDP makes its buckets anew after a first one
@@ -421,44 +339,47 @@ def test_a_step_beside_ddp_makes_no_tensor_of_the_size_of_a_table() -> None:
 # Refused
 
 
-@pytest.mark.parametrize("differ", ["rows", "order"])
-@in_processes(2)
-def test_processes_that_train_different_rows_stop_together(differ: str) -> None:
-    one = dist.get_rank() == 1
-    first, later = ([1 + one], [7]) if differ == "rows" else ([1 + (not one)], [1 + one])
+def averaged_with(first: list[int], later: list[int]) -> None:
     table, optimizer = one_table(trainable=first)
     table.unfreeze_rows(later)
     table(torch.arange(V)).sum().backward()
-    rule = r"all processes train the same rows of 'tables.0'.*in process 1 than in process 0"
-    with pytest.raises(InputError, match=rule) as refused:
-        average_gradients(optimizer)
-    assert len(set(of_all(str(refused.value)))) == 1
+    average_gradients(optimizer)
 
 
-@in_processes(2)
-def test_tables_of_other_shapes_are_refused_before_anything_is_sent() -> None:
-    rule = (
-        r"\(30, 4, 'torch.float32'\)} in process 0 and .*"
-        r"\(31, 4, 'torch.float32'\)} in process 1. Build the same vocabulary in each."
-    )
-    with pytest.raises(InputError, match=rule) as refused:
-        one_table(V + dist.get_rank(), trainable=[1])
-    assert len(set(of_all(str(refused.value)))) == 1
-
-
-@in_processes(2)
-def test_uneven_inputs_are_refused() -> None:
-    ddp = wrapped(net())
-    rule = r"Received a pass within DistributedDataParallel.join\(\)"
-    with ddp.join(), pytest.raises(InputError, match=rule):
+def joined_by_ddp() -> None:
+    ddp = DistributedDataParallel(net())
+    with ddp.join():
         ddp(batch(0))
 
 
+SAME_ROWS = r"all processes train the same rows of 'tables.0'.*in process 1 than in process 0"
+# What is done in a process, by its number.
+REFUSED: dict[str, tuple[Callable[[int], object], str]] = {
+    "other_rows": (lambda rank: averaged_with([1 + rank], [7]), SAME_ROWS),
+    "rows_in_another_order": (lambda rank: averaged_with([2 - rank], [1 + rank]), SAME_ROWS),
+    "other_shapes": (
+        lambda rank: one_table(V + rank, trainable=[1]),
+        r"\(30, 4, 'torch.float32'\)} in process 0 and .*"
+        r"\(31, 4, 'torch.float32'\)} in process 1. Build the same vocabulary in each.",
+    ),
+    "uneven_inputs": (
+        lambda rank: joined_by_ddp(),
+        r"Received a pass within DistributedDataParallel.join\(\)",
+    ),
+    "max_norm": (
+        lambda rank: one_table(max_norm=1.0),
+        "Received it for 'tables.0'. Leave it out, or use one process.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
 @in_processes(2)
-def test_max_norm_is_refused_among_several_processes() -> None:
-    rule = "Received it for 'tables.0'. Leave it out, or use one process."
-    with pytest.raises(InputError, match=rule):
-        one_table(max_norm=1.0)
+def test_what_would_part_processes_is_refused_by_all_in_the_same_words(case: str) -> None:
+    act, rule = REFUSED[case]
+    with pytest.raises(InputError, match=rule) as refused:
+        act(dist.get_rank())
+    assert len(set(of_all(str(refused.value)))) == 1
 
 
 @pytest.mark.parametrize("how", ["never", "before_more", "in_a_skipped_step", "in_the_last_step"])

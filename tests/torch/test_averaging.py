@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from oracle import rows_that_differ
+from steps import take_steps
 from torch import nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
@@ -43,8 +44,6 @@ def test_frozen_rows_of_an_average_keep_their_bits(
     average = AveragedModel(of, avg_fn=get_ema_avg_fn(0.9))
     optimizer = SGD(model.parameters(), 0.1)
     for _ in range(5):
-        optimizer.zero_grad()
-        model(torch.arange(V)).square().sum().backward()
-        optimizer.step()
+        take_steps(optimizer, lambda: model(torch.arange(V)).square().sum())
         average.update_parameters(seen)
     assert rows_that_differ(before, next(average.parameters())) == ROWS

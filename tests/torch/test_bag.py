@@ -269,9 +269,7 @@ def test_bags_train_few_or_no_or_all_rows_which_join_and_leave() -> None:
     for rows in ([2], [1, 2], [1], "none", "all"):
         bags.set_trainable_rows(rows)
         before = bags.weight.detach().clone()
-        optimizer.zero_grad()
-        bags(torch.arange(V).view(3, 3)).square().sum().backward()
-        optimizer.step()
+        take_steps(optimizer, lambda: bags(torch.arange(V).view(3, 3)).square().sum())
         assert rows_that_differ(before, bags.weight) == bags.trainable_rows.tolist()
 
 
@@ -290,41 +288,3 @@ def test_options_that_need_dense_gradients_are_refused_with_sparse_ones(name: st
         with pytest.raises(InputError, match=rf"{name}.*sparse=False"):
             make(**REFUSED[name])
         assert not make(**REFUSED[name], sparse=False).sparse
-
-
-FROM_PRETRAINED: dict[str, dict[str, Any]] = {
-    "nothing": {},
-    "freeze": {"freeze": True},
-    "max_norm": {"max_norm": 0.5, "norm_type": 1.0},
-    "scale_grad_by_freq": {"scale_grad_by_freq": True},
-    "sum": {"mode": "sum"},
-    "max": {"mode": "max"},
-    "include_last_offset": {"include_last_offset": True},
-    "padding_idx": {"padding_idx": 3},
-}
-
-
-@pytest.mark.parametrize("name", FROM_PRETRAINED)
-def test_from_pretrained_takes_the_options_of_a_plain_bag(name: str) -> None:
-    options = {"freeze": False, "sparse": False, **FROM_PRETRAINED[name]}
-    bags, plain = (
-        kind.from_pretrained(vectors(), **options)
-        for kind in (PartialEmbeddingBag, nn.EmbeddingBag)
-    )
-    names = ("max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse", "padding_idx")
-    for attribute in (*names, "include_last_offset"):
-        assert getattr(bags, attribute) == getattr(plain, attribute), attribute
-    assert bags.weight.requires_grad == plain.weight.requires_grad
-    ids, offsets = flat_ids(1, list(range(V))), torch.tensor([0, 4, 7, 10])
-    assert_same_bits(bags(ids, offsets), plain(ids, offsets), "the output")
-    assert_same_bits(bags.weight, plain.weight, "the weight after a lookup")
-    if plain.weight.requires_grad:
-        for module in (bags, plain):
-            loss_of(module, {"input": ids, "offsets": offsets}, 3).backward()
-        assert_same_bits(bags.weight.grad, plain.weight.grad, "the gradient")
-
-
-def test_repr_is_that_of_a_plain_bag_and_the_number_of_rows() -> None:
-    plain = repr(nn.EmbeddingBag(V, D, mode="sum", padding_idx=3))
-    expected = "Partial" + plain.removesuffix(")") + ", trainable_rows=4)"
-    assert repr(bags_of(mode="sum", padding_idx=3)) == expected

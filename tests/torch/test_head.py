@@ -160,7 +160,7 @@ def test_rows_of_a_bias_that_join_late_begin_afresh_and_a_run_goes_on_from_its_s
         assert_same_bits(run(stop).weight, whole.weight, "the weight")
 
 
-def test_rows_of_a_pace_take_their_bias_along() -> None:
+def test_rows_with_a_rate_of_their_own_take_their_bias_along() -> None:
     moved = []
     for lr_scale in (1.0, 0.5):
         _, head = pair()
@@ -176,7 +176,7 @@ def test_rows_of_a_pace_take_their_bias_along() -> None:
         torch.testing.assert_close(half, whole / 2)
 
 
-def test_a_pace_is_refused_through_whichever_module_has_the_weight() -> None:
+def test_a_rate_is_refused_through_whichever_module_has_the_weight() -> None:
     tied = Tied()
     optimizer = rowwise(torch.optim.LBFGS(tied.parameters()), tied)
     for module in (tied.table, tied.head):
@@ -221,6 +221,20 @@ def test_the_padding_row_never_trains_whichever_was_tied(rows: Any, to_the_head:
     assert 0 not in head.trainable_rows
     head.set_trainable_rows("all")
     assert head.trainable_rows.tolist() == table.trainable_rows.tolist() == list(range(1, V))
+
+
+@pytest.mark.parametrize("rows", ["all", [0, 3, 5]])
+def test_a_padding_row_that_becomes_another_is_another_for_all_that_is_tied(rows: Any) -> None:
+    table = PartialEmbedding(V, D, padding_idx=0, trainable_rows=rows)
+    head = PartialLinear(D, V)
+    head.weight = table.weight
+    table.padding_idx = 5
+    assert 5 not in head.trainable_rows
+    head.set_trainable_rows("all")
+    assert head.trainable_rows.tolist() == [row for row in range(V) if row != 5]
+    table.padding_idx = None
+    table.set_trainable_rows("all")
+    assert head.trainable_rows.tolist() == list(range(V))
 
 
 def test_with_nothing_frozen_it_is_a_plain_head() -> None:

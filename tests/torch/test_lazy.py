@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from cases import DEFAULTS, ELEMENT_WISE, Case, case_of, crossed
+from cases import ELEMENT_WISE, WHOLE_MATRIX, Case, case_of, crossed
 from models import D, V, partial_table
 from numpy.typing import NDArray
 from oracle import assert_same_bits, rows_that_differ, same_bits
@@ -167,16 +167,9 @@ def test_a_step_without_a_gradient_does_not_count() -> None:
     assert_same_bits(tables[0].weight, tables[1].weight, "with idle steps in between")
 
 
-@pytest.mark.parametrize("name", ["Muon", "Adafactor", "LBFGS"])
+@pytest.mark.parametrize("name", WHOLE_MATRIX)
 def test_optimizers_that_look_at_the_whole_matrix_are_refused(name: str) -> None:
     table = partial_table(ROWS)
     optimizer = case_of(name).make(table.parameters())
     with pytest.raises(InputError, match=name):
         rowwise(optimizer, table, lazy=True)
-
-
-def test_all_optimizers_of_torch_are_either_served_or_refused() -> None:
-    served = {case.name for case in LAZY}
-    refused = {"Muon", "Adafactor", "LBFGS"}
-    assert served | refused == {case.name for case in DEFAULTS} - {"SparseAdam"}
-    assert len(LAZY) >= 200

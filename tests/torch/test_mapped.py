@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from steps import take_steps
 
 from partial_embedding import InputError, open_vectors
 from partial_embedding.torch import PartialEmbedding, rowwise
@@ -35,9 +36,7 @@ def vectors(tmp_path: Path) -> Path:
 def trained(weight: torch.Tensor) -> torch.Tensor:
     table = PartialEmbedding.from_pretrained(weight, trainable_rows=[3, 7])
     optimizer = rowwise(torch.optim.AdamW(table.parameters(), weight_decay=0.1), table)
-    for _ in range(3):
-        table(torch.arange(10)).pow(2).sum().backward()
-        optimizer.step()
+    take_steps(optimizer, lambda: table(torch.arange(10)).pow(2).sum(), 3)
     return table.weight.detach()
 
 

@@ -6,7 +6,7 @@ import optimi
 import pytest
 import pytorch_optimizer
 import torch
-from oracle import rows_that_differ
+from oracle import rows_that_differ, same_bits
 from plain_optimizers import CountsInItsGroup, Plain
 from steps import closure_of, take_steps
 from torch import Tensor, nn
@@ -58,6 +58,25 @@ class DecaysBeforeTheClosure(Plain):
         for group in self.param_groups:
             for param in group["params"]:
                 param.mul_(0.9)
+
+
+class KeepsRatesOfGroups(Plain):
+    """As AdaBound does: a list with an item for each group that there was in the beginning."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.first_rates = [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group, first in zip(self.param_groups, self.first_rates, strict=False):
+            for param in group["params"]:
+                param.sub_(group["lr"] ** 2 / first * self.direction(param, group))
+
+
+class KeepsMomentsInItsGroup(Plain):
+    def count(self, group: dict[str, Any]) -> None:
+        group.setdefault("moments", [torch.zeros_like(param) for param in group["params"]])
 
 
 class Wraps(Plain):
@@ -129,6 +148,8 @@ def step(table: nn.Embedding, optimizer: Optimizer, seed: int) -> None:
         (CountsInAnAttribute, "outside its state and groups"),
         (CountsInATensor, "outside its state and groups"),
         (DecaysBeforeTheClosure, "before its closure"),
+        (KeepsMomentsInItsGroup, "'moments', is no number"),
+        (pytorch_optimizer.AdaBound, "of each parameter group outside the group"),
         (Wraps, "wraps another optimizer"),
         (WasNotInitialised, "runs no hooks"),
     ],
@@ -137,6 +158,55 @@ def test_what_cannot_be_kept_exact_is_refused(kind: type[Optimizer], reason: str
     table = table_of()
     with pytest.raises(InputError, match=f"Received {kind.__name__}: .*{reason}"):
         rowwise(kind(table.parameters()), table)
+
+
+def test_rows_have_no_rate_of_their_own_where_a_group_of_theirs_would_not_be_stepped() -> None:
+    table = table_of("none")
+    optimizer = rowwise(KeepsRatesOfGroups(table.parameters()), table)
+    with pytest.raises(InputError, match="KeepsRatesOfGroups, which keeps something of each"):
+        table.unfreeze_rows([4], lr_scale=0.5)
+    table.unfreeze_rows([4])  # the remedy
+    before = table.weight.detach().clone()
+    step(table, optimizer, 0)
+    assert rows_that_differ(before, table.weight) == [4]
+
+
+class TakesNothing(Plain):
+    def step(self) -> None:  # type: ignore[override]
+        super().step()
+
+
+class TakesAScale(Plain):
+    def step(self, scale: float = 1.0) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["lr"] = 0.1 * scale
+        super().step()
+
+
+class DropsItsClosure(Plain):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+
+
+@pytest.mark.parametrize("rows", [(2, 7), "all"])
+@pytest.mark.parametrize(
+    ("kind", "given"), [(TakesNothing, []), (TakesAScale, [0.5]), (DropsItsClosure, [lambda: 0.0])]
+)
+def test_a_step_that_calls_no_closure_is_served(kind: Any, given: list[Any], rows: Any) -> None:
+    table = table_of(rows)
+    plain = nn.Embedding.from_pretrained(table.weight.detach().clone(), freeze=False)
+    before, trained = table.weight.detach().clone(), table.trainable_rows
+    for one in (table, plain):
+        optimizer = kind(one.parameters())
+        for seed in range(3):
+            ids = trained[
+                torch.randperm(len(trained), generator=torch.Generator().manual_seed(seed))
+            ]
+            optimizer.zero_grad()
+            one(ids).pow(2).sum().backward()
+            optimizer.step(*given)
+    assert torch.equal(table.weight[trained], plain.weight[trained])
+    assert rows_that_differ(before, table.weight) == trained.tolist()
 
 
 @pytest.mark.parametrize("call", [rowwise, detach_rowwise, masked_gradient_only, average_gradients])
@@ -205,8 +275,8 @@ def test_a_late_cohort_begins_afresh(kind: type[Plain]) -> None:
         assert table.weight.grad is not None
         alone.weight.grad = table.weight.grad.to_dense()[[4]]
         fresh.step()
-        assert torch.equal(table.weight[4], alone.weight[0])
-    assert torch.equal(table.weight[frozen], before[frozen])
+        assert same_bits(table.weight[4], alone.weight[0])
+    assert same_bits(table.weight[frozen], before[frozen])
 
 
 def test_the_optimizer_and_the_random_numbers_are_left_alone() -> None:
@@ -217,7 +287,7 @@ def test_the_optimizer_and_the_random_numbers_are_left_alone() -> None:
         rowwise(counting, table)
     rowwise(DrawsNoise(table.parameters()), table)
     assert counting.total == 0
-    assert torch.equal(torch.get_rng_state(), state)
+    assert same_bits(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -232,7 +302,7 @@ def test_state_that_an_option_adds_later_is_kept(lazy: bool) -> None:
     assert cohort.state.keys() == {"momentum_buffer"}
     optimizer.param_groups[0]["momentum"] = 0
     step(table, optimizer, 1)
-    assert not torch.equal(table.weight, before)
+    assert not same_bits(table.weight, before)
 
 
 @pytest.mark.parametrize("kind", [optimi.AdamW, optimi.Lion, torch.optim.AdamW])
@@ -246,7 +316,7 @@ def test_an_optimizer_that_has_stepped_goes_on(kind: Any) -> None:
             rowwise(prepared, ours)
         step(plain, stock, seed)
         step(ours, prepared, seed)
-        assert torch.equal(plain.weight, ours.weight), seed
+        assert same_bits(plain.weight, ours.weight), seed
 
 
 def test_cohorts_that_go_on_from_a_plain_optimizer_count_each_by_itself() -> None:
@@ -258,33 +328,6 @@ def test_cohorts_that_go_on_from_a_plain_optimizer_count_each_by_itself() -> Non
     step(table, optimizer, 1)
     cohorts = cohorts_of(optimizer.state_dict()["state"][0]["rowwise"]).values()
     assert [int(cohort.state["step"]) for cohort in cohorts] == [2, 2]
-
-
-class SumsFromTheStart(Plain):
-    """Makes its state in the constructor, as Adagrad does in earlier releases of torch."""
-
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, lr)
-        for group in self.param_groups:
-            for param in group["params"]:
-                self.state[param]["sum"] = torch.zeros_like(param)
-
-    def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
-        grad = super().direction(param, group)
-        return grad / self.state[param]["sum"].add_(grad * grad).sqrt().add(1e-6)
-
-
-def test_state_that_a_constructor_makes_is_made_anew_for_a_plain_table() -> None:
-    table, plain = table_of(), nn.Embedding(NUM_ROWS, WIDTH)
-    optimizer = rowwise(SumsFromTheStart(table.parameters()), table)
-    step(table, optimizer, 0)
-    other = SumsFromTheStart(plain.parameters())
-    other.load_state_dict(optimizer.state_dict())
-    detach_rowwise(optimizer)
-    table.set_trainable_rows("all")
-    for module, stock in ((table, optimizer), (plain, other)):
-        step(module, stock, 1)
-        assert stock.state[module.weight]["sum"].shape == module.weight.shape
 
 
 def test_state_that_only_half_precision_needs_follows_its_rows() -> None:
@@ -329,7 +372,7 @@ def test_an_optimizer_with_a_list_of_parameters_of_its_own_is_refused_and_moves_
     before = table.weight.detach().clone()
     with pytest.raises(InputError, match="keeps parameters outside its groups"):
         rowwise(Own(table.parameters()))
-    assert torch.equal(table.weight, before)
+    assert same_bits(table.weight, before)
 
 
 def test_rows_that_change_within_a_closure_of_lbfgs_are_refused() -> None:

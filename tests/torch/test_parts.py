@@ -8,6 +8,7 @@ import torch
 from cases import CASES, Case, by_id
 from models import D, batches, follow, partial_table, prepared
 from oracle import assert_same_bits
+from steps import take_steps
 
 from partial_embedding.torch import PartialEmbedding, blocks, rowwise
 from partial_embedding.torch.optimizer import prepared as handle_of
@@ -56,9 +57,7 @@ def test_the_state_of_parts_is_that_of_the_whole(
                 # Beginning in parts, ending in parts, and with the whole between them.
                 patch.setattr(blocks, "_IN_CACHE", 7 * D if parts and step != 3 else 2**19)
                 patch.setattr(torch, "get_num_threads", lambda: 1)
-                optimizer.zero_grad()
-                table(torch.randint(60, (40,))).square().sum().backward()
-                optimizer.step()
+                take_steps(optimizer, lambda: table(torch.randint(60, (40,))).square().sum())
             if step == 4:
                 table.freeze_rows(list(rows)[:5])
         handle = handle_of(optimizer)
@@ -86,6 +85,5 @@ def test_what_steps_all_parameters_at_once_is_given_them_whole(
     counts = count_parts(monkeypatch)
     table = PartialEmbedding(60, D, trainable_rows=range(40))
     optimizer = rowwise(torch.optim.AdamW(table.parameters(), **options))
-    table(torch.arange(60)).sum().backward()
-    optimizer.step()
+    take_steps(optimizer, lambda: table(torch.arange(60)).sum())
     assert counts == [0]

@@ -149,11 +149,15 @@ class Program(RuleBasedStateMachine):
         self.check()
 
 
-def run(name: str, sparse: bool, programs: int) -> None:
+@pytest.mark.parametrize("programs", [4, pytest.param(125, marks=pytest.mark.full)])
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_programs_do_to_rows_what_they_do_to_small_tables(
+    name: str, sparse: bool, programs: int
+) -> None:
     members = {"make": staticmethod(MAKERS[name]), "sparse": sparse}
-    machine = type(f"{name}Program", (Program,), members)
     run_state_machine_as_test(
-        machine,
+        type(f"{name}Program", (Program,), members),
         settings=settings(
             max_examples=programs,
             stateful_step_count=20,
@@ -165,16 +169,3 @@ def run(name: str, sparse: bool, programs: int) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
-
-
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-@pytest.mark.parametrize("name", MAKERS)
-def test_programs_do_to_rows_what_they_do_to_small_tables(name: str, sparse: bool) -> None:
-    run(name, sparse, 4)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-@pytest.mark.parametrize("name", MAKERS)
-def test_many_programs_do_too(name: str, sparse: bool) -> None:
-    run(name, sparse, 125)

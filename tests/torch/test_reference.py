@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import same_bits
 
 from partial_embedding.torch import PartialEmbedding, rowwise
 
@@ -47,8 +48,8 @@ def test_the_library_moves_rows_as_the_reference_does(make: Any) -> None:
             embedding.zero_grad()
             (embedding(ids) * torch.arange(D)).square().sum().backward()
             optimizer.step()
-        assert torch.equal(table.weight, plain.weight)
+        assert same_bits(table.weight, plain.weight)
         ever = {row for at, rows in ROWS.items() if at <= step for row in rows}
         frozen = [row for row in range(V) if row not in ever]
-        assert torch.equal(table.weight[frozen], start[frozen])
-    assert not torch.equal(table.weight[ROWS[9]], start[ROWS[9]])
+        assert same_bits(table.weight[frozen], start[frozen])
+    assert not same_bits(table.weight[ROWS[9]], start[ROWS[9]])

@@ -13,7 +13,7 @@ from steps import closure_of, take_steps
 from torch import nn
 
 from partial_embedding import InputError
-from partial_embedding.torch import PartialEmbedding, rowwise
+from partial_embedding.torch import PartialEmbedding, detach_rowwise, rowwise
 from partial_embedding.torch.saved_state import cohorts_of
 
 OPTIMIZERS = {
@@ -128,12 +128,17 @@ class MadeAtOnce(Plain):
 
 
 def test_a_plain_table_begins_afresh_where_the_constructor_makes_the_state() -> None:
-    partial = PartialEmbedding.from_pretrained(starting_table(), trainable_rows=[1, 2])
-    optimizer = MadeAtOnce(partial.parameters())
-    steps(partial, optimizer, 2)
+    table = PartialEmbedding.from_pretrained(starting_table(), trainable_rows=[1, 2])
+    optimizer = MadeAtOnce(table.parameters())
+    steps(table, optimizer, 2)
     plain, fresh = (nn.Embedding.from_pretrained(starting_table(), freeze=False) for _ in range(2))
     stock = MadeAtOnce(plain.parameters())
     stock.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(plain, stock, 2)
     steps(fresh, MadeAtOnce(fresh.parameters()), 2)
     assert_same_bits(plain.weight, fresh.weight, "the table")
+    # And where it is the same table that all rows of are to train.
+    detach_rowwise(optimizer)
+    table.set_trainable_rows("all")
+    steps(table, optimizer, 1)
+    assert optimizer.state[table.weight]["sum"].shape == (V, D)

@@ -1,7 +1,7 @@
 """Tables among several processes learn what one process does that has the batches of all."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -9,32 +9,27 @@ import pytest
 import torch
 from device_nets import (
     AFTER,
-    ALWAYS_FROZEN,
     OPTIMIZERS,
     ROWS,
     SAVED_AT,
-    STEPS,
     D,
     Net,
-    Step,
     V,
-    alone,
     batch,
     joined,
     load,
     make,
     moments,
-    replayed,
     save,
     snapshot,
-    train,
     whole,
 )
-from launch import all_same, in_processes, of_all, same, shared_folder
+from device_runs import beside_fsdp2, check, split, train_here
+from launch import all_same, in_processes, of_all, processes, same, shared_folder
 from oracle import rows_that_differ
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_embedding import InputError
@@ -43,85 +38,11 @@ from partial_embedding.torch import (
     PartialEmbeddingBag,
     average_gradients,
     keep_whole,
-    rowwise,
     shards,
     split_rows,
 )
 from partial_embedding.torch.optimizer import prepared
 from partial_embedding.torch.row_files import load_rows, save_rows
-
-
-def mesh() -> Any:
-    return dist.init_device_mesh("cpu", (dist.get_world_size(),))
-
-
-def begun_apart(head: str) -> Net:
-    """A model with other rows in each process; FSDP2 does not make the other layers alike."""
-    net = Net(head, seed=0 if dist.get_rank() == 0 else 7)
-    net.hidden.load_state_dict(Net(head).hidden.state_dict())
-    return net
-
-
-def beside_fsdp2(head: str) -> Net:
-    """A model that FSDP2 shards but for its tables."""
-    net = begun_apart(head)
-    fully_shard(net, mesh=mesh(), ignored_params=keep_whole(net))
-    return net
-
-
-def split(head: str) -> Net:
-    """A model whose table is split, whose head is whole, and of which FSDP2 shards the rest."""
-    net = begun_apart(head)
-    ours = keep_whole(net) if head != "none" else set()
-    fully_shard(net, mesh=mesh(), ignored_params=ours | split_rows(net.table, mesh()))
-    return net
-
-
-def train_here(
-    net: Net,
-    *optimizers: torch.optim.Optimizer,
-    model: nn.Module | None = None,
-    some_empty: bool = False,
-    accumulate: int = 1,
-    **options: Any,
-) -> Iterator[Step]:
-    """As `train`, with the batches of this process."""
-
-    def backward(step: int) -> None:
-        for part in range(accumulate):
-            (model or net)(batch(step, dist.get_rank(), part, some_empty)).backward()
-        average_gradients(optimizers[0])
-
-    return train(net, backward, *optimizers, **options)
-
-
-def beside_fsdp1(name: str, head: str) -> Iterator[Step]:
-    net = Net(head)
-    kept = keep_whole(net)
-    model = FullyShardedDataParallel(
-        net, ignored_states=kept, device_id=torch.device("cpu"), use_orig_params=True
-    )
-    return train_here(net, make(name, net), model=model)
-
-
-def in_optimizers_of_their_own(name: str, head: str) -> Iterator[Step]:
-    """As beside DeepSpeed ZeRO-1: an engine has all but the tables, and steps it by itself."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns where it is imported
-
-    net = Net(head)
-    kept = keep_whole(net)
-    rest = [parameter for parameter in net.parameters() if parameter not in kept]
-    of_rest = ZeroRedundancyOptimizer(rest, torch.optim.AdamW, lr=0.1, weight_decay=0.2)
-    of_tables = rowwise(OPTIMIZERS[name](list(kept)), net)
-
-    def backward(step: int) -> None:
-        net(batch(step, dist.get_rank())).backward()
-        for parameter in rest:  # what the engine does in its backward
-            dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
-        average_gradients(of_tables)
-
-    return train(net, backward, of_tables, of_rest)
-
 
 STOCK = ("AdamW", "AdamW-foreach", "SGD", "Adagrad")
 
@@ -143,58 +64,25 @@ def trained(whole_ones: Iterable[str], split_ones: Iterable[str]) -> list[str]:
     ]
 
 
-def check(case: str) -> None:
-    kind, name, head, *others = case.split()
-    lazy, world = "lazy" in others, dist.get_world_size()
-    options: dict[str, Any] = {"max_norm": 0.05 if "clipped" in others else None}
-    of_parts = {"accumulate": 2} if "accumulated" in others else {}
-    if "fsdp1" in others:
-        steps = beside_fsdp1(name, head)
-    elif "zero" in others:
-        steps = in_optimizers_of_their_own(name, head)
-    else:
-        net = beside_fsdp2(head) if kind == "whole" else split(head)
-        of_parts = of_parts if kind == "whole" else {"some_empty": True}
-        steps = train_here(net, make(name, net, lazy), **of_parts, **options)
-    seen, grads, norms = zip(*steps, strict=True)
-    assert len(seen) == STEPS
-
-    # All processes hold the same bits, and frozen rows those of before.
-    if any(not all_same(seen, other) for other in of_all(seen)):
-        raise AssertionError("processes hold other rows")
-    begun, rows = snapshot(Net(head)), ROWS[0]
-    for step, (before, after) in enumerate(zip([begun, *seen], seen, strict=False)):
-        rows = ROWS.get(step, rows)
-        for which in after:
-            moved = (after[which] != before[which]).view(len(after[which]), -1).any(1)
-            assert set(moved.nonzero().flatten().tolist()) <= set(rows), (step, which)
-    for which, ended in seen[-1].items():
-        assert torch.equal(ended[ALWAYS_FROZEN], begun[which][ALWAYS_FROZEN])
-        assert not torch.equal(ended[ROWS[0]], begun[which][ROWS[0]])
-    if dist.get_rank():
-        return  # what follows is the same for all
-
-    # They are the rows of one process with the gradients of all.
-    again = [found for found, *_ in replayed(name, head, list(grads), lazy)]
-    assert all_same(list(seen), again)
-
-    # They are the rows of one process with the batches of all. Two processes divide by two, which
-    # is exact, in which order ever; three do not, nor does the norm of a sum of squares in another
-    # order. A tied gradient is summed in another order.
-    exact = world == 2 and options["max_norm"] is None and head != "tied"
-    if kind == "split":
-        exact = exact and head == "none"  # a head sums what comes of each batch by itself
-        reference = joined(name, head, world, lazy=lazy, **options)
-    else:
-        reference = alone(name, head, world, lazy=lazy, **of_parts, **options)
-    for found, norm, (wanted, _, its_norm) in zip(seen, norms, reference, strict=True):
-        assert norm == (None if its_norm is None else pytest.approx(its_norm, rel=1e-5))
-        assert not exact or same(found, wanted)
-        for which in wanted:
-            torch.testing.assert_close(found[which], wanted[which], rtol=1e-4, atol=1e-5)
+# What else is done where DDP has the rest; a table whose head is a plain one has a dense gradient.
+IN_DDP = [
+    "ddp AdamW none",
+    "ddp AdamW none lazy",
+    "ddp AdamW none clipped",
+    "ddp AdamW none accumulated",
+    "ddp AdamW none dense",
+    "ddp AdamW none dense clipped",
+    "ddp AdamW none dense accumulated",
+    "ddp AdamW none dense rowwise_first",
+    "ddp AdamW tied_dense",
+    "ddp AdamW tied_dense dense",
+    "ddp AdamW tied_dense dense accumulated",
+    "ddp AdamW tied",
+    "ddp AdamW untied",
+]
 
 
-@pytest.mark.parametrize("case", trained(STOCK, STOCK))
+@pytest.mark.parametrize("case", [*trained(STOCK, STOCK), *IN_DDP])
 @in_processes(2)
 def test_two_processes_train_the_rows_of_one_with_the_batches_of_both(case: str) -> None:
     check(case)
@@ -241,13 +129,13 @@ def on_meta() -> None:
 
 def split_tied() -> None:
     net = Net("tied")
-    split_rows(net.table, mesh())
+    split_rows(net.table, processes())
 
 
 def split_twice() -> None:
     table = Net().table
-    split_rows(table, mesh())
-    split_rows(table, mesh())
+    split_rows(table, processes())
+    split_rows(table, processes())
 
 
 # What would part processes, and what cannot be split, with what can.
@@ -258,7 +146,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "never_averaged": (never_averaged, r"Call average_gradients\(optimizer\) after backward"),
     "sharded_first": (
-        lambda: keep_whole(fully_shard(Net(), mesh=mesh())),
+        lambda: keep_whole(fully_shard(Net(), mesh=processes())),
         r"Call keep_whole\(model\) first",
     ),
     "on_meta": (on_meta, "Received 'table' on the meta device"),
@@ -272,21 +160,21 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "all processes train the same rows of a table",
     ),
     "split_head": (
-        lambda: split_rows(Net("tied").head, mesh()),
+        lambda: split_rows(Net("tied").head, processes()),
         "ColwiseParallel and loss_parallel",
     ),
     "split_tied": (split_tied, "tied to a head, which needs all of them"),
     "split_bags": (
-        lambda: split_rows(PartialEmbeddingBag(V, D, trainable_rows=[1]), mesh()),
+        lambda: split_rows(PartialEmbeddingBag(V, D, trainable_rows=[1]), processes()),
         "for bags look rows up and reduce them",
     ),
     "split_twice": (split_twice, "Call split_rows before fully_shard"),
     "split_max_norm": (
-        lambda: split_rows(PartialEmbedding(V, D, max_norm=1.0), mesh()),
+        lambda: split_rows(PartialEmbedding(V, D, max_norm=1.0), processes()),
         "max_norm looks at all that is looked up",
     ),
     "split_other_size": (
-        lambda: split_rows(PartialEmbedding(V + dist.get_rank(), D), mesh()),
+        lambda: split_rows(PartialEmbedding(V + dist.get_rank(), D), processes()),
         "all processes have the same tables",
     ),
 }
@@ -321,7 +209,7 @@ def test_what_processes_do_together_waits_for_a_while_and_names_who_did_not_come
 @in_processes(2)
 def test_a_split_table_of_which_all_rows_train_is_stepped_by_a_plain_optimizer() -> None:
     table = PartialEmbedding(V, D, _weight=torch.zeros(V, D))
-    split_rows(table, mesh())
+    split_rows(table, processes())
     optimizer = torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.0)
     table(batch(0, dist.get_rank())).sum().backward()
     optimizer.step()
@@ -334,7 +222,7 @@ def test_a_split_table_of_which_all_rows_train_is_stepped_by_a_plain_optimizer()
 def test_a_table_is_split_before_it_has_rows() -> None:
     with torch.device("meta"):
         table = PartialEmbedding(V, D, padding_idx=30, trainable_rows=[1, 29])
-    split_rows(table, mesh())
+    split_rows(table, processes())
     table.to_empty(device="cpu")
     table.reset_parameters()
     own = 15 if dist.get_rank() else 16
@@ -349,14 +237,14 @@ def test_a_table_is_split_before_it_has_rows() -> None:
     optimizer.step()
     assert rows_that_differ(before, whole(table.weight)) == [1, 29]
     given_alike = PartialEmbedding.from_pretrained(torch.ones(V, D))
-    split_rows(given_alike, mesh(), src_data_rank=None)
+    split_rows(given_alike, processes(), src_data_rank=None)
     assert given_alike.weight.to_local().untyped_storage().nbytes() == own * 4 * D
 
 
 @in_processes(2)
 def test_ddp_averages_the_rest_and_leaves_a_split_table_alone() -> None:
     net = Net("untied")
-    split_rows(net.table, mesh())
+    split_rows(net.table, processes())
     ddp = DistributedDataParallel(net)
     assert sorted(ddp.parameters_to_ignore) == ["head.weight", "table.weight"]
     steps = train_here(net, make("AdamW", net), some_empty=True, model=ddp)
@@ -408,7 +296,7 @@ def test_what_is_sent_for_a_split_table_follows_the_ids_and_not_the_table() -> N
     for num_rows in (1_000, 100_000):
         for ids in (40, 50):
             table = PartialEmbedding(num_rows, D, trainable_rows=range(num_rows // 2))
-            split_rows(table, mesh())
+            split_rows(table, processes())
             sent.clear()
             dist.all_to_all_single = counted
             table(torch.arange(ids) * (num_rows // ids)).sum().backward()

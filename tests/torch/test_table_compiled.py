@@ -18,6 +18,8 @@ COMPILED: dict[str, Callable[[], nn.Module]] = {
     "no_row": lambda: table_of("none"),
     "max_norm": lambda: table_of("all", max_norm=0.5),
     "padding_idx": lambda: table_of(padding_idx=4),
+    "padding_idx, sparse": lambda: table_of(padding_idx=4, sparse=True),
+    "padding_idx, sparse, all_rows": lambda: table_of("all", padding_idx=4, sparse=True),
     "bag_sum": lambda: PartialEmbeddingBag.from_pretrained(
         vectors(), mode="sum", sparse=False, trainable_rows=ROWS
     ),

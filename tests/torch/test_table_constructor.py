@@ -35,11 +35,10 @@ def compare_with_plain(table: nn.Module, plain: nn.Module) -> None:
     assert table.weight.requires_grad == plain.weight.requires_grad
     assert_same_bits(table(ids), plain(ids), "the output")
     assert_same_bits(table.weight, plain.weight, "the weight after a lookup")
-    names = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "sparse")
-    for name in (*names, "scale_grad_by_freq"):
+    for name in type(plain).__constants__:
         assert getattr(table, name) == getattr(plain, name), name
     if plain.weight.requires_grad:
-        up = torch.randn(*ids.shape, D, generator=torch.Generator().manual_seed(2))
+        up = torch.randn(plain(ids).shape, generator=torch.Generator().manual_seed(2))
         for module in (table, plain):
             module.weight.grad = None
             module(ids).backward(up.to(module.weight.dtype))
@@ -89,13 +88,23 @@ FROM_PRETRAINED_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", FROM_PRETRAINED_OPTIONS)
-def test_from_pretrained_takes_the_options_of_a_plain_embedding(name: str) -> None:
-    made = [
-        kind.from_pretrained(vectors(), **{"sparse": False, **FROM_PRETRAINED_OPTIONS[name]})
-        for kind in (PartialEmbedding, nn.Embedding)
-    ]
-    compare_with_plain(*made)
+OF_BAGS: dict[str, dict[str, Any]] = {
+    "sum": {"freeze": False, "mode": "sum"},
+    "max": {"freeze": False, "mode": "max"},
+    "include_last_offset": {"freeze": False, "include_last_offset": True},
+}
+OF_EACH = [
+    *((PartialEmbedding, nn.Embedding, name) for name in FROM_PRETRAINED_OPTIONS),
+    *((PartialEmbeddingBag, nn.EmbeddingBag, name) for name in FROM_PRETRAINED_OPTIONS | OF_BAGS),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "name"), OF_EACH)
+def test_from_pretrained_takes_the_options_of_the_plain_module(
+    ours: Any, theirs: Any, name: str
+) -> None:
+    options = {"sparse": False, **(FROM_PRETRAINED_OPTIONS | OF_BAGS)[name]}
+    compare_with_plain(*(kind.from_pretrained(vectors(), **options) for kind in (ours, theirs)))
 
 
 def test_from_pretrained_trains_by_default_and_shares_memory() -> None:
@@ -125,16 +134,10 @@ def test_from_pretrained_refuses_what_is_not_a_matrix(kind: Any) -> None:
         kind.from_pretrained(torch.zeros(2, 3, 4))
 
 
-def test_repr_is_that_of_a_plain_embedding_and_the_number_of_rows() -> None:
-    table = table_of(padding_idx=0)
-    plain = nn.Embedding.from_pretrained(vectors(), padding_idx=0)
-    expected = repr(plain).replace("Embedding(", "PartialEmbedding(")
-    assert repr(table) == expected.removesuffix(")") + ", trainable_rows=2)"
+def test_repr_is_that_of_the_plain_module_and_the_number_of_rows() -> None:
+    for kind, plain in ((PartialEmbedding, nn.Embedding), (PartialEmbeddingBag, nn.EmbeddingBag)):
+        expected = "Partial" + repr(plain(V, D, padding_idx=0, sparse=True))
+        made = repr(kind(V, D, padding_idx=0, trainable_rows=ROWS))
+        assert made == expected.removesuffix(")") + ", trainable_rows=2)"
     assert repr(table_of("all")).endswith(", trainable_rows=7)")
     assert repr(table_of("all", padding_idx=0)).endswith(", trainable_rows=6)")
-
-
-def test_repr_makes_no_bookkeeping() -> None:
-    table = table_of("all")
-    repr(table)
-    assert table._row_set is None

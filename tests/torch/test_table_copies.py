@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -80,6 +81,13 @@ def test_copies_train_the_same_rows_and_their_own_afterwards(
     assert len(table.weight._backward_hooks) == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_goes_to_another_process_keeps_its_rows() -> None:
+    table = table_of(ROWS, sparse=True)
+    sent = ForkingPickler.dumps(table)  # as `multiprocessing` sends it; the weight is shared
+    assert_is_partial(pickle.loads(sent))
+
+
 def test_copies_do_not_carry_a_weight_that_was_there_for_one_call() -> None:
     table = table_of()
     table(IDS)
@@ -138,13 +146,6 @@ def test_casts_that_make_a_new_parameter_keep_the_rows() -> None:
     assert table.weight.dtype == torch.float64
     assert_is_masked_past_the_module(table)
     assert_is_partial(table)
-
-
-def test_shared_memory_holds_the_weight() -> None:
-    table = table_of().share_memory()
-    assert table.weight.is_shared()
-    copied = pickle.loads(pickle.dumps(table))
-    assert_is_partial(copied)
 
 
 @pytest.mark.parametrize("rows", [ROWS, "all"], ids=["some_rows", "all_rows"])

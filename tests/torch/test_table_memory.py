@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from small_tables import IDS, ROWS, D, V, gradient
+from steps import take_steps
 from torch import Tensor, nn
 
 from partial_embedding.torch import PartialEmbedding, rowwise
@@ -53,9 +54,7 @@ def test_weight_is_the_only_tensor_of_the_size_of_the_vocabulary(lazy: bool) -> 
     table = PartialEmbedding(LARGE, WIDE, trainable_rows=rows)
     optimizer = rowwise(torch.optim.AdamW(table.parameters(), weight_decay=0.1), table, lazy=lazy)
     for step in range(3):
-        optimizer.zero_grad()
-        table(torch.arange(0, LARGE, 100)).sum().backward()
-        optimizer.step()
+        take_steps(optimizer, lambda: table(torch.arange(0, LARGE, 100)).sum())
         if step == 1:
             table.unfreeze_rows([1, 2])
     with without_collection():
@@ -95,6 +94,7 @@ def test_making_a_table_lists_no_more_rows_than_train(monkeypatch: pytest.Monkey
 
 def test_a_plain_table_has_no_bookkeeping() -> None:
     table = PartialEmbedding(LARGE, 1)
+    assert f"trainable_rows={LARGE}" in repr(table)
     gradient(table, torch.arange(9))
     assert not table.has_frozen_rows
     assert table._row_set is None
@@ -103,16 +103,10 @@ def test_a_plain_table_has_no_bookkeeping() -> None:
 def test_a_step_of_training_leaves_no_tensor_behind() -> None:
     table = PartialEmbedding(V, D, trainable_rows=ROWS)
     optimizer = rowwise(torch.optim.AdamW(table.parameters()), table)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        table(IDS).sum().backward()
-        optimizer.step()
-
     counts = []
     with without_collection():
         for _ in range(5):
-            step()
+            take_steps(optimizer, lambda: table(IDS).sum())
             counts.append(len(living_tensors()))
     assert len(set(counts[1:])) == 1, counts
 

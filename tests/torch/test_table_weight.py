@@ -31,16 +31,6 @@ from partial_embedding.torch.row_gradient import RowGradient
 # Other tensors in the place of the weight
 
 
-def test_functional_call_with_a_plain_tensor_masks_its_gradient() -> None:
-    table = table_of()
-    weight = (vectors() * 2).requires_grad_()
-    out = torch.func.functional_call(table, {"weight": weight}, IDS)
-    assert_same_bits(out, weight[IDS], "the output")
-    out.square().sum().backward()
-    assert moved_rows(weight.grad) == ROWS
-    assert table.weight.grad is None
-
-
 @SPARSE_AND_DENSE
 def test_functional_call_with_all_rows_trainable_equals_a_plain_embedding(sparse: bool) -> None:
     grads = []

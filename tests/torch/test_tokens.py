@@ -26,7 +26,6 @@ from tiny_language_models import (  # noqa: E402
     language_model,
     of_tables,
     tokenizer,
-    training_arguments,
     with_new_tokens,
 )
 from torch import nn  # noqa: E402
@@ -90,38 +89,6 @@ def test_only_the_new_rows_learn(family: str, tied: bool, tmp_path: Path) -> Non
             expected = model(**inputs(words, NEW_TEXT)).logits
             assert_same_bits(loaded(**inputs(again, NEW_TEXT)).logits, expected, "logits")
         restore_embedding(model)
-
-
-@TIED
-def test_the_callback_follows_a_schedule_in_the_trainers_own_optimizer(
-    tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # Of which the bias of the head is in a group of its own, without decay.
-    pytest.importorskip("accelerate")
-    from partial_embedding.callbacks.transformers import RowUnfreezing
-
-    model, words = with_new_tokens("BERT", tied)
-    head = model.get_output_embeddings()
-    before = copy.deepcopy(head.state_dict())
-    batch = {name: value[0] for name, value in inputs(words, NEW_TEXT).items()}
-    arguments = training_arguments(
-        tmp_path,
-        num_train_epochs=2,
-        per_device_train_batch_size=1,
-        learning_rate=0.05,
-        weight_decay=0.1,
-    )
-    stages = [{"epoch": 0, "rows": NEW_ROWS}, {"epoch": 1, "rows": [3, *NEW_ROWS]}]
-    transformers.Trainer(
-        model,
-        arguments,
-        train_dataset=[batch] * 4,
-        callbacks=[RowUnfreezing({"stages": stages}, audit=True)],
-    ).train()
-    for name, value in head.state_dict().items():
-        assert rows_that_differ(before[name], value) == [3, *NEW_ROWS], name
-    tables = 1 if tied else 2
-    assert capsys.readouterr().out.count("stage 1 from epoch 1: 3 rows train") == tables
 
 
 @MODELS

@@ -6,16 +6,13 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from steps import take_steps  # noqa: E402
-from tiny_language_models import (  # noqa: E402
+import torch
+from oracle import assert_same_bits, rows_that_differ, same_bits
+from safetensors import safe_open
+from steps import take_steps
+from tiny_language_models import (
     NEW,
     NEW_ROWS,
     NEW_TEXT,
@@ -30,14 +27,14 @@ from tiny_language_models import (  # noqa: E402
     with_room,
 )
 
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.torch import (  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.torch import (
     PartialEmbedding,
     add_tokens,
     replace_embedding,
     restore_embedding,
 )
-from partial_embedding.torch.row_files import export_peft, load_rows, save_rows  # noqa: E402
+from partial_embedding.torch.row_files import export_peft, load_rows, save_rows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*:FutureWarning",
@@ -272,6 +269,24 @@ def test_the_tokens_of_an_adapter_that_peft_made_are_served_by_the_table(
     torch.testing.assert_close(logits_of(model, words), logits_of(theirs, words))
     with model.disable_adapter():
         assert_same_bits(logits_of(model, words), logits_of(before, words), "logits")
+
+
+@TIED
+def test_adapters_that_have_rows_each_are_not_mixed(tied: bool) -> None:
+    model, words, before = adapted(tied=tied)
+    train(model, words)
+    model.add_adapter("other", lora())
+    two, batch = ["default", "other"], inputs(words, NEW_TEXT)
+    with pytest.raises(ValueError, match="Cannot add weighted adapters"):
+        model.add_weighted_adapter(two, [0.5, 0.5], "sum")
+    model.eval()
+    for names, rows in ((["other"], "'default'"), (["__base__"], "'default'"), (two, "'default'")):
+        with pytest.raises(InputError, match=f"has the rows of {rows}"):
+            model(**batch, adapter_names=names)
+    expected = logits_of(model, words)
+    assert_same_bits(model(**batch, adapter_names=["default"]).logits, expected, "by its name")
+    with model.disable_adapter():
+        assert_same_bits(logits_of(model, words), logits_of(before, words), "the base model's")
 
 
 @TIED

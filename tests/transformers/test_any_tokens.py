@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_same_bits, rows_that_differ  # noqa: E402
-from steps import take_steps  # noqa: E402
-from tiny_language_models import (  # noqa: E402
+import tokenizers
+import torch
+import transformers
+from oracle import assert_same_bits, rows_that_differ
+from steps import take_steps
+from tiny_language_models import (
     NEW,
     NEW_ROWS,
     TIED,
@@ -22,11 +20,11 @@ from tiny_language_models import (  # noqa: E402
     tokenizer,
     with_new_tokens,
 )
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.torch import PartialLinear, add_tokens  # noqa: E402
-from partial_embedding.torch.row_files import load_rows, save_rows  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.torch import PartialLinear, add_tokens
+from partial_embedding.torch.row_files import load_rows, save_rows
 
 USER, END = (tokenizers.AddedToken(name, special=True) for name in ("<|user|>", "<|end|>"))
 

@@ -4,13 +4,10 @@ import copy
 from pathlib import Path
 
 import pytest
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_same_bits, rows_that_differ  # noqa: E402
-from tiny_language_models import (  # noqa: E402
+import torch
+import transformers
+from oracle import assert_same_bits, rows_that_differ
+from tiny_language_models import (
     ARCHITECTURES,
     COMPOSITE,
     FAMILIES,
@@ -24,8 +21,8 @@ from tiny_language_models import (  # noqa: E402
     training_arguments,
 )
 
-from partial_embedding.torch import PartialLinear, add_tokens, restore_embedding  # noqa: E402
-from partial_embedding.torch.table import PartialTable  # noqa: E402
+from partial_embedding.torch import PartialLinear, add_tokens, restore_embedding
+from partial_embedding.torch.table import PartialTable
 
 STEPS = 5
 

@@ -6,19 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from oracle import assert_alike, rows_that_differ
+from safetensors.torch import load_file
+from tiny_language_models import training_arguments
+from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_alike, rows_that_differ  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from tiny_language_models import training_arguments  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.callbacks.transformers import RowUnfreezing  # noqa: E402
-from partial_embedding.torch import FrozenRowsMoved, replace_embedding  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.callbacks.transformers import RowUnfreezing
+from partial_embedding.torch import FrozenRowsMoved, replace_embedding
 
 SCHEDULE = {"stages": [{"epoch": 0, "rows": [3, 4]}, {"epoch": 2, "rows": {"range": [0, 10]}}]}
 
@@ -99,6 +96,28 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
             assert "transformer.wte.weight" not in saved
         resumed = train(tmp_path / "again", place, model_of(tied=tied), checkpoint=checkpoint)
         assert_alike(resumed, whole)
+
+
+class Interrupts(transformers.TrainerCallback):
+    """Ends a run as a user does in a notebook, in the midst of a step or of an evaluation."""
+
+    def __init__(self, at: str) -> None:
+        setattr(self, at, self.interrupt)
+
+    def interrupt(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", ["on_step_begin", "on_optimizer_step", "on_save"])
+def test_what_is_saved_after_an_interrupted_run_is_whole(at: str, tmp_path: Path) -> None:
+    model, own = model_of(), RowUnfreezing(SCHEDULE, checkpoint="rows")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, model=model, schedule=None, callbacks=(own, Interrupts(at)))
+    assert "transformer.wte.weight" in model.state_dict()
+    train(tmp_path, tmp_path / "checkpoint-4", model=model, schedule=None, callbacks=(own,))
+    assert "transformer.wte.weight.ids" in load_file(tmp_path / "checkpoint-8/model.safetensors")
+    assert "transformer.wte.weight" in model.state_dict()
 
 
 def test_rows_of_another_base_are_refused(tmp_path: Path) -> None:
@@ -242,8 +261,10 @@ def test_a_checkpoint_without_the_callback_resumes_with_it_and_back(tmp_path: Pa
 
 def test_a_metric_that_is_not_evaluated_is_one_error(tmp_path: Path) -> None:
     waits = {"stages": [{"epoch": 0, "rows": [3]}, {"plateau": "eval_f1", "rows": [4]}]}
+    model, own = model_of(), RowUnfreezing(waits, checkpoint="rows")
     with pytest.raises(InputError, match=r"'eval_f1'. Received: .*'eval_loss'"):
-        train(tmp_path, schedule=waits, eval_strategy="epoch")
+        train(tmp_path, None, model, (own,), None, eval_strategy="epoch")
+    assert "transformer.wte.weight" in model.state_dict()
 
 
 def test_stages_that_wait_are_refused_where_nothing_evaluates(tmp_path: Path) -> None:

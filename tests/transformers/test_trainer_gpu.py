@@ -4,16 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from oracle import rows_that_differ
+from tiny_language_models import training_arguments
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import rows_that_differ  # noqa: E402
-from tiny_language_models import training_arguments  # noqa: E402
-
-from partial_embedding.callbacks.transformers import RowUnfreezing  # noqa: E402
-from partial_embedding.torch import replace_embedding  # noqa: E402
+from partial_embedding.callbacks.transformers import RowUnfreezing
+from partial_embedding.torch import replace_embedding
 
 if not torch.cuda.is_available():
     pytest.skip("these tests need a GPU", allow_module_level=True)

@@ -6,14 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_alike, assert_same_bits, rows_that_differ, same_bits  # noqa: E402
-from tiny_language_models import (  # noqa: E402
+import torch
+import transformers
+from oracle import assert_alike, assert_same_bits, rows_that_differ, same_bits
+from tiny_language_models import (
     NEW,
     NEW_ROWS,
     NEW_TEXT,
@@ -26,12 +24,12 @@ from tiny_language_models import (  # noqa: E402
     training_arguments,
     with_new_tokens,
 )
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from partial_embedding.torch import add_tokens, masked_gradient_only  # noqa: E402
-from partial_embedding.torch.row_gradient import RowGradient  # noqa: E402
-from partial_embedding.torch.table import PartialTable, tables_in  # noqa: E402
+from partial_embedding.torch import add_tokens, masked_gradient_only
+from partial_embedding.torch.row_gradient import RowGradient
+from partial_embedding.torch.table import PartialTable, tables_in
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*:FutureWarning",
@@ -59,12 +57,12 @@ def made(tied: bool, order: str) -> tuple[Any, Any, dict[str, Tensor]]:
     model, words = language_model("Llama", tied), tokenizer()
     torch.manual_seed(1)
     if order == "lora_first":
-        model = pytest.importorskip("peft").get_peft_model(model, begun_lora())
+        model = peft.get_peft_model(model, begun_lora())
     add_tokens(model, words, NEW)
     base = model.get_base_model() if order == "lora_first" else model
     before = {name: value.clone() for name, value in base.state_dict().items()}
     if order == "tokens_first":
-        model = pytest.importorskip("peft").get_peft_model(model, begun_lora())
+        model = peft.get_peft_model(model, begun_lora())
     return model, words, before
 
 

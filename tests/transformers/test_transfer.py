@@ -4,26 +4,27 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-
-transformers = pytest.importorskip("transformers")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_alike, assert_same_bits, rows_that_differ, unchanged  # noqa: E402
-from steps import take_steps  # noqa: E402
-from tiny_language_models import (  # noqa: E402
+import torch
+import transformers
+from oracle import assert_alike, assert_same_bits, rows_that_differ, unchanged
+from steps import take_steps
+from tiny_language_models import (
     TIED,
     VOCABULARY,
     D,
     V,
     inputs,
     language_model,
+    lora,
     tokenizer,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.torch import add_tokens, transfer_vocabulary  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.torch import add_tokens, replace_embedding, transfer_vocabulary
+from partial_embedding.torch.optimizer import prepared
 
 OTHERS = ("<s>", "<unk>", "<pad>", "quokka", "mat", "##s", "cat", "quokkas", "sun", "the")
 # Rows of the other tokenizer, and where they were.
@@ -67,10 +68,11 @@ def test_shared_rows_are_copied_and_the_others_begin_from_their_pieces(
     config = model.config
     assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (len(OTHERS), 0, 2)
     assert model.generation_config.eos_token_id == 0
+    assert model.get_input_embeddings().padding_idx in {2, None}
 
 
 @TIED
-def test_only_the_others_learn_until_the_shared_ones_are_woken(tied: bool, tmp_path: Path) -> None:
+def test_only_others_learn_until_the_shared_ones_are_unfrozen(tied: bool, tmp_path: Path) -> None:
     model, words = language_model("Llama", tied), other_tokenizer()
     transfer_vocabulary(model, tokenizer(), words)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -96,8 +98,41 @@ def test_vectors_can_be_given() -> None:
     assert rows_that_differ(model.lm_head.weight[FRESH], vectors) == [0, 1, 2]
 
 
-def test_the_same_tokenizer_changes_nothing() -> None:
-    model = language_model("Llama")
+def test_rows_that_learned_before_are_other_tokens_and_begin_anew() -> None:
+    model, words = language_model("Llama"), other_tokenizer()
+    table = model.get_input_embeddings()
+    replace_embedding(model, table, trainable_rows=FRESH)
+    table.note_growth(V - 1, np.array(FRESH))
+    optimizer = torch.optim.AdamW(model.parameters())
+    take_steps(optimizer, lambda: model(**inputs(tokenizer(), "the cat")).loss, 2)
+    transfer_vocabulary(model, tokenizer(), words)
+    assert table.new_rows is None
+    take_steps(optimizer, lambda: model(**inputs(words, "the quokkas")).loss, 1)
+    handle = prepared(optimizer)
+    assert handle is not None
+    (cohort,) = handle.tables[id(table.weight)].cohorts.values()
+    assert (cohort.ids.tolist(), cohort.state["step"].item()) == (FRESH, 1)
+
+
+def test_an_adapter_from_before_has_no_rows_of_the_tokens_of_then() -> None:
+    peft = pytest.importorskip("peft")
+    model, words = language_model("Llama"), tokenizer()
+    add_tokens(model, words, ["numbat"])
+    adapted = peft.get_peft_model(model, lora())
+    transfer_vocabulary(adapted, words, other_tokenizer())
+    weight = model.get_input_embeddings().weight
+    before = weight.detach().clone()
+    optimizer = torch.optim.AdamW(adapted.parameters())
+    take_steps(optimizer, lambda: adapted(**inputs(other_tokenizer(), "the quokkas")).loss, 1)
+    assert rows_that_differ(before, weight) == FRESH
+    with adapted.disable_adapter():
+        assert rows_that_differ(before, weight) == []
+    assert rows_that_differ(before, weight) == FRESH
+
+
+@pytest.mark.parametrize("family", ["Llama", "RoBERTa"])
+def test_the_same_tokenizer_changes_nothing(family: str) -> None:
+    model = language_model(family)
     before = copy.deepcopy(model.state_dict())
     assert transfer_vocabulary(model, tokenizer(), tokenizer()) == []
     assert_alike(model, before)
@@ -121,6 +156,7 @@ def of_other_words() -> Any:
         ("Llama", other_tokenizer, torch.zeros(2, D), r"\(3, 8\)\. Received: \(2, 8\)"),
         ("Llama 3.2 Vision", other_tokenizer, "pieces", r"tables of one size. .* 24, 16 rows"),
         ("Llama", of_other_words, "pieces", r"share none. Make a new model"),
+        ("RoBERTa", other_tokenizer, "pieces", r"'roberta.*position.*no padding in row 0\."),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(

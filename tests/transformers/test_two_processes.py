@@ -5,29 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-pytest.importorskip("peft")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from accelerate import state  # noqa: E402
-from accelerate.utils import DistributedType  # noqa: E402
-from launch import in_processes, of_all, shared_folder  # noqa: E402
-from made_tensors import MadeTensors  # noqa: E402
-from oracle import assert_same_bits, rows_that_differ  # noqa: E402
-from tiny_language_models import (  # noqa: E402
+import torch
+import transformers
+from accelerate import state
+from accelerate.utils import DistributedType
+from launch import in_processes, of_all, shared_folder
+from made_tensors import MadeTensors
+from oracle import assert_same_bits, rows_that_differ
+from tiny_language_models import (
     NEW_ROWS,
     TIED,
     inputs,
     training_arguments,
     with_new_tokens,
 )
-from torch import distributed as dist  # noqa: E402
+from torch import distributed as dist
 
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.callbacks.transformers import RowUnfreezing  # noqa: E402
-from partial_embedding.torch.shards import is_sharded  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.callbacks.transformers import RowUnfreezing
+from partial_embedding.torch.shards import is_sharded
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 TEXTS = ("the numbat sat on quokkas", "a dog ran and quokkas", "numbat quokkas on the mat") * 4

@@ -4,14 +4,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-import torch  # noqa: E402  # after the packages that may be missing
-from oracle import assert_same_bits, rows_that_differ, same_bits  # noqa: E402
-from tiny_language_models import (  # noqa: E402
+import torch
+from oracle import assert_same_bits, rows_that_differ, same_bits
+from tiny_language_models import (
     NEW,
     NEW_ROWS,
     NEW_TEXT,
@@ -25,12 +22,12 @@ from tiny_language_models import (  # noqa: E402
     with_new_tokens,
     with_room,
 )
-from torch import Tensor  # noqa: E402
+from torch import Tensor
 
-from partial_embedding import InputError  # noqa: E402
-from partial_embedding.torch import add_tokens  # noqa: E402
-from partial_embedding.torch.row_files import load_rows, save_rows  # noqa: E402
-from partial_embedding.torch.table import PartialTable  # noqa: E402
+from partial_embedding import InputError
+from partial_embedding.torch import add_tokens
+from partial_embedding.torch.row_files import load_rows, save_rows
+from partial_embedding.torch.table import PartialTable
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -37,7 +37,7 @@ def read_labelled(
     text_column: str | int = "text",
     label_column: str | int = "label",
     least_classes: int = 2,
-    say: Say | None = None,
+    say: Say = lambda line: None,
 ) -> LabelledTexts:
     r"""Read labelled texts from a file, or from a folder with one folder per class.
 
@@ -86,7 +86,7 @@ def read_labelled(
 def read_texts(
     path: str | os.PathLike[str],
     text_column: str | int = "text",
-    say: Say | None = None,
+    say: Say = lambda line: None,
 ) -> list[str]:
     r"""Read texts whether or not they have labels, from files that `read_labelled` takes.
 
@@ -124,7 +124,7 @@ class _Source:
         path: str | os.PathLike[str],
         text: str | int,
         label: str | int | None,
-        say: Say | None,
+        say: Say,
     ) -> None:
         self.path = Path(path)
         self.is_input = str(path) == "-"
@@ -153,8 +153,7 @@ class _Source:
                 "into it, or name another file."
             )
         for what, count in self.noted.items():
-            if self.say is not None:
-                self.say(f"{self.path}: {count:,} {what}")
+            self.say(f"{self.path}: {count:,} {what}")
         return examples
 
     def _mended(self, place: str, text: str, name: str | None) -> _Example:

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partial_embedding.errors import InputError
-from partial_embedding.files import write_atomically, write_text
-from partial_embedding.mapped import open_vectors
+from partial_embedding.files import open_vectors, write_atomically, write_text
 from partial_embedding.recipes.vectors.formats import (
     TWICE,
     Block,

@@ -29,7 +29,8 @@ from torch import Tensor
 from partial_embedding.callbacks.lightning import RowUnfreezing
 from partial_embedding.recipes.resume import RandomState
 
-# Five batches an epoch. The plateau is reached by what is measured after step 15.
+# Five batches an epoch. The plateau is reached by what is measured after step 15, and the share by
+# step 25.
 SCHEDULE = {
     "stages": [
         {"epoch": 0, "rows": [1, 4]},
@@ -46,7 +47,7 @@ SCHEDULE = {
             "rows": [2, 6, 8, 9, 10],
             "lr_scale": 0.3,
         },
-        {"epoch": 5, "rows": "all", "warmup_steps": 4},
+        {"share": 5 / 6, "rows": "all", "warmup_steps": 4},
     ]
 }
 EPOCHS = 6

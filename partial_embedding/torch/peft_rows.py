@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from partial_embedding.errors import InputError
@@ -33,6 +33,24 @@ _IDS = "trainable_tokens_rows"
 
 # One row for each id, by the parameter's name in the table.
 Rows = dict[str, Tensor]
+
+
+def meet(parent: nn.Module, name: str, part: nn.Module | None) -> nn.Module | None:
+    """What takes a part's place that `peft` puts into a module; called for each part of any."""
+    if isinstance(part, BaseTuner):
+        stand_beside_adapters(part)
+        # It has just put adapters on, and frozen all else.
+        for module in part.modules():
+            if isinstance(module, AdapterRows):
+                module.let_learn()
+    elif isinstance(parent, BaseTuner) and name == "model":
+        stand_beside_adapters(part)
+    elif isinstance(part, TrainableTokensWrapper):
+        table = parent._modules.get(name)
+        return serve_tokens(table, part) if isinstance(table, PartialTable) else None
+    elif isinstance(part, PartialTable) and name in ("base_layer", "original_module"):
+        know_wrapper(part, parent)
+    return None
 
 
 def stand_beside_adapters(model: Any) -> None:
@@ -103,13 +121,7 @@ def leave_adapters(model: nn.Module) -> None:
             del hooks[key]
         if isinstance(module, PartialTable):
             module._modules.pop(ADAPTER, None)
-
-
-def let_rows_learn(model: nn.Module) -> None:
-    """Let rows learn on where `peft` has just put adapters on, and frozen all else."""
-    for module in model.modules():
-        if isinstance(module, AdapterRows):
-            module.let_learn()
+            vars(module).pop("_before_training", None)
 
 
 def _copies(wrapper: nn.Module) -> bool:
@@ -156,9 +168,6 @@ class AdapterRows(ModulesToSaveWrapper):
 
     # `peft` gives what it unloads the weight of what was there.
     weight = None
-
-    # It saves rows, and no modules.
-    modules_to_save = nn.ModuleDict()
 
     # Where peft's configurations have no place for the ids of rows, and what helps.
     no_place = ""
@@ -244,6 +253,22 @@ class AdapterRows(ModulesToSaveWrapper):
                 getattr(table, name).requires_grad_(True)
 
     # What peft asks of it
+
+    @property
+    def modules_to_save(self) -> set[str]:  # type: ignore[override]  # only asked what it has
+        """The adapters that have rows of their own, of which `peft` makes no weighted sums."""
+        return {*self._adapters, *(self.configs or {})} if len(self._ids) else set()
+
+    def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
+        """Refuse a batch of several adapters, before which `peft` calls this."""
+        names = set(getattr(hook, "keywords", {}).get("adapter_names", ()))
+        if len(self._ids) and names - {self._shown or "__base__"}:
+            raise InputError(
+                f"a batch takes the rows of one adapter. Received adapter_names {sorted(names)} "
+                f"while {self._name!r} has the rows of {self._shown or '__base__'!r}. Call the "
+                "model once for each: after set_adapter(name), or within disable_adapter()."
+            )
+        return super().register_forward_pre_hook(hook, **options)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Show the rows of the active adapter, or those of the base model."""
