@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,11 @@ class TokenTexts(TextLines):
         new = set(module.tokenizer.convert_tokens_to_ids(self.tokens))
         return [text for text in texts if new & set(module.tokenizer(text)["input_ids"])]
 
+    def without_tokens(self, texts: list[str]) -> list[str]:
+        """Some texts but for the new tokens, as for a model to which they are new."""
+        new = re.compile("|".join(map(re.escape, self.tokens)), re.IGNORECASE)
+        return [new.sub(" ", text) for text in texts]
+
 
 class NewTokens(CausalModel):
     """A causal language model that learns the rows of new tokens, and nothing else.
@@ -81,7 +87,7 @@ class NewTokens(CausalModel):
 
     Args:
         name: A model of the Hugging Face hub or a local folder. By default a small one, randomly
-            initialized and trained here, in less than a minute, on the texts.
+            initialized and trained here, in less than a minute, on the texts without the tokens.
         init: What new rows begin from, as for `add_tokens`.
         lr: The learning rate of AdamW.
         weight_decay: The weight decay of AdamW.
@@ -106,11 +112,11 @@ class NewTokens(CausalModel):
         data = self.data_of(TokenTexts)
         name = self.hparams["name"]
         self.model, self.tokenizer = (
-            pretrained(name) if name else small_language_model(data.training)
+            pretrained(name) if name else small_language_model(data.without_tokens(data.training))
         )
         # A token that the original model does not know cannot be in a text compared with it.
-        words = [token.lower() for token in data.tokens]
-        unchanged = [t for t in data.validation if not any(w in t.lower() for w in words)]
+        validation = zip(data.validation, data.without_tokens(data.validation), strict=True)
+        unchanged = [text for text, rest in validation if text == rest]
         self._unchanged = unchanged[:_COMPARED]
         self._columns = self.model.get_input_embeddings().weight.shape[0]
         self._logits = self._logits_of(self._unchanged, data.max_length)

@@ -16,6 +16,8 @@ from partial_embedding.errors import InputError, did_you_mean
 from partial_embedding.files import newest, read_yaml, refuse_no_file
 
 Settings = TypeVar("Settings")
+# The recipe that runs in Keras too, as a configuration names its parts.
+_OF_KERAS = ["TextClassifier", "TextData"]
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -55,6 +57,12 @@ def read_config(
     config = {}
     for part, keys in given.items():
         if isinstance(keys, Mapping) and "class_path" in keys:
+            named = str(keys["class_path"])
+            if part in parts and named.rpartition(".")[2] not in _OF_KERAS:
+                raise InputError(
+                    f"{path}: in Keras, {part} is one of {_OF_KERAS}. Received: {named}. Install "
+                    "partial-embedding[lightning,text,transformers] for others."
+                )
             keys = keys.get("init_args")
             keys = {} if keys is None else keys
         if isinstance(keys, Mapping):

@@ -85,9 +85,9 @@ def test_the_config_runs_and_says_what_was_learned(whole: tuple[Path, list[str]]
     assert Path(the(lines, "rows: ").removeprefix("rows: ")).resolve() == run / "rows.safetensors"
     assert Path(the(lines, "model: ").removeprefix("model: ")).resolve() == run / "model"
     # The rows alone make another copy of the small model the trained one.
-    data = TokenTexts(["archive"])
+    data = TokenTexts(["archive", "iterator", "callable", "cookies", "logger"])
     data.setup("fit")
-    model, tokenizer = few_steps(data.training)
+    model, tokenizer = few_steps(data.without_tokens(data.training))
     written = load_rows(model, run / "rows.safetensors", tokenizer)
     assert tokenizer.convert_tokens_to_ids("archive") in written["model.embed_tokens.weight"]
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -167,12 +167,22 @@ def test_a_model_of_ones_own_and_files_of_texts_and_tokens(
     assert (tmp_path / "runs" / "version_0" / "rows.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("quickly")
+def test_the_small_model_has_not_read_the_new_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"the Quokka ate {i}" for i in range(40)), encoding="utf-8")
+    assert fit(tmp_path, 1, f"--data.path={texts}", "--data.tokens=[quokka]") == 0
+    assert "1 rows train" in the(lines_of(capsys), "model.model.embed_tokens: stage 0")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--model.name", "no/such/model"], "a model is a name on the Hugging Face hub"),
         (["--data.tokens", "missing.txt"], "Received: missing.txt, which is missing"),
-        (["--data.tokens", "['the']"], "not in the vocabulary. Received 'the'"),
+        (["--data.tokens", "['[PAD]']"], "not in the vocabulary. Received '[PAD]'"),
         (["--data.tokens", "['zyzzyva']"], "Received none with any of zyzzyva"),
     ],
 )
