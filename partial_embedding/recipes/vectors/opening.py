@@ -25,8 +25,13 @@ _ZSTANDARD = "backports.zstd"
 _SHOWN_FROM = 1 << 24
 # What a member of a zip raises; RuntimeError is its word for a password.
 _DAMAGES: tuple[type[Exception], ...] = (
-    OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError
-)  # fmt: skip
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    RuntimeError,
+)
 try:
     # The same module under two names.
     zstd: Any = import_module("compression.zstd" if sys.version_info >= (3, 14) else _ZSTANDARD)
