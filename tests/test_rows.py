@@ -321,13 +321,3 @@ def test_a_range_with_negative_ids_is_refused(ids: range) -> None:
 
 def test_an_array_that_was_computed_empty_is_no_row() -> None:
     assert Rows.parse(np.array([], np.int64)) == Rows.none()
-
-
-def test_neighbours_are_measured_by_angle_and_padding_is_near_to_nothing() -> None:
-    # Row 1 is far along the same line, row 2 is close by at another angle, row 3 opposite.
-    vectors = np.array([[1, 0], [50, 1], [1, 1], [-1, 0], [0, 0], [0, 2]], np.float16)
-    vocabulary = Vocabulary("abcdef", vectors=vectors)
-    order = [0, 1, 2, 5, 3, 4]
-    for number in range(1, 7):
-        nearest = Rows.parse({"nearest": {"tokens": "a", "amount": number}})
-        assert nearest.resolve(6, vocabulary).tolist() == sorted(order[:number])

@@ -17,6 +17,7 @@ from partial_embedding.rows.growth import GrownRows, Growth
 from partial_embedding.schedule import Evaluation, Plateau, RateScale, StageState
 from partial_embedding.schedule.messages import changes
 from partial_embedding.schedule.preview import boundaries
+from partial_embedding.schedule.starts import Wait
 
 CHOICES: tuple[Any, ...] = (
     "all",
@@ -90,9 +91,9 @@ class Run:
             seen += (Evaluation(epoch, step + 1, {"loss": value}),)
             waited.append(value)
             if stage + 1 < len(self.stages) and "plateau" in self.stages[stage + 1]:
-                plateau = Plateau.parse(self.stages[stage + 1]["plateau"])
+                wait = Wait(Plateau.parse(self.stages[stage + 1]["plateau"]))
                 counted = [Evaluation(0, 0, {"loss": value}) for value in waited]
-                if plateau.is_reached(counted):  # tested by itself in test_starts.py
+                if [wait.is_over(one) for one in counted][-1]:  # tested in test_starts.py
                     stage, waited = stage + 1, []
         return answers
 

@@ -31,9 +31,6 @@ TOKENS = ["the", "naïve", "我愛", "x-1"]
 TABLE = np.array([[0.1, -2.5], [1e-42, 3.4e38], [-0.0, 1 / 3], [7, 0]], np.float32)
 
 
-keyed = WordVectors
-
-
 def row(token: str, *values: float) -> bytes:
     return token.encode() + b" " + np.array(values, "<f4").tobytes()
 
@@ -352,7 +349,7 @@ def test_documents_that_cannot_be_trained_on_are_refused(
 
 
 def test_each_row_gets_its_vector_or_is_missing() -> None:
-    known = keyed(["the", "The", "film"], np.array([[1, 2], [3, 4], [5, 6]], np.float32))
+    known = WordVectors(["the", "The", "film"], np.array([[1, 2], [3, 4], [5, 6]], np.float32))
     vocabulary = Vocabulary(["<pad>", "<unk>", "The", "FILM", "zyzzyva", "the"], [0, 0, 5, 4, 3, 2])
     table, described = build_table(vocabulary, known)
     assert table.dtype == np.float32
@@ -363,7 +360,7 @@ def test_each_row_gets_its_vector_or_is_missing() -> None:
 
 
 def test_padding_is_zero_even_where_it_has_a_vector() -> None:
-    known = keyed(["<pad>", "a"], np.array([[1, 2], [3, 4]], np.float32))
+    known = WordVectors(["<pad>", "a"], np.array([[1, 2], [3, 4]], np.float32))
     table, described = build_table(Vocabulary(["a", "<pad>"]), known)
     assert table.tolist() == [[3, 4], [0, 0]]
     assert described.missing is not None
@@ -375,7 +372,7 @@ def test_missing_rows_are_drawn_at_the_scale_of_each_dimension() -> None:
     known = (rng.normal(size=(4000, 3)) * [0.1, 1, 10] + [5, 0, -70]).astype(np.float32)
     tokens = [f"known{i}" for i in range(4000)]
     vocabulary = Vocabulary(["<pad>", *tokens, *(f"missing{i}" for i in range(4000))])
-    table, described = build_table(vocabulary, keyed(tokens, known))
+    table, described = build_table(vocabulary, WordVectors(tokens, known))
     assert described.missing is not None
     drawn = table[described.missing]
     assert drawn.shape == (4000, 3)
@@ -385,7 +382,7 @@ def test_missing_rows_are_drawn_at_the_scale_of_each_dimension() -> None:
 
 
 def test_missing_rows_depend_on_the_seed_alone() -> None:
-    known = keyed(["a"], np.array([[1, 2]], np.float32))
+    known = WordVectors(["a"], np.array([[1, 2]], np.float32))
     vocabulary = Vocabulary(["a", "b"])
     table = build_table(vocabulary, known)[0]
     assert same_bits(table, build_table(vocabulary, known)[0])
@@ -394,20 +391,20 @@ def test_missing_rows_depend_on_the_seed_alone() -> None:
 
 
 def test_a_table_does_not_share_memory_with_the_vectors() -> None:
-    known = keyed(["a"], np.array([[1, 2]], np.float32))
+    known = WordVectors(["a"], np.array([[1, 2]], np.float32))
     build_table(Vocabulary(["a"]), known)[0][:] = 9
     assert known["a"].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("tokens", [["<pad>", "ФИЛЬМ"], []])
 def test_vectors_of_other_tokens_are_refused(tokens: list[str]) -> None:
-    known = keyed(["a", "<pad>"], np.ones((2, 2), np.float32))
+    known = WordVectors(["a", "<pad>"], np.ones((2, 2), np.float32))
     with pytest.raises(InputError, match=rf"Received: {len(tokens)} tokens.*'a'.*language or case"):
         build_table(Vocabulary(tokens), known)
 
 
 def test_missing_rows_are_drawn_at_the_scale_that_is_asked_for() -> None:
-    known = keyed(["a", "b", "c"], np.array([[1, 2], [3, 5], [4, 4]], np.float32))
+    known = WordVectors(["a", "b", "c"], np.array([[1, 2], [3, 5], [4, 4]], np.float32))
     vocabulary = Vocabulary(["a", "b", "c", *(f"x{i}" for i in range(50))])
     table, half, none = (build_table(vocabulary, known, scale=s)[0] for s in (1.0, 0.5, 0.0))
     assert np.allclose(half[3:], table[3:] / 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +95,8 @@ class Plateau:
         InputError: A number is out of range, or there is no such mode.
 
     Example:
-        >>> plateau = Plateau("loss", patience=2)
-        >>> values = [Evaluation(epoch, epoch, {"loss": v}) for epoch, v in enumerate([3, 2, 2, 2])]
-        >>> plateau.is_reached(values[:3]), plateau.is_reached(values)
-        (False, True)
+        >>> Plateau("loss", patience=2).to_config()
+        {'plateau': {'monitor': 'loss', 'patience': 2}}
     """
 
     monitor: str
@@ -150,11 +148,6 @@ class Plateau:
             )
         return Plateau(**given)
 
-    def is_reached(self, evaluations: Sequence[Evaluation]) -> bool:
-        """Whether the metric stopped improving in what was seen since the stage before began."""
-        wait = Wait(self)
-        return any([wait.is_over(one) for one in evaluations][-1:])
-
     def to_config(self) -> dict[str, Any]:
         """Write the plateau as plain YAML values."""
         defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
@@ -165,7 +158,13 @@ class Plateau:
 
 
 class Wait:
-    """The wait of one stage for a plateau, one validation after the other."""
+    """The wait of one stage for a plateau, one validation after the other.
+
+    Example:
+        >>> wait = Wait(Plateau("loss", patience=2))
+        >>> [wait.is_over(Evaluation(0, 0, {"loss": value})) for value in (3, 2, 2, 2)]
+        [False, False, False, True]
+    """
 
     def __init__(self, plateau: Plateau) -> None:
         self.plateau = plateau

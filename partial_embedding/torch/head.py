@@ -33,7 +33,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
         device: The device of the parameters.
         dtype: The dtype of the parameters.
         sparse: Give `weight` a sparse gradient. False makes a dense one, V×D; so does
-            `DistributedDataParallel` in a model of which nothing trains but heads.
+            `DistributedDataParallel` in a model of which nothing trains but heads, and
+            `torch.compile` where the weight is tied.
         trainable_rows: `"all"`, `"none"`, ids, a boolean mask of length V, a `range`, a `slice` or
             `Rows`. With nothing frozen the gradient is that of `nn.Linear`.
 
@@ -91,6 +92,8 @@ class PartialLinear(PartialTable, nn.Linear):  # type: ignore[misc]  # one weigh
             return super().forward(input)
         rows = self.row_set.order
         sparse = self.gives_sparse_gradient()
+        if torch.compiler.is_compiling() and not sparse:
+            self._told = True  # of a gradient that is dense in graphs
         weight = by_rows(self.weight, self) if sparse else self.weight
         # In two dimensions, where `linear` gives a tensor of its own and no view of one.
         features = input.reshape(-1, input.shape[-1])

@@ -289,10 +289,12 @@ def _steps_groups_after(others: int, dry_run: DryRun, own: DryRun) -> bool:
     own.clone.param_groups[:0] = [
         {**copy.deepcopy(own.options), "params": []} for _ in range(others)
     ]
+    devices = [own.block.device] if own.block.is_cuda else []
     try:
-        for _ in range(_STEPS):
-            dry_run.step()
-            own.step()
+        for run in (dry_run, own):
+            with torch.random.fork_rng(devices):  # one that draws noise draws the same
+                for _ in range(_STEPS):
+                    run.step()
     except Exception:  # whatever it raises that looks for what it keeps of a group
         return False
     return torch.allclose(dry_run.block, own.block, rtol=1e-5, atol=1e-7)

@@ -28,6 +28,7 @@ from partial_embedding.torch.saving import (
     begin_afresh,
     check,
     into_state_dict,
+    is_marked,
     mark,
     restore,
     take_from,
@@ -278,7 +279,7 @@ class Rowwise:
         self._count_steps()
         self._take_over()
         self._scatter()
-        if any(state.parameter not in optimizer.state for state in self.tables.values()):
+        if not all(is_marked(optimizer, state) for state in self.tables.values()):
             mark(optimizer, self.tables)
 
     def _count_steps(self) -> None:
@@ -316,7 +317,7 @@ class Rowwise:
         """Go on from what there is where somebody has emptied the optimizer's state, or set it."""
         kept = self.optimizer.state
         for state in self.tables.values():
-            if state.is_marked and KEY not in kept.get(state.parameter, ()):
+            if state.was_marked and KEY not in kept.get(state.parameter, ()):
                 groups = self.optimizer.param_groups
                 own = next(g for g in groups if any(p is state.parameter for p in g["params"]))
                 state.adopt_from(self.optimizer, own)

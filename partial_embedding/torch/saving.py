@@ -80,14 +80,20 @@ def mark(optimizer: Optimizer, tables: Tables) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             table = tables.get(id(parameter))
-            if table is None or table.layout.flat or parameter in optimizer.state:
+            if table is None or table.layout.flat or is_marked(optimizer, table):
                 continue
-            keeps = table.is_marked = bool(table.layout.keys)
+            keeps = table.was_marked = bool(table.layout.keys)
             optimizer.state[parameter] = (
                 {**table.shared_state, KEY: _Kept(table, optimizer, group)} if keeps else {}
             )
             if not keeps:
                 group.setdefault(KEY, [])
+
+
+def is_marked(optimizer: Optimizer, table: TableState) -> bool:
+    """Whether an optimizer shows that there is state of a table, which others may overwrite."""
+    shown = optimizer.state.get(table.parameter)
+    return shown is not None and (not table.layout.keys or isinstance(shown.get(KEY), _Kept))
 
 
 def without_tables(state_dict: State) -> tuple[State, Entries]:
@@ -179,6 +185,9 @@ class _Kept:
 
     def __bool__(self) -> bool:
         return False  # there is nothing in it that was saved
+
+    def __getitem__(self, key: str) -> Any:
+        return self._dumped()[key]  # some optimizers compare what they hold with what they loaded
 
     def _dumped(self) -> State:
         table = self._owners[0]

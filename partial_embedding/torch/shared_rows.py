@@ -21,6 +21,7 @@ class SharedRows:
         new_rows: The rows by which it grew last.
         origin: What it held before its rows trained, where that is remembered.
         saves_rows: Whether a `state_dict` then holds no more than the rows that did.
+        is_tied: Whether several tables have the weight.
     """
 
     row_set: RowSet | None = None
@@ -29,6 +30,7 @@ class SharedRows:
     new_rows: Ids | None = None
     origin: Origin | None = None
     saves_rows: bool = False
+    is_tied: bool = False
 
     @property
     def has_frozen(self) -> bool:

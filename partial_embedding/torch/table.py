@@ -61,7 +61,10 @@ class PartialTable(TrainableRows):
 
     def gives_sparse_gradient(self) -> bool:
         """Whether the weight gets a gradient of the trainable rows alone."""
-        return self.sparse and not self.is_sharded  # engines that shard reduce dense gradients
+        if self.is_sharded:  # engines that shard reduce dense gradients
+            return False
+        # A compiler cannot add sparse gradients of several uses.
+        return self.sparse and not (self._shared.is_tied and torch.compiler.is_compiling())
 
     # The hooks, and all that can make a hook disappear
 
@@ -88,6 +91,7 @@ class PartialTable(TrainableRows):
         for name in self.row_parameters:
             if (parameter := self.row_parameter(name)) is not None:
                 self._hook_up(name, parameter)
+        self._shared.is_tied = any(table is not self for table in tables_of(weight))
         if rows.row_set is not None:
             waiting.add(self)  # a copy, too
 

@@ -52,7 +52,7 @@ class TableState(Blocks):
         self.name = name
         self.table = table
         self.unscaled = unscaled
-        self.is_marked = False  # whether the optimizer shows that there is state
+        self.was_marked = False  # whether the optimizer shows that there is state
         self.change_layout(layout, options)
         for rate_scale in table.row_set.rate_scales.values():
             self.check_rate_scale(rate_scale)
@@ -146,7 +146,7 @@ class TableState(Blocks):
 
     def adopt_from(self, optimizer: Optimizer, group: Group) -> None:
         """Go on with the state of shape V×D that a plain optimizer has, and then has no more."""
-        self.is_marked = False
+        self.was_marked = False
         self.sync()
         loaded = optimizer.state.get(self.parameter, {})
         if any(isinstance(loaded.get(key), Mapping) for key in self.layout.per_row):

@@ -33,28 +33,21 @@ _BAD = ["bore", "dull", "cold", "hate", "stupid", "tedious", "flat", "hollow"]
 _PLAIN = ["the", "a", "film", "plot", "of", "and", "actor", "scene", "music", "is", "with", "story"]
 
 
-def write_texts(path: Path, examples: int = 60) -> Path:
+def write_texts(path: Path) -> None:
     draw = random.Random(0)
     lines = ["text,label"]
-    for i in range(examples):
+    for i in range(60):
         words = draw.choices(_PLAIN, k=6) + draw.choices(_GOOD if i % 2 else _BAD, k=3)
         draw.shuffle(words)
         lines.append(f"{' '.join(words)},{'pos' if i % 2 else 'neg'}")
     path.write_text("\n".join(lines) + "\n")
-    return path
 
 
-def write_vectors(path: Path, dimension: int = 6) -> Path:
+def write_vectors(path: Path) -> None:
     draw = random.Random(1)
     words = _PLAIN + _GOOD[::2] + _BAD[::2]
-    lines = [f"{w} {' '.join(f'{draw.gauss(0, 1):.4f}' for _ in range(dimension))}" for w in words]
+    lines = [f"{w} {' '.join(f'{draw.gauss(0, 1):.4f}' for _ in range(6))}" for w in words]
     path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def write_schedule(path: Path) -> Path:
-    path.write_text(yaml.safe_dump(SCHEDULE))
-    return path
 
 
 ARGS = [
@@ -73,7 +66,7 @@ ARGS = [
 def write_inputs(folder: Path) -> None:
     write_texts(folder / "texts.csv")
     write_vectors(folder / "vectors.txt")
-    write_schedule(folder / "schedule.yaml")
+    (folder / "schedule.yaml").write_text(yaml.safe_dump(SCHEDULE))
 
 
 @pytest.fixture

@@ -324,7 +324,7 @@ def test_the_bar_keeps_one_line_of_80_columns(
 
 
 def test_a_checkpoint_of_another_class_brings_its_own_settings(
-    small_run: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_run: list[str], capfd: Any, complaint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("linear.py").write_text(
         "import torch\n"
@@ -359,6 +359,8 @@ def test_a_checkpoint_of_another_class_brings_its_own_settings(
     capfd.readouterr()
     assert main(["test", "--ckpt_path=last", *QUIET]) == 0
     assert "74.0" in capfd.readouterr().out
+    line = complaint("predict", "--ckpt_path=last", *QUIET)
+    assert "predict is of texts. Received: the data of a Data. Call the trainer's predict" in line
 
 
 def test_a_checkpoint_of_rows_alone_is_gone_on_from_and_tested(

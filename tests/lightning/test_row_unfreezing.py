@@ -148,13 +148,6 @@ def adafactor(parts: Parts) -> list[torch.optim.Optimizer]:
     return [torch.optim.Adafactor([p for part in parts.values() for p in part])]
 
 
-def frozen() -> Any:
-    """Its table is frozen, as by `from_pretrained(freeze=True)`."""
-    net = Net().build()
-    net.words.requires_grad_(False)
-    return net
-
-
 REFUSED: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
     "no_table": (lambda: Net().build(plain=True), SCHEDULE, ("PartialEmbedding", "Net")),
     "no_optimizer_holds_it": (
@@ -168,11 +161,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...]]] = {
         ),
         SCHEDULE,
         ("optimizer", "'items'"),
-    ),
-    "frozen_weight": (
-        frozen,
-        SCHEDULE,
-        ("words", "requires_grad=False", "freeze=True", "get_peft_model"),
     ),
     "lazy_across_rows": (lambda: Net().build(make=adafactor), SCHEDULE, ("lazy", "Adafactor")),
 }
@@ -369,4 +357,3 @@ def test_schedules_may_freeze_everything_and_padding_never_trains() -> None:
     witness = fit(net, schedule=schedule)
     rows = {0: (), 1: tuple(range(1, 12)), 2: (), 3: (1,)}
     assert_frozen_rows_kept_their_bits(witness, starting_table(), stages=rows)
-    assert isinstance(net.words, nn.Embedding)

@@ -1,6 +1,6 @@
 """A small model around a table, and the batches that it is trained with."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +80,11 @@ class Batch:
         return self.loss_of(model.companions, looked_up)
 
 
-def batches(count: int = 8, *, quiet: int = 5, frozen_only: int = 3) -> list[Batch]:
+def batches(count: int = 8, *, quiet: int = 5) -> list[Batch]:
     """Batches with many duplicates and with ids of frozen rows.
 
-    Every row but the last, which holds NaN, is in each ordinary batch. One batch (`frozen_only`)
-    holds rows that are never trained and no others, and one (`quiet`) does not use the table.
+    Every row but the last, which holds NaN, is in each ordinary batch. The one of step 3 holds rows
+    that are never trained and no others, and one (`quiet`) does not use the table.
     """
     generator = torch.Generator().manual_seed(11)
     made = []
@@ -93,7 +93,7 @@ def batches(count: int = 8, *, quiet: int = 5, frozen_only: int = 3) -> list[Bat
         some = torch.multinomial(weights, 19, replacement=True, generator=generator)
         ids = torch.cat([torch.arange(V - 1), some])
         ids = ids[torch.randperm(len(ids), generator=generator)].view(2, 15)
-        if step == frozen_only:
+        if step == 3:
             ids = torch.tensor([[0, 5, 10], [5, 5, 0]])
         made.append(Batch(None if step == quiet else ids, seed=step))
     return made
@@ -159,7 +159,8 @@ def prepared(
 ) -> tuple[Model, torch.optim.Optimizer, Oracle]:
     """A model, its optimizer and its oracle."""
     model = model_of(case, table)
-    optimizer = rowwise(case.make(model.parameters()), model)
+    optimizer = case.make(model.parameters())
+    assert rowwise(optimizer, model) is optimizer
     return model, optimizer, oracle_of(case, model, table.trainable_rows.tolist(), **options)
 
 
@@ -178,7 +179,6 @@ def follow(
     oracle: Oracle,
     steps: Iterable[Batch],
     stages: Mapping[int, Iterable[int]] | None = None,
-    before_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train a model and its oracle side by side and compare them bit for bit at each step.
 
@@ -188,7 +188,6 @@ def follow(
         if stages and step in stages:
             model.table.set_trainable_rows(tuple(stages[step]) or "none")
             oracle.set_rows(stages[step])
-        before_step(step)
         train(case, model, optimizer, batch)
         oracle.step(batch.ids, batch.loss_of)
         assert_same_model(model, oracle, f"after step {step}")

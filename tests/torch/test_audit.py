@@ -114,7 +114,7 @@ def test_fingerprints_of_random_rows_differ(dim: int) -> None:
     assert len(prints.unique()) == len(weight.unique(dim=0))
 
 
-def test_fingerprints_do_not_depend_on_layout_device_or_random_state() -> None:
+def test_fingerprints_depend_on_no_layout_and_leave_random_numbers_alone() -> None:
     weight = torch.randn(V, D)
     ids = torch.tensor([4, 0])
     expected = fingerprints(weight, ids)

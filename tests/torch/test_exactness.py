@@ -13,12 +13,12 @@ from models import (
     batches,
     follow,
     oracle_of,
+    partial_table,
+    prepared,
     starting_table,
     train,
 )
 from oracle import assert_same_bits, same_bits
-
-from partial_embedding.torch import PartialEmbedding, rowwise
 
 # Which rows are trainable from which step on.
 SCENARIOS: dict[str, dict[int, tuple[int, ...]]] = {
@@ -33,16 +33,6 @@ STEPS_WITH_CLOSURE = (2, 6)
 CONFIGURATIONS = crossed(CASES, GRADIENTS, SCENARIOS, each_option_with_all=True)
 
 
-def build(case: Case, sparse: bool, rows: tuple[int, ...]) -> tuple[Model, torch.optim.Optimizer]:
-    table = PartialEmbedding.from_pretrained(
-        starting_table(), freeze=False, sparse=sparse, trainable_rows=rows
-    )
-    model = Model(table, bias=not case.matrices_only, sparse=case.sparse_only)
-    optimizer = case.make(model.parameters())
-    assert rowwise(optimizer, model) is optimizer
-    return model, optimizer
-
-
 @pytest.mark.parametrize(("case", "sparse", "stages"), CONFIGURATIONS)
 def test_frozen_rows_keep_their_bits_and_the_others_train_as_if_alone(
     case: Case,
@@ -50,8 +40,7 @@ def test_frozen_rows_keep_their_bits_and_the_others_train_as_if_alone(
     stages: dict[int, tuple[int, ...]],
     record_property: Callable[[str, object], None],
 ) -> None:
-    model, optimizer = build(case, sparse, stages[0])
-    oracle = oracle_of(case, model, stages[0])
+    model, optimizer, oracle = prepared(case, partial_table(stages[0], sparse=sparse))
     weight = model.table.weight
     start = weight.detach().clone()
     moved: set[int] = set()

@@ -284,6 +284,22 @@ def test_a_compiled_head_has_no_graph_break_and_follows_its_rows(sparse: bool) -
         assert head.bias.grad.nonzero().flatten().tolist() == rows
 
 
+@pytest.mark.filterwarnings("error:a PartialLinear computes")
+def test_a_tied_model_is_compiled_whole_and_steps_as_it_does_without() -> None:
+    torch._dynamo.reset()
+    tied, compiled = Tied(), Tied()
+    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.1) for m in (tied, run)]
+    for step in range(3):
+        ids = torch.randint(V, (4 + step,), generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip((tied, run), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(ids).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(compiled.table.weight, tied.table.weight)
+    assert rows_that_differ(Tied().table.weight, compiled.table.weight) == ROWS
+
+
 def test_scores_can_be_changed_in_place_as_those_of_a_plain_head() -> None:
     plain, head = pair()
     for module in (plain, head):

@@ -101,6 +101,10 @@ class DrawsNoise(Plain):
         return super().direction(param, group) + torch.randn_like(param)
 
 
+class DrawsNoiseAndCounts(CountsInItsGroup, DrawsNoise):
+    pass
+
+
 class KeepsSlowWeights(Plain):
     """State that depends on the values of the rows when they first step."""
 
@@ -285,7 +289,8 @@ def test_the_optimizer_and_the_random_numbers_are_left_alone() -> None:
     state = torch.get_rng_state()
     with pytest.raises(InputError):
         rowwise(counting, table)
-    rowwise(DrawsNoise(table.parameters()), table)
+    for kind in (DrawsNoise, DrawsNoiseAndCounts):
+        detach_rowwise(rowwise(kind(table.parameters()), table))
     assert counting.total == 0
     assert same_bits(torch.get_rng_state(), state)
 

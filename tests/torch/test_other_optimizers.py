@@ -1,5 +1,6 @@
 """Optimizers that are not torch's own."""
 
+import copy
 from typing import Any
 
 import optimi
@@ -8,8 +9,8 @@ import pytorch_optimizer
 import schedulefree
 import torch
 from cases import SPARSE_AND_DENSE, Case
-from models import batches, follow, partial_table, prepared, starting_table
-from oracle import assert_same_bits, same_bits
+from models import batches, follow, partial_table, prepared, starting_table, train
+from oracle import assert_same_bits, same_bits, through_a_file
 from plain_optimizers import Plain
 from torch import Tensor
 from transformers.optimization import Adafactor as TransformersAdafactor
@@ -51,6 +52,26 @@ def test_a_step_without_a_gradient_counts_where_the_stock_optimizer_counts_it(na
     case = FROM_ELSEWHERE[name]
     model, optimizer, oracle = prepared(case, partial_table())
     follow(case, model, optimizer, oracle, batches(quiet=2), {4: (1, 4, 7)})
+
+
+@pytest.mark.parametrize("first", ["load", "rowwise", "step"])
+def test_an_optimizer_that_compares_what_it_loaded_goes_on_exactly(first: str) -> None:
+    case = FROM_ELSEWHERE["pytorch_optimizer.Lion"]
+    model, optimizer, oracle = prepared(case, partial_table())
+    follow(case, model, optimizer, oracle, batches(4, quiet=-1), {2: (1, 4, 7)})
+    fresh = copy.deepcopy(model)
+    resumed = case.make(fresh.parameters())
+    if first == "rowwise":
+        rowwise(resumed, fresh)
+    if first == "step":
+        train(case, fresh, resumed, batches()[0])
+        fresh.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict(), weights_only=True))
+    for step, batch in enumerate(batches(4, quiet=-1)):
+        train(case, model, optimizer, batch)
+        train(case, fresh, resumed, batch)
+        assert_same_bits(fresh.table.weight, model.table.weight, f"after step {step}")
+        resumed.load_state_dict(resumed.state_dict())
 
 
 def test_schedule_free_optimizers_are_refused_by_name() -> None:

@@ -11,7 +11,9 @@ from models import (
     Model,
     assert_same_model,
     batches,
+    model_of,
     oracle_of,
+    partial_table,
     starting_table,
     train,
 )
@@ -53,10 +55,7 @@ def options_of(rate_scale: RateScale | None) -> dict[str, Any]:
 
 
 def build(case: Case, sparse: bool = True, **options: Any) -> tuple[Model, torch.optim.Optimizer]:
-    table = PartialEmbedding.from_pretrained(
-        starting_table(), freeze=False, sparse=sparse, trainable_rows="none"
-    )
-    model = Model(table, bias=not case.matrices_only, sparse=case.sparse_only)
+    model = model_of(case, partial_table("none", sparse=sparse))
     return model, rowwise(case.make(model.parameters()), model, **options)
 
 

@@ -97,7 +97,7 @@ def test_three_processes_train_the_rows_of_one_with_the_batches_of_all(case: str
 # Refused, and what becomes of faults
 
 
-def test_keep_whole_needs_processes_and_tables() -> None:
+def test_keep_whole_needs_processes() -> None:
     with pytest.raises(InputError, match=r"Call torch.distributed.init_process_group first"):
         keep_whole(Net())
 
@@ -148,6 +148,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "sharded_first": (
         lambda: keep_whole(fully_shard(Net(), mesh=processes())),
         r"Call keep_whole\(model\) first",
+    ),
+    "without_tables": (
+        lambda: keep_whole(nn.Linear(D, D)),
+        "Received a Linear without any. Replace its embeddings first",
     ),
     "on_meta": (on_meta, "Received 'table' on the meta device"),
     "with_max_norm": (lambda: keep_whole(Net(max_norm=1.0)), "max_norm scales the rows"),

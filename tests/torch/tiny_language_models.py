@@ -239,9 +239,9 @@ def with_new_tokens(architecture: str = "Llama", tied: bool = True) -> tuple[Any
     return model, words
 
 
-def with_room(architecture: str = "Llama", tied: bool = True) -> Any:
+def with_room(tied: bool) -> Any:
     """A plain model with as many rows as one with new tokens."""
-    model = language_model(architecture, tied)
+    model = language_model("Llama", tied)
     model.resize_token_embeddings(V + len(NEW), mean_resizing=False)
     return model
 

@@ -10,8 +10,9 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from importlib.util import find_spec
-from io import BufferedReader, RawIOBase
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,25 @@ from partial_embedding.errors import InputError
 from partial_embedding.files import refuse_no_file
 
 _BUFFER = 1 << 20  # bytes
+_ZSTANDARD = "backports.zstd"
 # A bar for less would be gone before it is seen.
 _SHOWN_FROM = 1 << 24
 # What a member of a zip raises; RuntimeError is its word for a password.
-_DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
-if sys.version_info >= (3, 14):
-    from compression import zstd
-
+_DAMAGES: tuple[type[Exception], ...] = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    RuntimeError,
+)
+try:
+    # The same module under two names.
+    zstd: Any = import_module("compression.zstd" if sys.version_info >= (3, 14) else _ZSTANDARD)
+except ModuleNotFoundError:  # an optional package
+    zstd = None
+else:
     _DAMAGES = (*_DAMAGES, zstd.ZstdError)
-_CHUNK = 1 << 16  # bytes
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
@@ -95,49 +106,12 @@ def _unpacked(path: Path, raw: Any, stack: ExitStack) -> tuple[Any, str]:
 
 
 def _zstandard(path: Path, raw: Any) -> Any:
-    if sys.version_info >= (3, 14):
-        return zstd.ZstdFile(raw)
-    if find_spec("zstandard") is None:
+    if zstd is None:
         raise InputError(
-            f"files packed by Zstandard need the package zstandard. Received none for {path}. "
-            f"pip install zstandard, or unpack the file: zstd -d {path.name}"
+            f"files packed by Zstandard need the package {_ZSTANDARD}. Received none for {path}. "
+            f"pip install {_ZSTANDARD}, or unpack the file: zstd -d {path.name}"
         )
-    return _ZstandardReader(raw)
-
-
-class _ZstandardReader(RawIOBase):
-    """Reads frames to their end; the package's own reader ends a file that is cut off like any."""
-
-    def __init__(self, raw: Any) -> None:
-        import zstandard
-
-        self._raw = raw
-        self._damage = zstandard.ZstdError
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        self._packed = self._left = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._left:
-            self._packed = self._packed or self._raw.read(_CHUNK)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("it ends within a frame")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            try:
-                self._left = self._frame.decompress(self._packed)
-            except self._damage as error:
-                raise OSError(str(error)) from error
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
+    return zstd.ZstdFile(raw)
 
 
 def _only_member(path: Path, archive: zipfile.ZipFile) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]) -> Path:
@@ -40,7 +40,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]
 
 def failure_of(*command: object) -> str:
     """Run a program and all that it forks; what was said, where it failed."""
-    folders = [HERE.parents[1], HERE, HERE.parent / "torch"]
+    folders = [TESTS.parent, TESTS / "lightning", TESTS / "torch"]
     path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
@@ -59,5 +59,5 @@ def failure_of(*command: object) -> str:
 
 
 def run_script(name: str, *arguments: object) -> str:
-    """Run one of the scripts beside the tests; returns what it said where it failed."""
-    return failure_of(HERE / "scripts" / name, *arguments)
+    """Run one of the scripts of Lightning's tests; returns what it said where it failed."""
+    return failure_of(TESTS / "lightning" / "scripts" / name, *arguments)
