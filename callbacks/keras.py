@@ -44,8 +44,9 @@ class RowUnfreezing(keras.callbacks.Callback):
     refuses one that would not have trained the same rows there.
 
     Keras tells callbacks nothing of each other: an `EarlyStopping` counts on from stage to stage,
-    and so may end a run whose stages wait for the same metric. When `fit` ends, a line names the
-    stages that it did not come to.
+    and so may end a run whose stages wait for the same metric. Put this callback
+    after a `SwapEMAWeights` that swaps at epochs: rows that leave before it swapped back keep their
+    averages. When `fit` ends, a line names the stages that it did not come to.
 
     Args:
         schedule: A `Schedule`, a mapping, or the path of a YAML file, for all tables of the model;
