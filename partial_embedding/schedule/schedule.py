@@ -218,7 +218,10 @@ class Schedule:
     # What happens there
 
     def trainable_rows(self, position: Position | int) -> Rows:
-        """The rows that train at a position; arguments and errors are those of `state_at`."""
+        """The rows that train at a position; arguments and errors are those of `state_at`.
+
+        How fast they learn is told by `rate_scale_at`.
+        """
         return self.rows_at(self.state_at(position))
 
     def rows_at(self, stage_state: StageState) -> Rows:
