@@ -108,7 +108,7 @@ class TableState:
         slots = self._slots_of(flat)
         sparse = self.optimizer is not None and self.optimizer.lazy
         rows = choose_rows(self.rows.value, slots, frozen, sparse)
-        if could_possibly_record():
+        if could_possibly_record():  # private, since nothing public says that a tape records
             self._graph_of_none = lambda: None
             # A lazy optimizer may be built after this look-up, and a dense gradient does not tell a
             # row that was touched by one of zero. A function that steps is traced once more then.
