@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from partial_embedding.errors import InputError, check_flags
 from partial_embedding.rows.vocabulary import Vocabulary
 from partial_embedding.schedule import AnySchedule, Position, schedules_by_table
+from partial_embedding.schedule.messages import AuditResult
 from partial_embedding.schedule.runner import Runner
 from partial_embedding.torch.adapter import TorchTables
 from partial_embedding.torch.table import PartialTable
@@ -70,6 +71,8 @@ class RowUnfreezing(TrainerCallback, ExportableState):
         self.lazy = lazy
         self.audit = audit
         self.checkpoint = check_checkpoint(checkpoint)
+        # What the audit found in the stages that ended.
+        self.audit_results: list[AuditResult] = []
         self._runner: Runner | None = None
         self._tables: TorchTables | None = None
         # The tables of which checkpoints hold rows alone; and open while that is so.
@@ -91,6 +94,7 @@ class RowUnfreezing(TrainerCallback, ExportableState):
             followed = {name: tables.tables[name] for name in runner.schedules}
             remember_origins(followed, print, resumed=bool(state.global_step))
         self._runner, self._tables, self._followed = runner, tables, [*followed.values()]
+        self.audit_results = runner.audit_results
 
     def resume(self, model: nn.Module, checkpoint: str | Path) -> None:
         """Set the rows of a checkpoint, to which the state of its optimizer belongs.
