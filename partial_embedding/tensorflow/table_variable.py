@@ -72,7 +72,7 @@ class _GradientSource(tf.__internal__.CompositeTensor):
         self.__composite_gradient__ = self
 
     @property
-    def _type_spec(self) -> Any:
+    def _type_spec(self) -> Any:  # abstract in TensorFlow's class
         raise NotImplementedError("tapes ask for the two methods below alone")
 
     def get_gradient_components(self, value: Any) -> Any:

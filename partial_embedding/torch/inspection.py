@@ -274,7 +274,7 @@ def _calls_closure(name: str, dry_run: DryRun) -> bool:
 
     try:
         dry_run.run(closure)
-    except Exception:  # whatever a step raises that takes something else, or nothing
+    except Exception:  # a step that ran without a closure takes something else, or nothing
         if called:
             raise
     if called and (not torch.equal(table, before) or dry_run.clone.state.get(table)):

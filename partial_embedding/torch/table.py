@@ -108,6 +108,7 @@ class PartialTable(TrainableRows):
         waiting.discard(self)
 
     def _tied(self) -> set[TrainableRows]:
+        """The living tables of the same weight, which the hooks on it know."""
         return {self, *tables_of(self.leaf_weight)}
 
     def _share_rows_with(self, other: PartialTable) -> None:

@@ -280,8 +280,8 @@ class TrainableRows(nn.Module):
         return found
 
     def _tied(self) -> set[TrainableRows]:
-        """The living tables of the same weight, this one among them."""
-        raise NotImplementedError
+        """The living tables of the same weight, as far as they are known: this one."""
+        return {self}
 
     def take_dense(self, grad: Tensor) -> None:
         """Know that backward made a dense gradient of the weight; for tables that are to say so."""

@@ -193,8 +193,7 @@ def _read_fasttext(path: Path) -> WordVectors:
 
     try:
         vectors = load_facebook_vectors(str(path))
-    # Of a damaged model, gensim's reader raises what its numbers lead it to.
-    except Exception as error:
+    except Exception as error:  # of a damaged model, whatever its numbers lead gensim to
         raise InputError(
             f"{path}: a model of fastText can be read in whole. Received: "
             f"{type(error).__name__}: {error}. Get it again, or take the .vec file of the model."
