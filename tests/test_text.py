@@ -213,8 +213,12 @@ def test_docstrings_are_the_same_in_every_process_and_without_warnings(
     assert found.stderr == ""
 
 
-def test_a_python_without_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "getfile", lambda _: "gone.py")
+@pytest.mark.parametrize("lacks", ["sources", "a module"])
+def test_a_python_without_sources_is_refused(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lacks == "sources":
+        monkeypatch.setattr(inspect, "getfile", lambda _: "gone.py")
+    else:
+        monkeypatch.setitem(sys.modules, "codecs", None)  # so an import fails
     with pytest.raises(InputError, match=r"a Python without that of codecs\. Name a file"):
         stdlib_docstrings()
 

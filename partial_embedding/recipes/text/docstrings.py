@@ -54,7 +54,7 @@ def source_of(module: str) -> str:
     """
     try:
         return inspect.getsource(import_module(module))
-    except OSError:
+    except (OSError, ImportError):  # some builds leave out modules
         raise InputError(
             "the texts are in the sources of Python's own library. Received: a Python without "
             f"that of {module}. Name a file as data.path."
