@@ -313,6 +313,8 @@ def test_what_moved_is_among_the_results_when_it_ends_the_run(end: Any) -> None:
     with pytest.raises(FrozenRowsMoved):
         end(runner)
     assert [(one.stage, one.frozen, one.changed) for one in runner.audit_results] == [(0, 8, 2)]
+    with pytest.raises(FrozenRowsMoved):
+        runner.finish(5)  # of whoever goes on all the same
 
 
 # What is kept and restored

@@ -217,7 +217,8 @@ class Runner:
         self._stage_states[name] = stage_state
         if self.audit:
             self._audits[name] = self.adapter.watch(name)
-            self._frozen.setdefault(name, self._audits[name].num_frozen)
+            if not goes_on:
+                self._frozen[name] = self._audits[name].num_frozen
         trainable, (num_rows, width) = self.adapter.trainable_rows(name), self.adapter.shapes[name]
         if before is None:
             elsewhere = self.adapter.parameters_elsewhere(self.schedules)
@@ -319,7 +320,7 @@ class Runner:
             raise
 
     def _note(self, name: str, changed: int) -> None:
-        stage, frozen = self._stage_states[name].stage, self._frozen.pop(name)
+        stage, frozen = self._stage_states[name].stage, self._frozen[name]
         self.audit_results.append(AuditResult(name, stage, frozen, changed))
 
     # Keeping
